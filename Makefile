@@ -1,0 +1,44 @@
+# Two commands for newcomers: `make demo` and `make test`. Both set everything up by themselves.
+PYTHON ?= python3.12
+BIN := .venv/bin
+export PYGAME_HIDE_SUPPORT_PROMPT = 1
+export SDL_VIDEODRIVER = dummy
+export PYTHONDONTWRITEBYTECODE =
+
+.PHONY: demo test check bench lock clean
+
+demo: .venv/ready
+	$(BIN)/latentact demo
+
+# Two processes of one thread each: tests are many small steps.
+test check: export OMP_NUM_THREADS = 1
+test: .venv/ready
+	$(BIN)/pytest -n 2 --dist loadfile
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/lapo_step.py
+
+# The environment: a virtual environment of Python 3.12 with the pinned packages. uv comes through pip.
+.venv/ready: requirements.lock pyproject.toml
+	@for python in $(PYTHON) python3 python; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break; python=; done; \
+	if [ -z "$$python" ]; then echo "Python 3.12 is missing; install it (for example: pyenv install 3.12)." >&2; exit 1; fi; \
+	[ -x $(BIN)/python ] || $$python -m venv .venv
+	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "uv>=0.9"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra wandb --group dev --python-version 3.12 \
+	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
+
+clean:
+	rm -rf .venv runs

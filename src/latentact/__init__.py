@@ -1,0 +1,51 @@
+"""latentact: robot policies from video without actions.
+
+Public names are imported on first use, so that `import latentact` stays cheap and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentact.data.cache import DataConfig, FrameStore, open_store
+    from latentact.errors import UserError
+    from latentact.lams.model import LatentActionModel, load_lam
+    from latentact.policies.policy import Policy, PolicyActor
+    from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+
+_WHERE = {
+    "ActionSpace": "types",
+    "Clip": "types",
+    "DataConfig": "data.cache",
+    "FrameStore": "data.cache",
+    "LatentActionModel": "lams.model",
+    "LatentActionSpec": "types",
+    "LatentActions": "types",
+    "Policy": "policies.policy",
+    "PolicyActor": "policies.policy",
+    "UserError": "errors",
+    "load_lam": "lams.model",
+    "open_store": "data.cache",
+}
+__all__ = [
+    "ActionSpace",
+    "Clip",
+    "DataConfig",
+    "FrameStore",
+    "LatentActionModel",
+    "LatentActionSpec",
+    "LatentActions",
+    "Policy",
+    "PolicyActor",
+    "UserError",
+    "load_lam",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'latentact' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"latentact.{_WHERE[name]}"), name)

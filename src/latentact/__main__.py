@@ -1,0 +1,5 @@
+"""`python -m latentact` is `latentact`."""
+
+from latentact.cli import main
+
+main()

@@ -1,0 +1,306 @@
+"""Dataclass -> Hydra schema, command line -> dataclass. The only file that knows Hydra.
+
+A stage's frozen dataclass is the one source of defaults, types and help. A field made by `choice` is a Hydra
+config group whose options are the entries of a registry. Named experiments are the YAML files of
+`conf/<stage>/experiment`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import os
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentact.errors import UserError, did_you_mean
+from latentact.registry import Registry
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def choice(registry: Registry, default: str) -> Any:
+    """Return a dataclass field that holds a config registered in `registry`, by default `default`."""
+    return dataclasses.field(
+        default_factory=lambda: registry.get(default)(), metadata={"registry": registry, "default": default}
+    )
+
+
+def to_dict(config: Any) -> Any:
+    """Return a config as plain dicts, lists and scalars."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
+
+
+def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a config from what `to_dict` returned.
+
+    Raises:
+        UserError: a key is unknown or a value does not fit; the message names the field.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise UserError(f"unknown setting {path!r}{did_you_mean(key, known)}")
+        if "registry" in known[key].metadata:
+            value = _chosen(known[key].metadata["registry"], value, path)
+        built[key] = _convert(hints[key], value, path)
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise UserError(f"incomplete settings{f' in {where}' if where else ''}: {error}.") from error
+
+
+def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list[str], example: str) -> None:
+    """Run a stage as a Hydra application: `experiment=`, overrides, `--multirun`, `--cfg job`.
+
+    Args:
+        stage: name of the stage; its experiments are the files of `conf/<stage>/experiment`.
+        cls: the stage's config; its field `out` is the run folder, and a sweep's jobs get a folder each
+            inside it.
+        run: called as `run(config, out)`.
+        argv: what was typed after the command.
+        example: one command line for `--help`.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(_help(stage, cls, example))
+        return
+    _register(stage, cls)
+
+    @hydra.main(version_base="1.3", config_path=f"pkg://latentact.conf.{stage}", config_name=stage)
+    def app(composed: DictConfig) -> None:
+        try:
+            config = _decode(cls, composed)
+            single = HydraConfig.get().mode == RunMode.RUN
+            out = config.out if single else HydraConfig.get().runtime.output_dir
+            run(config, Path(out).absolute())
+        except (UserError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
+            failures.append(error)
+
+    saved, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [stage, *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    failures: list[Exception] = []
+    try:
+        app()
+    except (HydraException, OmegaConfBaseException) as error:
+        failures.append(error)
+    finally:
+        sys.argv = saved
+        if saved_env is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+    for error in failures:
+        raise error if isinstance(error, UserError) else UserError(_explain(error, cls)) from error
+
+
+def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
+    """Return the config that a stage's command line would get from `overrides`.
+
+    Raises:
+        UserError: an override or an experiment does not exist or does not fit.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register(stage, cls)
+    try:
+        with initialize_config_module(f"latentact.conf.{stage}", version_base="1.3"):
+            return _decode(cls, compose(stage, overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, cls)) from error
+
+
+def _register(stage: str, cls: type) -> None:
+    """Tell Hydra the schema of a stage and the options of its groups."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for field in dataclasses.fields(cls):  # another stage's group of this name would hide the setting
+        store.repo.pop(field.name, None)
+    store.store(name=stage, node=_schema(cls, stage))
+    for group, registry in _choices(cls):
+        for name in registry.names():
+            store.store(group=group, name=name, node=_schema(registry.get(name), None))
+
+
+def _decode[T](cls: type[T], composed: DictConfig) -> T:
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    values.pop("experiment", None)
+    return from_dict(cls, values)
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Return the string under each field of a dataclass, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for field, text in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            found[typing.cast(ast.Name, field.target).id] = " ".join(str(text.value.value).split())
+    return found
+
+
+def _choices(cls: type) -> Iterator[tuple[str, Registry]]:
+    for field in dataclasses.fields(cls):
+        if "registry" in field.metadata:
+            yield field.name, field.metadata["registry"]
+
+
+def _chosen(registry: Registry, values: Any, path: str) -> Any:
+    if not isinstance(values, dict) or "kind" not in values:
+        raise UserError(
+            f"{path} is {values!r}; wanted a {registry.kind}{did_you_mean(str(values), registry.names())}"
+        )
+    return from_dict(registry.get(values["kind"]), values, path)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    if isinstance(hint, types.UnionType) and value is not None:
+        inner = [h for h in typing.get_args(hint) if h is not type(None)]
+        return _convert(inner[0], value, path) if len(inner) == 1 else value
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _schema(cls: type, stage: str | None) -> DictConfig:
+    """Return the Hydra node of a config; `stage` is None for an option of a group."""
+    from omegaconf import OmegaConf
+
+    groups, hints = dict(_choices(cls)), typing.get_type_hints(cls)
+    kept = [f for f in dataclasses.fields(cls) if f.name not in groups]
+    plain = dataclasses.make_dataclass(
+        cls.__name__, [(f.name, hints[f.name], _schema_default(f, hints[f.name])) for f in kept]
+    )
+    node = _thaw(OmegaConf.structured(plain))
+    if stage is None:
+        return node
+    root = OmegaConf.create(
+        {"defaults": [*({g: _default(cls, g)} for g in groups), "_self_", {"experiment": None}]}
+    )
+    root.defaults += [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    root.update({k: node._get_node(k) for k in node})
+    root.experiment = None
+    sweep = {"dir": "${out}", "subdir": "${hydra.job.num}"}
+    # A run's own folder is made by its stage, once everything it was given has been checked.
+    root.hydra = {"run": {"dir": "."}, "sweep": sweep, "output_subdir": None, "job": {"chdir": False}}
+    return root
+
+
+def _default(cls: type, name: str) -> str:
+    return next(f for f in dataclasses.fields(cls) if f.name == name).metadata["default"]
+
+
+def _schema_default(field: dataclasses.Field, hint: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    if dataclasses.is_dataclass(hint):  # its own required settings stay required
+        return dataclasses.field(default_factory=lambda: hint)
+    return "???"
+
+
+def _thaw(node: Any) -> Any:
+    """Let a frozen dataclass be overridden: OmegaConf would make its node read-only."""
+    node._set_flag("readonly", None)
+    for child in node._content.values() if isinstance(node._content, dict) else ():
+        if isinstance(getattr(child, "_content", None), dict):
+            _thaw(child)
+    return node
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, help) for every setting of a config."""
+    hints, texts = typing.get_type_hints(cls), field_help(cls)
+    for field in dataclasses.fields(cls):
+        name = prefix + field.name
+        if registry := field.metadata.get("registry"):
+            yield name, "|".join(registry.names()), field.metadata["default"], texts.get(field.name, "")
+            yield from _keys(registry.get(field.metadata["default"]), f"{name}.")
+        elif nested := _dataclass_in(hints[field.name]):
+            yield from _keys(nested, f"{name}.")
+        elif field.name != "kind":
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
+            yield (
+                name,
+                kind,
+                "required" if default is dataclasses.MISSING else str(default),
+                texts.get(field.name, ""),
+            )
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a field holds, `X` or `X | None`."""
+    options = [hint, *typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    return next((typing.cast(type, h) for h in options if dataclasses.is_dataclass(h)), None)
+
+
+def _help(stage: str, cls: type, example: str) -> str:
+    lines = [f"Usage: latentact {stage.replace('_', '-')} [experiment=NAME] [KEY=VALUE ...]", ""]
+    lines += [(inspect.getdoc(cls) or "").strip(), "", f"Example: {example}", ""]
+    folder = Path(__file__).parent / "conf" / stage / "experiment"
+    if folder.is_dir():
+        lines += [f"Experiments: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}", ""]
+    lines += ["Settings:"]
+    for key, kind, default, text in _keys(cls):
+        lines.append(f"  {key}={default}  ({kind})")
+        lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
+    lines += [
+        "",
+        "Hydra's own flags work: --multirun, --cfg job, --info, --shell-completion; see --hydra-help.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _explain(error: Exception, cls: type) -> str:
+    """Turn a message of Hydra or OmegaConf into one sentence."""
+    merging = "Error merging override" in str(error) and error.__cause__
+    text, cause = str(merging or error), error.__cause__ or error
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    if "Could not find" in text and "'" in text:  # an option of a group
+        group, _, name = text.split("Could not find '")[1].split("'")[0].rpartition("/")
+        options = [
+            line.strip()
+            for line in text.partition("Available options")[2]
+            .partition("Config search path")[0]
+            .splitlines()[1:]
+            if line.strip()
+        ]
+        return f"unknown {group or 'config'} {name!r}{did_you_mean(name, options)}"
+    if "Could not override" in text or "is not in struct" in text or "not in '" in text:
+        name = str(key) if key else text.split("'")[1]
+        return f"unknown setting {name!r}{did_you_mean(name, (k for k, *_ in _keys(cls)))}"
+    if "Error parsing override" in text:
+        typed = text.split("'")[1]
+        return f"{typed!r} is not a setting; give KEY=VALUE, with quotes around values of special characters."
+    if "Missing mandatory value" in text:
+        return f"{key or text.rpartition(': ')[2]} is not set; give it as KEY=VALUE on the command line."
+    return f"{' '.join(text.partition('full_key')[0].split())}{f' ({key})' if key else ''}"

@@ -1,0 +1,160 @@
+"""Windows of frames over a `FrameStore`, never across two episodes, gathered a batch at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch.utils.data import Dataset
+
+from latentact.data.cache import FrameStore
+from latentact.errors import UserError
+from latentact.types import Clip
+
+logger = logging.getLogger(__name__)
+
+
+def frame_gap(store: FrameStore, seconds: float) -> int:
+    """Return how many frames apart two moments are that lie `seconds` apart; 0 seconds: one frame.
+
+    Raises:
+        UserError: that is less than half a frame.
+    """
+    frames = seconds * store.fps
+    if seconds == 0:
+        return 1
+    if frames < 0.5:
+        raise UserError(
+            f"a gap of {seconds} s is less than half a frame of {store.path}, which has {store.fps:g} frames "
+            f"per second; use at least {1 / store.fps:.3g} s, or 0 for one frame."
+        )
+    return max(1, round(frames))
+
+
+def split_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the episodes to train on and of those held out, drawn by `seed`, each ascending.
+
+    Args:
+        store: the data.
+        held_out: fraction of episodes to hold out; at least one on either side where there are two or more.
+        seed: decides the draw.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 1.")
+    total = store.num_episodes
+    if total == 1:
+        logger.warning("%s has one episode: it is trained on and evaluated on", store.path)
+        return np.array([0]), np.array([0])
+    order = np.random.default_rng(seed).permutation(total)
+    count = min(max(round(held_out * total), 1), total - 1)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def choose_labelled(train_episodes: Sequence[int] | np.ndarray, k: int | None, seed: int) -> np.ndarray:
+    """Return the k episodes whose actions may be seen, ascending; those for a smaller k are among them.
+
+    Args:
+        train_episodes: to choose from.
+        k: how many; None: all.
+        seed: decides the draw.
+
+    Raises:
+        UserError: k is negative, or larger than the number of episodes.
+    """
+    episodes = np.sort(np.asarray(train_episodes, np.int64))
+    if k is None:
+        return episodes
+    if not 0 <= k <= len(episodes):
+        raise UserError(
+            f"k is {k}, and there are {len(episodes)} training episodes; choose k from 0 to {len(episodes)}."
+        )
+    return np.sort(np.random.default_rng(seed).permutation(episodes)[:k])
+
+
+class Clips(Dataset[Clip]):
+    """Windows of frames at row - context*gap, ..., row, ..., row + horizon*gap, inside one episode.
+
+    Use with `DataLoader(clips, batch_size=..., collate_fn=lambda clip: clip)`: a batch is one gather.
+
+    Args:
+        store: the data.
+        episodes: numbers of the episodes to take windows from.
+        frame_gap: frames between two moments of a window.
+        context: moments before the current one; before the episode's start its first frame is repeated, and
+            marked as not valid.
+        horizon: moments after the current one; all of them lie inside the episode.
+        labelled: episodes whose robot actions are seen; those of all others are hidden.
+
+    Raises:
+        UserError: no episode is long enough for a window.
+    """
+
+    def __init__(
+        self,
+        store: FrameStore,
+        *,
+        episodes: Collection[int] | np.ndarray,
+        frame_gap: int,
+        context: int = 0,
+        horizon: int = 1,
+        labelled: Collection[int] | np.ndarray = (),
+    ) -> None:
+        """Find the windows."""
+        self.store, self.frame_gap, self.context, self.horizon = store, frame_gap, context, horizon
+        ahead = horizon * frame_gap
+        chosen = np.unique(np.asarray(list(episodes), np.int64))
+        spans = [
+            np.arange(store.starts[e], store.starts[e] + max(0, store.lengths[e] - ahead)) for e in chosen
+        ]
+        self.rows: Int64[np.ndarray, " m"] = np.concatenate([np.zeros(0, np.int64), *spans])
+        """Every row whose future lies inside its episode."""
+        if not len(self.rows):
+            longest = int(store.lengths[chosen].max(initial=0))
+            raise UserError(
+                f"the longest of {len(chosen)} episodes of {store.path} has {longest} frames, and a window "
+                f"needs {ahead + 1} (frame gap {frame_gap}); use a smaller gap or longer videos."
+            )
+        self._frames = np.asarray(store.frames)  # indexing a memmap is slower by a third
+        self._offsets = np.arange(-context, horizon + 1) * frame_gap
+        self._actions = None if store.action_space is None else torch.from_numpy(store.actions(labelled))
+        self._state = None if store.state is None else torch.from_numpy(store.state)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Clip:
+        """Return one window, as a batch of one."""
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> Clip:
+        """Return the windows at these positions of `rows` as one batch."""
+        return self.clip(self.rows[positions])
+
+    def clip(self, rows: Int64[np.ndarray, " b"]) -> Clip:
+        """Return the windows around these rows of the store as one batch.
+
+        Raises:
+            ValueError: the future of a row lies outside its episode.
+        """
+        starts = self.store.starts[self.store.episode[rows]]
+        ends = starts + self.store.lengths[self.store.episode[rows]]
+        if (rows + self._offsets[-1] >= ends).any():
+            raise ValueError("a window would leave its episode")
+        wanted = rows[:, None] + self._offsets
+        inside = np.maximum(wanted, starts[:, None])
+        batch = torch.from_numpy(self._frames[inside])
+        index = torch.from_numpy(np.ascontiguousarray(rows))
+        return Clip(
+            frames=batch.permute(0, 1, 4, 2, 3),
+            valid=torch.from_numpy(wanted == inside),
+            index=index,
+            action=None if self._actions is None else self._actions[index],
+            state=None if self._state is None else self._state[index],
+        )

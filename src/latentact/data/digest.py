@@ -1,0 +1,73 @@
+"""Content digests, remembered by (path, size, time of change) so that a second open reads no file again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 20
+
+
+def blake2b(*parts: bytes) -> str:
+    """Return the hex digest of byte strings; where one ends and the next begins counts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the hex digest of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Memo:
+    """What was found out about the files of one dataset, until a file's size or time of change differs.
+
+    Args:
+        folder: where memos lie; one file per dataset.
+        dataset: path of the dataset.
+    """
+
+    def __init__(self, folder: Path, dataset: Path) -> None:
+        """Read what is known."""
+        self._file = folder / f"{blake2b(os.fsencode(dataset.resolve()))}.json"
+        self._known: dict[str, list[Any]] = {}
+        self._changed = False
+        try:
+            self._known = json.loads(self._file.read_text())
+        except (
+            OSError,
+            ValueError,
+        ):  # none yet, or one that a full disk cut short: everything is found out anew
+            return
+
+    def get(self, path: Path, what: str, find: Callable[[Path], Any]) -> Any:
+        """Return `find(path)`, which must be plain json; calls it only for a new or changed file."""
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns]
+        key = f"{what}:{path.resolve()}"
+        known = self._known.get(key)
+        if known is None or known[:2] != mark:
+            known = self._known[key] = [*mark, find(path)]
+            self._changed = True
+        return known[2]
+
+    def save(self) -> None:
+        """Write what was found out since the memo was read."""
+        if not self._changed:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._file.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(self._known))
+        draft.replace(self._file)
+        self._changed = False

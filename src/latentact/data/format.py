@@ -1,0 +1,154 @@
+"""How data on disk is read: the `Format` extension point.
+
+To add a format, put one file into `latentact/data/formats` (or into a package of yours, under the entry-point
+group `latentact.data.formats`) with a class that is registered under its name::
+
+    @FORMATS.register("my_format")
+    class MyFormat:
+        @staticmethod
+        def detect(path: Path) -> bool: ...      # exactly one format may claim a path
+
+        @staticmethod
+        def open(path: Path, camera: str, memo: Memo) -> Source: ...
+
+`open` reads what is small (names, tasks, lengths) and returns a `Source`, which decodes an episode at a time.
+`tests/conformance/test_formats.py` checks every registered format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+from latentact.data.digest import Memo
+from latentact.errors import UserError
+from latentact.registry import Registry
+from latentact.types import ActionSpace
+
+
+class Unreadable(Exception):
+    """An episode's frames cannot be decoded; the message says why, without the file's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One episode of a dataset, as far as it is known without decoding."""
+
+    name: str
+    """A name that a person recognises."""
+    file: str
+    """The file that holds its frames, relative to the dataset."""
+    task: str
+    """Task text; empty where there is none."""
+    frames: int
+    """Frames in the data, before resampling."""
+    content: str
+    """Digest of the bytes that decide its frames and their times."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name if self.name == self.file else f"{self.name} in {self.file}"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An opened dataset: what it holds, and its frames one episode at a time.
+
+    `frames` is called from several threads at once, each for another episode.
+    """
+
+    camera: str
+    """Camera key; empty for plain video."""
+    fps: float
+    """Frames per second."""
+    uneven: bool
+    """Whether its videos differ in rate; they are then resampled to `fps`, the slowest of them."""
+    resizable: bool
+    """Whether frames are pictures; grids of integers are not resized."""
+    episodes: Sequence[Episode]
+    """The readable episodes, in the order of the data."""
+    first_rows: Sequence[int]
+    """For each episode, the row of `column` at which it begins."""
+    unreadable: Mapping[str, str]
+    """Files that cannot be read: relative name -> reason."""
+    action_space: ActionSpace | None
+    """What an action is; None where the data has none."""
+    action_names: tuple[str, ...]
+    """Names of the classes of a discrete action, or of the dimensions of a continuous one; may be empty."""
+
+    def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w c"]]]:
+        """Yield (seconds, frame) for the episode at place `number` of `episodes`.
+
+        Raises:
+            Unreadable: the file is damaged, or has fewer frames than the data says.
+        """
+        ...
+
+    def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
+        """Return a numeric column of the data, all rows; None where there is none of this name."""
+        ...
+
+
+@runtime_checkable
+class Format(Protocol):
+    """A kind of dataset on disk."""
+
+    def detect(self, path: Path) -> bool:
+        """Return whether this format, and no other, reads `path`, which exists."""
+        ...
+
+    def open(self, path: Path, camera: str, memo: Memo) -> Source:
+        """Return the data at `path`.
+
+        Args:
+            path: file or folder for which `detect` is true.
+            camera: camera key, or empty for the only one.
+            memo: remembers what is slow to find out about a file.
+
+        Raises:
+            UserError: the data is inconsistent, the camera is unknown, or none is named of several.
+        """
+        ...
+
+
+FORMATS: Registry[Format] = Registry("format", "latentact.data.formats")
+
+
+def open_source(path: Path, camera: str, memo: Memo) -> Source:
+    """Return the data at `path`, whatever its format.
+
+    Raises:
+        UserError: there is nothing at `path`, or nothing that a format reads.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a LeRobot dataset, a folder of videos or a video file.")
+    fitting = [name for name in FORMATS.names() if FORMATS.get(name).detect(path)]
+    if len(fitting) != 1:
+        found = (
+            f"is claimed by the formats {', '.join(fitting)}" if fitting else "holds no data that can be read"
+        )
+        raise UserError(
+            f"{path} {found}; wanted a LeRobot dataset (meta/info.json of version 2 or 3), a video, or a "
+            f"folder with videos (mp4, webm, mkv, mov, gif, avi) or npz episodes."
+        )
+    return FORMATS.get(fitting[0]).open(path, camera, memo)
+
+
+def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
+    """Return `camera`, or the only one where none is named.
+
+    Raises:
+        UserError: there is no such camera, or there are several and none is named.
+    """
+    known = ", ".join(cameras) or "none"
+    if camera and camera not in cameras:
+        raise UserError(f"{path} has no camera {camera!r}; its cameras are: {known}.")
+    if not camera and len(cameras) != 1:
+        raise UserError(f"{path} has {len(cameras)} cameras ({known}); name one with `camera`.")
+    return camera or cameras[0]

@@ -1,0 +1,1 @@
+"""One file per format on disk; `latentact.data.format` says how to add one."""

@@ -1,0 +1,71 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain log lines otherwise."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows how far work is: `with Progress("decoding", 1000, "frames") as p: p.advance(10)`.
+
+    Args:
+        what: what is done, as a verb.
+        total: steps of the whole work; may be near.
+        unit: name of the steps.
+        done: steps that were done before.
+        every_s: seconds between log lines.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0) -> None:
+        """Prepare; nothing shows before the `with` block."""
+        self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
+        self._before = done
+        self._begun = self._said = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Bar(
+                *columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True), transient=True
+            )
+            self._task = self._bar.add_task(what, total=total, completed=done, rate="")
+
+    def __enter__(self) -> Progress:
+        """Start showing."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop showing, and say what was done."""
+        if self._bar:
+            self._bar.stop()
+        if error is None and self._done > self._before:
+            logger.info("%s: %d %s (%s)", self._what, self._done, self._unit, self._rate())
+
+    def advance(self, steps: int) -> None:
+        """Count `steps` more as done."""
+        self._done += steps
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, rate=self._rate())
+        elif time.monotonic() - self._said > self._every:
+            self._said = time.monotonic()
+            logger.info("%s: %d of %d %s (%s)", self._what, self._done, self._total, self._unit, self._rate())
+
+    def _rate(self) -> str:
+        return f"{(self._done - self._before) / max(time.monotonic() - self._begun, 1e-9):.0f} {self._unit}/s"

@@ -1,0 +1,111 @@
+"""What policies learn from: observations and chunks of targets (robot actions or latent actions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentact.errors import UserError
+
+if TYPE_CHECKING:
+    from latentact.data.cache import FrameStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """Observations and what to predict from them; `o` observed frames, latest last; `l` targets ahead."""
+
+    frames: UInt8[Tensor, "b o c h w"]
+    """0..255."""
+    state: Float32[Tensor, "b s"] | None
+    """Robot state at the latest frame, in the dataset's units."""
+    words: Float32[Tensor, "b v"]
+    """How often each word of the vocabulary stands in the task text; v is 0 without one."""
+    target: Shaped[Tensor, "b l f"]
+    """float32 numbers or int64 classes."""
+    mask: Bool[Tensor, "b l"]
+    """Whether the target exists."""
+
+    def to(self, device: torch.device | str) -> PolicyBatch:
+        """Return the batch on `device`."""
+        moved: dict[str, Any] = {
+            k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()
+        }
+        return PolicyBatch(**moved)
+
+
+class PolicySamples(Dataset):
+    """One sample per row whose first target exists; targets ahead of it never come from another episode.
+
+    Args:
+        store: frames and states.
+        target: what to predict at each row of the store, float32 or int64 ``[n, f]``.
+        exists: bool ``[n]``; False hides a row's target.
+        frames: observed frames, `stride` apart; before an episode's start the first frame is repeated.
+        chunk: targets to predict, `stride` rows apart.
+        stride: rows between observed frames and between targets.
+        words: vocabulary of the task text.
+    """
+
+    def __init__(
+        self,
+        store: FrameStore,
+        *,
+        target: np.ndarray,
+        exists: np.ndarray,
+        frames: int = 1,
+        chunk: int = 1,
+        stride: int = 1,
+        words: tuple[str, ...] = (),
+    ) -> None:
+        self.store, self.target, self.exists = store, target, exists
+        self.rows = np.flatnonzero(exists)
+        if not len(self.rows):
+            raise UserError("no step of the data has a target to learn from; label more episodes.")
+        self.past = np.arange(1 - frames, 1) * stride
+        self.ahead = np.arange(chunk) * stride
+        counts = [count_words(task, words) for task in store.tasks]
+        self.words = np.asarray(counts, np.float32).reshape(len(counts), len(words))
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.rows)
+
+    def __getitems__(self, positions: list[int]) -> PolicyBatch:
+        """Return a batch."""
+        return self.batch(self.rows[positions])
+
+    def batch(self, rows: np.ndarray) -> PolicyBatch:
+        """Return the samples of given rows of the store."""
+        store = self.store
+        episode = store.episode[rows]
+        first = store.starts[episode][:, None]
+        last = first + store.lengths[episode][:, None] - 1
+        ahead = rows[:, None] + self.ahead
+        inside = np.minimum(ahead, last)
+        frames = torch.from_numpy(store.frames[np.maximum(rows[:, None] + self.past, first)])
+        return PolicyBatch(
+            frames=frames.permute(0, 1, 4, 2, 3),
+            state=None if store.state is None else torch.from_numpy(store.state[rows]),
+            words=torch.from_numpy(self.words[episode]),
+            target=torch.from_numpy(self.target[inside]),
+            mask=torch.from_numpy((ahead <= last) & self.exists[inside]),
+        )
+
+
+def vocabulary(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words that tell tasks apart, sorted; empty when there is only one task."""
+    texts = [set(task.lower().split()) for task in tasks]
+    return tuple(sorted(set.union(*texts) - set.intersection(*texts))) if texts else ()
+
+
+def count_words(task: str, words: tuple[str, ...]) -> list[float]:
+    """Return how often each of `words` stands in a task text; unknown words count nothing."""
+    present = task.lower().split()
+    return [float(present.count(word)) for word in words]

@@ -1,0 +1,138 @@
+"""What an environment is to the rest of latentact, and the functions that make one by name.
+
+A suite joins by one new file in this folder with a class registered in `ENVS` that has the methods of
+`Suite`. The name of an environment is the suite's name, or the suite's name, a slash and a level; every other
+name goes to the suite `gymnasium`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from latentact.errors import UserError, did_you_mean
+from latentact.registry import Registry
+from latentact.types import ActionSpace
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvSpec:
+    """What an environment shows and takes."""
+
+    name: str
+    """Name as a person types it: `babyai/GoToRedBall`, `pusht`, or a Gymnasium id."""
+    fps: int
+    """Steps per second."""
+    camera: str
+    """Key of its frames in a dataset."""
+    action_space: ActionSpace
+    """What an action is."""
+    action_names: tuple[str, ...]
+    """Class names of a discrete action, names of the dimensions of a continuous one."""
+    state_names: tuple[str, ...]
+    """Names of the numbers in `agent_pos`; empty where the environment has no state."""
+    hold: int | None = None
+    """Discrete action that changes nothing, for an episode's last row; None: the last action is repeated."""
+
+
+class ExpertStuckError(Exception):
+    """The expert has no idea how to go on; the episode has failed."""
+
+
+@runtime_checkable
+class Expert(Protocol):
+    """A scripted policy for one episode that may look at the environment's internals."""
+
+    def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
+        """Return the action for the environment's present state: a class, or float32 `[a]`.
+
+        With `explore` it is a random action (BabyAI) or the expert's with noise (PushT) from that generator.
+
+        Raises:
+            ExpertStuckError: it does not know how to go on.
+        """
+        ...
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """A family of environments."""
+
+    def check(self, name: str) -> None:
+        """Raise a UserError where the suite has no environment of that name or no such view."""
+        ...
+
+    def make(self, name: str, resolution: int, view: str) -> gym.Env:
+        """Return the environment, adapted to the observation of `make_env`."""
+        ...
+
+    def spec(self, name: str, view: str) -> EnvSpec:
+        """Return what the environment is."""
+        ...
+
+    def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
+        """Return an expert for the episode to which `env` was just reset."""
+        ...
+
+
+ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs")
+
+VIEWS = ("agent", "full")
+
+
+def make_env(name: str, *, resolution: int = 0, view: str = "agent") -> gym.Env:
+    """Return the environment called `name`.
+
+    Observations are dicts of `pixels` uint8 `[h, w, 3]` and, where the environment has a state, `agent_pos`
+    float32 `[s]`. `info` holds `task` (text, may be empty) after `reset`, and `is_success` after every `step`
+    of an environment that can tell.
+
+    Args:
+        name: `babyai/<Level>`, `pusht`, or any Gymnasium id with image observations.
+        resolution: height and width of the frames in pixels; 0: the environment's own.
+        view: "agent" (what the agent sees) or "full" (the whole world), where an environment has both.
+
+    Raises:
+        UserError: unknown name or view, or a package is missing.
+    """
+    if resolution < 0:
+        raise UserError(
+            f"resolution is {resolution}; give a number of pixels, or 0 for the environment's own."
+        )
+    return _suite(name, view).make(name, resolution, view)
+
+
+def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
+    """Return what the environment called `name` shows and takes.
+
+    Raises:
+        UserError: as `make_env`.
+    """
+    return _suite(name, view).spec(name, view)
+
+
+def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
+    """Return an expert for the episode to which `env` was just reset; the same seed plays the same actions.
+
+    Args:
+        name: the environment's name.
+        env: what `make_env` returned for it, after `reset`.
+        seed: of the expert's own choices.
+
+    Raises:
+        UserError: the environment has no expert.
+    """
+    return _suite(name, "agent").expert(name, env, seed)
+
+
+def _suite(name: str, view: str) -> Suite:
+    if view not in VIEWS:
+        raise UserError(f"unknown view {view!r}{did_you_mean(view, VIEWS)}")
+    prefix = name.partition("/")[0]
+    suite = ENVS.get(prefix if prefix in ENVS.names() else "gymnasium")()
+    suite.check(name)
+    return suite

@@ -1,0 +1,44 @@
+"""What the product says when a person's input cannot be used: got, wanted, next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Input that cannot be used: a file, a configuration, a dataset, a checkpoint.
+
+    The message is one sentence that says what was given, what is wanted and what to do next. The command line
+    prints it without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'? Known: ..."`` for an unknown name, nearest match first."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    listed = f"Known: {', '.join(names) or 'none'}." if len(names) <= 15 else "See --help for all of them."
+    return f"; {hint}{listed}"
+
+
+def missing_extra(module: str, extra: str) -> UserError:
+    """Return the error for an optional package that is not installed."""
+    return UserError(f"{module!r} is not installed; install it with: pip install 'latentact[{extra}]'.")
+
+
+EXTRAS = {
+    "gymnasium": "envs",
+    "gym_pusht": "envs",
+    "hydra": "train",
+    "lerobot": "lerobot",
+    "lightning": "train",
+    "minigrid": "envs",
+    "omegaconf": "train",
+    "plotly": "report",
+    "shapely": "envs",
+    "tensorboard": "train",
+    "wandb": "wandb",
+}
+"""Optional packages and the extra that installs each."""

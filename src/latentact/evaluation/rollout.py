@@ -1,0 +1,236 @@
+"""A policy in an environment: many episodes side by side in one process, with the environment's own success.
+
+Episode i starts from reset seed `seed + i`, so two policies face the same episodes. Intervals are 95 %:
+Wilson's for the success rate, a percentile bootstrap for a mean.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Shaped, UInt8
+
+from latentact.envs.spec import env_spec, make_env
+from latentact.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+log = logging.getLogger(__name__)
+
+SMALLEST_VIDEO = 224
+"""Height and width in pixels below which a video is enlarged for the person who watches it."""
+RESAMPLES = 10_000
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """A policy as environments see it: a batch of observations in, a batch of actions out."""
+
+    def reset(self, num_envs: int) -> None:
+        """Forget everything: `num_envs` new episodes begin."""
+        ...
+
+    def act(
+        self,
+        pixels: UInt8[np.ndarray, "b h w c"],
+        state: Float32[np.ndarray, "b s"] | None,
+        tasks: list[str],
+    ) -> Shaped[np.ndarray, " b *a"]:
+        """Return int64 classes `[b]` or float32 actions `[b, a]`.
+
+        Row j is the same episode from call to call; the action of an episode that has ended is not used.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What happened in e episodes."""
+
+    env: str
+    """Name of the environment."""
+    seed: int
+    """Reset seed of the first episode."""
+    fps: int
+    """Steps per second."""
+    successes: np.ndarray | None
+    """bool `[e]`: the task was done at some step; None where the environment cannot tell."""
+    returns: np.ndarray
+    """float64 `[e]`: sum of rewards."""
+    lengths: np.ndarray
+    """int64 `[e]`: steps taken."""
+    videos: list[np.ndarray]
+    """uint8 `[t, h, w, 3]` of the first episodes, what the policy saw."""
+
+    @property
+    def success(self) -> float | None:
+        """Share of successful episodes."""
+        return None if self.successes is None else float(self.successes.mean())
+
+
+def rollout(
+    actor: Actor,
+    env_name: str,
+    *,
+    episodes: int,
+    seed: int,
+    resolution: int = 0,
+    view: str = "agent",
+    max_steps: int = 0,
+    record: int = 0,
+    num_envs: int = 64,
+) -> Rollout:
+    """Let `actor` act in `episodes` episodes and return what happened.
+
+    Args:
+        actor: the policy.
+        env_name: as for `make_env`.
+        episodes: number of episodes.
+        seed: episode i uses reset seed `seed + i`.
+        resolution: height and width of the frames in pixels; 0: the environment's own.
+        view: as for `make_env`.
+        max_steps: steps after which an episode ends; 0: the environment's own limit.
+        record: number of episodes, from the first, whose frames are kept.
+        num_envs: episodes played side by side; changes the speed only.
+
+    Raises:
+        UserError: unknown environment, or no episode asked for.
+    """
+    if episodes < 1 or num_envs < 1:
+        raise UserError(f"episodes is {episodes} and num_envs {num_envs}; wanted at least 1 of each.")
+    spec = env_spec(env_name, view=view)
+    groups = np.array_split(np.arange(episodes), -(-episodes // num_envs))
+    envs = [make_env(env_name, resolution=resolution, view=view) for _ in groups[0]]
+    played: list[_Episode] = []
+    for group in groups:
+        played += _play(actor, envs[: len(group)], seed + group, max_steps, record - len(played))
+        log.info("%s: %d/%d episodes", env_name, len(played), episodes)
+    for env in envs:
+        env.close()
+    told = all(episode.success is not None for episode in played)
+    return Rollout(
+        env=env_name,
+        seed=seed,
+        fps=spec.fps,
+        successes=np.array([bool(episode.success) for episode in played]) if told else None,
+        returns=np.array([episode.reward for episode in played]),
+        lengths=np.array([episode.length for episode in played]),
+        videos=[np.stack(episode.frames) for episode in played[:record]],
+    )
+
+
+@dataclass(kw_only=True)
+class _Episode:
+    """One running episode."""
+
+    observation: dict[str, np.ndarray]
+    task: str
+    frames: list[np.ndarray]
+    reward: float = 0.0
+    length: int = 0
+    success: bool | None = None
+    ended: bool = False
+
+
+def _play(actor: Actor, envs: list[Any], seeds: np.ndarray, max_steps: int, record: int) -> list[_Episode]:
+    """Play one episode in each environment, side by side; keep the frames of the first `record`."""
+    running = []
+    for env, seed in zip(envs, seeds, strict=True):
+        observation, info = env.reset(seed=int(seed))
+        running.append(_Episode(observation=observation, task=info["task"], frames=[observation["pixels"]]))
+    actor.reset(len(envs))
+    while not all(episode.ended for episode in running):
+        observations = [episode.observation for episode in running]
+        state = np.stack([o["agent_pos"] for o in observations]) if "agent_pos" in observations[0] else None
+        actions = actor.act(np.stack([o["pixels"] for o in observations]), state, [e.task for e in running])
+        for i, (env, episode) in enumerate(zip(envs, running, strict=True)):
+            if episode.ended:
+                continue
+            action = int(actions[i]) if actions.ndim == 1 else actions[i]
+            episode.observation, reward, terminated, truncated, info = env.step(action)
+            episode.reward += float(reward)
+            episode.length += 1
+            if "is_success" in info:
+                episode.success = bool(episode.success or info["is_success"])
+            if i < record:
+                episode.frames.append(episode.observation["pixels"])
+            episode.ended = terminated or truncated or episode.length == max_steps
+    return running
+
+
+def success_interval(successes: Sequence[bool] | np.ndarray) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a success rate (Wilson, 1927)."""
+    n, rate, z = len(successes), float(np.mean(successes)), 1.959963984540054
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a mean; the same seed gives the same interval."""
+    array = np.asarray(values, np.float64)
+    draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.quantile(array[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def write_video(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int | float) -> None:
+    """Write an h264 video that every browser plays, whole or not at all.
+
+    Small frames are enlarged by a whole factor; an odd height or width loses its last row or column.
+    """
+    import av
+
+    factor = max(1, -(-SMALLEST_VIDEO // max(frames.shape[1:3])))
+    draft = path.with_name(path.name + ".tmp")
+    with av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        rate = Fraction(fps).limit_denominator(1000)
+        stream: Any = container.add_stream("libx264", rate, options={"crf": "18"})
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+            large = np.ascontiguousarray(large[: large.shape[0] // 2 * 2, : large.shape[1] // 2 * 2])
+            stream.height, stream.width = large.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
+        container.mux(stream.encode())
+    draft.replace(path)
+
+
+def save_rollout(result: Rollout, folder: Path, **more: Any) -> None:
+    """Write `episode_*.mp4` and then `rollout.json`, whose presence says that the rollout is whole.
+
+    Args:
+        result: the rollout.
+        folder: where; an older rollout there is replaced.
+        more: further entries of `rollout.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rollout.json").unlink(missing_ok=True)
+    for old in folder.glob("episode_*.mp4"):
+        old.unlink()
+    for i, frames in enumerate(result.videos):
+        write_video(folder / f"episode_{i:03d}.mp4", frames, result.fps)
+    successes = result.successes
+    content = {
+        "env": result.env,
+        "episodes": len(result.returns),
+        "seed": result.seed,
+        "success": result.success,
+        "return": float(result.returns.mean()),
+        "ci95": None if successes is None else success_interval(successes),
+        "return_ci95": mean_interval(result.returns, result.seed),
+        "successes": None if successes is None else successes.astype(int).tolist(),
+        "returns": result.returns.tolist(),
+        "lengths": result.lengths.tolist(),
+        **more,
+    }
+    draft = folder / "rollout.json.tmp"
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(folder / "rollout.json")

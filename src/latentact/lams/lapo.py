@@ -1,0 +1,235 @@
+"""LAPO: inverse and forward dynamics around a quantised latent action (arXiv 2312.10812).
+
+The defaults are the published model: IMPALA IDM on three stacked frames, U-Net FDM, VQ-EMA. The options train
+in minutes on small data: patch networks, whitened latents instead of codes, a difference input, no FDM
+context, a loss weighted by motion, and an action head on few labelled steps (as in LAOM, 2502.00379, and
+CLAM, 2505.04999). Grids of integers (XLand, 5x5x2) go through embeddings and are predicted by cross-entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
+
+from latentact.errors import UserError
+from latentact.lams.model import LAMS, LatentActionModel, action_loss, floats, pairs
+from latentact.nn.grid import GridDecoder, GridEncoder
+from latentact.nn.impala import Impala
+from latentact.nn.patch import PatchEncoder, PatchUNet
+from latentact.nn.unet import UNet
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
+from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+
+
+@LAMS.register("lapo")
+@dataclass(frozen=True, kw_only=True)
+class LapoConfig:
+    """Settings of LAPO; the defaults are the published ones."""
+
+    kind: str = "lapo"
+    """Registered name."""
+    backbone: str = "impala"
+    """impala: the published IMPALA and U-Net; patch: cheap patch networks; grid: embedded integer cells."""
+    size: int = 64
+    """Height and width that the model works at, 32..256 pixels (grid: cells)."""
+    frame_channels: int = 3
+    """Channels of a frame (grid: integers per cell)."""
+    grid_values: int = 32
+    """grid: how many values an integer can take."""
+    idm_scale: int = 4
+    """impala: multiplier of the IDM's channels (16, 32, 32)."""
+    fdm_base: int = 24
+    """impala: channels of the U-Net's first level."""
+    patch: int = 8
+    """patch: side of a patch in pixels."""
+    idm_channels: tuple[int, ...] = (64,)
+    """patch, grid: channels of the IDM's levels; each further level halves the resolution."""
+    fdm_channels: tuple[int, ...] = (96,)
+    """patch, grid: channels of the FDM's levels."""
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    """What the latent action passes through."""
+    difference_input: float = 0.0
+    """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    fdm_context: int = 1
+    """Frames before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
+    motion_weight: float = 0.0
+    """Extra weight of pixels that change: 1 + motion_weight * min(|change|, 0.5)."""
+    motion_dilation: int = 0
+    """Pixels by which the motion weight spreads around what changes."""
+    action_weight: float = 0.0
+    """Weight of the loss of an action head on labelled steps; 0 builds none. What the head says of any step
+    joins the latent action as further numbers, so that the FDM uses it and few labels suffice to read it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can be built from."""
+        if self.backbone not in ("impala", "patch", "grid"):
+            raise UserError(f"lam.backbone is {self.backbone!r}; wanted impala, patch or grid.")
+        if self.backbone != "grid" and not 32 <= self.size <= 256:
+            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels.")
+        if self.fdm_context not in (0, 1):
+            raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
+        if self.backbone == "grid" and (self.difference_input or self.motion_weight):
+            raise UserError(
+                "lam.difference_input and lam.motion_weight are for pictures; leave them 0 for grids."
+            )
+        if self.action_weight and self.bottleneck.kind not in ("none", "kl"):
+            raise UserError(
+                f"lam.action_weight wants latent actions without codes; set lam.bottleneck.kind to none or "
+                f"kl, not {self.bottleneck.kind}."
+            )
+
+    def build(self, actions: ActionSpace | None = None) -> Lapo:
+        """Return the model with random weights."""
+        if self.action_weight and actions is None:
+            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+        return Lapo(self, actions)
+
+
+class Lapo(LatentActionModel):
+    """LAPO with the networks and the bottleneck of its config; sees one frame of context, as published."""
+
+    context = 1
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, config: LapoConfig, actions: ActionSpace | None = None) -> None:
+        super().__init__(config)
+        self.config: LapoConfig = config
+        self.actions = actions if config.action_weight else None
+        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        self.grain = {"impala": 32, "patch": config.patch * 2 ** (len(config.fdm_channels) - 1), "grid": 1}
+        self.inner = -(-config.size // self.grain[config.backbone]) * self.grain[config.backbone]
+        self.idm = self._idm()
+        self.idm_head = nn.Linear(256, self.bottleneck.in_features)
+        self.action_head = nn.Linear(256, self.actions.size) if self.actions else None
+        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(numbers))
+        self.register_buffer("action_std", torch.ones(numbers))
+        self.fdm = self._fdm()
+        self.spec = LatentActionSpec(
+            model=config.kind,
+            tokens=self.bottleneck.tokens,
+            token_dim=self._latent_dim // self.bottleneck.tokens,
+            codebook_size=self.bottleneck.codebook_size,
+            frame_gap=1,
+            frame_gap_s=0.0,
+            fps=0.0,
+            resolution=config.size,
+            camera="",
+        )
+
+    @property
+    def _latent_dim(self) -> int:
+        said = self.actions.size if self.actions else 0
+        return self.bottleneck.tokens * self.bottleneck.token_dim + said
+
+    def _idm(self) -> nn.Module:
+        c = self.config
+        if c.backbone == "grid":
+            return GridEncoder(3, c.frame_channels, c.size, c.grid_values, c.idm_channels[0])
+        channels = c.frame_channels * (4 if c.difference_input else 3)
+        if c.backbone == "impala":
+            return Impala(channels, self.inner, tuple(c.idm_scale * x for x in (16, 32, 32)))
+        return PatchEncoder(channels, self.inner, c.patch, c.idm_channels)
+
+    def _fdm(self) -> nn.Module:
+        c, frames = self.config, 1 + self.config.fdm_context
+        if c.backbone == "grid":
+            return GridDecoder(frames, c.frame_channels, c.grid_values, self._latent_dim, c.fdm_channels[0])
+        if c.backbone == "impala":
+            return UNet(frames * c.frame_channels, self._latent_dim, c.frame_channels, c.fdm_base, self.inner)
+        return PatchUNet(
+            frames * c.frame_channels, self._latent_dim, c.frame_channels, c.patch, c.fdm_channels
+        )
+
+    def encode(
+        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+    ) -> LatentActions:
+        """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
+        windows, real = pairs(frames, valid, self.context, last)
+        latent, _ = self._infer(self._pixels(windows))
+        shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
+        return LatentActions(
+            vectors=latent.vectors.reshape(shape),
+            continuous=latent.continuous.reshape(shape),
+            codes=None if latent.codes is None else latent.codes.reshape(shape[:3]),
+            valid=real,
+        )
+
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Return the next frame at the model's size, uint8."""
+        older = frames[:, [max(-2, -frames.shape[1]), -1]]
+        predicted = self._predict(self._pixels(older), vectors.flatten(1))
+        if self.config.backbone == "grid":
+            return predicted.argmax(1).to(torch.uint8)
+        size = self.config.size
+        return ((predicted[..., :size, :size] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labelled steps."""
+        if len(self.action_mean):
+            self.action_mean.copy_(actions.mean(0))
+            self.action_std.copy_(actions.std(0).clamp(min=1e-4))
+
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction of the next frame + the bottleneck's loss + the action head's on labelled steps."""
+        x = self._pixels(clip.frames[:, -3:])
+        latent, said = self._infer(x)
+        recon = self._reconstruction(x, latent.vectors)
+        total, metrics = recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
+        if said is not None:
+            assert clip.action is not None
+            action = clip.action
+            if len(self.action_mean):
+                action = (action - self.action_mean) / self.action_std
+            head = action_loss(said, action)
+            metrics["action"] = head.detach()
+            total = total + self.config.action_weight * head
+        return total, metrics
+
+    def _infer(self, x: Tensor) -> tuple[Quantized, Tensor | None]:
+        """Windows `[n, 3, c, h, w]` to latent actions and what the action head says (logits or numbers)."""
+        frames = [*x.unbind(1)]
+        if gain := self.config.difference_input:
+            frames.append((x[:, -1] - x[:, -2]) * gain)
+        features = self.idm(torch.cat(frames, dim=1))
+        latent = self.bottleneck(self.idm_head(features))
+        if self.action_head is None or self.actions is None:
+            return latent, None
+        said = self.action_head(features).float()
+        number = said.softmax(1) if self.actions.discrete else said
+        vectors, continuous = (torch.cat([v, number], dim=1) for v in (latent.vectors, latent.continuous))
+        return replace(latent, vectors=vectors, continuous=continuous), said
+
+    def _predict(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Frames so far `[n, t, c, h, w]` to the next one: pixels in -0.5..0.5, or logits of grid values."""
+        out = self.fdm(torch.cat(x[:, -1 - self.config.fdm_context :].unbind(1), dim=1), latent)
+        return out if self.config.backbone != "patch" else x[:, -1] + out
+
+    def _reconstruction(self, x: Tensor, latent: Tensor) -> Tensor:
+        now, target = x[:, -2], x[:, -1]
+        predicted = self._predict(x[:, :-1], latent)
+        if self.config.backbone == "grid":
+            return F.cross_entropy(predicted.float(), target.long())
+        error = (predicted.float() - target).square()
+        if self.config.motion_weight:
+            motion = (target - now).abs().amax(1, keepdim=True).clamp(max=0.5)
+            if pad := self.config.motion_dilation:
+                motion = F.max_pool2d(motion, 2 * pad + 1, 1, pad)
+            error = error * (1 + self.config.motion_weight * motion)
+        return error.mean()
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """Frames uint8 `[n, t, c, h, w]` of any size to -0.5..0.5 at the inner size; grids stay integers."""
+        if self.config.backbone == "grid":
+            return frames
+        x = floats(frames, self.config.size)
+        if pad := self.inner - self.config.size:
+            x = F.pad(x.flatten(0, 1), (0, pad, 0, pad), mode="replicate").unflatten(0, x.shape[:2])
+        return x

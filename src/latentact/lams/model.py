@@ -1,0 +1,171 @@
+"""What a latent action model is, and how one is loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
+
+from latentact.checkpoint import (
+    WEIGHTS,
+    load_tensors,
+    load_weights,
+    push_folder,
+    read_json,
+    resolve_folder,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
+from latentact.config import from_dict, to_dict
+from latentact.errors import UserError
+from latentact.registry import Registry
+from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+
+
+class LamConfig(Protocol):
+    """Settings of a LAM; a frozen dataclass whose field `kind` is its registered name."""
+
+    kind: str
+
+    def build(self, actions: ActionSpace | None = None) -> LatentActionModel:
+        """Return a model with random weights; `actions` is what a joint action head predicts."""
+        ...
+
+
+LAMS: Registry[type[LamConfig]] = Registry("lam", "latentact.lams")
+
+
+class LatentActionModel(nn.Module, ABC):
+    """A latent action model: `encode` is inverse dynamics, `predict` forward dynamics.
+
+    Attributes:
+        spec: what its latent actions mean.
+        context: frames before the transition that it looks at.
+        generative: whether it has forward dynamics, that is whether `predict` works.
+        actions: what its joint action head predicts, or None.
+    """
+
+    spec: LatentActionSpec
+    context: int = 0
+    generative: bool = True
+    actions: ActionSpace | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def encode(
+        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+    ) -> LatentActions:
+        """Return the latent action of every transition of every clip, any height and width.
+
+        Context older than the clip repeats its first frame, as an environment would at its start. With `last`
+        only each clip's last transition is returned (t - 1 becomes 1) and only that one is computed.
+        """
+
+    @abstractmethod
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Return the frame that follows the last of `frames`, at the model's resolution."""
+
+    @abstractmethod
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the training loss of a batch and what to log about it."""
+
+    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labelled steps, if any are predicted."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `model.safetensors` and `spec.json`, whole or not at all."""
+        with whole_folder(Path(folder)) as partial:
+            self.write(partial)
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint's files into an existing folder and put the weights' hash into the spec."""
+        weights = save_tensors(folder / WEIGHTS, self.state_dict())
+        self.spec = replace(self.spec, weights=weights)
+        self.spec.save(folder / "spec.json")
+        actions = to_dict(self.actions) if self.actions else None
+        write_json(folder / "config.json", {"lam": to_dict(self.config), "actions": actions})
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Upload the checkpoint to the Hugging Face hub and return its address."""
+        return push_folder(self.write, repo_id, private)
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path) -> LatentActionModel:
+        """Load a model that `save_pretrained` wrote; see `load_lam`."""
+        return load_lam(where)
+
+
+def load_lam(where: str | Path, device: str = "cpu") -> LatentActionModel:
+    """Load a latent action model from a folder or a hub id, in evaluation mode.
+
+    Raises:
+        UserError: it is missing, truncated, of another model or not a checkpoint; nothing in it is executed.
+    """
+    folder = resolve_folder(where)
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or not isinstance(values.get("lam"), dict) or "kind" not in values["lam"]:
+        raise UserError(f"{folder} is not a latent action model; give the folder of a train-lam run.")
+    config = from_dict(LAMS.get(values["lam"]["kind"]), values["lam"], "lam")
+    actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
+    model = config.build(actions)
+    load_weights(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    model.spec = LatentActionSpec.load(folder / "spec.json")
+    return model.eval().to(device)
+
+
+def pairs(
+    frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None, context: int, last: bool = False
+) -> tuple[UInt8[Tensor, "n i c h w"], Bool[Tensor, "b t2"]]:
+    """Cut clips into one window per transition: `context` older frames, the current one, the next one.
+
+    Returns:
+        Windows ``[b * (t - 1), context + 2, c, h, w]`` and whether both frames of each transition are real
+        ``[b, t - 1]``; with `last`, one window per clip.
+    """
+    t = frames.shape[1]
+    if t < 2:
+        raise UserError(f"a clip of {t} frame(s) has no transition; give at least two frames.")
+    first = t - 2 if last else 0
+    now = torch.arange(first, t - 1, device=frames.device)[:, None]
+    steps = (now + torch.arange(-context, 2, device=frames.device)).clamp(min=0)
+    if valid is None:
+        valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
+    return frames[:, steps].flatten(0, 1), (valid[:, :-1] & valid[:, 1:])[:, first:]
+
+
+def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t c size size"]:
+    """Return frames in -0.5..0.5, resized to `size` (bilinear, antialiased, rounded to whole grey levels)."""
+    x = frames
+    if x.shape[-2:] != (size, size):
+        flat = x.flatten(0, 1).float()
+        x = (
+            F.interpolate(flat, (size, size), mode="bilinear", antialias=True)
+            .round()
+            .unflatten(0, x.shape[:2])
+        )
+    return x.float().div(255).sub(0.5)
+
+
+def action_loss(predicted: Tensor, action: Tensor) -> Tensor:
+    """Return the loss over the labelled rows of a batch, 0 where there is none.
+
+    Cross-entropy for classes ``[b]`` (hidden: -1), squared error for vectors ``[b, a]`` (hidden: NaN).
+    """
+    if not action.is_floating_point():
+        each = F.cross_entropy(predicted.float(), action, ignore_index=-1, reduction="none")
+        return each.sum() / (action >= 0).sum().clamp(min=1)
+    labelled = ~action.isnan().any(1)
+    error = (predicted.float() - action.nan_to_num()).square().mean(1)
+    return (error * labelled).sum() / labelled.sum().clamp(min=1)

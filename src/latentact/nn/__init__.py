@@ -1,0 +1,1 @@
+"""Networks: pure modules without losses or settings."""

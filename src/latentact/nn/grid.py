@@ -1,0 +1,88 @@
+"""Networks for grids of integer features, such as XLand-MiniGrid's 5x5x2 (tile and colour per cell)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from latentact.nn.patch import Residual
+
+
+class GridEmbedding(nn.Module):
+    """Integer cells to channels: one embedding table per feature, their outputs stacked.
+
+    Args:
+        features: integers per cell.
+        values: how many values an integer can take.
+        dim: channels per feature.
+    """
+
+    def __init__(self, features: int, values: int, dim: int) -> None:
+        super().__init__()
+        self.values = values
+        self.tables = nn.ModuleList(nn.Embedding(values, dim) for _ in range(features))
+
+    def forward(self, cells: UInt8[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        """Return channels; `cells` holds one or more frames, features innermost, values below `values`."""
+        parts = [self.tables[i % len(self.tables)](cell) for i, cell in enumerate(cells.long().unbind(1))]
+        return rearrange(torch.stack(parts, 1), "b i h w d -> b (i d) h w")
+
+
+class GridEncoder(nn.Module):
+    """Frames of integer cells to a feature vector.
+
+    Args:
+        frames: number of frames given together.
+        features: integers per cell.
+        size: height and width in cells.
+        values: how many values an integer can take.
+        channels: channels inside.
+        out_features: length of the feature vector.
+    """
+
+    def __init__(
+        self, frames: int, features: int, size: int, values: int, channels: int, out_features: int = 256
+    ) -> None:
+        super().__init__()
+        self.embed = GridEmbedding(features, values, 16)
+        self.convs = nn.Sequential(
+            nn.Conv2d(frames * features * 16, channels, 3, padding=1), Residual(channels), Residual(channels)
+        )
+        self.fc = nn.Linear(channels * size * size, out_features)
+
+    def forward(self, cells: UInt8[Tensor, "b i h w"]) -> Float[Tensor, "b f"]:
+        """Return non-negative features."""
+        return F.relu(self.fc(F.relu(self.convs(self.embed(cells))).flatten(1)))
+
+
+class GridDecoder(nn.Module):
+    """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
+
+    Args:
+        frames: number of frames given together.
+        features: integers per cell.
+        values: how many values an integer can take.
+        latent_dim: length of the latent vector.
+        channels: channels inside.
+    """
+
+    def __init__(self, frames: int, features: int, values: int, latent_dim: int, channels: int) -> None:
+        super().__init__()
+        self.features = features
+        self.embed = GridEmbedding(features, values, 16)
+        self.stem = nn.Conv2d(frames * features * 16, channels, 3, padding=1)
+        self.enter = nn.Linear(latent_dim, channels)
+        self.blocks = nn.ModuleList(Residual(channels) for _ in range(4))
+        self.head = nn.Conv2d(channels, features * values, 1)
+
+    def forward(
+        self, cells: UInt8[Tensor, "b i h w"], latent: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b v c h w"]:
+        """Return logits over values."""
+        x, bias = self.stem(self.embed(cells)), self.enter(latent)[:, :, None, None]
+        for block in self.blocks:
+            x = block(x + bias)
+        return rearrange(self.head(F.relu(x)), "b (c v) h w -> b v c h w", c=self.features)

@@ -1,0 +1,115 @@
+"""U-Net from frames and one latent vector to the next frame: LAPO's world model (arXiv 2312.10812).
+
+Module names are those of LAPO's checkpoints. Differs in cost, not in numbers: the published code repeats the
+latent over the whole picture and convolves it there; here its share of the first convolution is computed once
+per border case (inside, edges, corners), which is the same sum.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.res_block = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels // 2, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels // 2, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.res_block(x)
+
+
+class _Down(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.res = _Residual(out_channels)
+
+    def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
+        x = self.conv(x) if latent is None else _conv_with_constant(self.conv, x, latent)
+        return F.relu(F.max_pool2d(self.res(self.norm(x)), 2, 2))
+
+
+class _Up(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, factor: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, factor, factor)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.res = _Residual(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.res(self.norm(self.conv(x))))
+
+
+def _conv_with_constant(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
+    """Return ``conv(cat([x, latent repeated over the picture]))`` of a 3x3 convolution, zero padding 1."""
+    pixels, constant = conv.weight.split([x.shape[1], latent.shape[1]], dim=1)
+    taps = torch.einsum("bi,oiyx->boyx", latent.to(constant.dtype), constant)
+    # Row 0 misses the taps above it, the last row those below; the same for columns.
+    inside = taps.new_tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    cases = inside @ taps @ inside.T
+    height, width = x.shape[-2:]
+    first, middle, last = cases.split(1, dim=2)
+    cases = torch.cat([first, middle.expand(-1, -1, height - 2, -1), last], dim=2)
+    first, middle, last = cases.split(1, dim=3)
+    y = F.conv2d(x, pixels, conv.bias, padding=1)
+    full = torch.cat([first, middle.expand(-1, -1, -1, width - 2), last], dim=3)
+    return y + full.to(y.dtype)
+
+
+class UNet(nn.Module):
+    """Frames and a latent vector to the next frame.
+
+    Args:
+        in_channels: channels of all input frames together.
+        latent_dim: length of the latent vector.
+        out_channels: channels of the predicted frame.
+        base: channels of the widest-resolution level; deeper levels double it.
+        size: height and width in pixels, a multiple of 32.
+    """
+
+    def __init__(
+        self, in_channels: int, latent_dim: int, out_channels: int, base: int = 24, size: int = 64
+    ) -> None:
+        super().__init__()
+        b = base
+        down = (in_channels + latent_dim, b, 2 * b, 4 * b, 8 * b, 16 * b, 32 * b)
+        self.down = nn.ModuleList([_Down(i, o) for i, o in pairwise(down[:-1])])
+        self.down.append(nn.Conv2d(16 * b, 32 * b, size // 32))
+        up = (32 * b, 16 * b, 8 * b, 4 * b, 2 * b, b, b)
+        skips = (latent_dim, 16 * b, 8 * b, 4 * b, 2 * b, b)
+        factors = (size // 32, 2, 2, 2, 2, 2)
+        self.up = nn.ModuleList(
+            [_Up(i + s, o, f) for i, s, o, f in zip(up[:-1], skips, up[1:], factors, strict=True)]
+        )
+        self.final_conv = nn.Sequential(
+            nn.Conv2d(b + in_channels, b, 3, padding=1),
+            _Residual(b),
+            nn.ReLU(),
+            nn.Conv2d(b, out_channels, 1),
+        )
+
+    def forward(
+        self, frames: Float[Tensor, "b i h w"], latent: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b o h w"]:
+        """Return the next frame in -0.5..0.5; `frames` are in the same range, latest last."""
+        x = self.down[0](frames, latent)
+        skips = [x]
+        for layer in self.down[1:]:
+            x = layer(x)
+            skips.append(x)
+        skips[-1] = latent[:, :, None, None].to(x.dtype)
+        for layer, skip in zip(self.up, reversed(skips), strict=True):
+            x = layer(torch.cat([x, skip], dim=1))
+        return torch.tanh(self.final_conv(torch.cat([x, frames.to(x.dtype)], dim=1))) / 2

@@ -1,0 +1,18 @@
+"""Behaviour cloning of robot actions on labelled steps: the baseline that a latent policy must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from latentact.policies.policy import POLICIES, NetworkConfig
+
+
+@POLICIES.register("bc")
+@dataclass(frozen=True, kw_only=True)
+class BcConfig:
+    """Settings of behaviour cloning."""
+
+    kind: str = "bc"
+    """Registered name."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The network."""

@@ -1,0 +1,86 @@
+"""Grounding: a small network from latent actions (and the robot state, if wanted) to robot actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentact.types import ActionSpace
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Settings of the decoder from latent to robot actions."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """Widths of the hidden layers; none makes it linear."""
+    use_state: bool = False
+    """Whether it sees the robot state, for latent actions that mean other actions in other states."""
+
+
+class ActionDecoder(nn.Module):
+    """Latent action (normalised vector or class probabilities) to the robot actions of its environment steps.
+
+    Args:
+        config: settings.
+        latent_size: numbers of the latent action.
+        state_size: numbers of the robot state it sees.
+        space: robot action.
+        steps: environment steps per latent action.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, config: DecoderConfig, latent_size: int, state_size: int, space: ActionSpace, steps: int
+    ) -> None:
+        super().__init__()
+        self.config, self.space, self.steps = config, space, steps
+        widths = (latent_size + state_size, *config.hidden)
+        layers: list[nn.Module] = []
+        for i, o in pairwise(widths):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], space.size * steps))
+        numbers = 0 if space.discrete else space.size
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+
+    def normalise_by(self, actions: np.ndarray) -> None:
+        """Take mean and deviation of continuous actions ``[n, a]`` from the labelled steps."""
+        if not self.space.discrete:
+            self.mean.copy_(torch.from_numpy(actions.mean(0)))
+            self.std.copy_(torch.from_numpy(actions.std(0)).clamp(min=1e-4))
+
+    def forward(
+        self, latents: Float[Tensor, "b l f"], state: Float[Tensor, "b s"] | None
+    ) -> Float[Tensor, "b l2 a"]:
+        """Return logits or normalised actions of every environment step: l latent actions x steps."""
+        if state is not None:
+            latents = torch.cat([latents, state[:, None].expand(-1, latents.shape[1], -1)], dim=2)
+        return self.net(latents).unflatten(2, (self.steps, self.space.size)).flatten(1, 2).float()
+
+    def unnormalise(self, actions: Tensor) -> Tensor:
+        """Return continuous actions in the robot's units."""
+        return actions * self.std + self.mean
+
+    def action_loss(self, scores: Float[Tensor, "b l a"], actions: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy or squared error of normalised actions over the labelled steps.
+
+        Args:
+            scores: what `forward` returned.
+            actions: int64 ``[b, l]`` or float32 ``[b, l, a]``.
+            mask: bool ``[b, l]``.
+        """
+        if self.space.discrete:
+            target = actions.masked_fill(~mask, -1)
+            each = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none")
+            return each.sum() / mask.sum().clamp(min=1)
+        error = (scores - (actions.nan_to_num() - self.mean) / self.std).square().mean(2)
+        return (error * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,349 @@
+"""What a policy is (observations in, a chunk of targets out, robot actions in the end); how one is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentact.checkpoint import (
+    WEIGHTS,
+    load_tensors,
+    load_weights,
+    read_json,
+    resolve_folder,
+    save_tensors,
+    whole_folder,
+    write_json,
+)
+from latentact.config import from_dict, to_dict
+from latentact.data.samples import PolicyBatch, count_words
+from latentact.errors import UserError
+from latentact.nn.impala import Impala
+from latentact.nn.patch import PatchEncoder
+from latentact.policies.decoder import ActionDecoder, DecoderConfig
+from latentact.registry import Registry
+from latentact.types import ActionSpace, LatentActionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Settings of the network that every policy shares, so that comparisons compare what was learned from."""
+
+    backbone: str = "impala"
+    """impala (LAPO's policy) or patch (cheap patch network)."""
+    impala_scale: int = 4
+    """impala: multiplier of the channels (16, 32, 32)."""
+    patch: int = 8
+    """patch: side of a patch in pixels."""
+    channels: tuple[int, ...] = (64, 96)
+    """patch: channels; two residual blocks each."""
+    halve: bool = False
+    """patch: whether each further level halves the resolution."""
+    frames: int = 1
+    """Observed frames, latest last."""
+    use_state: bool = False
+    """Whether the network sees the robot state."""
+    chunk: int = 1
+    """Targets predicted at once."""
+    execute: int = 1
+    """Targets executed before the policy looks again."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no network can be built from."""
+        if self.backbone not in ("impala", "patch"):
+            raise UserError(f"network.backbone is {self.backbone!r}; wanted impala or patch.")
+        if not 1 <= self.execute <= self.chunk:
+            raise UserError(f"network.execute is {self.execute}; wanted 1..network.chunk = {self.chunk}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a policy predicts per step: `groups` choices among `size` classes, or `size` numbers."""
+
+    kind: str
+    """classes or numbers."""
+    size: int
+    """Classes per choice, or numbers."""
+    groups: int = 1
+    """Choices per step."""
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the network per step."""
+        return self.size * self.groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """What a policy was trained for; saved with it."""
+
+    resolution: int
+    """Height and width in pixels."""
+    channels: int = 3
+    """Channels of a frame."""
+    state_size: int = 0
+    """Numbers of the robot state, 0 where there is none."""
+    words: tuple[str, ...] = ()
+    """Vocabulary of the task text."""
+    target: Target
+    """What the network predicts."""
+    action_space: ActionSpace | None = None
+    """Robot action it ends in; None before grounding."""
+    stride: int = 1
+    """Environment steps per predicted target."""
+    fps: float = 0.0
+    """Environment steps per second."""
+    camera: str = ""
+    """Camera key of the training data."""
+
+
+@runtime_checkable
+class PolicyConfig(Protocol):
+    """Settings of a policy; a frozen dataclass with these two fields."""
+
+    @property
+    def kind(self) -> str:
+        """Registered name."""
+        ...
+
+    @property
+    def network(self) -> NetworkConfig:
+        """The network."""
+        ...
+
+
+POLICIES: Registry[type[PolicyConfig]] = Registry("policy", "latentact.policies")
+
+
+class Policy(nn.Module):
+    """A network from observations to a chunk of targets; behind latent ones, once grounded, a decoder.
+
+    Args:
+        config: which policy.
+        spec: what for.
+        latent: what its latent actions mean, where its targets are latent actions.
+        decoder: settings of the decoder from latent to robot actions; None while not grounded.
+    """
+
+    mean: Tensor
+    std: Tensor
+    state_mean: Tensor
+    state_std: Tensor
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        spec: PolicySpec,
+        latent: LatentActionSpec | None = None,
+        decoder: DecoderConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.spec, self.latent = config, spec, latent
+        n = config.network
+        channels = spec.channels * n.frames
+        if n.backbone == "impala":
+            self.encoder = Impala(channels, spec.resolution, tuple(n.impala_scale * c for c in (16, 32, 32)))
+        else:
+            self.encoder = PatchEncoder(channels, spec.resolution, n.patch, n.channels, halve=n.halve)
+        state = spec.state_size if n.use_state else 0
+        self.extra = nn.Linear(state + len(spec.words), 256) if state + len(spec.words) else None
+        self.head = nn.Linear(256, n.chunk * spec.target.outputs)
+        numbers = spec.target.size if spec.target.kind == "numbers" else 0
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+        self.register_buffer("state_mean", torch.zeros(spec.state_size))
+        self.register_buffer("state_std", torch.ones(spec.state_size))
+        self.decoder = self._build_decoder(decoder) if decoder else None
+
+    def _build_decoder(self, config: DecoderConfig) -> ActionDecoder:
+        assert self.spec.action_space is not None
+        state = self.spec.state_size if config.use_state else 0
+        return ActionDecoder(
+            config, self.spec.target.outputs, state, self.spec.action_space, self.spec.stride
+        )
+
+    def ground(self, config: DecoderConfig, actions: ActionSpace) -> Policy:
+        """Return this policy with a new decoder to robot actions behind it; the network is shared."""
+        from dataclasses import replace
+
+        grounded = Policy(self.config, replace(self.spec, action_space=actions), self.latent, config)
+        own = self.state_dict()
+        load = grounded.state_dict() | {k: v for k, v in own.items() if not k.startswith("decoder.")}
+        grounded.load_state_dict(load)
+        return grounded
+
+    def normalise_by(self, target: np.ndarray, state: np.ndarray | None) -> None:
+        """Take means and deviations from training data: targets ``[n, f]`` and states ``[n, s]``."""
+        if self.spec.target.kind == "numbers":
+            self.mean.copy_(torch.from_numpy(target.mean(0)))
+            std = torch.from_numpy(target.std(0))
+            # Latent numbers share a unit: one that hardly varies is not blown up to the size of the others.
+            self.std.copy_(std.clamp(min=max(1e-4, 1e-2 * std.max().item() if self.latent else 0.0)))
+        if state is not None:
+            self.state_mean.copy_(torch.from_numpy(state.mean(0)))
+            self.state_std.copy_(torch.from_numpy(state.std(0)).clamp(min=1e-4))
+
+    def forward(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b l f"]:
+        """Return network outputs: normalised numbers, or logits of all classes of all groups."""
+        return (
+            self.head(self.features(frames, state, words))
+            .unflatten(1, (self.config.network.chunk, -1))
+            .float()
+        )
+
+    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
+        """Return what the network makes of an observation, before its last layer."""
+        x = frames
+        if x.shape[-2:] != (self.spec.resolution,) * 2:
+            size = (self.spec.resolution,) * 2
+            x = F.interpolate(x.flatten(0, 1).float(), size, mode="bilinear", antialias=True).unflatten(
+                0, x.shape[:2]
+            )
+        x = torch.cat(x.unbind(1), dim=1).float().div(255).sub(0.5)
+        features = self.encoder(x)
+        if self.extra is not None:
+            parts = [self.normal_state(state)] if self.config.network.use_state else []
+            features = features + self.extra(torch.cat([*parts, words], dim=1))
+        return features
+
+    def normal_state(self, state: Tensor | None) -> Tensor:
+        """Return the state at zero mean and unit variance."""
+        if state is None or state.shape[1] != self.spec.state_size:
+            got = "none" if state is None else f"{state.shape[1]} numbers"
+            raise UserError(
+                f"the policy wants a robot state of {self.spec.state_size} numbers and got {got}."
+            )
+        return (state - self.state_mean) / self.state_std
+
+    def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy for classes, squared error of normalised numbers; masked targets count nothing."""
+        out = self(batch.frames, batch.state, batch.words)
+        if self.spec.target.kind == "classes":
+            logits = out.unflatten(2, (self.spec.target.groups, self.spec.target.size))
+            target = batch.target.masked_fill(~batch.mask[..., None], 0)
+            each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(
+                target.shape
+            )
+        else:
+            target = (batch.target.nan_to_num() - self.mean) / self.std
+            each = (out - target).square()
+        loss = (each.mean(2) * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+        return loss, {}
+
+    def decoder_input(self, out: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
+        """Return what the decoder takes: normalised vectors, or the probability of every class."""
+        if self.spec.target.kind == "numbers":
+            return out
+        logits = out.unflatten(-1, (self.spec.target.groups, self.spec.target.size))
+        return logits.softmax(-1).flatten(-2)
+
+    def action_scores(self, batch: PolicyBatch) -> Float[Tensor, "b l a"]:
+        """Return logits of discrete actions or normalised continuous ones, a row per environment step."""
+        out = self(batch.frames, batch.state, batch.words)
+        if self.decoder is None:
+            return out
+        state = self.normal_state(batch.state) if self.decoder.config.use_state else None
+        return self.decoder(self.decoder_input(out), state)
+
+    @torch.no_grad()
+    def actions(self, batch: PolicyBatch) -> np.ndarray:
+        """Return robot actions, int64 ``[b, l]`` or float32 ``[b, l, a]``."""
+        space = self.spec.action_space
+        if space is None:
+            raise UserError("this policy predicts latent actions; ground it first: latentact ground --help.")
+        scores = self.action_scores(batch)
+        if space.discrete:
+            return scores.argmax(-1).numpy(force=True)
+        if self.decoder is not None:
+            return self.decoder.unnormalise(scores).float().numpy(force=True)
+        return (scores * self.std + self.mean).float().numpy(force=True)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `model.safetensors` and where it has one `spec.json`, whole or not at all."""
+        with whole_folder(Path(folder)) as partial:
+            self.write(partial)
+
+    def write(self, folder: Path) -> None:
+        """Write the checkpoint's files into an existing folder."""
+        save_tensors(folder / WEIGHTS, self.state_dict())
+        if self.latent:
+            self.latent.save(folder / "spec.json")
+        decoder = to_dict(self.decoder.config) if self.decoder else None
+        values = {"policy": to_dict(self.config), "spec": to_dict(self.spec), "decoder": decoder}
+        write_json(folder / "config.json", values)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Upload the checkpoint to the Hugging Face hub and return its address."""
+        from latentact.checkpoint import push_folder
+
+        return push_folder(self.write, repo_id, private)
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, device: str = "cpu") -> Policy:
+        """Load a policy from a folder or a hub id, in evaluation mode.
+
+        Raises:
+            UserError: it is missing, truncated or not a policy; nothing in it is executed.
+        """
+        folder = resolve_folder(where)
+        values = read_json(folder / "config.json")
+        known = isinstance(values, dict) and {"policy", "spec", "decoder"} <= values.keys()
+        if not known or not isinstance(values["policy"], dict):
+            raise UserError(f"{folder} is not a policy; give the folder of a train-policy or ground run.")
+        config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
+        decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
+        latent = LatentActionSpec.load(folder / "spec.json") if (folder / "spec.json").exists() else None
+        policy = cls(config, from_dict(PolicySpec, values["spec"], "spec"), latent, decoder)
+        load_weights(policy, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+        return policy.eval().to(device)
+
+
+class PolicyActor:
+    """Runs a policy in environments: keeps the observed frames and the chunk being executed of each of them.
+
+    Args:
+        policy: a grounded policy.
+        device: where to run it.
+        autocast: whether to run it in bf16.
+    """
+
+    def __init__(self, policy: Policy, device: str = "cpu", autocast: bool = False) -> None:
+        self.policy = policy.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.autocast = device, autocast
+        self.reset(0)
+
+    def reset(self, num_envs: int) -> None:
+        """Forget everything; the next call to `act` sees first observations."""
+        self.history: list[np.ndarray] = []
+        self.plan: Any = None
+        self.used = 0
+
+    def act(self, pixels: np.ndarray, state: np.ndarray | None, tasks: list[str]) -> np.ndarray:
+        """Return one robot action per environment; see `latentact.evaluation.rollout.Actor`."""
+        spec, network = self.policy.spec, self.policy.config.network
+        keep = (network.frames - 1) * spec.stride + 1
+        self.history = [*(self.history or [pixels] * keep), pixels][-keep:]
+        if self.plan is None or self.used == network.execute * spec.stride:
+            frames = torch.from_numpy(np.stack(self.history[:: spec.stride], 1)).permute(0, 1, 4, 2, 3)
+            words = np.asarray([count_words(t, spec.words) for t in tasks], np.float32).reshape(
+                len(tasks), -1
+            )
+            none = torch.zeros(len(tasks), 0)
+            batch = PolicyBatch(
+                frames=frames,
+                state=None if state is None else torch.from_numpy(state),
+                words=torch.from_numpy(words) if spec.words else none,
+                target=none[..., None],
+                mask=none.bool(),
+            ).to(self.device)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+                self.plan, self.used = self.policy.actions(batch), 0
+        self.used += 1
+        return self.plan[:, self.used - 1]

@@ -1,0 +1,35 @@
+"""Finite scalar quantisation (arXiv 2309.15505), by vector-quantize-pytorch: no codebook to collapse."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+
+
+@QUANTIZERS.register("fsq")
+class Fsq(Quantizer):
+    """`positions` tokens of ``len(levels)`` rounded numbers each."""
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.fsq = FSQ(list(config.levels))
+        # Features of a new network are so small that all would round to one code; whitened ones spread.
+        self.norm = nn.BatchNorm1d(config.positions * len(config.levels), affine=False)
+        self.tokens, self.token_dim = config.positions, len(config.levels)
+        self.in_features = self.tokens * self.token_dim
+        self.codebook_size = int(torch.tensor(config.levels).prod())
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Round each number to its levels, with a straight-through gradient."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.norm(x.float())
+            tokens = rearrange(x, "b (k d) -> b k d", k=self.tokens)
+            vectors, codes = self.fsq(tokens)
+        return Quantized(
+            vectors=vectors.flatten(1), continuous=x, codes=codes.long(), loss=vectors.new_zeros(())
+        )

@@ -1,0 +1,30 @@
+"""No quantiser: real numbers, whitened per dimension so that they cannot collapse to a constant.
+
+LAOM (arXiv 2502.00379) and CLAM (arXiv 2505.04999) report that quantisation hurts continuous control; the
+batch normalisation without affine parameters is ours and keeps each number at zero mean and unit variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+
+
+@QUANTIZERS.register("none")
+class Whitened(Quantizer):
+    """Batch-normalised features without codes."""
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.in_features = self.token_dim = config.dim
+        self.tokens, self.codebook_size = 1, None
+        self.norm = nn.BatchNorm1d(config.dim, affine=False)
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Whiten; in evaluation with the training data's statistics."""
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.norm(x.float())
+        return Quantized(vectors=z, continuous=z, codes=None, loss=z.new_zeros(()))

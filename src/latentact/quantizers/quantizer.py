@@ -1,0 +1,80 @@
+"""What a bottleneck is: features in, latent actions out, with codes where it has a codebook."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from latentact.errors import UserError
+from latentact.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig:
+    """Settings of a bottleneck. Defaults are LAPO's: 2 codebooks x 4 positions x 16 numbers = 128."""
+
+    kind: str = "vq_ema"
+    """Registered name: vq_ema, none (whitened, no codes), kl or fsq."""
+    dim: int = 128
+    """Numbers per latent action (fsq: positions x len(levels) instead)."""
+    codebooks: int = 2
+    """vq_ema: separate codebooks."""
+    positions: int = 4
+    """vq_ema, fsq: vectors that share a codebook."""
+    codebook_size: int = 64
+    """vq_ema: entries of each codebook."""
+    commitment: float = 0.05
+    """vq_ema: weight of the commitment loss."""
+    decay: float = 0.999
+    """vq_ema: decay of the moving averages, per training step."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """fsq: values per dimension."""
+    weight: float = 1e-3
+    """kl: weight of the divergence from a unit Gaussian."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit."""
+        groups = self.codebooks * self.positions
+        if self.kind == "vq_ema" and self.dim % groups:
+            raise UserError(
+                f"bottleneck.dim is {self.dim}; vq_ema wants a multiple of codebooks x positions = {groups}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What a bottleneck returns for a batch."""
+
+    vectors: Float[Tensor, "b f"]
+    """After the bottleneck, in the layout of the features."""
+    continuous: Float[Tensor, "b f"]
+    """Before quantisation (kl: the mean), same layout."""
+    codes: Int64[Tensor, "b k"] | None
+    """Codebook indices, or None."""
+    loss: Tensor
+    """Scalar to add to the model's loss; 0 where there is none."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars on the features' device."""
+
+
+class Quantizer(nn.Module, ABC):
+    """A bottleneck; `forward` runs in float32 and in training mode may update its own statistics."""
+
+    in_features: int
+    """Numbers it takes."""
+    tokens: int
+    """k of its latent actions."""
+    token_dim: int
+    """d of its latent actions; k x d numbers come out."""
+    codebook_size: int | None
+    """Values of a code, or None."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Return latent actions for features."""
+
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry("bottleneck", "latentact.quantizers")

@@ -1,0 +1,77 @@
+"""Vector quantiser with moving-average codebooks: LAPO's `VQEmbeddingEMA` (arXiv 2312.10812, models.py).
+
+Kept from the published code: a feature vector of ``codebooks x dim x positions`` numbers is laid out so that
+each quantised vector takes *strided* elements (stride = positions); counts are Laplace-smoothed in place; the
+codebook is updated after it was used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+
+EPSILON = 1e-5
+
+
+@QUANTIZERS.register("vq_ema")
+class VqEma(Quantizer):
+    """VQ with EMA codebooks; buffers `embedding`, `ema_weight` [n, m, d] and `ema_count` [n, m]."""
+
+    embedding: Tensor
+    ema_count: Tensor
+    ema_weight: Tensor
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.positions = config.positions
+        self.in_features = config.dim
+        self.tokens = config.codebooks * config.positions
+        self.token_dim = config.dim // self.tokens
+        self.codebook_size = config.codebook_size
+        limit = 5 / config.codebook_size
+        embedding = torch.empty(config.codebooks, config.codebook_size, self.token_dim).uniform_(
+            -limit, limit
+        )
+        self.register_buffer("embedding", embedding)
+        self.register_buffer("ema_count", torch.zeros(embedding.shape[:2]))
+        self.register_buffer("ema_weight", embedding.clone())
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Quantise; in training mode move the codebooks towards what they were used for."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._quantise(x.float())
+
+    def _quantise(self, x: Tensor) -> Quantized:
+        split = "b (n d h) -> n (b h) d"
+        vectors = rearrange(x, split, n=len(self.embedding), h=self.positions)
+        flat = vectors.detach()
+        squares = self.embedding.square().sum(2).unsqueeze(1) + flat.square().sum(2, keepdim=True)
+        indices = torch.baddbmm(squares, flat, self.embedding.transpose(1, 2), alpha=-2.0).argmin(-1)
+        quantised = self.embedding.gather(1, repeat(indices, "n i -> n i d", d=self.token_dim))
+        used = F.one_hot(indices, self.config.codebook_size).to(x.dtype)
+        if self.training:
+            self._update(flat, used)
+        quantised = rearrange(quantised, "n (b h) d -> b (n d h)", h=self.positions)
+        share = used.mean(1)
+        return Quantized(
+            vectors=quantised + (x - x.detach()),
+            continuous=x,
+            codes=rearrange(indices, "n (b h) -> b (n h)", h=self.positions),
+            loss=self.config.commitment * F.mse_loss(x, quantised),
+            metrics={"perplexity": torch.exp(-(share * torch.log(share + 1e-10)).sum(-1)).mean()},
+        )
+
+    @torch.no_grad()
+    def _update(self, flat: Tensor, used: Tensor) -> None:
+        decay, size = self.config.decay, self.config.codebook_size
+        self.ema_count.mul_(decay).add_(used.sum(1), alpha=1 - decay)
+        total = self.ema_count.sum(-1, keepdim=True)
+        self.ema_count.add_(EPSILON).div_(total + size * EPSILON).mul_(total)
+        self.ema_weight.mul_(decay).add_(used.transpose(1, 2) @ flat, alpha=1 - decay)
+        self.embedding.copy_(self.ema_weight / self.ema_count.unsqueeze(-1))

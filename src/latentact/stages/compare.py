@@ -1,0 +1,235 @@
+"""Judge latent policies beside the plain baselines: `latentact compare data.path=DIR env=NAME ks=[5]`.
+
+For every seed and k the same k labelled episodes, network, policy steps and evaluation seeds go to every row:
+the latent policy, the latent policy whose LAM had an action head on the k episodes, BC on k, an inverse
+dynamics model on k whose pseudo-labels train BC (IDM-k), and BC on all labels (oracle). Every row is a chain
+of stages through artifacts on disk, so a killed comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from latentact.config import choice
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.clips import choose_labelled, split_episodes
+from latentact.envs.spec import env_spec
+from latentact.errors import UserError
+from latentact.evaluation.comparison import Row, write_comparison
+from latentact.lams.idm import IdmConfig
+from latentact.lams.model import LAMS
+from latentact.policies.bc import BcConfig
+from latentact.policies.decoder import DecoderConfig
+from latentact.policies.policy import POLICIES
+from latentact.stages import ground, label, rollout, train_lam, train_policy
+from latentact.training.fit import TrainingConfig
+from latentact.training.run_folder import begin_run, finished
+
+log = logging.getLogger(__name__)
+
+METHODS = ("latent", "latent_joint", "bc_k", "idm_k", "oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare latent policies with BC-k, IDM-k and oracle BC on equal terms; the verdict names the winner."""
+
+    out: str = "runs/compare"
+    """Run folder; the same command goes on where a killed run stopped."""
+    data: DataConfig
+    """Demonstrations with robot actions."""
+    env: str
+    """Environment in which success is measured."""
+    view: str = "agent"
+    """View of the environment, as the data was collected: agent or full."""
+    methods: tuple[str, ...] = METHODS
+    """Rows to make."""
+    ks: tuple[int, ...] = (5,)
+    """Numbers of labelled episodes."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of weights, batches, and of which episodes are labelled and held out."""
+    episodes: int = 200
+    """Evaluation episodes per row."""
+    eval_seed: int = 100_000
+    """Reset seed of the first evaluation episode."""
+    record: int = 2
+    """Evaluation episodes per row whose video is kept."""
+    frame_gap_s: float = 0.0
+    """Seconds between the two moments of a transition; 0: neighbouring frames."""
+    held_out: float = 0.1
+    """Share of the episodes that no training sees."""
+    lam: Any = choice(LAMS, "lapo")
+    """The latent action model."""
+    lam_training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    joint_action_weight: float = 1.0
+    """Weight of the action head in the row latent_joint."""
+    idm: IdmConfig = field(default_factory=IdmConfig)
+    """The inverse dynamics model of the row idm_k."""
+    idm_training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=500, eval_every=0))
+    """How it is trained."""
+    policy: Any = choice(POLICIES, "latent")
+    """The latent policy; its network serves every row."""
+    policy_training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=60_000, lr=2e-4))
+    """How every policy is trained."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """From latent to robot actions."""
+    decoder_training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
+    )
+    """How it is trained."""
+    finetune_steps: int = 200
+    """Steps in which grounded policies are then trained on end to end on the k episodes; 0: none."""
+    finetune_lr: float = 1e-4
+    """Peak learning rate of those steps."""
+    self_training: bool = False
+    """Whether those steps learn from all training episodes, as in ground."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown rows, and rows without labels."""
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"methods has {method!r}; wanted some of {', '.join(METHODS)}.")
+        if any(k < 1 for k in self.ks) or not self.seeds or self.episodes < 1:
+            raise UserError(
+                f"ks is {[*self.ks]}, seeds {[*self.seeds]}, episodes {self.episodes}; "
+                f"wanted every k and episodes at least 1, and at least one seed."
+            )
+
+
+def run(config: CompareConfig, out: Path) -> dict[str, Any]:
+    """Make every row, write the comparison and return it."""
+    env, store = env_spec(config.env, view=config.view), open_store(config.data)
+    if store.action_space != env.action_space:
+        raise UserError(
+            f"{config.data.path} has {store.action_space or 'no actions'} and {config.env} takes "
+            f"{env.action_space}; give demonstrations of that environment."
+        )
+    for seed in config.seeds:
+        train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
+        choose_labelled(train, max(config.ks, default=0), seed)
+    if not finished(out, config, "comparison.json"):
+        begin_run(out, config)
+    rows = []
+    for seed in config.seeds:
+        for method, k in _rows(config):
+            log.info("--- %s, k = %s, seed %d", method, "all" if k is None else k, seed)
+            rows.append(_Row(config, out, method, k, seed).make())
+    comparison = write_comparison(out, config.env, rows)
+    log.info(comparison["verdict"])
+    return comparison
+
+
+def _rows(config: CompareConfig) -> Iterator[tuple[str, int | None]]:
+    for method in config.methods:
+        if method == "oracle":
+            yield method, None
+        else:
+            yield from ((method, k) for k in config.ks)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row: where its artifacts lie and the stages that make them."""
+
+    config: CompareConfig
+    out: Path
+    method: str
+    k: int | None
+    seed: int
+
+    def make(self) -> Row:
+        """Run the row's stages, those that are not finished, and return its numbers."""
+        c = self.config
+        if self.method in ("latent", "latent_joint"):
+            folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
+        elif self.method == "idm_k":
+            folder = self._policy(BcConfig(network=c.policy.network), labels=self._labels(self._idm()))
+        else:
+            folder = self._policy(BcConfig(network=c.policy.network), k=self.k)
+        more: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
+        if (folder / "finetuned").is_dir():
+            plain = self._rollout(folder, "rollout_decoder_only")
+            more["decoder_only"] = {key: plain[key] for key in ("success", "return", "ci95", "return_ci95")}
+            folder = folder / "finetuned"
+        result = self._rollout(folder, "rollout")
+        more["run"] = str(self._folder("rollout").relative_to(self.out))
+        return Row.from_json(result | more)
+
+    def _folder(self, name: str) -> Path:
+        """Artifacts of label-free methods are shared by all k, up to grounding."""
+        free = self.method == "latent" and name in ("lam", "labels", "policy")
+        k = "" if free or self.k is None else f"_k{self.k}"
+        return self.out / f"seed{self.seed}" / f"{self.method}{k}" / name
+
+    def _latent_lam(self) -> Path:
+        lam, k = self.config.lam, 0
+        if self.method == "latent_joint":
+            lam, k = replace(lam, action_weight=self.config.joint_action_weight), self.k or 0
+        return self._train_lam(lam, self.config.lam_training, k)
+
+    def _idm(self) -> Path:
+        return self._train_lam(self.config.idm, self.config.idm_training, self.k or 0)
+
+    def _train_lam(self, lam: Any, training: TrainingConfig, k: int) -> Path:
+        c = self.config
+        settings = train_lam.TrainLamConfig(
+            data=c.data,
+            lam=lam,
+            training=replace(training, seed=self.seed),
+            frame_gap_s=c.frame_gap_s if self.method != "idm_k" else 0.0,
+            held_out=c.held_out,
+            split_seed=self.seed,
+            labelled_episodes=k,
+        )
+        return train_lam.run(settings, self._folder("lam"))
+
+    def _labels(self, lam: Path) -> Path:
+        return label.run(
+            label.LabelConfig(lam=str(lam), data=self.config.data, out=str(self._folder("labels")))
+        )
+
+    def _policy(self, policy: Any, labels: Path | None = None, k: int | None = None) -> Path:
+        c = self.config
+        settings = train_policy.TrainPolicyConfig(
+            labels=str(labels or ""),
+            data=c.data,
+            policy=policy,
+            training=replace(c.policy_training, seed=self.seed),
+            held_out=c.held_out,
+            split_seed=self.seed,
+            labelled_episodes=k,
+        )
+        return train_policy.run(settings, self._folder("policy"))
+
+    def _ground(self, labels: Path) -> ground.GroundConfig:
+        c = self.config
+        return ground.GroundConfig(
+            policy=str(self._policy(c.policy, labels=labels)),
+            labels=str(labels),
+            labelled_episodes=self.k or 0,
+            decoder=c.decoder,
+            training=replace(c.decoder_training, seed=self.seed),
+            finetune_steps=c.finetune_steps,
+            finetune_lr=c.finetune_lr,
+            self_training=c.self_training,
+            held_out=c.held_out,
+            split_seed=self.seed,
+        )
+
+    def _rollout(self, policy: Path, name: str) -> dict[str, Any]:
+        c = self.config
+        settings = rollout.RolloutConfig(
+            policy=str(policy),
+            env=c.env,
+            out=str(self._folder(name)),
+            episodes=c.episodes,
+            seed=c.eval_seed,
+            view=c.view,
+            record=c.record,
+        )
+        return rollout.run(settings)

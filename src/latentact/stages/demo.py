@@ -1,0 +1,57 @@
+"""The whole pipeline in one command: `latentact demo`, which `make demo` runs.
+
+Collects demonstrations, throws their actions away but for k episodes, and compares the policy that learned
+from the videos with the plain baselines. Stages meet through artifacts on disk, so a killed demo goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentact.checkpoint import read_json, write_json
+from latentact.config import load_experiment
+from latentact.stages import collect, compare, report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Collect, learn a LAM, label, learn policies, ground, roll out, compare, report."""
+
+    out: str = "runs/demo"
+    """Run folder; the same command goes on where a killed demo stopped."""
+    experiment: str = "babyai"
+    """Experiment of `compare` that names environment, models and training."""
+    episodes: int = 1500
+    """Demonstrations to collect."""
+    k: int = 5
+    """Labelled episodes."""
+    seed: int = 0
+    """Seed of everything."""
+    overrides: tuple[str, ...] = ()
+    """Further settings of `compare`, as on its command line."""
+
+
+def run(config: DemoConfig) -> report.ReportResult:
+    """Run every stage that is not finished and return the report."""
+    out, begun = Path(config.out), time.monotonic()
+    spent = read_json(out / "demo.json")["wall_s"] if (out / "demo.json").exists() else 0.0
+    data = out / "data"
+    fixed = [f"data.path={data}", f"ks=[{config.k}]", f"seeds=[{config.seed}]", f"out={out / 'compare'}"]
+    comparison = load_experiment(
+        "compare", compare.CompareConfig, [f"experiment={config.experiment}", *fixed, *config.overrides]
+    )
+    demonstrations = collect.CollectConfig(
+        env=comparison.env, out=str(data), episodes=config.episodes, seed=config.seed, view=comparison.view
+    )
+    finished = (out / "compare" / "comparison.json").exists()
+    for stage in (lambda: collect.run(demonstrations), lambda: compare.run(comparison, out / "compare")):
+        stage()
+        if not finished:
+            write_json(out / "demo.json", {"wall_s": spent + time.monotonic() - begun})
+    return report.run(out)

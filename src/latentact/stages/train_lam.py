@@ -1,0 +1,130 @@
+"""Learn a latent action model from video: `latentact train-lam data.path=DIR`."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from latentact.checkpoint import whole_file, write_json
+from latentact.config import choice
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.clips import Clips, choose_labelled, frame_gap, split_episodes
+from latentact.errors import UserError
+from latentact.evaluation.lam import LamEvaluation, evaluate_lam
+from latentact.lams.idm import Idm
+from latentact.lams.model import LAMS
+from latentact.training.fit import TrainingConfig, fit
+from latentact.training.run_folder import begin_run, finished
+from latentact.types import Clip
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLamConfig:
+    """Learn a latent action model (LAM) from video; actions are seen of the labelled episodes only."""
+
+    out: str = "runs/train_lam"
+    """Run folder; the same command goes on where a killed run stopped."""
+    data: DataConfig
+    """The video."""
+    lam: Any = choice(LAMS, "lapo")
+    """Which model."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    frame_gap_s: float = 0.0
+    """Seconds between the two moments of a transition; 0: neighbouring frames."""
+    held_out: float = 0.1
+    """Share of the episodes that training never sees and probes are judged on."""
+    split_seed: int = 0
+    """Seed of the choice of held-out and labelled episodes."""
+    labelled_episodes: int = 0
+    """k: training episodes whose actions the model may learn from."""
+    labelled_share: float = 0.25
+    """Share of every batch that is drawn from the labelled episodes, where there are any."""
+    probe_transitions: int = 1024
+    """Held-out transitions that evaluations during training look at."""
+
+
+def run(config: TrainLamConfig, out: Path) -> Path:
+    """Train, judge and save a LAM; returns its folder."""
+    if finished(out, config, "lam.json"):
+        return out
+    store = open_store(config.data)
+    gap = frame_gap(store, config.frame_gap_s)
+    train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    labelled = choose_labelled(train, config.labelled_episodes, config.split_seed)
+
+    torch.manual_seed(config.training.seed)
+    model = config.lam.build(store.action_space)
+    model.spec = replace(
+        model.spec, frame_gap=gap, frame_gap_s=gap / store.fps, fps=store.fps, camera=store.camera
+    )
+    if model.actions and not len(labelled):
+        raise UserError(
+            f"lam={model.spec.model} as configured learns from robot actions and labelled_episodes is 0; "
+            f"give labelled_episodes=K."
+        )
+    if isinstance(model, Idm):
+        train = labelled
+    clips = Clips(store, episodes=train, frame_gap=gap, context=model.context, labelled=labelled)
+    if model.actions is not None:
+        seen = store.actions(labelled)[clips.rows[np.isin(store.episode[clips.rows], labelled)]]
+        model.normalise_by(torch.from_numpy(seen))
+    Clips(store, episodes=held_out, frame_gap=gap)  # refuses ones too short to judge on before training does
+    log.info(
+        "%d transitions of %d episodes, %d of them labelled; %d held out; %d parameters",
+        *(len(clips), len(train), len(labelled), len(held_out), sum(p.numel() for p in model.parameters())),
+    )
+
+    def judge(transitions: int) -> Any:
+        device = str(next(model.parameters()).device)
+        return evaluate_lam(
+            model, store, episodes=held_out, frame_gap=gap, max_transitions=transitions, device=device
+        )
+
+    data = _Mixed(clips, labelled, config.labelled_share) if len(labelled) < len(train) else clips
+    begin_run(out, config)
+    fit(model, data, config.training, out, lambda: _scalars(judge(config.probe_transitions)))
+    evaluation = judge(4096)
+    for warning in evaluation.numbers["warnings"]:
+        log.warning(warning)
+    model.cpu().write(out)
+    with whole_file(out / "lam.npz") as partial:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **evaluation.arrays)
+        partial.write_bytes(buffer.getvalue())
+    write_json(out / "lam.json", {"model": model.spec.model, "spec": vars(model.spec), **evaluation.numbers})
+    return out
+
+
+def _scalars(evaluation: LamEvaluation) -> dict[str, float]:
+    """What of a judgement goes into metrics.csv."""
+    numbers = evaluation.numbers
+    flat = {f"val/{k}": v for k, v in numbers.items() if k.endswith("_mse")}
+    flat |= {f"probe/{name}": probe["score"] for name, probe in numbers["probes"].items()}
+    return flat | ({"codebook/perplexity": numbers["codebook"]["perplexity"]} if numbers["codebook"] else {})
+
+
+class _Mixed(Dataset):
+    """Clips of all episodes, a fixed share of every batch from the labelled ones."""
+
+    def __init__(self, clips: Clips, labelled: np.ndarray, share: float) -> None:
+        self.clips = clips
+        self.positions = np.flatnonzero(np.isin(clips.store.episode[clips.rows], labelled))
+        self.share = share if len(self.positions) else 0.0
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitems__(self, positions: list[int]) -> Clip:
+        count = round(self.share * len(positions))
+        chosen = [int(self.positions[p % len(self.positions)]) for p in positions[:count]]
+        return self.clips.__getitems__([*chosen, *positions[count:]])

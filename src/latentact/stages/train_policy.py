@@ -1,0 +1,137 @@
+"""Learn a policy from latent labels or from robot actions: `latentact train-policy labels=DIR`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentact.checkpoint import write_json
+from latentact.config import choice
+from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.clips import choose_labelled, split_episodes
+from latentact.data.samples import PolicySamples, vocabulary
+from latentact.data.tokens import Labels, read_labels
+from latentact.errors import UserError
+from latentact.policies.latent import LatentConfig
+from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
+from latentact.training.fit import TrainingConfig, fit
+from latentact.training.run_folder import begin_run, finished
+from latentact.types import ActionSpace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPolicyConfig:
+    """Learn a policy: `policy=latent` from latent labels, `policy=bc` from robot (or an IDM's) actions."""
+
+    out: str = "runs/train_policy"
+    """Run folder; the same command goes on where a killed run stopped."""
+    labels: str = ""
+    """Folder that `latentact label` wrote; its data is used."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    """Data with robot actions, for policy=bc without labels."""
+    policy: Any = choice(POLICIES, "latent")
+    """Which policy."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=60_000, lr=2e-4))
+    """How it is trained."""
+    held_out: float = 0.1
+    """Share of the episodes that training never sees."""
+    split_seed: int = 0
+    """Seed of the choice of held-out and labelled episodes."""
+    labelled_episodes: int | None = None
+    """k: training episodes that policy=bc learns from; empty: all."""
+
+
+def run(config: TrainPolicyConfig, out: Path) -> Path:
+    """Train and save a policy; returns its folder."""
+    if not config.labels and not config.data.path:
+        raise UserError("nothing to learn from; give labels=DIR, or data.path=DIR with policy=bc.")
+    if finished(out, config, "policy.json"):
+        return out
+    labels, store = read_labels(config.labels) if config.labels else (None, open_store(config.data))
+    train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    if isinstance(config.policy, LatentConfig):
+        if labels is None:
+            raise UserError("policy=latent learns from latent labels; give labels=DIR.")
+        target, values, exists = _latent_targets(config.policy, labels)
+        space, stride = None, labels.spec.frame_gap
+    else:
+        episodes = train
+        if labels is None:
+            episodes = choose_labelled(train, config.labelled_episodes, config.split_seed)
+        target, values, exists, space = _action_targets(labels, store, episodes, held_out)
+        train, stride = episodes, 1
+
+    torch.manual_seed(config.training.seed)
+    words = vocabulary(store.tasks)
+    spec = PolicySpec(
+        resolution=store.frames.shape[1],
+        channels=store.frames.shape[3],
+        state_size=0 if store.state is None else store.state.shape[1],
+        words=words,
+        target=target,
+        action_space=space,
+        stride=stride,
+        fps=store.fps,
+        camera=store.camera,
+    )
+    policy = Policy(config.policy, spec, labels.spec if labels and space is None else None)
+    rows = exists & np.isin(store.episode, train)
+    policy.normalise_by(values[rows], None if store.state is None else store.state[rows])
+    network = config.policy.network
+    shape = {"frames": network.frames, "chunk": network.chunk, "stride": stride, "words": words}
+    samples = PolicySamples(store, target=values, exists=rows, **shape)
+    log.info("%d steps of %d episodes to learn from", len(samples), len(train))
+
+    def judge() -> dict[str, float]:
+        unseen = exists & np.isin(store.episode, held_out)
+        if not unseen.any():
+            return {}
+        others = PolicySamples(store, target=values, exists=unseen, **shape)
+        batch = others.batch(others.rows[:: max(1, len(others.rows) // 512)])
+        device = next(policy.parameters()).device
+        return {"val/loss": policy.loss(batch.to(device))[0].item()}
+
+    begin_run(out, config)
+    fit(policy, samples, config.training, out, judge)
+    policy.cpu().write(out)
+    write_json(out / "policy.json", {"samples": len(samples), "episodes": len(train), **judge()})
+    return out
+
+
+def _latent_targets(config: LatentConfig, labels: Labels) -> tuple[Target, np.ndarray, np.ndarray]:
+    target = config.latent_target(labels.spec)
+    values = getattr(labels, config.target)
+    return target, values.reshape(len(values), -1), labels.valid
+
+
+def _action_targets(
+    labels: Labels | None, store: FrameStore, episodes: np.ndarray, held_out: np.ndarray
+) -> tuple[Target, np.ndarray, np.ndarray, ActionSpace]:
+    """Robot actions of the given and the held-out episodes (for validation), or an IDM's pseudo-actions."""
+    space = store.action_space
+    if space is None:
+        raise UserError(f"{store.path} has no robot actions; give labels=DIR with policy=latent.")
+    if labels is None:
+        shown = np.concatenate([episodes, held_out])
+        values = store.actions(shown)
+        values = values.reshape(len(values), -1)
+        exists = np.isin(store.episode, shown)
+        exists[store.starts + store.lengths - 1] = False
+    elif labels.spec.model != "idm" or labels.spec.frame_gap != 1:
+        raise UserError(
+            f"policy=bc learns from robot actions and these labels are latent actions of "
+            f"{labels.spec.model}; use policy=latent, or label with a LAM of lam=idm."
+        )
+    else:
+        values = labels.vectors[:, 0] if labels.codes is None else labels.codes
+        exists = labels.valid
+    if space.discrete:
+        return Target(kind="classes", size=space.size), values, exists, space
+    return Target(kind="numbers", size=space.size), values, exists, space

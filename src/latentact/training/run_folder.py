@@ -1,0 +1,58 @@
+"""A run folder: its `config.yaml` says what was asked for, its result file that it is finished."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latentact.checkpoint import whole_file
+from latentact.config import to_dict
+from latentact.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def finished(out: Path, config: Any, result: str) -> bool:
+    """Whether a run folder already holds the `result` of this very config; writes nothing.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+    path = out / "config.yaml"
+    if path.exists():
+        found = yaml.safe_load(path.read_text())
+        if different := _first_difference(found, _asked(config)):
+            key, old, new = different
+            raise UserError(
+                f"{out} holds a run with {key} = {old!r}, not {new!r}; "
+                f"give another out=, or delete the folder."
+            )
+    elif out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with out=.")
+    if not (out / result).exists():
+        return False
+    log.info("%s is already finished", out)
+    return True
+
+
+def begin_run(out: Path, config: Any) -> None:
+    """Write `config.yaml`, once everything that the config names has turned out to be usable."""
+    with whole_file(out / "config.yaml") as partial:
+        partial.write_text(yaml.safe_dump(_asked(config), sort_keys=False))
+
+
+def _asked(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in to_dict(config).items() if k != "out"}
+
+
+def _first_difference(found: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for name in {**asked, **found}:
+            path = f"{key}.{name}" if key else name
+            if different := _first_difference(found.get(name), asked.get(name), path):
+                return different
+        return None
+    return None if found == asked else (key, found, asked)

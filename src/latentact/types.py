@@ -1,0 +1,134 @@
+"""The data that parts of latentact hand to each other.
+
+Shape letters: b batch, t time, k latent tokens per step, d numbers per token, c h w image, a action, s state,
+n frames.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from latentact.errors import UserError
+
+if TYPE_CHECKING:  # at run time this would import torch into `import latentact` and every collecting process
+    from jaxtyping import Bool, Float32, Int64, Shaped, UInt8
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpace:
+    """What a robot action is: `size` classes of a discrete choice, or `size` real numbers."""
+
+    kind: Literal["discrete", "continuous"]
+    size: int
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the action is one of `size` classes."""
+        return self.kind == "discrete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A batch of windows of consecutive moments; no window spans two episodes.
+
+    The last two frames are the transition that a pair model learns; frames before them are context. A context
+    frame from before the episode's start repeats the first frame and is not valid.
+    """
+
+    frames: UInt8[Tensor, "b t c h w"]
+    """0..255."""
+    valid: Bool[Tensor, "b t"]
+    """False where a frame was repeated because the episode has none there."""
+    index: Int64[Tensor, "b"]
+    """Row in the dataset of the frame from which the last transition starts."""
+    action: Shaped[Tensor, "b *a"] | None = None
+    """Robot action taken at `index`: int64 class `[b]` (-1 where hidden) or float32 `[b, a]` (NaN where
+    hidden)."""
+    state: Float32[Tensor, "b s"] | None = None
+    """Robot state at `index`."""
+
+    def to(self, device: str) -> Clip:
+        """Return the clip on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentActions:
+    """Latent actions of a batch of clips; entry i is the transition from frame i to frame i+1."""
+
+    vectors: Float32[Tensor, "b t k d"]
+    """After the quantiser, where there is one."""
+    continuous: Float32[Tensor, "b t k d"]
+    """Before the quantiser."""
+    codes: Int64[Tensor, "b t k"] | None
+    """Codebook indices, where there is a codebook."""
+    valid: Bool[Tensor, "b t"]
+    """Whether both frames of the transition are real."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentActionSpec:
+    """What a latent action means: the contract between LAM, labels and policies.
+
+    Saved in every LAM checkpoint, label manifest and policy. Two artifacts with different specs refuse each
+    other.
+    """
+
+    model: str
+    """Registered name of the LAM."""
+    tokens: int
+    """k: latent tokens per transition."""
+    token_dim: int
+    """d: numbers per token."""
+    codebook_size: int | None
+    """Codes per token, or None where latent actions have no codes."""
+    frame_gap: int
+    """Frames between the two moments of a transition."""
+    frame_gap_s: float
+    """The same in seconds; 0 while the model has not seen data."""
+    fps: float
+    """Frames per second of the video it was trained on; 0 while unknown."""
+    resolution: int
+    """Height and width in pixels to which the model resizes what it is given."""
+    camera: str
+    """Camera key of the training data; empty for plain video."""
+    value_range: tuple[float, float] = (0.0, 255.0)
+    """Values of the frames it takes."""
+    weights: str = ""
+    """Hash of the weights (blake2b of the safetensors file), empty before saving."""
+
+    def refuse_unless_equal(self, other: LatentActionSpec, mine: str, theirs: str) -> None:
+        """Raise a UserError that names the first field in which two artifacts disagree."""
+        for field in fields(self):
+            a, b = getattr(self, field.name), getattr(other, field.name)
+            if a != b:
+                raise UserError(
+                    f"{mine} and {theirs} hold different latent actions: {field.name} is {a!r} in the first "
+                    f"and {b!r} in the second; label the data and train the policy with the same LAM."
+                )
+
+    def save(self, path: Path) -> None:
+        """Write the spec as json."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> LatentActionSpec:
+        """Read a spec that `save` wrote.
+
+        Raises:
+            UserError: the file is missing or is not a spec.
+        """
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{**values, "value_range": tuple(values["value_range"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path} is not a latent action spec ({error}); re-create the artifact it lies in."
+            ) from error

@@ -1,0 +1,165 @@
+"""Every registered LAM keeps the contract of `LatentActionModel`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from latentact.errors import UserError
+from latentact.lams.idm import IdmConfig
+from latentact.lams.lapo import LapoConfig
+from latentact.lams.model import LAMS, LatentActionModel, load_lam
+from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.types import ActionSpace, Clip
+
+SPACE = ActionSpace(kind="discrete", size=4)
+SMALL = BottleneckConfig(dim=16, codebooks=2, positions=2, codebook_size=8, decay=0.9)
+LAPO = LapoConfig(
+    size=32, backbone="patch", idm_channels=(16,), fdm_channels=(16, 16), patch=4, bottleneck=SMALL
+)
+CONFIGS = {
+    "lapo published networks": LapoConfig(size=32, idm_scale=1, fdm_base=4, bottleneck=SMALL),
+    "lapo patch": LAPO,
+    "lapo odd size": replace(LAPO, size=37),
+    "lapo whitened": replace(
+        LAPO, bottleneck=replace(SMALL, kind="none"), difference_input=2.0, motion_weight=9.0
+    ),
+    "lapo kl": replace(LAPO, bottleneck=replace(SMALL, kind="kl"), fdm_context=0),
+    "lapo fsq": replace(LAPO, bottleneck=replace(SMALL, kind="fsq", levels=(8, 8))),
+    "lapo joint": replace(LAPO, bottleneck=replace(SMALL, kind="none"), action_weight=1.0),
+    "lapo grid": LapoConfig(
+        backbone="grid",
+        size=5,
+        frame_channels=2,
+        idm_channels=(16,),
+        fdm_channels=(16,),
+        bottleneck=SMALL,
+    ),
+    "idm": IdmConfig(size=32, scale=1),
+    "idm patch": IdmConfig(size=32, backbone="patch", channels=(16,), difference_input=2.0),
+}  # fmt: skip
+
+
+def test_every_lam_is_here() -> None:
+    assert {config.kind for config in CONFIGS.values()} == set(LAMS.names())
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def model(request: pytest.FixtureRequest) -> LatentActionModel:
+    torch.manual_seed(0)
+    return request.param.build(SPACE)
+
+
+def clip(model: LatentActionModel, b: int = 4, seed: int = 0) -> Clip:
+    """Clips in which a block moves, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = getattr(model.config, "backbone", "") == "grid"
+    t, size = model.context + 2, 5 if grid else 32
+    frames = torch.zeros(b, t, 2 if grid else 3, size, size, dtype=torch.uint8)
+    for i, step in product(range(b), range(t)):
+        side = 1 if grid else 8
+        y, x = ((torch.randint(0, size - side + 1, (2,), generator=generator)) // side * side).tolist()
+        frames[i, step, :, y : y + side, x : x + side] = 7 if grid else 220
+    action = torch.randint(0, 4, (b,), generator=generator)
+    return Clip(frames=frames, valid=torch.ones(b, t, dtype=torch.bool), index=torch.arange(b), action=action)
+
+
+def test_shapes_match_the_spec(model: LatentActionModel) -> None:
+    frames = clip(model).frames
+    latent = model.eval().encode(frames)
+    spec, t = model.spec, frames.shape[1]
+    assert latent.vectors.shape == latent.continuous.shape == (4, t - 1, spec.tokens, spec.token_dim)
+    assert latent.vectors.dtype == torch.float32
+    assert latent.valid.all()
+    if spec.codebook_size is None:
+        assert latent.codes is None
+    else:
+        assert latent.codes is not None
+        assert latent.codes.shape == (4, t - 1, spec.tokens)
+        assert latent.codes.min() >= 0
+        assert latent.codes.max() < spec.codebook_size
+
+
+def test_last_is_the_last_transition(model: LatentActionModel) -> None:
+    frames = clip(model).frames
+    whole, last = model.eval().encode(frames), model.encode(frames, last=True)
+    assert torch.equal(last.valid, whole.valid[:, -1:])
+    torch.testing.assert_close(last.vectors, whole.vectors[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+def test_missing_context_repeats_the_first_frame(model: LatentActionModel) -> None:
+    frames = clip(model).frames[:, -2:]
+    padded = torch.cat([frames[:, :1]] * model.context + [frames], dim=1)
+    alone, given = model.eval().encode(frames), model.encode(padded, last=True)
+    torch.testing.assert_close(alone.continuous, given.continuous, rtol=1e-5, atol=1e-5)
+
+
+def test_one_frame_is_refused(model: LatentActionModel) -> None:
+    with pytest.raises(UserError, match="no transition"):
+        model.encode(clip(model).frames[:, :1])
+
+
+def test_predict(model: LatentActionModel) -> None:
+    batch = clip(model)
+    latent = model.eval().encode(batch.frames, last=True)
+    if not model.generative:
+        with pytest.raises(UserError, match="no forward dynamics"):
+            model.predict(batch.frames[:, :-1], latent.vectors[:, -1])
+        return
+    predicted = model.predict(batch.frames[:, :-1], latent.vectors[:, -1])
+    size = model.spec.resolution
+    assert predicted.shape == (4, batch.frames.shape[2], size, size)
+    assert predicted.dtype == torch.uint8
+
+
+def test_every_parameter_gets_a_gradient(model: LatentActionModel) -> None:
+    loss, metrics = model.train().loss(clip(model, b=8))
+    assert torch.isfinite(loss)
+    assert all(not value.requires_grad for value in metrics.values())
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert missing == []
+
+
+def test_evaluation_is_deterministic_and_batches_do_not_mix(model: LatentActionModel) -> None:
+    frames = clip(model).frames
+    first = model.eval().encode(frames).vectors
+    assert torch.equal(first, model.encode(frames).vectors)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(model.encode(frames[order]).vectors, first[order], rtol=1e-5, atol=1e-5)
+
+
+def test_save_and_load_are_bit_equal(model: LatentActionModel, tmp_path) -> None:
+    model.eval().save_pretrained(tmp_path / "lam")
+    loaded = load_lam(tmp_path / "lam")
+    assert loaded.spec == model.spec
+    assert loaded.spec.weights
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    frames = clip(model).frames
+    assert torch.equal(loaded.encode(frames).vectors, model.encode(frames).vectors)
+
+
+def test_overfits_four_clips(model: LatentActionModel) -> None:
+    batch = clip(model)
+    optimizer = torch.optim.Adam(model.train().parameters(), 3e-3)
+    first = model.loss(batch)[0].item()
+    for _ in range(120):
+        loss, _ = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first
+
+
+def test_any_size_goes_in(model: LatentActionModel) -> None:
+    if getattr(model.config, "backbone", "") == "grid":
+        return  # cells have no other size
+    frames = torch.randint(0, 256, (1, 3, 3, 50, 70), dtype=torch.uint8)
+    assert model.eval().encode(frames).vectors.shape[:2] == (1, 2)

@@ -1,0 +1,322 @@
+"""Every registered policy keeps the contract of `Policy` and `PolicyActor`."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
+from latentact.errors import UserError
+from latentact.policies.bc import BcConfig
+from latentact.policies.decoder import ActionDecoder, DecoderConfig
+from latentact.policies.latent import LatentConfig
+from latentact.policies.policy import POLICIES, NetworkConfig, Policy, PolicyActor, PolicySpec, Target
+from latentact.types import ActionSpace, LatentActionSpec
+
+DISCRETE, CONTINUOUS = ActionSpace(kind="discrete", size=4), ActionSpace(kind="continuous", size=2)
+NETWORK = NetworkConfig(
+    backbone="patch", patch=8, channels=(8,), frames=2, chunk=3, execute=2, use_state=True
+)
+WORDS = ("blue", "red")
+SPEC = PolicySpec(resolution=32, state_size=3, words=WORDS, target=Target(kind="numbers", size=6), stride=3)
+LATENT = LatentActionSpec(
+    model="lapo",
+    tokens=2,
+    token_dim=3,
+    codebook_size=5,
+    frame_gap=3,
+    frame_gap_s=0.3,
+    fps=10.0,
+    resolution=32,
+    camera="",
+    weights="1234",
+)
+CODES = Target(kind="classes", size=5, groups=2)
+
+
+def latent(network=NETWORK, target="continuous", spec=SPEC):
+    config = LatentConfig(network=network, target=target)
+    return Policy(config, replace(spec, target=config.latent_target(LATENT)), LATENT)
+
+
+def bc(network=NETWORK, space=DISCRETE):
+    target = Target(kind="classes" if space.discrete else "numbers", size=space.size)
+    return Policy(BcConfig(network=network), replace(SPEC, target=target, action_space=space, stride=1))
+
+
+MAKERS = {
+    "bc discrete": lambda: bc(),
+    "bc continuous": lambda: bc(space=CONTINUOUS),
+    "bc impala": lambda: bc(replace(NETWORK, backbone="impala", impala_scale=1)),
+    "latent vectors": lambda: latent(),
+    "latent codes": lambda: latent(target="codes"),
+    "latent grounded": lambda: latent().ground(DecoderConfig(hidden=(8,), use_state=True), DISCRETE),
+    "latent codes grounded": lambda: latent(target="codes").ground(DecoderConfig(hidden=()), CONTINUOUS),
+}
+
+
+def observe(policy, b=4, seed=0):
+    """A batch of random observations with targets as the policy's kind has them."""
+    rng, n, target = np.random.default_rng(seed), policy.config.network, policy.spec.target
+    classes = target.kind == "classes"
+    width = target.groups if classes else target.size
+    drawn = (
+        rng.integers(target.size, size=(b, n.chunk, width))
+        if classes
+        else rng.normal(size=(b, n.chunk, width))
+    )
+    return PolicyBatch(
+        frames=torch.from_numpy(rng.integers(256, size=(b, n.frames, 3, 32, 32), dtype=np.uint8)),
+        state=torch.from_numpy(rng.normal(size=(b, 3)).astype(np.float32)),
+        words=torch.from_numpy(rng.integers(2, size=(b, len(WORDS))).astype(np.float32)),
+        target=torch.from_numpy(drawn if classes else drawn.astype(np.float32)),
+        mask=torch.ones(b, n.chunk, dtype=torch.bool),
+    )
+
+
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
+def policy(request):
+    torch.manual_seed(0)
+    made = request.param()
+    for name, values in made.named_buffers():  # statistics that are not their defaults
+        values.copy_(torch.rand_like(values) + 0.5 if "std" in name else torch.rand_like(values))
+    return made
+
+
+def test_every_policy_is_here():
+    assert {make().config.kind for make in MAKERS.values()} == set(POLICIES.names())
+
+
+def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "policy")
+    found = Policy.from_pretrained(tmp_path / "policy")
+    assert (found.config, found.spec, found.latent) == (policy.config, policy.spec, policy.latent)
+    mine, other = policy.state_dict(), found.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert not found.training
+    batch = observe(policy)
+    assert torch.equal(found.action_scores(batch), policy.eval().action_scores(batch))
+    names = {path.name for path in (tmp_path / "policy").iterdir()}
+    assert names == {"config.json", "model.safetensors"} | ({"spec.json"} if policy.latent else set())
+
+
+def test_loss_is_finite_and_reaches_every_weight(policy):
+    loss, _ = policy.loss(observe(policy))
+    assert torch.isfinite(loss)
+    loss.backward()
+    missing = {
+        name for name, weight in policy.named_parameters() if weight.grad is None or not weight.grad.any()
+    }
+    assert {name for name in missing if not name.startswith("decoder.")} == set()
+
+
+def test_masked_targets_count_nothing(policy):
+    batch = observe(policy)
+    mask = batch.mask.clone()
+    mask[0, 1:] = mask[2] = False
+    wrong = batch.target.clone()
+    wrong[~mask] = 0 if policy.spec.target.kind == "classes" else float("nan")
+    losses = [policy.loss(replace(batch, mask=mask, target=target))[0] for target in (batch.target, wrong)]
+    assert torch.equal(*losses)
+    assert losses[0] != policy.loss(batch)[0]
+
+
+def test_order_of_a_batch_does_not_matter(policy):
+    batch, order = observe(policy), torch.tensor([2, 0, 3, 1])
+    moved = PolicyBatch(**{key: values[order] for key, values in vars(batch).items()})
+    assert torch.allclose(policy.eval()(batch.frames, batch.state, batch.words)[order],
+                          policy(moved.frames, moved.state, moved.words), atol=1e-5)  # fmt: skip
+
+
+def test_it_learns_four_samples(policy):
+    batch = observe(policy)
+    optimiser = torch.optim.Adam(policy.parameters(), 3e-3)
+    first = policy.loss(batch)[0].item()
+    for _ in range(150):
+        optimiser.zero_grad()
+        policy.loss(batch)[0].backward()
+        optimiser.step()
+    assert policy.loss(batch)[0].item() < 0.05 * first
+
+
+def test_every_observation_matters(policy):
+    """Older frame, state and task words all change what comes out."""
+    batch = observe(policy)
+    before = policy.eval()(batch.frames, batch.state, batch.words)
+    older = batch.frames.clone()
+    older[:, 0] = 255 - older[:, 0]
+    for changed in ({"frames": older}, {"state": batch.state + 1}, {"words": 1 - batch.words}):
+        other = replace(batch, **changed)
+        assert not torch.allclose(policy(other.frames, other.state, other.words), before, atol=1e-6)
+
+
+def test_a_wrong_state_is_refused(policy):
+    batch = observe(policy)
+    for state, got in ((None, "none"), (batch.state[:, :2], "2 numbers")):
+        with pytest.raises(UserError, match=f"state of 3 numbers and got {got}"):
+            policy(batch.frames, state, batch.words)
+
+
+def test_actions_have_the_shape_of_the_space(policy):
+    batch, space, chunk = observe(policy), policy.spec.action_space, policy.config.network.chunk
+    if space is None:
+        with pytest.raises(UserError, match="ground it first"):
+            policy.actions(batch)
+        return
+    actions = policy.eval().actions(batch)
+    steps = chunk * policy.spec.stride
+    assert actions.shape == ((4, steps) if space.discrete else (4, steps, space.size))
+    assert actions.dtype == (np.int64 if space.discrete else np.float32)
+
+
+class Spied(PolicyActor):
+    """Records what the policy is asked."""
+
+    def __init__(self, policy):
+        super().__init__(policy)
+        self.asked, actions = [], policy.actions
+
+        def spy(batch):
+            self.asked.append(batch)
+            return actions(batch)
+
+        policy.actions = spy
+
+
+def play(actor, steps, seed=0, b=2):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(256, size=(steps, b, 32, 32, 3), dtype=np.uint8)
+    state = rng.normal(size=(steps, b, 3)).astype(np.float32)
+    tasks = ["the RED ball", "the blue blue ball"][:b]
+    return pixels, [actor.act(pixels[i], state[i], tasks) for i in range(steps)]
+
+
+def test_actor_executes_its_chunk_and_looks_again(policy):
+    if policy.spec.action_space is None:
+        return
+    actor, stride = Spied(policy), policy.spec.stride
+    actor.reset(2)
+    executed = policy.config.network.execute * stride
+    pixels, done = play(actor, 2 * executed + 1)
+    assert len(actor.asked) == 3
+    plans = [policy.eval().actions(batch) for batch in actor.asked[:3]]
+    for i, action in enumerate(done):
+        assert np.array_equal(action, plans[i // executed][:, i % executed])
+    # Two observed frames, `stride` environment steps apart; before the start the first frame is repeated.
+    seen = [batch.frames.permute(0, 1, 3, 4, 2).numpy() for batch in actor.asked]
+    assert np.array_equal(seen[0], np.stack([pixels[0], pixels[0]], 1))
+    assert np.array_equal(seen[1], np.stack([pixels[executed - stride], pixels[executed]], 1))
+    assert actor.asked[0].words.tolist() == [[0, 1], [2, 0]]
+
+
+def test_reset_clears_the_state(policy):
+    if policy.spec.action_space is None:
+        return
+    actor = PolicyActor(policy)
+    actor.reset(2)
+    _, first = play(actor, 5)
+    actor.reset(2)
+    _, again = play(actor, 5)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    actor.reset(1)
+    play(actor, 3, b=1)
+
+
+@pytest.mark.parametrize("space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_decoder_learns_the_actions_of_each_step(space, steps):
+    """Latent [x] means actions f(x), f(x)+1, ... in the environment steps of its gap."""
+    torch.manual_seed(0)
+    decoder = ActionDecoder(DecoderConfig(hidden=(32,)), 2, 0, space, steps)
+    latents = torch.randn(64, 2, 2)
+    ahead = torch.arange(steps)
+    if space.discrete:
+        actions = ((latents[..., :1] > 0).long() + ahead).flatten(1)
+    else:
+        actions = (latents[..., None, :] * 30 + 100 + ahead[:, None]).flatten(1, 2)
+        decoder.normalise_by(actions.flatten(0, 1).numpy())
+        assert torch.allclose(decoder.mean, actions.flatten(0, 1).mean(0), rtol=1e-4)
+    mask = torch.ones(64, 2 * steps, dtype=torch.bool)
+    optimiser = torch.optim.Adam(decoder.parameters(), 0.01)
+    for _ in range(300):
+        optimiser.zero_grad()
+        decoder.action_loss(decoder(latents, None), actions, mask).backward()
+        optimiser.step()
+    out = decoder(latents, None)
+    assert out.shape == (64, 2 * steps, space.size)
+    if space.discrete:
+        assert (out.argmax(-1) == actions).float().mean() > 0.95
+    else:
+        assert (decoder.unnormalise(out) - actions).abs().mean() < 3
+    # Hidden actions count nothing.
+    hidden = actions.clone()
+    mask[:, 0], hidden[:, 0] = False, -1 if space.discrete else float("nan")
+    assert torch.equal(decoder.action_loss(out, hidden, mask), decoder.action_loss(out, actions, mask))
+
+
+def test_grounding_keeps_the_network_and_what_it_means():
+    policy = latent()
+    grounded = policy.ground(DecoderConfig(hidden=(8,)), CONTINUOUS)
+    assert grounded.latent == LATENT
+    assert grounded.spec == replace(policy.spec, action_space=CONTINUOUS)
+    batch = observe(policy)
+    assert torch.equal(
+        policy(batch.frames, batch.state, batch.words), grounded(batch.frames, batch.state, batch.words)
+    )
+
+
+def test_codes_need_a_codebook():
+    with pytest.raises(UserError, match=r"codes but the labels of lapo have none"):
+        LatentConfig(target="codes").latent_target(replace(LATENT, codebook_size=None))
+
+
+@pytest.mark.parametrize("wrong", [{"backbone": "vit"}, {"execute": 4}, {"execute": 0}])
+def test_networks_that_cannot_be_built(wrong):
+    with pytest.raises(UserError, match=f"network.{next(iter(wrong))}"):
+        replace(NETWORK, **wrong)
+
+
+class Store:
+    """Three episodes of 4, 3 and 5 rows whose frames say their row."""
+
+    lengths = np.array([4, 3, 5])
+    starts = np.array([0, 4, 7])
+    episode = np.repeat([0, 1, 2], lengths)
+    tasks = ("go to the red ball", "go to the blue ball", "go to the red box")
+    frames = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    state = np.arange(24, dtype=np.float32).reshape(12, 2)
+
+
+def test_samples_never_leave_their_episode():
+    exists = np.ones(12, bool)
+    exists[[3, 6, 11]] = exists[8] = False
+    target = np.arange(12)[:, None]
+    words = vocabulary(Store.tasks)
+    assert words == ("ball", "blue", "box", "red")
+    with_all = {"frames": 2, "chunk": 3, "stride": 2, "words": words}
+    samples = PolicySamples(Store(), target=target, exists=exists, **with_all)
+    assert samples.rows.tolist() == [0, 1, 2, 4, 5, 7, 9, 10]
+    batch = samples.__getitems__([0, 1, 3, 5, 7])  # rows 0, 1, 4, 7, 10
+    assert batch.frames[:, :, 0, 0, 0].tolist() == [[0, 0], [0, 1], [4, 4], [7, 7], [8, 10]]
+    assert batch.mask.tolist() == [
+        [True, True, False],  # 0, 2; 4 is another episode's
+        [True, False, False],  # 1; 3 has no target, 5 is another episode's
+        [True, False, False],  # 4; 6 has no target
+        [True, True, False],  # 7, 9; 11 has no target
+        [True, False, False],
+    ]
+    kept = [row[keep].tolist() for row, keep in zip(batch.target[..., 0], batch.mask, strict=True)]
+    assert kept == [[0, 2], [1], [4], [7, 9], [10]]
+    assert batch.state is not None
+    assert batch.state[:, 0].tolist() == [0, 2, 8, 14, 20]
+    assert batch.words.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_words():
+    assert vocabulary(("go", "go")) == ()
+    assert vocabulary(()) == ()
+    assert count_words("Red red green", ("blue", "red")) == [0.0, 2.0]
+    with pytest.raises(UserError, match="no step of the data has a target"):
+        PolicySamples(Store(), target=np.zeros((12, 1)), exists=np.zeros(12, bool))

@@ -1,0 +1,386 @@
+"""Input that cannot be used: exit code 2, one sentence that says what to do, and nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import TINY_LAM, TINY_POLICY, cli, latentact, write_blocks
+from latentact.evaluation.rollout import write_video
+
+FRAMES = np.random.default_rng(0).integers(256, size=(20, 64, 64, 3), dtype=np.uint8)
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def sentence(done):
+    """The one sentence, after checking that there is nothing else to see."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error:") for line in lines) == 1
+    assert lines[-1].endswith((".", ")"))
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, blocks):
+    """Good and bad things that a person can name on a command line."""
+    root = tmp_path_factory.mktemp("given")
+    f = SimpleNamespace(root=root, blocks=blocks, marks=root / "marks")
+    for name in ("empty", "texts", "mixed", "short", "marks"):
+        (root / name).mkdir()
+    (root / "texts/a.mp4").write_text("this is not a video")
+    for name in ("a", "b", "z"):
+        write_video(root / f"mixed/{name}.mp4", FRAMES, 10)
+    whole = (root / "mixed/b.mp4").read_bytes()
+    (root / "mixed/b.mp4").write_bytes(whole[: len(whole) // 2])
+    write_video(root / "short/a.mp4", FRAMES[:3], 10)
+    write_video(root / "short/b.mp4", FRAMES[:3], 10)
+
+    assert cli("train-lam", f"data.path={blocks}", *TINY_LAM, f"out={root}/lam").returncode == 0
+    assert cli("label", "--lam", root / "lam", "--data", blocks, "--out", root / "labels").returncode == 0
+    few = ("training.steps=2", f"labels={root}/labels")
+    assert cli("train-policy", *TINY_POLICY, *few, f"out={root}/policy").returncode == 0
+
+    torch.save({"weights": torch.zeros(1), "evil": Evil(root / "marks/pt")}, root / "evil.pt")
+    for name in (
+        "pickled",
+        "truncated",
+        "shapes",
+        "missing",
+        "extra",
+        "not_json",
+        "unknown",
+        "no_weights",
+        "no_spec",
+    ):
+        shutil.copytree(root / "lam", root / name)
+    weights = root / "lam/model.safetensors"
+    torch.save(Evil(root / "marks/weights"), root / "pickled/model.safetensors")
+    (root / "truncated/model.safetensors").write_bytes(weights.read_bytes()[:-100])
+    tensors = load_file(weights)
+    first = min(tensors)
+    save_file(tensors | {first: torch.zeros(7)}, root / "shapes/model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != first}, root / "missing/model.safetensors")
+    save_file(tensors | {"stranger": torch.zeros(1)}, root / "extra/model.safetensors")
+    (root / "not_json/config.json").write_text("{ this is not json")
+    (root / "unknown/config.json").write_text('{"lam": {"kind": "lapoo"}}')
+    (root / "no_weights/model.safetensors").unlink()
+    (root / "no_spec/spec.json").write_text("[]")
+
+    shutil.copytree(root / "labels", root / "cut_labels")
+    tokens = root / "cut_labels/lam_tokens.safetensors"
+    tokens.write_bytes(tokens.read_bytes()[:-100])
+    for name, change in {"other_labels": {"weights": "1234"}, "odd_labels": {"surprise": 1}}.items():
+        shutil.copytree(root / "labels", root / name)
+        manifest = json.loads((root / name / "manifest.json").read_text())
+        manifest["spec"].update(change)
+        (root / name / "manifest.json").write_text(json.dumps(manifest))
+    write_blocks(root / "moved.npz")
+    assert (
+        cli("label", "--lam", root / "lam", "--data", root / "moved.npz", "--out", root / "stale").returncode
+        == 0
+    )
+    write_blocks(root / "moved.npz", seed=1)
+    pickled = {"obs": np.zeros((4, 32, 32, 3), np.uint8), "action": np.array([Evil(root / "marks/npz")] * 4)}
+    np.savez(root / "evil.npz", **pickled)  # type: ignore[arg-type]
+    return f
+
+
+def lam(f, *settings, data="blocks"):
+    path = f.blocks if data == "blocks" else f.root / data
+    return ("train-lam", f"data.path={path}", *TINY_LAM, *settings)
+
+
+def policy(*settings):
+    return ("train-policy", *TINY_POLICY, *settings)
+
+
+def compare(f, *settings):
+    return ("compare", f"data.path={f.blocks}", "env=babyai/GoToLocal", "data.resolution=32", *settings)
+
+
+CASES = {
+    # data
+    "missing path": (lambda f: lam(f, data="nowhere"), "nowhere does not exist"),
+    "empty folder": (lambda f: lam(f, data="empty"), "holds no data that can be read"),
+    "text named mp4": (lambda f: lam(f, data="texts"), "1 unreadable: a.mp4"),
+    "truncated video, strict": (lambda f: lam(f, "data.strict=true", data="mixed"), "1 unreadable: b.mp4"),
+    "videos shorter than the gap": (
+        lambda f: lam(f, "frame_gap_s=1", data="short"),
+        "has 3 frames, and a window needs 11",
+    ),
+    "gap below a frame": (lambda f: lam(f, "frame_gap_s=0.01"), "less than half a frame"),
+    "unknown camera": (lambda f: lam(f, "data.camera=top"), "no camera 'top'"),
+    "pickle inside an npz": (lambda f: lam(f, data="evil.npz"), "not a file of plain arrays"),
+    "label: missing path": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "nowhere"),
+        "nowhere does not exist",
+    ),
+    "label: text named mp4": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "texts"),
+        "1 unreadable: a.mp4",
+    ),
+    "label: truncated video, strict": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "mixed", "--strict"),
+        "1 unreadable: b.mp4",
+    ),
+    "label: rate that does not fit": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "mixed", "--target-fps", "3"),
+        "frame gap is 0.1 s",
+    ),
+    # settings
+    "no data": (lambda f: ("train-lam",), "data.path is not set"),
+    "unknown lam": (lambda f: lam(f, "lam=lapoo"), "unknown lam 'lapoo'; did you mean 'lapo'?"),
+    "unknown bottleneck": (
+        lambda f: lam(f, "lam.bottleneck.kind=vqema"),
+        "unknown bottleneck 'vqema'; did you mean 'vq_ema'?",
+    ),
+    "unknown experiment": (
+        lambda f: lam(f, "experiment=babyia"),
+        "unknown experiment 'babyia'; did you mean 'babyai'?",
+    ),
+    "unknown setting": (
+        lambda f: lam(f, "training.step=3"),
+        "unknown setting 'training.step'; did you mean 'training.steps'?",
+    ),
+    "unknown nested setting": (
+        lambda f: lam(f, "lam.bottleneck.dims=3"),
+        "did you mean 'lam.bottleneck.dim'?",
+    ),
+    "not a number": (lambda f: lam(f, "training.steps=many"), "'many'"),
+    "not an override": (lambda f: lam(f, "hello"), "'hello' is not a setting"),
+    "negative learning rate": (lambda f: lam(f, "training.lr=-1"), "training.lr is -1"),
+    "no such device": (lambda f: lam(f, "training.device=tpu"), "device is 'tpu'"),
+    "negative share": (lambda f: lam(f, "held_out=1.5"), "held_out is 1.5"),
+    "unknown policy": (
+        lambda f: policy("policy=bcc", "labels=x"),
+        "unknown policy 'bcc'; did you mean 'bc'?",
+    ),
+    "nothing to learn from": (lambda f: policy(), "nothing to learn from"),
+    "idm without labels": (
+        lambda f: (*lam(f)[:2], "lam=idm", "lam.size=32", "data.resolution=32"),
+        "labelled_episodes is 0",
+    ),
+    "unknown environment": (lambda f: compare(f, "env=babyai/GoToLokal"), "did you mean 'GoToLocal'?"),
+    "unknown method": (lambda f: compare(f, "methods=[latent,gail]"), "methods has 'gail'"),
+    "data of another environment": (lambda f: compare(f), "give demonstrations of that environment"),
+    # k
+    "k too large for train-lam": (
+        lambda f: lam(f, "labelled_episodes=8"),
+        "k is 8, and there are 7 training",
+    ),
+    "k too large for bc": (
+        lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labelled_episodes=9"),
+        "k is 9, and there are 7 training",
+    ),
+    "k too large for ground": (
+        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=8"),
+        "k is 8, and there are 7 training",
+    ),
+    "no k for ground": (
+        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=0"),
+        "0 labelled episodes",
+    ),
+    "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
+    # checkpoints
+    "lam: a pickle": (lambda f: ("label", "--lam", f.root / "evil.pt"), "pickles are never loaded"),
+    "lam: missing": (lambda f: ("label", "--lam", f.root / "nowhere"), "nowhere does not exist"),
+    "lam: empty folder": (lambda f: ("label", "--lam", f.root / "empty"), "holds no config.json"),
+    "lam: pickled weights": (
+        lambda f: ("label", "--lam", f.root / "pickled"),
+        "not a whole safetensors file",
+    ),
+    "lam: truncated weights": (
+        lambda f: ("label", "--lam", f.root / "truncated"),
+        "not a whole safetensors file",
+    ),
+    "lam: no weights": (lambda f: ("label", "--lam", f.root / "no_weights"), "model.safetensors is missing"),
+    "lam: wrong shapes": (lambda f: ("label", "--lam", f.root / "shapes"), "has a wrong shape for"),
+    "lam: missing weights": (lambda f: ("label", "--lam", f.root / "missing"), "lacks"),
+    "lam: extra weights": (lambda f: ("label", "--lam", f.root / "extra"), "has unknown 'stranger'"),
+    "lam: config not json": (lambda f: ("label", "--lam", f.root / "not_json"), "cannot read"),
+    "lam: unknown kind": (lambda f: ("label", "--lam", f.root / "unknown"), "did you mean 'lapo'?"),
+    "lam: a policy": (lambda f: ("label", "--lam", f.root / "policy"), "is not a latent action model"),
+    "lam: no spec": (lambda f: ("label", "--lam", f.root / "no_spec"), "is not a latent action spec"),
+    "label: no such device": (
+        lambda f: ("label", "--lam", f.root / "lam", "--device", "tpu"),
+        "device is 'tpu'",
+    ),
+    "label: empty batches": (
+        lambda f: ("label", "--lam", f.root / "lam", "--batch-size", "0"),
+        "--batch-size is 0",
+    ),
+    "policy: a LAM": (
+        lambda f: ("ground", f"policy={f.root}/lam", f"labels={f.root}/labels"),
+        "is not a policy",
+    ),
+    "policy: a pickle": (
+        lambda f: ("rollout", "--policy", f.root / "evil.pt", "--env", "babyai/GoToLocal"),
+        "pickles are never loaded",
+    ),
+    "policy: not grounded": (
+        lambda f: ("rollout", "--policy", f.root / "policy", "--env", "babyai/GoToLocal"),
+        "ground it first",
+    ),
+    # labels
+    "labels: missing": (lambda f: policy(f"labels={f.root}/nowhere"), "holds no latent labels"),
+    "labels: truncated": (lambda f: policy(f"labels={f.root}/cut_labels"), "not a whole safetensors file"),
+    "labels: strange": (lambda f: policy(f"labels={f.root}/odd_labels"), "does not hold whole labels"),
+    "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "label it again"),
+    "labels: of another LAM": (
+        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/other_labels"),
+        "different latent actions: weights is",
+    ),
+    "labels: latent ones for bc": (
+        lambda f: policy("policy=bc", f"labels={f.root}/labels"),
+        "policy=bc learns from robot actions",
+    ),
+    "report: nothing there": (lambda f: ("report", f.root / "nowhere"), "nowhere"),
+    "report: nothing to report": (lambda f: ("report", f.root / "empty"), "empty"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_bad_input(case, given, tmp_path, monkeypatch):
+    make, words = case
+    command = [*make(given)]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = tmp_path / "deep/out"
+    if command[0] == "label":
+        command += [] if "--data" in command else ["--data", given.blocks]
+    if command[0] in ("label", "rollout"):
+        command += ["--out", out]
+    elif command[0] != "report":
+        command += [f"out={out}"]
+    assert words in sentence(cli(*command))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+    assert not [*(tmp_path / "here").iterdir()]
+    assert not [*(given.root / "empty").iterdir()]
+    assert not [*given.marks.iterdir()], "a pickle was executed"
+
+
+def test_k_larger_than_the_episodes_in_compare(tmp_path):
+    """Needs data of an environment: three tiny episodes of its observations with random actions."""
+    path = tmp_path / "data.npz"
+    rng = np.random.default_rng(0)
+    action = np.append(rng.integers(7, size=29), 6)
+    np.savez(path, obs=FRAMES[rng.integers(20, size=30)], action=action, done=np.arange(30) % 10 == 9)
+    out = tmp_path / "out"
+    setting = ("env=babyai/GoToLocal", "data.resolution=32", "ks=[1,5]", f"out={out}")
+    assert "k is 5, and there are 2 training episodes" in sentence(
+        cli("compare", f"data.path={path}", *setting)
+    )
+    assert not out.exists()
+
+
+def test_truncated_video_is_skipped_by_name_and_counted(given, tmp_path):
+    done = cli(*lam(given, "training.steps=2", data="mixed"), f"out={tmp_path}/lam")
+    assert done.returncode == 0, done.stderr
+    assert "skipped 1 unreadable: b.mp4" in done.stderr
+    done = cli(
+        "label", "--lam", tmp_path / "lam", "--data", given.root / "mixed", "--out", tmp_path / "labels"
+    )
+    assert "labelled 38 of 40 frames of 2 episodes" in done.stderr
+
+
+def test_damaged_training_checkpoint(given, tmp_path):
+    """The same command after a disk has eaten the checkpoint: one sentence, and the rest is left alone."""
+    command = lam(given, "training.steps=2", f"out={tmp_path}/lam")
+    assert cli(*command).returncode == 0
+    (tmp_path / "lam/lam.json").unlink()
+    state = next((tmp_path / "lam/checkpoints").iterdir()) / "state.safetensors"
+    torch.save(Evil(given.marks / "state"), state)
+    assert "not a whole safetensors file" in sentence(cli(*command))
+    assert not [*given.marks.iterdir()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["missing path", "lam: pickled weights"])
+def test_bad_input_in_a_real_process(name, given, tmp_path):
+    make, words = CASES[name]
+    command = [*make(given)]
+    out = tmp_path / "out"
+    command += ["--data", given.blocks, "--out", out] if command[0] == "label" else [f"out={out}"]
+    done = latentact(*command, cwd=tmp_path)
+    assert words in sentence(done)
+    assert len(done.stderr.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]
+    assert not [*given.marks.iterdir()]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_while_decoding(small_disk, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTACT_CACHE", str(small_disk / "cache"))
+    data = write_blocks(tmp_path / "blocks.npz", episodes=40)
+    done = cli("cache", "--data", data, "--resolution", "32")
+    assert "free space there" in sentence(done)
+    assert not [path for path in (small_disk / "cache").glob("*") if path.is_dir() and path.name != "memo"]
+    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))  # as the sentence says
+    assert cli("cache", "--data", data, "--resolution", "32").returncode == 0
+
+
+@pytest.mark.parametrize("free", [0, 200_000, 600_000, 900_000])
+def test_full_disk_while_training(free, small_disk, given, tmp_path):
+    """Whatever file hits the end of the disk, the run says so and goes on once there is room."""
+    out = small_disk / "lam"
+    command = lam(given, "training.steps=40", "lam.idm_channels=[32]", f"out={out}")
+    ballast = small_disk / "ballast"
+    try:
+        ballast.write_bytes(bytes(2**20 - free))
+    except OSError:
+        assert not free
+    found = sentence(cli(*command))
+    assert "full" in found
+    assert "free some space" in found
+    assert not [*out.rglob("*.partial")]
+    assert not (out / "lam.json").exists()
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert cli(*command).returncode == 0
+    assert (out / "lam.json").exists()
+
+
+@pytest.mark.parametrize("free", [0, 20_000])
+def test_full_disk_while_labelling(free, small_disk, given, tmp_path):
+    data = write_blocks(tmp_path / "blocks.npz", episodes=100)
+    ballast, out = small_disk / "ballast", small_disk / "labels"
+    try:
+        ballast.write_bytes(bytes(2**20 - free))
+    except OSError:
+        assert not free
+    command = ("label", "--lam", given.root / "lam", "--data", data, "--out", out)
+    assert "full" in sentence(cli(*command))
+    assert not out.exists()
+    ballast.unlink()
+    assert cli(*command).returncode == 0
+    assert (out / "manifest.json").exists()
+    assert not [path for path in small_disk.iterdir() if "partial" in path.name]

@@ -1,0 +1,203 @@
+"""Demonstrations in, a verdict out: `collect`, `compare`, `report` and the `demo` that chains them."""
+
+import csv
+import hashlib
+import json
+import time
+
+import av
+import numpy as np
+import pytest
+
+from conftest import cli
+from latentact.data.tokens import read_labels
+from latentact.policies.policy import Policy
+
+pytestmark = pytest.mark.slow
+METHODS = ["latent", "latent_joint", "bc_k", "idm_k", "oracle"]
+NAMES = {
+    "latent": "Latent policy",
+    "latent_joint": "Latent policy with joint head",
+    "bc_k": "BC on k labels",
+    "idm_k": "IDM on k labels",
+}
+STEPS = 40
+SMALL = (
+    *("data.resolution=56", "lam.idm_channels=[16]", "lam.fdm_channels=[16]", "idm.channels=[16]"),
+    *("policy.network.channels=[16]", "policy_training.batch_size=16", "lam_training.batch_size=16"),
+    *(f"lam_training.steps={STEPS}", "lam_training.eval_every=0", f"idm_training.steps={STEPS}"),
+    *(f"policy_training.steps={STEPS}", f"decoder_training.steps={STEPS}", "finetune_steps=10"),
+    *("episodes=4", "record=1"),
+)
+
+
+def ok(*arguments):
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("collect") / "data"
+    ok("collect", "babyai/GoToLocal", "--episodes", "8", "--workers", "1", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def compared(data, tmp_path_factory):
+    """A comparison, its folder and the command that made it."""
+    out = tmp_path_factory.mktemp("compare") / "compare"
+    settings = (f"data.path={data}", "env=babyai/GoToLocal", "ks=[2]", "seeds=[0]", f"out={out}")
+    command = ("compare", "experiment=babyai", *settings, *SMALL)
+    ok(*command)
+    return json.loads((out / "comparison.json").read_text()), out, command
+
+
+def test_rows(compared):
+    content, out, _ = compared
+    assert content["env"] == "babyai/GoToLocal"
+    assert [row["method"] for row in content["rows"]] == METHODS
+    for row in content["rows"]:
+        assert row["k"] == (None if row["method"] == "oracle" else 2)
+        assert (row["seed"], row["episodes"], len(row["successes"])) == (0, 4, 4)
+        assert row["success"] == np.mean(row["successes"])
+        low, high = row["ci95"]
+        assert 0 <= low <= row["success"] <= high <= 1
+        assert row["return_ci95"][0] <= row["return"] <= row["return_ci95"][1]
+        told = json.loads((out / row["run"] / "rollout.json").read_text())
+        assert (told["success"], told["return"], told["seed"]) == (row["success"], row["return"], 100_000)
+        assert ("decoder_only" in row) == (row["method"] in ("latent", "latent_joint"))
+        if "decoder_only" in row:
+            assert set(row["decoder_only"]) >= {"success", "return", "ci95"}
+
+
+def test_csv_and_plot_agree_with_json(compared):
+    content, out, _ = compared
+    with (out / "comparison.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["method"] for row in rows] == METHODS
+    for row, other in zip(rows, content["rows"], strict=True):
+        assert row["k"] == ("" if other["k"] is None else "2")
+        assert float(row["success"]) == other["success"]
+        assert [float(row["success_low"]), float(row["success_high"])] == other["ci95"]
+        assert float(row["return"]) == other["return"]
+        tuned = other.get("decoder_only")
+        assert row["decoder_only_success"] == ("" if tuned is None else str(tuned["success"]))
+    assert (out / "comparison.svg").read_text().lstrip().startswith("<svg")
+
+
+def test_verdict_names_a_winner_of_the_rows(compared):
+    content, _, _ = compared
+    best = max(row["success"] for row in content["rows"] if row["k"] == 2)
+    winners = [row["method"] for row in content["rows"] if row["k"] == 2 and row["success"] == best]
+    first = content["verdict"].partition(":")[0]
+    if best == 0:
+        assert first.startswith("No method wins")
+    elif len(winners) == 1:
+        assert first == f"{NAMES[winners[0]]} wins with 2 labelled episodes"
+    else:
+        assert "tie with 2 labelled episodes" in first
+        assert all(NAMES[method] in first for method in winners)
+
+
+def test_rows_are_on_equal_terms(compared):
+    """Same network, same steps, same labelled episodes; the IDM's labels are robot actions."""
+    _, out, _ = compared
+    root = out / "seed0"
+    folders = {
+        "latent": root / "latent_k2/grounded",
+        "latent_joint": root / "latent_joint_k2/grounded",
+        **{method: root / f"{method}_k2/policy" for method in ("bc_k", "idm_k")},
+        "oracle": root / "oracle/policy",
+    }
+    policies = {method: Policy.from_pretrained(folder) for method, folder in folders.items()}
+    assert len({policy.config.network for policy in policies.values()}) == 1
+    assert len({policy.spec.action_space for policy in policies.values()}) == 1
+    samples = {
+        method: json.loads((folders[method] / "policy.json").read_text())["episodes"]
+        for method in ("bc_k", "idm_k", "oracle")
+    }
+    assert samples == {"bc_k": 2, "idm_k": 7, "oracle": 7}
+    for method in METHODS:
+        last = [*csv.DictReader((root / _policy(method) / "metrics.csv").open(newline=""))][-1]
+        assert int(last["step"]) == STEPS
+    labels, store = read_labels(root / "idm_k_k2/labels")
+    assert labels.spec.model == "idm"
+    assert store.action_space is not None
+    assert labels.spec.codebook_size == store.action_space.size
+
+
+def _policy(method):
+    return {"latent": "latent/policy", "oracle": "oracle/policy"}.get(method, f"{method}_k2/policy")
+
+
+def test_videos_play(compared):
+    _, out, _ = compared
+    videos = sorted(out.rglob("episode_*.mp4"))
+    assert len(videos) == 7  # one of each of five rows, and of two policies before fine-tuning
+    with av.open(str(videos[0])) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert len([*container.decode(stream)]) > 1
+
+
+def test_same_command_again_returns_the_same(compared):
+    _, out, command = compared
+    before, began = contents(out), time.monotonic()
+    ok(*command)
+    assert contents(out) == before
+    assert time.monotonic() - began < 5
+
+
+def test_other_settings_are_refused(compared):
+    _, out, command = compared
+    before = contents(out)
+    done = cli(*command, "ks=[1,2]")
+    assert done.returncode == 2
+    assert "ks = [2], not [1, 2]" in done.stderr.splitlines()[-1]
+    assert contents(out) == before
+
+
+def test_report_of_a_comparison(compared):
+    content, out, _ = compared
+    done = ok("report", out)
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) >= {"wall_s", "lam", "comparison", "verdict"}
+    assert report["verdict"] == content["verdict"]
+    assert content["verdict"] in done.stdout
+    assert set(report["lam"]) >= {"recon_mse", "copy_mse", "shuffled_mse", "probes"}
+    for row, other in zip(report["comparison"], content["rows"], strict=True):
+        keys = ("method", "k", "seed", "episodes", "success", "return", "ci95")
+        assert [row[key] for key in keys] == [other[key] for key in keys]
+    page = (out / "report.html").read_text()
+    assert page.count("<video") == 7
+    assert 'src="http' not in page
+
+
+def test_demo(tmp_path):
+    out = tmp_path / "demo"
+    more = ("env=babyai/GoToLocal", "methods=[latent,oracle]", *SMALL)
+    command = ("demo", "--out", out, "--episodes", "8", "--k", "2", *more)
+    done = ok(*command)
+    assert str(out / "report.html") in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert [row["method"] for row in report["comparison"]] == ["latent", "oracle"]
+    assert report["wall_s"] > 1
+    assert (out / "report.html").stat().st_size > 1_000_000  # everything is inside
+    before, began = contents(out / "compare"), time.monotonic()
+    ok(*command)
+    assert time.monotonic() - began < 10
+    assert contents(out / "compare") == before
+    again = json.loads((out / "report.json").read_text())
+    assert {key: again[key] for key in again if key != "wall_s"} == {
+        key: report[key] for key in report if key != "wall_s"
+    }
+    other = cli("demo", "--out", out, "--episodes", "8", "--k", "3", *more)
+    assert other.returncode == 2
+    assert "ks = [2], not [3]" in other.stderr.splitlines()[-1]

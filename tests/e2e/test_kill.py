@@ -1,0 +1,190 @@
+"""`kill -9` at a random moment: the same command again ends as if nothing had happened."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import TINY_LAM, cli, write_blocks
+
+pytestmark = pytest.mark.slow
+ATTEMPTS = 5
+
+
+def kill(command, ready, seed, by=signal.SIGKILL):
+    """Start a command, wait until `ready()`, a random moment longer, and kill all of its processes.
+
+    Returns:
+        The exit code and what it said.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "latentact", *map(str, command)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not ready() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(np.random.default_rng(seed).uniform(0, 0.1))
+    if process.poll() is None:
+        os.killpg(process.pid, by)
+    _, said = process.communicate()
+    return process.returncode, said
+
+
+def killed(command, ready, seed, result):
+    """Kill a command before it has its result; fast machines may need more than one attempt."""
+    for attempt in range(ATTEMPTS):
+        code, said = kill(command, ready, seed + attempt)
+        assert code in (0, -signal.SIGKILL), said
+        if code and not result.exists():
+            return
+        assert not result.exists(), "it finished before it could be killed"
+
+
+def ok(*arguments):
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def contents(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def filled(folder, pattern, size=1):
+    """Whether there is a file of at least this size."""
+    return lambda: any(path.is_file() and path.stat().st_size >= size for path in folder.glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """300 episodes of 41 steps: three shards of labels."""
+    return write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz", episodes=300, steps=41)
+
+
+@pytest.fixture(scope="module")
+def entry(data, tmp_path_factory):
+    """The cache entry of an undisturbed build."""
+    there = tmp_path_factory.mktemp("entry")
+    ok("cache", "--data", data, "--resolution", "32", "--cache-dir", there)
+    (found,) = (path for path in there.iterdir() if (path / "meta.json").is_file())
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 10_000_000])
+def test_cache(size, data, entry, tmp_path):
+    command = ("cache", "--data", data, "--resolution", "32", "--cache-dir", tmp_path)
+    killed(command, filled(tmp_path, "*.partial/frames", size), size, tmp_path / entry.name)
+    ok(*command)
+    assert contents(tmp_path / entry.name) == contents(entry)
+    assert not [*tmp_path.glob("*.partial")]
+
+
+def training(data, out):
+    often = ("training.steps=60", "training.checkpoint_every=4", "training.eval_every=20")
+    return ("train-lam", f"data.path={data}", *TINY_LAM, *often, f"out={out}")
+
+
+@pytest.fixture(scope="module")
+def lam(tmp_path_factory, blocks):
+    """A LAM that was trained without a break."""
+    out = tmp_path_factory.mktemp("lam") / "lam"
+    ok(*training(blocks, out))
+    return out
+
+
+@pytest.mark.parametrize("pattern", ["config.yaml", "checkpoints/step=*/state.json"])
+def test_train_lam(pattern, blocks, lam, tmp_path):
+    command = training(blocks, tmp_path / "cut")
+    killed(command, filled(tmp_path / "cut", pattern), len(pattern), tmp_path / "cut/lam.json")
+    ok(*command)
+    whole, cut = contents(lam), contents(tmp_path / "cut")
+    for name in ("model.safetensors", "lam.json", "metrics.csv", "config.yaml"):
+        assert cut[name] == whole[name], name
+    checkpoints = [path.name for path in (tmp_path / "cut/checkpoints").glob("step=*")]
+    assert checkpoints == ["step=00000060"]
+
+
+def test_ctrl_c_says_how_to_go_on(blocks, lam, tmp_path):
+    ready, command = filled(tmp_path, "cut/checkpoints/step=*/state.json"), training(blocks, tmp_path / "cut")
+    code, said = kill(command, ready, 0, signal.SIGINT)
+    assert code == 130
+    assert said.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in said
+    ok(*command)
+    assert contents(tmp_path / "cut")["model.safetensors"] == contents(lam)["model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def labels(data, lam, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labels") / "labels"
+    ok("label", "--lam", lam, "--data", data, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("pattern", ["identity", "000000000000.npz"])
+def test_label(pattern, data, lam, labels, tmp_path):
+    command = ("label", "--lam", lam, "--data", data, "--out", tmp_path / "cut")
+    killed(command, filled(tmp_path / "cut.partial", pattern), len(pattern), tmp_path / "cut")
+    assert (tmp_path / "cut.partial").exists()
+    ok(*command)
+    assert contents(tmp_path / "cut") == contents(labels)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    out = tmp_path_factory.mktemp("collect") / "data"
+    ok("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", out)
+    return out
+
+
+def comparing(data, out):
+    sizes = ("lam.idm_channels=[16]", "lam.fdm_channels=[16]", "policy.network.channels=[16]")
+    steps = (
+        *("lam_training.steps=40", "lam_training.checkpoint_every=5", "lam_training.eval_every=0"),
+        *("policy_training.steps=40", "policy_training.checkpoint_every=5", "decoder_training.steps=20"),
+        *("finetune_steps=10", "lam_training.batch_size=16", "policy_training.batch_size=16"),
+    )
+    what = ("env=babyai/GoToLocal", "methods=[latent,bc_k]", "ks=[2]", "episodes=2", "record=1")
+    return ("compare", "experiment=babyai", f"data.path={data}", *what, *sizes, *steps, f"out={out}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demonstrations, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "compare"
+    ok(*comparing(demonstrations, out))
+    return out
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "seed0/latent/lam/checkpoints/step=*/state.json",
+        "seed0/latent_k2/grounded/ground.json",
+    ],
+)
+def test_compare(pattern, demonstrations, undisturbed, tmp_path):
+    command = comparing(demonstrations, tmp_path / "cut")
+    killed(command, filled(tmp_path / "cut", pattern), len(pattern), tmp_path / "cut/comparison.json")
+    ok(*command)
+    whole, cut = contents(undisturbed), contents(tmp_path / "cut")
+    for name in ("comparison.json", "comparison.csv", "comparison.svg"):
+        assert cut[name] == whole[name], name
+    kept = ("model.safetensors", "lam_tokens.safetensors", ".mp4")
+    weights = {name for name in whole if name.endswith(kept)}
+    assert len(weights) == 9  # a LAM, labels, three policies and one that was tuned; a video of each
+    assert {name: cut[name] for name in weights} == {name: whole[name] for name in weights}
+    numbers = json.loads((tmp_path / "cut/comparison.json").read_text())
+    assert [row["method"] for row in numbers["rows"]] == ["latent", "bc_k"]

@@ -1,0 +1,245 @@
+"""No action of an unlabelled episode reaches any training step.
+
+Every action of the data is the number of its episode, so that an action that is seen says where it is from.
+Two proofs for every stage that trains: the actions that losses are given belong to labelled episodes, all of
+them; and data whose other actions are random trains the same weights, bit by bit.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import write_blocks
+from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.clips import Clips, choose_labelled, split_episodes
+from latentact.data.samples import PolicyBatch
+from latentact.lams.idm import IdmConfig
+from latentact.lams.lapo import LapoConfig
+from latentact.policies.bc import BcConfig
+from latentact.policies.decoder import DecoderConfig
+from latentact.policies.latent import LatentConfig
+from latentact.policies.policy import NetworkConfig, Policy
+from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.stages import ground, label, train_lam, train_policy
+from latentact.training.fit import TrainingConfig
+from latentact.types import Clip
+
+EPISODES, K = 8, 3
+NETWORK = NetworkConfig(backbone="patch", patch=8, channels=(8,), chunk=2)
+TRAINING = TrainingConfig(steps=12, batch_size=16, eval_every=6, device="cpu")
+LAPO = LapoConfig(
+    backbone="patch",
+    size=32,
+    patch=8,
+    idm_channels=(8,),
+    fdm_channels=(8,),
+    bottleneck=BottleneckConfig(kind="none", dim=4),
+)
+JOINT = LapoConfig(
+    backbone="patch",
+    size=32,
+    patch=8,
+    idm_channels=(8,),
+    fdm_channels=(8,),
+    bottleneck=BottleneckConfig(kind="none", dim=4),
+    action_weight=1.0,
+)
+IDM = IdmConfig(backbone="patch", size=32, patch=8, channels=(8,))
+
+
+def data(path):
+    return DataConfig(path=str(path), resolution=32)
+
+
+@pytest.fixture(scope="module")
+def labelled(honest):
+    train, _ = split_episodes(open_store(data(honest)), held_out=0.1, seed=0)
+    return choose_labelled(train, K, 0)
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """Data whose actions are the numbers of their episodes."""
+    path = write_blocks(tmp_path_factory.mktemp("honest") / "blocks.npz")
+    arrays = dict(np.load(path))
+    arrays["action"] = np.repeat(np.arange(EPISODES), len(arrays["action"]) // EPISODES)
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def poisoned(honest, labelled, tmp_path_factory):
+    """The same, but the actions of all other episodes, held out or not, are random."""
+    path = tmp_path_factory.mktemp("poisoned") / "blocks.npz"
+    arrays = dict(np.load(honest))
+    hidden = ~np.isin(arrays["action"], labelled)
+    drawn = np.random.default_rng(0).integers(EPISODES, size=len(hidden))
+    arrays["action"] = np.where(hidden, drawn, arrays["action"])
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """All actions that a loss is given, and the latent policy's targets left out."""
+    actions = []
+
+    def watch(stage):
+        fit = stage.fit
+
+        def spied(model, *arguments):
+            loss = model.loss
+
+            def recording(batch):
+                if model.training:  # it judges held-out episodes at rest
+                    actions.extend(_actions(batch))
+                return loss(batch)
+
+            model.loss = recording
+            fit(model, *arguments)
+
+        monkeypatch.setattr(stage, "fit", spied)
+
+    for stage in (train_lam, train_policy, ground):
+        watch(stage)
+    return actions
+
+
+def _actions(batch):
+    if isinstance(batch, Clip):
+        assert batch.action is not None
+        return batch.action[batch.action >= 0].tolist()
+    if isinstance(batch, PolicyBatch):
+        return [] if batch.target.is_floating_point() else batch.target[..., 0][batch.mask].tolist()
+    return batch.actions.flatten().tolist()
+
+
+def lam(path, out, config, k):
+    settings = train_lam.TrainLamConfig(
+        data=data(path), lam=config, training=TRAINING, labelled_episodes=k, labelled_share=0.5
+    )
+    return train_lam.run(settings, out)
+
+
+def bc(path, out):
+    settings = train_policy.TrainPolicyConfig(
+        data=data(path),
+        policy=BcConfig(network=NETWORK),
+        training=TRAINING,
+        labelled_episodes=K,
+    )
+    return train_policy.run(settings, out)
+
+
+def grounded(path, out, self_training=False):
+    """LAM, labels, latent policy and its grounding, with fine-tuning."""
+    model = lam(path, out / "lam", LAPO, 0)
+    labels = label.run(label.LabelConfig(lam=str(model), data=data(path), out=str(out / "labels")))
+    network = LatentConfig(network=NETWORK)
+    settings = train_policy.TrainPolicyConfig(labels=str(labels), policy=network, training=TRAINING)
+    policy = train_policy.run(settings, out / "policy")
+    last = ground.GroundConfig(
+        policy=str(policy),
+        labels=str(labels),
+        labelled_episodes=K,
+        decoder=DecoderConfig(hidden=(8,)),
+        training=TRAINING,
+        finetune_steps=12,
+        self_training=self_training,
+    )
+    return ground.run(last, out / "ground")
+
+
+STAGES = {
+    "train-lam joint": lambda path, out: lam(path, out, JOINT, K),
+    "train-lam idm": lambda path, out: lam(path, out, IDM, K),
+    "train-policy bc": bc,
+    "ground": grounded,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+def test_losses_see_actions_of_all_labelled_episodes_and_of_no_other(stage, honest, labelled, seen, tmp_path):
+    stage(honest, tmp_path)
+    assert sorted(set(seen)) == labelled.tolist()
+
+
+def test_a_lam_without_labels_sees_no_action(honest, seen, tmp_path):
+    lam(honest, tmp_path / "lam", LAPO, 0)
+    assert seen == []
+
+
+def weights(folder):
+    files = sorted(Path(folder).rglob("model.safetensors"))
+    assert files
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+def test_other_actions_change_no_weight(stage, honest, poisoned, tmp_path):
+    stage(honest, tmp_path / "honest")
+    stage(poisoned, tmp_path / "poisoned")
+    assert weights(tmp_path / "honest") == weights(tmp_path / "poisoned")
+
+
+def test_other_actions_change_no_weight_of_self_training(honest, poisoned, tmp_path):
+    for path in (honest, poisoned):
+        grounded(path, tmp_path / path.parent.name, self_training=True)
+    assert weights(tmp_path / honest.parent.name) == weights(tmp_path / poisoned.parent.name)
+
+
+def test_self_training_keeps_known_actions_and_fills_the_others(honest, labelled, tmp_path):
+    folder = grounded(honest, tmp_path)
+    store, policy = open_store(data(honest)), Policy.from_pretrained(folder)
+    train, held_out = split_episodes(store, held_out=0.1, seed=0)
+    config = ground.GroundConfig(policy="", labels="", training=TRAINING)
+    filled = ground._pseudo_actions(
+        config, policy, store, train, store.actions(labelled), tmp_path / "teacher"
+    )
+    known = np.isin(store.episode, labelled)
+    assert (filled[known] == store.episode[known]).all()
+    assert ((filled[~known] >= 0) & (filled[~known] < EPISODES))[np.isin(store.episode[~known], train)].all()
+    assert (filled[np.isin(store.episode, held_out)] == -1).all()
+
+
+def test_labelled_actions_do_change_weights(honest, labelled, tmp_path):
+    """The counterpart: the test above can fail."""
+    path = tmp_path / "blocks.npz"
+    arrays = dict(np.load(honest))
+    rows = np.flatnonzero(arrays["action"] == labelled[0])
+    arrays["action"][rows] = (arrays["action"][rows] + 1) % EPISODES
+    np.savez(path, **arrays)
+    for name, stage in STAGES.items():
+        stage(honest, tmp_path / "honest" / name)
+        stage(path, tmp_path / "changed" / name)
+    honest_weights, changed = weights(tmp_path / "honest"), weights(tmp_path / "changed")
+    same = {name for name in changed if changed[name] == honest_weights[name]}
+    assert same == {"ground/lam/model.safetensors", "ground/policy/model.safetensors"}
+
+
+def test_the_last_action_of_an_episode_is_never_used(honest, monkeypatch, seen, tmp_path):
+    """It is a hold; here it is class 7 in data that has no other 7."""
+    arrays = dict(np.load(honest))
+    arrays["action"] = np.where(arrays["done"], 7, arrays["action"] % 7)
+    np.savez(tmp_path / "blocks.npz", **arrays)
+    for name, stage in STAGES.items():
+        stage(tmp_path / "blocks.npz", tmp_path / name)
+    assert seen
+    assert 7 not in seen
+
+
+def test_a_store_shows_only_the_named_actions(honest):
+    store = open_store(data(honest))
+    shown = store.actions([1, 4])
+    assert set(shown[np.isin(store.episode, [1, 4])]) == {1, 4}
+    assert (shown[~np.isin(store.episode, [1, 4])] == -1).all()
+    assert (store.actions([]) == -1).all()
+    for name in ("action", "action.left"):
+        with pytest.raises(ValueError, match="through `actions` only"):
+            store.column(name)
+    clips = Clips(store, episodes=range(EPISODES), frame_gap=1, labelled=[2])
+    action = clips.clip(clips.rows).action
+    assert action is not None
+    assert set(action.tolist()) == {-1, 2}
+    assert not any("action" in name for name in vars(FrameStore) if name not in ("actions",))

@@ -1,0 +1,88 @@
+"""LAPO's numbers: the quantiser's update by hand, the constant convolution, the loss on labelled rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latentact.lams.lapo import LapoConfig
+from latentact.lams.model import action_loss, floats, pairs
+from latentact.nn.unet import _conv_with_constant
+from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.vq_ema import VqEma
+
+
+def test_published_sizes() -> None:
+    model = LapoConfig().build()
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(model.idm) + count(model.idm_head) == 3_685_376  # IDM of the published code
+    assert count(model.fdm) == 7_814_139  # its world model
+    assert model.bottleneck.embedding.shape == (2, 64, 16)
+
+
+def test_vectors_take_strided_elements() -> None:
+    quantiser = VqEma(BottleneckConfig(dim=8, codebooks=1, positions=2, codebook_size=2)).eval()
+    quantiser.embedding.copy_(torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1]]]))
+    x = torch.tensor([[0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9]])  # position 0 at even places, 1 at odd ones
+    out = quantiser(x)
+    assert out.codes.tolist() == [[0, 1]]
+    torch.testing.assert_close(out.vectors, torch.tensor([[0.0, 1, 0, 1, 0, 1, 0, 1]]))
+    torch.testing.assert_close(out.loss, torch.tensor(0.05 * 0.01))
+
+
+def test_codebook_update_by_hand() -> None:
+    quantiser = VqEma(BottleneckConfig(dim=1, codebooks=1, positions=1, codebook_size=2, decay=0.5)).train()
+    quantiser.embedding.copy_(torch.tensor([[[0.0], [1.0]]]))
+    quantiser.ema_weight.copy_(torch.tensor([[[0.0], [1.0]]]))
+    quantiser.ema_count.copy_(torch.tensor([[2.0, 2.0]]))
+    quantiser(torch.tensor([[0.2], [0.4], [0.9]]))
+    # counts: .5*2 + .5*2 = 2 and .5*2 + .5*1 = 1.5; smoothing (c + e) / (n + 2e) * n with n = 3.5 moves them
+    # by 1e-5
+    torch.testing.assert_close(quantiser.ema_count, torch.tensor([[2.0, 1.5]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(quantiser.ema_weight, torch.tensor([[[0.3], [0.95]]]))
+    torch.testing.assert_close(
+        quantiser.embedding, torch.tensor([[[0.15], [0.95 / 1.5]]]), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_constant_channels_cost_nothing_and_change_nothing() -> None:
+    torch.manual_seed(0)
+    conv, x, latent = nn.Conv2d(6 + 10, 5, 3, padding=1), torch.randn(2, 6, 8, 8), torch.randn(2, 10)
+    plain = conv(torch.cat([x, latent[:, :, None, None].expand(-1, -1, 8, 8)], dim=1))
+    torch.testing.assert_close(_conv_with_constant(conv, x, latent), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_are_one_window_per_transition() -> None:
+    frames = torch.arange(4, dtype=torch.uint8).view(1, 4, 1, 1, 1)
+    valid = torch.tensor([[False, True, True, True]])
+    windows, real = pairs(frames, valid, context=1)
+    assert windows.flatten(1).tolist() == [[0, 0, 1], [0, 1, 2], [1, 2, 3]]
+    assert real.tolist() == [[False, True, True]]
+    windows, real = pairs(frames, valid, context=1, last=True)
+    assert windows.flatten(1).tolist() == [[1, 2, 3]]
+    assert real.tolist() == [[True]]
+
+
+def test_pixels_are_centred() -> None:
+    frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1, 1).expand(1, 2, 3, 32, 32)
+    assert floats(frames, 32).flatten(2).unique().tolist() == [-0.5, 0.5]
+
+
+def test_action_loss_sees_labelled_rows_only() -> None:
+    logits = torch.tensor([[2.0, 0.0], [5.0, -5.0]])
+    hidden = action_loss(logits, torch.tensor([1, -1]))
+    torch.testing.assert_close(hidden, F.cross_entropy(logits[:1], torch.tensor([1])))
+    numbers = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]])
+    torch.testing.assert_close(action_loss(torch.zeros(2, 2), numbers), torch.tensor(2.5))
+    assert action_loss(torch.zeros(2, 2), torch.full((2, 2), float("nan"))).item() == 0
+
+
+def test_motion_weight_by_hand() -> None:
+    """A frame whose one changed pixel moves by 0.2: that pixel counts 1 + 10 * 0.2 = 3 times."""
+    model = LapoConfig(backbone="patch", size=32, motion_weight=10.0, fdm_context=0).build().eval()
+    x = torch.zeros(1, 3, 3, 32, 32)
+    x[:, 2, :, 0, 0] = 0.2
+    model._predict = lambda frames, latent: frames[:, -1]  # type: ignore[method-assign]
+    loss = model._reconstruction(x, torch.zeros(1, 128))
+    torch.testing.assert_close(loss, torch.tensor(3 * 0.04 / 1024))

@@ -1,0 +1,370 @@
+"""What holds for the repository as a whole: sizes, imports, help, experiments, documents, configuration."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import latentact
+from latentact.cli import app
+from latentact.config import from_dict, load_experiment, run_stage, to_dict
+from latentact.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "src/latentact/conf"
+LONG_FILES: dict[str, str] = {}
+"""Files under src that may have more than 600 lines, and why."""
+STAGES = {
+    "train_lam": ("TrainLamConfig", ["data.path=DIR"]),
+    "train_policy": ("TrainPolicyConfig", ["labels=DIR"]),
+    "ground": ("GroundConfig", ["policy=DIR", "labels=DIR"]),
+    "compare": ("CompareConfig", ["data.path=DIR", "env=babyai/GoToRedBall"]),
+}
+"""Stages that take Hydra overrides: their config, and what it requires."""
+COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def stage_config(stage: str) -> type:
+    return getattr(importlib.import_module(f"latentact.stages.{stage}"), STAGES[stage][0])
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- sizes and imports
+
+
+def test_no_file_is_too_long() -> None:
+    files = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in (ROOT / "src").rglob("*.py")
+    }
+    assert len(files) > 50
+    assert {name for name, lines in files.items() if lines > 600} == set(LONG_FILES)
+
+
+def test_import_does_not_import_torch() -> None:
+    loaded = in_a_process("import latentact, sys; print(*sys.modules)").split()
+    assert "latentact" in loaded
+    assert "torch" not in loaded
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, latentact.cli; sys.argv = ['latentact', '--help']\n"
+        "try: latentact.cli.main()\n"
+        "except SystemExit as stop: print('exit', stop.code)\n"
+        "print('modules', *sys.modules)"
+    )
+    shown, _, rest = in_a_process(code).partition("\nexit ")
+    code, _, modules = rest.partition("\nmodules ")
+    assert code == "0"
+    assert all(name in shown for name in COMMANDS)
+    assert not {"torch", "lightning", "hydra", "omegaconf", "lerobot", "av"} & set(modules.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0, result.output
+    assert "Example" in result.output
+    assert f"latentact {command}" in result.output
+
+
+def test_hydra_commands_are_those_with_experiments() -> None:
+    free = {name.replace("-", "_") for name, c in COMMANDS.items() if c.context_settings}
+    assert free == set(STAGES)
+    assert {path.name for path in CONF.iterdir() if (path / "__init__.py").exists()} == set(STAGES)
+
+
+@pytest.mark.parametrize("name", latentact.__all__)
+def test_public_names_import(name: str) -> None:
+    assert getattr(latentact, name).__name__ == name
+
+
+def test_unknown_public_name() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        latentact.no_such_name  # noqa: B018
+
+
+# --- experiments
+
+
+EXPERIMENTS = sorted((p.parts[-3], p.stem) for p in CONF.glob("*/experiment/*.yaml"))
+
+
+@pytest.mark.parametrize(("stage", "experiment"), EXPERIMENTS)
+def test_every_experiment_composes(stage: str, experiment: str) -> None:
+    config, given = stage_config(stage), STAGES[stage][1]
+    with_it = load_experiment(stage, config, [f"experiment={experiment}", *given])
+    assert with_it != load_experiment(stage, config, given), "an experiment that changes nothing"
+    yaml_file = CONF / stage / "experiment" / f"{experiment}.yaml"
+    for key, value in leaves(yaml.safe_load(yaml_file.read_text())):
+        found: Any = with_it
+        for part in key.split("."):
+            found = getattr(found, part)
+        if key not in " ".join(given):
+            assert to_dict(found) == value, key
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        elif key != "defaults" and not key.startswith("override "):
+            yield prefix + key, value
+
+
+# --- documents
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, "bash"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(document.name, line) for line in lines if line.startswith("latentact ")]
+    return found
+
+
+def check_line(line: str) -> None:
+    """Raise where a command line names a command, flag or setting that does not exist."""
+    _, name, *arguments = shlex.split(line, comments=True)
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}")
+    stage = name.replace("-", "_")
+    if stage not in STAGES:
+        COMMANDS[name].make_context(name, arguments)
+    elif "--help" not in arguments:
+        sweep = {"--multirun", "-m"} & set(arguments)
+        plain = [a for a in arguments if "=" in a]
+        assert set(arguments) - set(plain) <= {"--multirun", "-m", "--cfg", "job"}, line
+        load_experiment(
+            stage,
+            stage_config(stage),
+            [re.sub(r"=([^\[,]*),.*", r"=\1", a) if sweep else a for a in plain],
+        )
+
+
+def test_documents_show_every_command() -> None:
+    readme = {line.split()[1] for document, line in command_lines() if document == "README.md"}
+    assert readme == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("document", "line"), command_lines())
+def test_documented_command_lines_exist(document: str, line: str) -> None:
+    check_line(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("latentact no-such-command", "unknown command"),
+        ("latentact collect pusht --out DIR --no-such-flag 3", "No such option"),
+        ("latentact collect pusht --out DIR --episodes many", "valid int"),
+        ("latentact label --lam DIR --data DIR", "Missing parameter: out"),
+        ("latentact train-lam data.path=DIR training.no_such_setting=3", "unknown setting"),
+        ("latentact train-lam data.path=DIR experiment=no_such", "unknown experiment"),
+    ],
+)
+def test_wrong_command_lines_are_noticed(line: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        check_line(line)
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, blocks_folder: Path) -> None:
+    from latentact.lams.lapo import LapoConfig
+
+    lam = LapoConfig(backbone="patch", size=32, idm_channels=(8,), fdm_channels=(8,)).build()
+    lam.save_pretrained(tmp_path / "runs/lam")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/red_ball").symlink_to(blocks_folder)
+    found = blocks(ROOT / "README.md", "python")
+    assert found
+    for block in found:
+        in_a_process(f"import os; os.chdir({str(tmp_path)!r})\n{block}")
+
+
+def test_python_of_the_contributing_guide_runs() -> None:
+    found = blocks(ROOT / "CONTRIBUTING.md", "python")
+    assert len(found) == 5, "a LAM, a bottleneck, a policy, a format, a suite"
+    names = in_a_process(
+        "\n".join(found)
+        + "\nfrom latentact.lams.model import LAMS\nfrom latentact.policies.policy import POLICIES\n"
+        "for registry in (LAMS, QUANTIZERS, POLICIES, FORMATS, ENVS): print(*registry.names())"
+    )
+    for name in ("my_lam", "my_quantizer", "my_policy", "my_format", "my_suite"):
+        assert name in names.split()
+
+
+@pytest.fixture
+def blocks_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "npz"
+    folder.mkdir()
+    obs = np.random.default_rng(0).integers(256, size=(32, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "play.npz", obs=obs, action=np.zeros(32, np.int64))
+    return folder
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+# --- configuration
+
+
+class Recorder:
+    """Stands for a stage: remembers what it was run with."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, Path]] = []
+
+    def __call__(self, config: Any, out: Path) -> None:
+        self.runs.append((config, out))
+
+
+def record(*argv: str, stage: str = "train_lam") -> list[tuple[Any, Path]]:
+    recorder = Recorder()
+    run_stage(stage, stage_config(stage), recorder, [*argv], "latentact ...")
+    return recorder.runs
+
+
+def test_settings_reach_the_stage(tmp_path: Path) -> None:
+    [(config, out)] = record(
+        "data.path=DIR", f"out={tmp_path}/run", "lam=idm", "lam.channels=[8,16]", "training.steps=7"
+    )
+    assert out == tmp_path / "run"
+    assert type(config).__name__ == "TrainLamConfig"
+    assert config.lam.kind == "idm"
+    assert config.lam.channels == (8, 16)
+    assert config.training.steps == 7
+    assert not out.exists(), "the stage makes its folder, once its input has been checked"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["data.resolutoin=3"], r"unknown setting 'data.resolutoin'; did you mean 'data.resolution'\?"),
+        (["lam=lapp"], r"unknown lam 'lapp'; did you mean 'lapo'\? Known: .*idm"),
+        (["experiment=babyia"], r"unknown experiment 'babyia'; did you mean 'babyai'\?"),
+        (["training.steps=many"], r"many.*training\.steps"),
+        (["data.strict=maybe"], r"maybe.*data\.strict"),
+        (["training=3"], r"training"),
+        (["lam.size=8"], r"lam.size is 8; wanted 32..256"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(argv: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        record("data.path=DIR", f"out={tmp_path}/run", *argv)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        load_experiment("train_lam", stage_config("train_lam"), ["data.path=DIR", *argv])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing"),
+    [("train_lam", "data.path"), ("ground", "policy"), ("compare", "data.path")],
+)
+def test_missing_settings_are_named(stage: str, missing: str) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(missing)} is not set; give it as KEY=VALUE"):
+        record(stage=stage)
+
+
+def test_sweeps_run_each_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    runs = record("data.path=DIR", f"out={tmp_path}/sweep", "training.seed=0,1", "--multirun")
+    assert [config.training.seed for config, _ in runs] == [0, 1]
+    folders = [out for _, out in runs]
+    assert len(set(folders)) == 2
+    assert all(folder.is_relative_to(tmp_path / "sweep") for folder in folders)
+
+
+def test_cfg_job_prints_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    assert record("data.path=DIR", "training.steps=7", "--cfg", "job") == []
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["training"]["steps"] == 7
+    assert shown["lam"]["kind"] == "lapo"
+
+
+def registered() -> list[Any]:
+    from latentact.lams.model import LAMS
+    from latentact.policies.policy import POLICIES
+
+    return [registry.get(name) for registry in (LAMS, POLICIES) for name in registry.names()]
+
+
+@pytest.mark.parametrize("config", registered(), ids=lambda config: config().kind)
+def test_configs_survive_a_round_trip(config: Any) -> None:
+    written = json.loads(json.dumps(to_dict(config())))
+    assert from_dict(config, written) == config()
+    with pytest.raises(UserError, match=r"unknown setting 'it.no_such'"):
+        from_dict(config, {**written, "no_such": 1}, "it")
+
+
+def test_stage_configs_survive_a_round_trip() -> None:
+    for stage, (_, given) in STAGES.items():
+        config = load_experiment(stage, stage_config(stage), given)
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+# --- packages outside
+
+
+def test_a_package_outside_adds_a_lam(tmp_path: Path) -> None:
+    (tmp_path / "outside_lam.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from latentact.lams.model import LAMS\n"
+        "@LAMS.register('outside')\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class OutsideConfig:\n"
+        "    kind: str = 'outside'\n"
+        "    width: int = 3\n"
+    )
+    info = tmp_path / "outside_lam-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-lam\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[latentact.lams]\noutside = outside_lam\n")
+    code = (
+        "from latentact.config import load_experiment\n"
+        "from latentact.lams.model import LAMS\n"
+        "from latentact.stages.train_lam import TrainLamConfig\n"
+        "given = ['data.path=DIR', 'lam=outside', 'lam.width=5']\n"
+        "config = load_experiment('train_lam', TrainLamConfig, given)\n"
+        "print(config.lam.width, *LAMS.names())"
+    )
+    width, *names = in_a_process(code, PYTHONPATH=str(tmp_path)).split()
+    assert width == "5"
+    assert {"outside", "lapo", "idm"} <= set(names)

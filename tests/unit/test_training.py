@@ -1,0 +1,262 @@
+"""The training loop: exact resume, batches by (seed, step), what is written and when it stops."""
+
+import csv
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from latentact.errors import UserError
+from latentact.training.checkpoint_io import FolderCheckpointIO
+from latentact.training.fit import TrainingConfig, fit
+from latentact.training.metrics_csv import MetricsCsv
+from latentact.training.run_folder import begin_run, finished
+
+
+class Batch:
+    def __init__(self, positions):
+        self.positions = positions
+
+    def to(self, device):
+        return self
+
+
+class Positions(torch.utils.data.Dataset):
+    """Its batches are the positions asked for, which it records."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 100
+
+    def __getitems__(self, positions):
+        self.asked.append(positions)
+        return Batch(torch.tensor(positions))
+
+
+class Noisy(nn.Module):
+    """A model with noise, dropout and statistics, all of which a resumed run must find again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.seen = []
+
+    def loss(self, batch):
+        self.seen.append(batch.positions.tolist())
+        x = batch.positions.float()[:, None] / 100
+        loss = (self.net(x + torch.randn_like(x)) - x.sin()).square().mean()
+        return loss, {"noise": loss.detach() * 2}
+
+
+class Killed(Exception):
+    pass
+
+
+def train(out, kill_at=None, **settings):
+    """Train a model; `kill_at` ends it in the middle of that step, as a power cut would."""
+    model, data = Noisy(), Positions()
+    config = TrainingConfig(
+        **{"steps": 12, "batch_size": 8, "checkpoint_every": 5, "log_every": 3, "device": "cpu", **settings}
+    )
+    loss = model.loss
+
+    def cut(batch):
+        if len(model.seen) == kill_at:
+            raise Killed
+        return loss(batch)
+
+    model.loss = cut
+    if kill_at is None:
+        fit(model, data, config, out)
+    else:
+        with pytest.raises(Killed):
+            fit(model, data, config, out)
+    return model
+
+
+def rows(out):
+    with (out / "metrics.csv").open(newline="") as file:
+        return [*csv.DictReader(file)]
+
+
+def equal(a, b):
+    mine, other = a.state_dict(), b.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+def test_undisturbed_run(tmp_path):
+    model = train(tmp_path)
+    assert [int(row["step"]) for row in rows(tmp_path)] == [1, 3, 6, 9, 12]
+    first, *_, last = rows(tmp_path)
+    assert float(first["train/noise"]) == pytest.approx(2 * float(first["train/loss"]), rel=1e-4)
+    assert set(last) == {"step", "train/loss", "train/noise"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=00000012"]
+    assert not model.training
+    assert not equal(model, Noisy())
+
+
+@pytest.mark.parametrize("kill_at", [2, 5, 7, 11])
+def test_resumed_run_ends_with_the_same_weights(kill_at, tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", kill_at=kill_at)
+    resumed = train(tmp_path / "cut")
+    done = kill_at // 5 * 5
+    assert resumed.seen == whole.seen[done:]
+    assert equal(resumed, whole)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "cut/checkpoints").iterdir()] == ["step=00000012"]
+
+
+def test_run_killed_after_its_last_step_has_its_weights(tmp_path):
+    whole = train(tmp_path)
+    again = train(tmp_path)
+    assert again.seen == []
+    assert equal(again, whole)
+    assert not again.training
+
+
+def test_half_written_checkpoint_is_not_taken(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", kill_at=7)
+    half = tmp_path / "cut/checkpoints/.step=00000010.77.partial"
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    assert equal(train(tmp_path / "cut"), whole)
+
+
+def test_damaged_checkpoint_is_a_user_error(tmp_path):
+    train(tmp_path, kill_at=7)
+    state = tmp_path / "checkpoints/step=00000005/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        train(tmp_path)
+
+
+def test_batches_follow_from_seed_and_step(tmp_path):
+    first = train(tmp_path / "a").seen
+    assert train(tmp_path / "b").seen == first
+    assert train(tmp_path / "c", steps=6).seen == first[:6]
+    other = train(tmp_path / "d", seed=1).seen
+    assert all(x != y for x, y in zip(first, other, strict=True))
+    assert all(len(batch) == 8 for batch in first)
+    assert len({tuple(batch) for batch in first}) == 12
+
+
+def test_evaluation_sees_the_model_at_rest_and_changes_nothing(tmp_path):
+    model, modes = Noisy(), []
+
+    def evaluate():
+        modes.append((model.training, torch.is_grad_enabled()))
+        torch.rand(3)  # draws random numbers, which must not reach the next step
+        return {"val/loss": 1.5}
+
+    config = TrainingConfig(steps=12, batch_size=8, log_every=3, eval_every=4, device="cpu")
+    fit(model, Positions(), config, tmp_path / "judged", evaluate)
+    assert modes == [(False, False)] * 3
+    found = {int(row["step"]): row["val/loss"] for row in rows(tmp_path / "judged")}
+    assert found == {1: "", 3: "", 4: "1.5", 6: "", 8: "1.5", 9: "", 12: "1.5"}
+    assert equal(model, train(tmp_path / "plain"))
+
+
+def test_diverged_training_is_a_user_error(tmp_path):
+    model = Noisy()
+    nn.init.constant_(model.net[0].weight, float("nan"))
+    config = TrainingConfig(steps=3, batch_size=8, device="cpu")
+    with pytest.raises(UserError, match=r"the loss is nan at step 1; lower training.lr"):
+        fit(model, Positions(), config, tmp_path)
+    assert not [*(tmp_path / "checkpoints").glob("*")]
+
+
+def test_ctrl_c_reaches_the_command_line(tmp_path):
+    """Lightning turns it into an exit with code 1; the command line says that it can go on."""
+    model, before = Noisy(), signal.getsignal(signal.SIGINT)
+
+    def interrupted(batch):
+        raise KeyboardInterrupt
+
+    model.loss = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, Positions(), TrainingConfig(steps=3, device="cpu"), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"precision": "float8"},
+        {"device": "tpu"},
+        {"log_every": 0},
+    ],
+)
+def test_settings_that_no_training_can_use(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        TrainingConfig(**wrong)
+
+
+def test_metrics_keep_rows_up_to_the_resumed_step(tmp_path):
+    first = MetricsCsv(tmp_path)
+    for step in (1, 2, 3, 4):
+        first.log_metrics({"train/loss": 1 / step}, step)
+    first.log_metrics({"val/loss": 0.25}, 4)
+    assert rows(tmp_path)[-1] == {"step": "4", "train/loss": "0.25", "val/loss": "0.25"}
+    resumed = MetricsCsv(tmp_path, start=2)
+    resumed.log_metrics({"train/loss": 9.0}, 3)
+    assert [(row["step"], row["train/loss"]) for row in rows(tmp_path)] == [
+        ("1", "1"),
+        ("2", "0.5"),
+        ("3", "9"),
+    ]
+    afresh = MetricsCsv(tmp_path)
+    afresh.log_metrics({"x": 1.0}, 1)
+    assert rows(tmp_path) == [{"step": "1", "x": "1"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    state = {
+        "numbers": [1, 2.5, True, None, "text"],
+        "pair": (torch.arange(3), {"deep": [torch.zeros(2, 0), ()]}),
+        "by number": {0: torch.tensor(1.5, dtype=torch.float64), 1: {}},
+        "halves": torch.ones(2, dtype=torch.bfloat16),
+    }
+    FolderCheckpointIO().save_checkpoint(state, tmp_path / "here")
+    found = FolderCheckpointIO().load_checkpoint(tmp_path / "here")
+    assert found["numbers"] == state["numbers"]
+    assert found["numbers"][2] is True
+    assert isinstance(found["pair"], tuple)
+    assert torch.equal(found["pair"][0], state["pair"][0])
+    assert found["pair"][1]["deep"][0].shape == (2, 0)
+    assert found["pair"][1]["deep"][1] == ()
+    assert [*found["by number"]] == [0, 1]
+    assert found["by number"][0].dtype == torch.float64
+    assert found["halves"].dtype == torch.bfloat16
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["state.json", "state.safetensors"]
+
+
+def test_checkpoint_refuses_what_would_need_a_pickle(tmp_path):
+    with pytest.raises(TypeError, match=r"/model is a Noisy"):
+        FolderCheckpointIO().save_checkpoint({"model": Noisy()}, tmp_path / "here")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_run_folder(tmp_path):
+    out, config = tmp_path / "run", TrainingConfig(steps=3, device="cpu")
+    assert not finished(out, config, "result.json")
+    assert not out.exists()
+    begin_run(out, config)
+    assert not finished(out, config, "result.json")
+    with pytest.raises(UserError, match="steps = 3, not 4"):
+        finished(out, TrainingConfig(steps=4, device="cpu"), "result.json")
+    (out / "result.json").touch()
+    assert finished(out, config, "result.json")
+    with pytest.raises(UserError, match="is a file"):
+        finished(out / "result.json", config, "result.json")
