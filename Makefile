@@ -26,14 +26,15 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/lapo_step.py
 
 # The environment: a virtual environment of Python 3.12 with the pinned packages. uv comes through pip.
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	@for python in $(PYTHON) python3 python; do \
 	  $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break; python=; done; \
 	if [ -z "$$python" ]; then echo "Python 3.12 is missing; install it (for example: pyenv install 3.12)." >&2; exit 1; fi; \
 	[ -x $(BIN)/python ] || $$python -m venv .venv
 	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "uv>=0.9"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . \
+	  $(foreach plugin,$(dir $(wildcard plugins/*/pyproject.toml)),--editable $(plugin))
 	@touch $@
 
 lock:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentact.data.cache import DataConfig, FrameStore, open_store
     from latentact.errors import UserError
+    from latentact.guidance import LatentActionExtractor, LatentGuidedInference
+    from latentact.guide import Guide
     from latentact.lams.model import LatentActionModel, load_lam
     from latentact.policies.policy import Policy, PolicyActor
     from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
@@ -20,9 +22,12 @@ _WHERE = {
     "Clip": "types",
     "DataConfig": "data.cache",
     "FrameStore": "data.cache",
+    "Guide": "guide",
+    "LatentActionExtractor": "guidance",
     "LatentActionModel": "lams.model",
     "LatentActionSpec": "types",
     "LatentActions": "types",
+    "LatentGuidedInference": "guidance",
     "Policy": "policies.policy",
     "PolicyActor": "policies.policy",
     "UserError": "errors",
@@ -34,9 +39,12 @@ __all__ = [
     "Clip",
     "DataConfig",
     "FrameStore",
+    "Guide",
+    "LatentActionExtractor",
     "LatentActionModel",
     "LatentActionSpec",
     "LatentActions",
+    "LatentGuidedInference",
     "Policy",
     "PolicyActor",
     "UserError",

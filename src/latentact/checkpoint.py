@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,12 +91,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} ({error}); give the folder of a finished run.") from error
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors and return the blake2b hash of the file."""
+def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors and return the blake2b hash of the file; without a path only the hash."""
     from safetensors.torch import save
 
     data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    path.write_bytes(data)
+    if path is not None:
+        path.write_bytes(data)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -130,8 +132,81 @@ def load_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None
     for what, names in (("lacks", missing), ("has unknown", extra), ("has a wrong shape for", sorted(wrong))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {what} {names[0]!r}{more}; its config.json belongs to another model.")
-    module.load_state_dict(tensors)
+            raise UserError(
+                f"{path} {what} {names[0]!r}{more}; it belongs to another model than its settings say."
+            )
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+class _Inert:
+    """Takes the place of an object that only the program that pickled it understands; forgets everything."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def _empty_dict(*_: Any) -> dict:
+    return {}
+
+
+def _empty_list(*_: Any) -> list:
+    return []
+
+
+_INERT_MODULES = ("config", "doy", "omegaconf", "typing")
+_INERT_NAMES: dict[str, Any] = {
+    **{f"builtins.{name}": _Inert for name in ("bool", "dict", "float", "int", "list", "object", "str")},
+    **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"), _Inert),
+    "collections.defaultdict": _empty_dict,
+    "collections.deque": _empty_list,
+    "pathlib.PosixPath": _Inert,
+}
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """Read the dict that `torch.save` wrote to a file, without running anything that the file names.
+
+    Tensors, plain values and containers come back as they were; settings and loggers of the programs that
+    published models were trained with come back empty.
+
+    Raises:
+        UserError: the file is missing, damaged, no dict, or names a class or function that is not known here.
+    """
+    import pickle
+    import zipfile
+
+    import torch
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    damaged = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+    broken = (*damaged, AssertionError, ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError)
+    try:
+        zipped = zipfile.is_zipfile(path)
+        named = get_unsafe_globals_in_checkpoint(path) if zipped else []
+        strange = [
+            name
+            for name in named
+            if name.partition(".")[0] not in _INERT_MODULES and name not in _INERT_NAMES
+        ]
+        if strange:
+            raise UserError(
+                f"{path} is a pickle that names {strange[0]!r}, which no published model needs; it was not "
+                f"loaded, because such a file can run code."
+            )
+        with safe_globals([(_INERT_NAMES.get(name, _Inert), name) for name in named]):
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except broken as error:
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise UserError(
+            f"{path} is not a whole file of `torch.save` with plain weights ({first}); download it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, not named weights; give another file.")
+    return values
 
 
 def require_device(device: str) -> None:
@@ -166,16 +241,29 @@ def resolve_folder(where: str | Path, needed: str = "config.json") -> Path:
     Raises:
         UserError: there is no such folder, or it is not a checkpoint; a pickle is refused unread.
     """
-    path = Path(where)
-    if path.is_dir():
-        if not (path / needed).is_file():
-            raise UserError(f"{path} holds no {needed}; give the folder of a finished run.")
-        return path
-    if path.exists():
+    path = resolve_path(where)
+    if path.is_file():
         raise UserError(
             f"{path} is a file; checkpoints are folders with config.json and {WEIGHTS} "
             f"(pickles are never loaded)."
         )
+    if not (path / needed).is_file():
+        raise UserError(f"{path} holds no {needed}; give the folder of a finished run.")
+    return path
+
+
+def resolve_path(where: str | Path, patterns: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
+    """Return a local file or folder as it is, a hub id as a folder in the hub's cache.
+
+    Args:
+        where: path or hub id.
+        patterns: files of a hub repository that are downloaded.
+
+    Raises:
+        UserError: there is neither such a path nor such a repository.
+    """
+    if Path(where).exists():
+        return Path(where)
     name = str(where)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist; give a checkpoint folder or a hub id such as owner/name.")
@@ -183,7 +271,7 @@ def resolve_folder(where: str | Path, needed: str = "config.json") -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{name} is neither a folder nor a reachable hub repository ({first}).") from error

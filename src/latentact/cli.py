@@ -43,11 +43,15 @@ def collect(
     ] = 0,
     explore: Annotated[float, typer.Option(help="Share of steps with an exploring action.")] = 0.0,
     max_steps: Annotated[int, typer.Option(help="Steps after which an attempt failed; 0: the limit.")] = 0,
+    distract: Annotated[
+        str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
+    ] = "",
 ) -> None:
     """Play a scripted expert and keep its successful episodes.
 
     Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
     """
+    from latentact.envs.distract import Distraction
     from latentact.stages import collect as stage
 
     result = stage.run(
@@ -61,6 +65,7 @@ def collect(
             workers=workers,
             explore=explore,
             max_steps=max_steps,
+            distract=Distraction.parse(distract),
         )
     )
     print(result)
@@ -116,6 +121,24 @@ def train_lam(context: typer.Context) -> None:
     )
 
 
+@app.command(name="convert-lam")
+def convert_lam(
+    where: Annotated[str, typer.Argument(help="Folder, file or hub id of a villa-X, LAPO or LAPA model.")],
+    out: Annotated[str, typer.Option(help="Folder for the model.")],
+    window: Annotated[str, typer.Option(help="villa-X: sliding or chunked; empty: sliding.")] = "",
+    image_size: Annotated[int, typer.Option(help="LAPA: pixels it was trained at; 0: 256.")] = 0,
+    code_seq_len: Annotated[int, typer.Option(help="LAPA: codes per transition; 0: 4.")] = 0,
+) -> None:
+    """Write a published latent action model in our format; it gives the same numbers.
+
+    Example: latentact convert-lam microsoft/villa-x --out models/villa_x
+    """
+    from latentact.stages import convert_lam as stage
+
+    given = {"window": window, "image_size": image_size, "code_seq_len": code_seq_len}
+    print(stage.run(where, out, **{name: value for name, value in given.items() if value}))
+
+
 @app.command()
 def label(
     lam: Annotated[str, typer.Option(help="Folder or hub id of the latent action model.")],
@@ -138,6 +161,98 @@ def label(
     size = stage.default_resolution(lam) if resolution < 0 else resolution
     config = DataConfig(path=data, camera=camera, resolution=size, target_fps=target_fps, strict=strict)
     print(stage.run(stage.LabelConfig(lam=lam, data=config, out=out, batch_size=batch_size, device=device)))
+
+
+@app.command()
+def precompute(
+    lam_model_path: Annotated[str, typer.Option(help="Folder or hub id of the latent action model.")],
+    output_dir: Annotated[str, typer.Option(help="Folder of the new dataset, or of the token files.")],
+    dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot dataset.")] = "",
+    dataset_root: Annotated[
+        str, typer.Option(help="Folder of a LeRobot dataset or of videos; empty: lerobot's own place.")
+    ] = "",
+    camera_key: Camera = "",
+    batch_size: Annotated[int, typer.Option(help="Transitions encoded together.")] = 256,
+    device: Device = "cpu",
+    tokens: Annotated[
+        str, typer.Option(help="continuous: before the quantiser; vq: after it.")
+    ] = "continuous",
+    frame_gap_s: Annotated[
+        float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
+    ] = 0.0,
+    output: Annotated[
+        str, typer.Option(help="column: a LeRobot v3 dataset; file: .safetensors and .pt; both.")
+    ] = "column",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    num_workers: Annotated[int, typer.Option(help="Decoding threads; 0: one per core.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute again, and replace.")] = False,
+) -> None:
+    """Write the LAM tokens of a dataset once, for every later run; torchrun shares the work.
+
+    Example: latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens
+    """
+    from latentact.stages import precompute as stage
+
+    config = stage.PrecomputeConfig(
+        lam_model_path=lam_model_path,
+        output_dir=output_dir,
+        dataset_repo_id=dataset_repo_id,
+        dataset_root=dataset_root,
+        camera_key=camera_key,
+        batch_size=batch_size,
+        device=device,
+        tokens=tokens,
+        frame_gap_s=frame_gap_s,
+        output=output,
+        dtype=dtype,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
+    print(stage.run(config))
+
+
+@app.command(name="train-with-tokens")
+def train_with_tokens(
+    output_dir: Annotated[str, typer.Option(help="Run folder; the same command goes on where it stopped.")],
+    dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot v3 dataset.")] = "",
+    dataset_root: Annotated[
+        str, typer.Option(help="Its folder; empty: lerobot's own place, or the hub.")
+    ] = "",
+    lam_tokens_path: Annotated[
+        str, typer.Option(help="Token file of precompute; empty: the dataset has the column.")
+    ] = "",
+    policy: Annotated[str, typer.Option(help="lam_diffusion or lam_act.")] = "lam_diffusion",
+    num_epochs: Annotated[int, typer.Option(help="Passes over the dataset.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; 0: the policy's own.")] = 0.0,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 1000,
+    num_workers: Annotated[int, typer.Option(help="Processes that load data; 0: none besides this.")] = 0,
+    policy_override: Annotated[
+        list[str] | None, typer.Option(help="Setting of the policy as KEY=VALUE; may be repeated.")
+    ] = None,
+) -> None:
+    """Train a LeRobot policy that is conditioned on LAM tokens.
+
+    Example: latentact train-with-tokens --dataset-root data/pusht_tokens --output-dir runs/lam_diffusion
+    """
+    from latentact.stages import train_with_tokens as stage
+
+    config = stage.TrainWithTokensConfig(
+        out=output_dir,
+        dataset_repo_id=dataset_repo_id,
+        dataset_root=dataset_root,
+        lam_tokens_path=lam_tokens_path,
+        policy=policy,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        device=device,
+        seed=seed,
+        num_workers=num_workers,
+        overrides=tuple(policy_override or ()),
+    )
+    print(stage.run(config))
 
 
 @app.command(name="train-policy", context_settings=HYDRA)
@@ -189,11 +304,154 @@ def rollout(
     print(f"success {result['success']} {result['ci95']}, return {result['return']:.3g}: {out}")
 
 
+@app.command()
+def imitate(
+    output_dir: Annotated[str, typer.Option(help="Folder for the guide, metrics, video and page.")],
+    video_path: Annotated[str, typer.Option(help="Video of the demonstration.")] = "",
+    latents_path: Annotated[
+        str, typer.Option(help="Latents that an earlier run wrote, instead of a video.")
+    ] = "",
+    policy_path: Annotated[str, typer.Option(help="Policy that follows latent actions.")] = "",
+    lam_model_path: Annotated[str, typer.Option(help="LAM that the policy was trained with.")] = "",
+    device: Device = "cpu",
+    target_fps: Annotated[float, typer.Option(help="Frames per second of the guide; 0: the LAM's.")] = 0.0,
+    max_frames: Annotated[int, typer.Option(help="Frames of the video to use; 0: all.")] = 0,
+    lam_resolution: Annotated[
+        int, typer.Option(help="Size to which frames are resized before the LAM; 0: as they are.")
+    ] = 224,
+    mode: Annotated[str, typer.Option(help="extract_only, simulation or robot.")] = "simulation",
+    env_name: Annotated[
+        str, typer.Option(help="simulation: PushT-v0, babyai/LEVEL or any Gymnasium id.")
+    ] = "PushT-v0",
+    seed: Annotated[int, typer.Option(help="simulation: reset seed of the environment.")] = 0,
+    robot_config: Annotated[str, typer.Option(help="robot: YAML file of the robot and its limits.")] = "",
+    max_steps: Annotated[int, typer.Option(help="Actions after which it ends; 0: the guide's end.")] = 0,
+    control_time_s: Annotated[float, typer.Option(help="Seconds after which it ends; 0: likewise.")] = 0.0,
+    fps: Annotated[float, typer.Option(help="Control steps per second; 0: what the policy knows.")] = 0.0,
+    time_base: Annotated[
+        str, typer.Option(help="Guide and control at different rates: hold or resample.")
+    ] = "hold",
+    no_render: Annotated[bool, typer.Option("--no-render", help="Keep no pictures.")] = False,
+    no_save_video: Annotated[bool, typer.Option("--no-save-video", help="Write no video.")] = False,
+) -> None:
+    """Let one demonstration video guide a policy, in simulation or on a robot.
+
+    Example: latentact imitate --video-path demo.mp4 --lam-model-path runs/lam --policy-path runs/ground
+    --env-name PushT-v0 --output-dir runs/imitate
+    """
+    from latentact.evaluation.imitation_page import headline
+    from latentact.stages import imitate as stage
+
+    result = stage.run(
+        stage.ImitateConfig(
+            output_dir=output_dir,
+            video_path=video_path,
+            latents_path=latents_path,
+            policy_path=policy_path,
+            lam_model_path=lam_model_path,
+            device=device,
+            target_fps=target_fps,
+            max_frames=max_frames,
+            lam_resolution=lam_resolution,
+            mode=mode,
+            env_name=env_name,
+            seed=seed,
+            robot_config=robot_config,
+            max_steps=max_steps,
+            control_time_s=control_time_s,
+            fps=fps,
+            time_base=time_base,
+            render=not no_render,
+            save_video=not no_save_video,
+        )
+    )
+    print(f"{result['guide']['latent_actions']} latent actions: {output_dir}")
+    if mode != "extract_only":
+        print(headline(result))
+
+
+@app.command(name="check-guidance")
+def check_guidance(
+    policy_path: Annotated[str, typer.Option(help="Folder or hub id of a policy that follows a guide.")],
+    lam_model_path: Annotated[str, typer.Option(help="The LAM that turns demonstrations into guides.")],
+    output_dir: Annotated[str, typer.Option(help="Folder for guidance.json.")],
+    env_name: Annotated[str, typer.Option(help="Environment with an expert.")] = "pusht",
+    demos: Annotated[int, typer.Option(help="Demonstrations.")] = 30,
+    seed: Annotated[int, typer.Option(help="Reset seed of the first demonstration.")] = 500_000,
+    device: Device = "cpu",
+) -> None:
+    """Roll a guided policy out with the matching demonstration, a wrong one and none.
+
+    Example: latentact check-guidance --policy-path runs/guided --lam-model-path runs/lam --output-dir check
+    """
+    from latentact.stages import check_guidance as stage
+
+    config = stage.CheckGuidanceConfig(
+        policy=policy_path,
+        lam=lam_model_path,
+        out=output_dir,
+        env=env_name,
+        demos=demos,
+        seed=seed,
+        device=device,
+    )
+    result = stage.run(config)
+    for name, found in result["conditions"].items():
+        numbers = [
+            f"{k} {v['mean']:.3g} ({v['ci95'][0]:.3g} to {v['ci95'][1]:.3g})" for k, v in found.items()
+        ]
+        print(f"{name:9s} {', '.join(numbers)}")
+    print(result["verdict"])
+
+
 @app.command(context_settings=HYDRA)
 def compare(context: typer.Context) -> None:
     """Judge latent policies beside BC, IDM and oracle. Takes Hydra overrides; see --help."""
     example = "latentact compare experiment=babyai data.path=data/red_ball env=babyai/GoToRedBall ks=[5]"
     _hydra("compare", "CompareConfig", context, example)
+
+
+@app.command()
+def inspect(
+    lam: Annotated[str, typer.Argument(help="Folder, file or hub id of the latent action model.")],
+    data: Annotated[str, typer.Option(help="Dataset, folder of videos, or one video.")],
+    out: Annotated[
+        str, typer.Option(help="Folder for inspect.html and inspect.json; empty: the LAM's folder.")
+    ] = "",
+    camera: Camera = "",
+    frame_gap_s: Annotated[
+        float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
+    ] = 0.0,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of the episodes to judge on; empty: what its training held out, else all."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of that choice and of all draws; empty: its training's.")
+    ] = None,
+    device: Device = "cpu",
+    max_transitions: Annotated[int, typer.Option(help="Transitions looked at.")] = 2048,
+) -> None:
+    """Say whether a latent action model is any good: go or no-go, why, and what to try next.
+
+    Example: latentact inspect runs/lam --data data/red_ball
+    """
+    from latentact.stages import inspect_lam as stage
+
+    result = stage.run(
+        stage.InspectConfig(
+            lam=lam,
+            data=data,
+            out=out,
+            camera=camera,
+            frame_gap_s=frame_gap_s,
+            held_out=held_out,
+            seed=seed,
+            device=device,
+            max_transitions=max_transitions,
+        )
+    )
+    print(f"{result.verdict}\n{result.next}\n{result.html}")
 
 
 @app.command()

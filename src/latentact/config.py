@@ -182,11 +182,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(value)
+        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
     if isinstance(hint, types.UnionType) and value is not None:
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return _convert(inner[0], value, path) if len(inner) == 1 else value
-    return float(value) if hint is float and isinstance(value, int) else value
+    value = float(value) if hint is float and type(value) is int else value
+    if hint in (bool, int, float, str) and type(value) is not hint:
+        raise UserError(f"{path} is {value!r}; wanted a value of type {hint.__name__}.")
+    return value
 
 
 def _schema(cls: type, stage: str | None) -> DictConfig:

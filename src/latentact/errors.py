@@ -39,6 +39,8 @@ EXTRAS = {
     "plotly": "report",
     "shapely": "envs",
     "tensorboard": "train",
+    "timm": "features",
+    "transformers": "features",
     "wandb": "wandb",
 }
 """Optional packages and the extra that installs each."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentact.errors import UserError
 
@@ -50,6 +50,12 @@ class Clip:
     hidden)."""
     state: Float32[Tensor, "b s"] | None = None
     """Robot state at `index`."""
+    next_state: Float32[Tensor, "b s"] | None = None
+    """Robot state at the end of the transition."""
+    states: Float32[Tensor, "b t s"] | None = None
+    """Robot state at every moment."""
+    features: Float32[Tensor, "b t f"] | None = None
+    """Features of a frozen network at every moment, where a model's target is such."""
 
     def to(self, device: str) -> Clip:
         """Return the clip on `device`."""
@@ -101,6 +107,8 @@ class LatentActionSpec:
     """Camera key of the training data; empty for plain video."""
     value_range: tuple[float, float] = (0.0, 255.0)
     """Values of the frames it takes."""
+    robot_actions: bool = False
+    """Whether its latent actions are robot actions (supervised inverse dynamics)."""
     weights: str = ""
     """Hash of the weights (blake2b of the safetensors file), empty before saving."""
 
@@ -119,6 +127,11 @@ class LatentActionSpec:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LatentActionSpec:
+        """Return the spec that `dataclasses.asdict` made, also when json has been between."""
+        return cls(**{**values, "value_range": tuple(values["value_range"])})
+
+    @classmethod
     def load(cls, path: Path) -> LatentActionSpec:
         """Read a spec that `save` wrote.
 
@@ -126,8 +139,7 @@ class LatentActionSpec:
             UserError: the file is missing or is not a spec.
         """
         try:
-            values = json.loads(path.read_text())
-            return cls(**{**values, "value_range": tuple(values["value_range"])})
+            return cls.from_dict(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is not a latent action spec ({error}); re-create the artifact it lies in."

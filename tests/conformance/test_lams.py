@@ -9,16 +9,70 @@ import pytest
 import torch
 
 from latentact.errors import UserError
+from latentact.lams.clam import ClamConfig
 from latentact.lams.idm import IdmConfig
+from latentact.lams.laom import LaomConfig
 from latentact.lams.lapo import LapoConfig
+from latentact.lams.laq import LaqConfig
 from latentact.lams.model import LAMS, LatentActionModel, load_lam
+from latentact.lams.targets import TargetConfig
+from latentact.lams.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
-from latentact.types import ActionSpace, Clip
+from latentact.types import ActionSpace, Clip, LatentActions
 
 SPACE = ActionSpace(kind="discrete", size=4)
 SMALL = BottleneckConfig(dim=16, codebooks=2, positions=2, codebook_size=8, decay=0.9)
 LAPO = LapoConfig(
     size=32, backbone="patch", idm_channels=(16,), fdm_channels=(16, 16), patch=4, bottleneck=SMALL
+)
+LAQ = LaqConfig(
+    size=32,
+    patch=4,
+    dim=32,
+    heads=2,
+    head_dim=16,
+    spatial_depth=1,
+    temporal_depth=1,
+    bottleneck=BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8, guard=True),
+)
+VILLA = VillaXConfig(
+    resolution=32,
+    patch_size=8,
+    d_t=4,
+    encoder_depth=2,
+    encoder_embed_dim=32,
+    encoder_n_heads=2,
+    num_learned_tokens=2,
+    action_latent_dim=8,
+    map_heads=4,
+    n_codes=16,
+    decoder_depth=2,
+    decoder_embed_dim=32,
+    decoder_n_heads=2,
+    augment=False,
+)
+WHITENED = BottleneckConfig(kind="none", dim=8)
+FROZEN = TargetConfig(kind="frozen_features", backbone="any", size=12, hidden=32)
+AVERAGED = TargetConfig(kind="ema_features", features=32, hidden=32, tau=0.01)
+LAOM = LaomConfig(
+    size=32,
+    backbone="patch",
+    channels=(16,),
+    stack=2,
+    horizon=2,
+    hidden=32,
+    bottleneck=WHITENED,
+    target=AVERAGED,
+    augment="none",
+)
+CLAM = ClamConfig(
+    size=32,
+    backbone="patch",
+    patch=4,
+    idm_channels=(16,),
+    fdm_channels=(16, 16),
+    decoder=(32,),
+    hidden=32,
 )
 CONFIGS = {
     "lapo published networks": LapoConfig(size=32, idm_scale=1, fdm_base=4, bottleneck=SMALL),
@@ -29,6 +83,10 @@ CONFIGS = {
     ),
     "lapo kl": replace(LAPO, bottleneck=replace(SMALL, kind="kl"), fdm_context=0),
     "lapo fsq": replace(LAPO, bottleneck=replace(SMALL, kind="fsq", levels=(8, 8))),
+    "lapo vq": replace(LAPO, bottleneck=replace(SMALL, kind="vq", guard=True)),
+    "lapo nsvq": replace(LAPO, bottleneck=replace(SMALL, kind="nsvq")),
+    "lapo lfq": replace(LAPO, bottleneck=replace(SMALL, kind="lfq")),
+    "lapo residual_vq": replace(LAPO, bottleneck=replace(SMALL, kind="residual_vq", guard=True)),
     "lapo joint": replace(LAPO, bottleneck=replace(SMALL, kind="none"), action_weight=1.0),
     "lapo grid": LapoConfig(
         backbone="grid",
@@ -38,6 +96,23 @@ CONFIGS = {
         fdm_channels=(16,),
         bottleneck=SMALL,
     ),
+    "villa_x": VILLA,
+    "villa_x chunked proprio": replace(VILLA, window="chunked", action_weight=0.1),
+    "laq": LAQ,
+    "laq as published": replace(LAQ, compat=True, size=40, patch=5),
+    "laq fsq": replace(LAQ, bottleneck=BottleneckConfig(kind="fsq", positions=4, levels=(4, 4, 4))),
+    "lapo ema_features": replace(LAPO, target=AVERAGED),
+    "lapo frozen_features": replace(LAPO, target=FROZEN),
+    "laom": LAOM,
+    "laom labels": replace(LAOM, action_weight=0.1, backbone="impala", scale=1, horizon=1),
+    "laom pictures": replace(LAOM, patch=4, picture_channels=(16,)),
+    "laom frozen_features": replace(LAOM, target=replace(FROZEN, features=32)),
+    "clam": CLAM,
+    "clam published networks": replace(CLAM, backbone="impala", idm_scale=1, fdm_base=4),
+    "clam labels": replace(CLAM, action_weight=1.0, steps=2, difference_input=2.0),
+    "clam both": replace(CLAM, observations="both", state_size=3, action_weight=0.1),
+    "clam state": replace(CLAM, observations="state", state_size=3, steps=3),
+    "clam ema_features": replace(CLAM, target=AVERAGED, bottleneck=replace(SMALL, kind="kl", dim=8)),
     "idm": IdmConfig(size=32, scale=1),
     "idm patch": IdmConfig(size=32, backbone="patch", channels=(16,), difference_input=2.0),
 }  # fmt: skip
@@ -57,19 +132,43 @@ def clip(model: LatentActionModel, b: int = 4, seed: int = 0) -> Clip:
     """Clips in which a block moves, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     grid = getattr(model.config, "backbone", "") == "grid"
-    t, size = model.context + 2, 5 if grid else 32
+    t, size = model.context + 1 + model.horizon, 5 if grid else 32
     frames = torch.zeros(b, t, 2 if grid else 3, size, size, dtype=torch.uint8)
     for i, step in product(range(b), range(t)):
         side = 1 if grid else 8
         y, x = ((torch.randint(0, size - side + 1, (2,), generator=generator)) // side * side).tolist()
         frames[i, step, :, y : y + side, x : x + side] = 7 if grid else 220
     action = torch.randint(0, 4, (b,), generator=generator)
-    return Clip(frames=frames, valid=torch.ones(b, t, dtype=torch.bool), index=torch.arange(b), action=action)
+    target = getattr(model.config, "target", None)
+    return Clip(
+        frames=frames,
+        valid=torch.ones(b, t, dtype=torch.bool),
+        index=torch.arange(b),
+        action=action,
+        states=states(frames),
+        features=torch.randn(b, t, target.size, generator=generator) if target and target.size else None,
+    )
+
+
+def states(frames: torch.Tensor) -> torch.Tensor:
+    """Numbers that tell where the block is."""
+    lit = frames[..., 0, :, :].float().div(220)
+    y, x = (torch.linspace(-1, 1, size) for size in lit.shape[-2:])
+    places = [(lit * x).mean((-1, -2)), (lit * y[:, None]).mean((-1, -2)), lit.mean((-1, -2))]
+    return torch.stack(places, -1)
+
+
+def encode(
+    model: LatentActionModel, frames: torch.Tensor, valid: torch.Tensor | None = None, **options
+) -> LatentActions:
+    """Call `encode` as a caller does who has robot states where the model wants them."""
+    more = {"state": states(frames)} if model.state_size else {}
+    return model.encode(frames, valid, **options, **more)
 
 
 def test_shapes_match_the_spec(model: LatentActionModel) -> None:
     frames = clip(model).frames
-    latent = model.eval().encode(frames)
+    latent = encode(model.eval(), frames)
     spec, t = model.spec, frames.shape[1]
     assert latent.vectors.shape == latent.continuous.shape == (4, t - 1, spec.tokens, spec.token_dim)
     assert latent.vectors.dtype == torch.float32
@@ -85,7 +184,7 @@ def test_shapes_match_the_spec(model: LatentActionModel) -> None:
 
 def test_last_is_the_last_transition(model: LatentActionModel) -> None:
     frames = clip(model).frames
-    whole, last = model.eval().encode(frames), model.encode(frames, last=True)
+    whole, last = encode(model.eval(), frames), encode(model, frames, last=True)
     assert torch.equal(last.valid, whole.valid[:, -1:])
     torch.testing.assert_close(last.vectors, whole.vectors[:, -1:], rtol=1e-5, atol=1e-5)
 
@@ -93,18 +192,19 @@ def test_last_is_the_last_transition(model: LatentActionModel) -> None:
 def test_missing_context_repeats_the_first_frame(model: LatentActionModel) -> None:
     frames = clip(model).frames[:, -2:]
     padded = torch.cat([frames[:, :1]] * model.context + [frames], dim=1)
-    alone, given = model.eval().encode(frames), model.encode(padded, last=True)
+    valid = (torch.arange(padded.shape[1]) >= model.context).expand(len(padded), -1)
+    alone, given = encode(model.eval(), frames), encode(model, padded, valid, last=True)
     torch.testing.assert_close(alone.continuous, given.continuous, rtol=1e-5, atol=1e-5)
 
 
 def test_one_frame_is_refused(model: LatentActionModel) -> None:
     with pytest.raises(UserError, match="no transition"):
-        model.encode(clip(model).frames[:, :1])
+        encode(model, clip(model).frames[:, :1])
 
 
 def test_predict(model: LatentActionModel) -> None:
     batch = clip(model)
-    latent = model.eval().encode(batch.frames, last=True)
+    latent = encode(model.eval(), batch.frames, last=True)
     if not model.generative:
         with pytest.raises(UserError, match="no forward dynamics"):
             model.predict(batch.frames[:, :-1], latent.vectors[:, -1])
@@ -120,16 +220,17 @@ def test_every_parameter_gets_a_gradient(model: LatentActionModel) -> None:
     assert torch.isfinite(loss)
     assert all(not value.requires_grad for value in metrics.values())
     loss.backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, p in learned.items() if p.grad is None or not p.grad.abs().sum()]
     assert missing == []
 
 
 def test_evaluation_is_deterministic_and_batches_do_not_mix(model: LatentActionModel) -> None:
     frames = clip(model).frames
-    first = model.eval().encode(frames).vectors
-    assert torch.equal(first, model.encode(frames).vectors)
+    first = encode(model.eval(), frames).vectors
+    assert torch.equal(first, encode(model, frames).vectors)
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(model.encode(frames[order]).vectors, first[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encode(model, frames[order]).vectors, first[order], rtol=1e-5, atol=1e-5)
 
 
 def test_save_and_load_are_bit_equal(model: LatentActionModel, tmp_path) -> None:
@@ -143,7 +244,7 @@ def test_save_and_load_are_bit_equal(model: LatentActionModel, tmp_path) -> None
         for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
     )
     frames = clip(model).frames
-    assert torch.equal(loaded.encode(frames).vectors, model.encode(frames).vectors)
+    assert torch.equal(encode(loaded, frames).vectors, encode(model, frames).vectors)
 
 
 def test_overfits_four_clips(model: LatentActionModel) -> None:
@@ -162,4 +263,4 @@ def test_any_size_goes_in(model: LatentActionModel) -> None:
     if getattr(model.config, "backbone", "") == "grid":
         return  # cells have no other size
     frames = torch.randint(0, 256, (1, 3, 3, 50, 70), dtype=torch.uint8)
-    assert model.eval().encode(frames).vectors.shape[:2] == (1, 2)
+    assert encode(model.eval(), frames).vectors.shape[:2] == (1, 2)

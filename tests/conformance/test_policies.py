@@ -10,6 +10,7 @@ from latentact.data.samples import PolicyBatch, PolicySamples, count_words, voca
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
+from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.policy import POLICIES, NetworkConfig, Policy, PolicyActor, PolicySpec, Target
 from latentact.types import ActionSpace, LatentActionSpec
@@ -45,6 +46,13 @@ def bc(network=NETWORK, space=DISCRETE):
     return Policy(BcConfig(network=network), replace(SPEC, target=target, action_space=space, stride=1))
 
 
+def guided(space=CONTINUOUS):
+    config = GuidedConfig(network=NETWORK, offsets=(0, 2), dropout=0.0)
+    target = Target(kind="classes" if space.discrete else "numbers", size=space.size)
+    guide = config.guide(LATENT)
+    return Policy(config, replace(SPEC, target=target, action_space=space, stride=1, guide=guide), LATENT)
+
+
 MAKERS = {
     "bc discrete": lambda: bc(),
     "bc continuous": lambda: bc(space=CONTINUOUS),
@@ -52,6 +60,8 @@ MAKERS = {
     "latent vectors": lambda: latent(),
     "latent codes": lambda: latent(target="codes"),
     "latent grounded": lambda: latent().ground(DecoderConfig(hidden=(8,), use_state=True), DISCRETE),
+    "guided": lambda: guided(),
+    "guided discrete": lambda: guided(DISCRETE),
     "latent codes grounded": lambda: latent(target="codes").ground(DecoderConfig(hidden=()), CONTINUOUS),
 }
 
@@ -72,7 +82,12 @@ def observe(policy, b=4, seed=0):
         words=torch.from_numpy(rng.integers(2, size=(b, len(WORDS))).astype(np.float32)),
         target=torch.from_numpy(drawn if classes else drawn.astype(np.float32)),
         mask=torch.ones(b, n.chunk, dtype=torch.bool),
+        guide=torch.from_numpy(rng.normal(size=(b, 2, 6)).astype(np.float32)) if policy.guide else None,
     )
+
+
+def out(policy, batch):
+    return policy(batch.frames, batch.state, batch.words, batch.guide)
 
 
 @pytest.fixture(params=MAKERS.values(), ids=MAKERS.keys())
@@ -125,9 +140,9 @@ def test_masked_targets_count_nothing(policy):
 
 def test_order_of_a_batch_does_not_matter(policy):
     batch, order = observe(policy), torch.tensor([2, 0, 3, 1])
-    moved = PolicyBatch(**{key: values[order] for key, values in vars(batch).items()})
-    assert torch.allclose(policy.eval()(batch.frames, batch.state, batch.words)[order],
-                          policy(moved.frames, moved.state, moved.words), atol=1e-5)  # fmt: skip
+    present = {key: values for key, values in vars(batch).items() if values is not None}
+    moved = PolicyBatch(**present | {key: values[order] for key, values in present.items()})
+    assert torch.allclose(out(policy.eval(), batch)[order], out(policy, moved), atol=1e-5)
 
 
 def test_it_learns_four_samples(policy):
@@ -144,12 +159,12 @@ def test_it_learns_four_samples(policy):
 def test_every_observation_matters(policy):
     """Older frame, state and task words all change what comes out."""
     batch = observe(policy)
-    before = policy.eval()(batch.frames, batch.state, batch.words)
+    before = out(policy.eval(), batch)
     older = batch.frames.clone()
     older[:, 0] = 255 - older[:, 0]
     for changed in ({"frames": older}, {"state": batch.state + 1}, {"words": 1 - batch.words}):
         other = replace(batch, **changed)
-        assert not torch.allclose(policy(other.frames, other.state, other.words), before, atol=1e-6)
+        assert not torch.allclose(out(policy, other), before, atol=1e-6)
 
 
 def test_a_wrong_state_is_refused(policy):
@@ -312,6 +327,46 @@ def test_samples_never_leave_their_episode():
     assert batch.state is not None
     assert batch.state[:, 0].tolist() == [0, 2, 8, 14, 20]
     assert batch.words.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_guide_is_what_comes_next_and_ends_with_its_episode():
+    exists = np.ones(12, bool)
+    exists[[3, 5, 6, 10, 11]] = False
+    there = exists.copy()
+    there[4] = False  # the second episode has no token at all
+    tokens = np.arange(12, dtype=np.float32)[:, None]
+    shape = {"target": np.zeros((12, 1)), "guide": (tokens, there), "offsets": (0, 2)}
+    samples = PolicySamples(Store(), exists=exists, **shape)
+    assert samples.rows.tolist() == [0, 1, 2, 4, 7, 8, 9]
+    guide = samples.batch(samples.rows).guide[..., 0].numpy()
+    nan = float("nan")
+    assert np.array_equal(guide, [[0, 2], [1, 2], [2, 2], [nan, nan], [7, 9], [8, 9], [9, 9]], equal_nan=True)
+
+
+def test_a_guide_that_is_hidden_is_none():
+    policy = guided().eval()
+    batch = observe(policy)
+    hidden = torch.full_like(batch.guide, float("nan"))
+    assert torch.equal(out(policy, replace(batch, guide=hidden)), out(policy, replace(batch, guide=None)))
+    assert not torch.allclose(out(policy, batch), out(policy, replace(batch, guide=None)))
+    half = batch.guide.clone()
+    half[0, 1, 3] = float("nan")  # one number that is missing hides the whole guide of that row
+    mixed = out(policy, replace(batch, guide=half))
+    assert torch.equal(mixed[0], out(policy, replace(batch, guide=None))[0])
+    assert torch.equal(mixed[1:], out(policy, batch)[1:])
+
+
+def test_dropout_hides_guides_in_training_only():
+    policy = guided()
+    policy.spec = replace(policy.spec, guide=replace(policy.spec.guide, dropout=0.5))
+    batch = observe(policy, b=64)
+    torch.manual_seed(0)
+    with_guide, without = out(policy.eval(), batch), out(policy, replace(batch, guide=None))
+    trained = out(policy.train(), batch)
+    shown = [torch.allclose(trained[i], with_guide[i], atol=1e-6) for i in range(64)]
+    dropped = [torch.allclose(trained[i], without[i], atol=1e-6) for i in range(64)]
+    assert sum(shown) + sum(dropped) == 64
+    assert 16 < sum(dropped) < 48
 
 
 def test_words():

@@ -200,7 +200,7 @@ CASES = {
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
     # checkpoints
-    "lam: a pickle": (lambda f: ("label", "--lam", f.root / "evil.pt"), "pickles are never loaded"),
+    "lam: a pickle": (lambda f: ("label", "--lam", f.root / "evil.pt"), "it was not loaded"),
     "lam: missing": (lambda f: ("label", "--lam", f.root / "nowhere"), "nowhere does not exist"),
     "lam: empty folder": (lambda f: ("label", "--lam", f.root / "empty"), "holds no config.json"),
     "lam: pickled weights": (

@@ -69,7 +69,7 @@ def filled(folder, pattern, size=1):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """300 episodes of 41 steps: three shards of labels."""
+    """300 episodes of 41 steps: fifty parts of labels."""
     return write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz", episodes=300, steps=41)
 
 
@@ -133,14 +133,15 @@ def labels(data, lam, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("pattern", ["identity", "000000000000.npz"])
-def test_label(pattern, data, lam, labels, tmp_path):
+@pytest.mark.parametrize("pattern", ["*.partial/00000000.npz", "*.partial/00000020.npz"])
+def test_label(pattern, data, lam, labels, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))
     command = ("label", "--lam", lam, "--data", data, "--out", tmp_path / "cut")
-    killed(command, filled(tmp_path / "cut.partial", pattern), len(pattern), tmp_path / "cut")
-    assert (tmp_path / "cut.partial").exists()
+    killed(command, filled(tmp_path / "cache/tokens", pattern), len(pattern), tmp_path / "cut")
     ok(*command)
     assert contents(tmp_path / "cut") == contents(labels)
-    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "cut"]
+    assert not [*tmp_path.glob("cache/tokens/*.partial")]
 
 
 @pytest.fixture(scope="module")

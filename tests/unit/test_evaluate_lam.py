@@ -76,6 +76,7 @@ class Right(nn.Module):
     context = 1
 
     generative = True
+    state_size = 0
 
     def encode(self, frames, valid=None, last=False):
         assert not self.training

@@ -6,8 +6,8 @@ import pytest
 from latentact.data.record import (
     Episode,
     RecordSpec,
-    _number_statistics,
-    _pixel_statistics,
+    number_statistics,
+    pixel_statistics,
     stage_episode,
     write_dataset,
 )
@@ -122,7 +122,7 @@ def test_statistics_are_complete_and_right(tmp_path):
 def test_pixel_statistics_by_hand():
     counts = np.zeros((3, 256), int)
     counts[:, 0], counts[:, 255] = 3, 1
-    stats = _pixel_statistics(counts, 1)
+    stats = pixel_statistics(counts, 1)
     assert stats["min"].ravel().tolist() == [0, 0, 0]
     assert stats["max"].ravel().tolist() == [1, 1, 1]
     assert stats["mean"].ravel() == pytest.approx([0.25] * 3)
@@ -131,7 +131,7 @@ def test_pixel_statistics_by_hand():
 
 
 def test_number_statistics_by_hand():
-    stats = _number_statistics({"a": np.array([[1.0, 2], [3, 6]]), "index": np.array([4, 8])})
+    stats = number_statistics({"a": np.array([[1.0, 2], [3, 6]]), "index": np.array([4, 8])})
     assert stats["a"]["mean"].tolist() == [2, 4]
     assert stats["a"]["std"].tolist() == [1, 2]
     assert stats["index"]["q50"].tolist() == [6]

@@ -149,7 +149,7 @@ def test_batches_follow_from_seed_and_step(tmp_path):
 def test_evaluation_sees_the_model_at_rest_and_changes_nothing(tmp_path):
     model, modes = Noisy(), []
 
-    def evaluate():
+    def evaluate(last):
         modes.append((model.training, torch.is_grad_enabled()))
         torch.rand(3)  # draws random numbers, which must not reach the next step
         return {"val/loss": 1.5}

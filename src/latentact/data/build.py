@@ -128,9 +128,9 @@ def _append(plan: Plan, journal: Journal, log: BinaryIO, frames: BinaryIO) -> No
     shape, waiting, committed = journal.shape, [], time.monotonic()
     with (
         Progress("decoding", _expected_frames(plan), "frames", done=journal.frames) as progress,
-        closing(_decoded(plan, todo)) as decoded,
+        closing(decoded(plan, todo)) as episodes,
     ):
-        for number, chunks in decoded:
+        for number, chunks in episodes:
             label, begin = plan.source.episodes[number].label, frames.seek(0, os.SEEK_END)
             line: dict[str, Any] = {"times": [], "picks": []}
             try:
@@ -209,10 +209,16 @@ def unreadable_message(files: Mapping[str, str]) -> str:
     return f"{len(named)} unreadable: {', '.join(named[:8])}{rest}; replace or remove what cannot be read."
 
 
-def _decoded(plan: Plan, numbers: Sequence[int]) -> Generator[tuple[int, Iterator[Chunk]]]:
-    """Yield each episode and its chunks, in order, while threads decode the next ones ahead."""
+def decoded(plan: Plan, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:
+    """Yield each episode and its chunks, in order, while threads decode the next ones ahead.
+
+    Args:
+        plan: what is decoded, and how.
+        numbers: episodes, by their place in `plan.source.episodes`.
+        workers: threads; 0: one per core, at most 16.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(cores, 16, len(numbers)))
+    workers = max(1, min(workers or min(cores, 16), len(numbers)))
     stop = threading.Event()
     started: deque[tuple[int, Queue[Chunk | None], Future[None]]] = deque()
     todo = iter(numbers)

@@ -159,6 +159,29 @@ def open_store(config: DataConfig) -> FrameStore:
         UserError: nothing is there to read, a file is unreadable and `strict` is set, or the disk is full.
     """
     path = Path(config.path).expanduser()
+    plan, folder, memo = find(config)
+    if not folder.is_dir():
+        _build_once(plan, folder)
+    with suppress(
+        OSError
+    ):  # on a full or read-only disk: the frames are there, and no more is lost than a note
+        memo.save()
+        _note_use(folder, path)
+    store = FrameStore(plan.source, folder, path)
+    if store.unreadable and config.strict:
+        raise UserError(unreadable_message(store.unreadable))
+    if store.unreadable:
+        logger.warning("%s: skipped %s", path, unreadable_message(store.unreadable))
+    return store
+
+
+def find(config: DataConfig) -> tuple[Plan, Path, Memo]:
+    """Return what `config` names, the cache entry that holds its frames once they are decoded, and a memo.
+
+    Raises:
+        UserError: nothing is there to read.
+    """
+    path = Path(config.path).expanduser()
     cache = cache_folder(config.cache_dir)
     memo = Memo(cache / "memo", path)
     source = open_source(path, config.camera, memo)
@@ -172,20 +195,7 @@ def open_store(config: DataConfig) -> FrameStore:
         )
     fps = config.target_fps or (source.fps if source.uneven else 0.0)
     plan = Plan(source=source, fps=fps, resolution=config.resolution, strict=config.strict)
-    folder = cache / entry_key(plan)
-    if not folder.is_dir():
-        _build_once(plan, folder)
-    with suppress(
-        OSError
-    ):  # on a full or read-only disk: the frames are there, and no more is lost than a note
-        memo.save()
-        _note_use(folder, path)
-    store = FrameStore(source, folder, path)
-    if store.unreadable and config.strict:
-        raise UserError(unreadable_message(store.unreadable))
-    if store.unreadable:
-        logger.warning("%s: skipped %s", path, unreadable_message(store.unreadable))
-    return store
+    return plan, cache / entry_key(plan), memo
 
 
 def cache_folder(cache_dir: str = "") -> Path:

@@ -90,6 +90,7 @@ class Clips(Dataset[Clip]):
             marked as not valid.
         horizon: moments after the current one; all of them lie inside the episode.
         labelled: episodes whose robot actions are seen; those of all others are hidden.
+        features: numbers known of each row of the store ``[n, f]``.
 
     Raises:
         UserError: no episode is long enough for a window.
@@ -104,9 +105,11 @@ class Clips(Dataset[Clip]):
         context: int = 0,
         horizon: int = 1,
         labelled: Collection[int] | np.ndarray = (),
+        features: np.ndarray | None = None,
     ) -> None:
         """Find the windows."""
         self.store, self.frame_gap, self.context, self.horizon = store, frame_gap, context, horizon
+        self._features = features
         ahead = horizon * frame_gap
         chosen = np.unique(np.asarray(list(episodes), np.int64))
         spans = [
@@ -151,10 +154,16 @@ class Clips(Dataset[Clip]):
         inside = np.maximum(wanted, starts[:, None])
         batch = torch.from_numpy(self._frames[inside])
         index = torch.from_numpy(np.ascontiguousarray(rows))
+        ahead = self.frame_gap if self.horizon else 0
         return Clip(
             frames=batch.permute(0, 1, 4, 2, 3),
             valid=torch.from_numpy(wanted == inside),
             index=index,
             action=None if self._actions is None else self._actions[index],
             state=None if self._state is None else self._state[index],
+            next_state=None if self._state is None else self._state[index + ahead],
+            states=None if self._state is None else self._state[torch.from_numpy(inside)],
+            features=None
+            if self._features is None
+            else torch.from_numpy(self._features[inside].astype(np.float32)),
         )

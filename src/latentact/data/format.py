@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from latentact.data.digest import Memo
-from latentact.errors import UserError
+from latentact.errors import UserError, did_you_mean
 from latentact.registry import Registry
 from latentact.types import ActionSpace
 
@@ -148,7 +148,7 @@ def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
     """
     known = ", ".join(cameras) or "none"
     if camera and camera not in cameras:
-        raise UserError(f"{path} has no camera {camera!r}; its cameras are: {known}.")
+        raise UserError(f"{path} has no camera {camera!r}{did_you_mean(camera, cameras)}")
     if not camera and len(cameras) != 1:
         raise UserError(f"{path} has {len(cameras)} cameras ({known}); name one with `camera`.")
     return camera or cameras[0]

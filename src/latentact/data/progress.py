@@ -65,7 +65,26 @@ class Progress:
             self._bar.update(self._task, completed=self._done, rate=self._rate())
         elif time.monotonic() - self._said > self._every:
             self._said = time.monotonic()
-            logger.info("%s: %d of %d %s (%s)", self._what, self._done, self._total, self._unit, self._rate())
+            left = max(0, self._total - self._done) / self._per_second()
+            logger.info(
+                "%s: %d of %d %s (%s, %s left)",
+                *(self._what, self._done, self._total, self._unit, self._rate(), duration(left)),
+            )
+
+    def _per_second(self) -> float:
+        return max(self._done - self._before, 1e-9) / max(time.monotonic() - self._begun, 1e-9)
 
     def _rate(self) -> str:
-        return f"{(self._done - self._before) / max(time.monotonic() - self._begun, 1e-9):.0f} {self._unit}/s"
+        rate = self._per_second()
+        if rate < 1:
+            return f"{1 / rate:.1f} s for each"
+        return f"{rate:.0f} {self._unit}/s" if rate >= 10 else f"{rate:.1f} {self._unit}/s"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -53,6 +53,8 @@ class RecordSpec:
     """Names of the numbers of the state; empty where there is none."""
     robot_type: str
     """What the data was recorded on."""
+    nuisance_names: tuple[str, ...] = ()
+    """Names of the numbers of the distractors' state; empty where there are none."""
 
     @property
     def lossless(self) -> bool:
@@ -67,6 +69,8 @@ class RecordSpec:
             "names": ["height", "width", "channels"],
         }
         state = {"dtype": "float32", "shape": (len(self.state_names),), "names": list(self.state_names)}
+        names = list(self.nuisance_names)
+        nuisance = {"dtype": "float32", "shape": (len(names),), "names": names}
         if self.action_space.discrete:
             action = {"dtype": "int64", "shape": (1,), "names": {"classes": list(self.action_names)}}
         else:
@@ -78,6 +82,7 @@ class RecordSpec:
         return {
             self.camera: frame,
             **({"observation.state": state} if self.state_names else {}),
+            **({"observation.nuisance": nuisance} if self.nuisance_names else {}),
             "action": action,
             "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
             "next.success": {"dtype": "bool", "shape": (1,), "names": None},
@@ -100,6 +105,8 @@ class Episode:
     """Whether the task was done after the row's action."""
     task: str
     """What was to be done, in words."""
+    nuisance: Float32[np.ndarray, "n q"] | None = None
+    """State of the distractors, where there are any."""
 
 
 def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
@@ -111,6 +118,8 @@ def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
     columns |= {"next.success": episode.success, "pixel_counts": values, "task": np.array(episode.task)}
     if episode.state is not None:
         columns["observation.state"] = episode.state
+    if episode.nuisance is not None:
+        columns["observation.nuisance"] = episode.nuisance
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     if spec.lossless:
         images = [_png(frame) for frame in episode.frames]
@@ -166,7 +175,7 @@ def _write(root: Path, spec: RecordSpec, staged: Sequence[Path]) -> int:
     )
     places = _join_videos(meta, spec, staged) if videos else [{}] * len(staged)
     rows, statistics, rows_so_far = [], [], 0
-    with _Table(meta) as table:
+    with Table(meta) as table:
         for number, path in enumerate(staged):
             with np.load(path) as stored:
                 episode = dict(stored)
@@ -174,8 +183,8 @@ def _write(root: Path, spec: RecordSpec, staged: Sequence[Path]) -> int:
             meta.save_episode_tasks([task])
             columns = _columns(meta, number, rows_so_far, meta.get_task_index(task), episode)
             stats = {
-                **_number_statistics(columns),
-                spec.camera: _pixel_statistics(episode["pixel_counts"], n),
+                **number_statistics(columns),
+                spec.camera: pixel_statistics(episode["pixel_counts"], n),
             }
             if spec.lossless:
                 columns[spec.camera] = _embedded(episode)
@@ -194,7 +203,7 @@ def _write(root: Path, spec: RecordSpec, staged: Sequence[Path]) -> int:
     return rows_so_far
 
 
-class _Table:
+class Table:
     """The rows: parquet files of at most `data_files_size_in_mb`, one row group per episode."""
 
     def __init__(self, meta: Any) -> None:
@@ -205,10 +214,12 @@ class _Table:
         self._writer: Any = None
         self._file, self._bytes = -1, 0
 
-    def __enter__(self) -> _Table:
+    def __enter__(self) -> Table:
+        """Return itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the last file."""
         if self._writer is not None:
             self._writer.close()
 
@@ -248,9 +259,9 @@ def _columns(meta: Any, number: int, first: int, task: int, episode: dict[str, n
     }
 
 
-def _number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return lerobot's statistics of every column, all columns in one go."""
-    n = len(columns["index"])
+def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Return lerobot's statistics of columns of one length, all columns in one go."""
+    n = len(next(iter(columns.values())))
     table = np.column_stack([column.reshape(n, -1) for column in columns.values()]).astype(np.float64)
     values = [table.min(0), table.max(0), table.mean(0), table.std(0), *np.quantile(table, QUANTILES, axis=0)]
     ends = np.cumsum([column.reshape(n, -1).shape[1] for column in columns.values()])
@@ -261,7 +272,7 @@ def _number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np
     }
 
 
-def _pixel_statistics(counts: np.ndarray, n: int) -> dict[str, np.ndarray]:
+def pixel_statistics(counts: np.ndarray, n: int) -> dict[str, np.ndarray]:
     """Return lerobot's statistics of n frames, `[3, 1, 1]` in 0..1, from counts `[3, 256]` of values."""
     level = np.arange(256) / 255
     share = counts / counts.sum(1, keepdims=True)

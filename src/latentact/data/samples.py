@@ -31,6 +31,8 @@ class PolicyBatch:
     """float32 numbers or int64 classes."""
     mask: Bool[Tensor, "b l"]
     """Whether the target exists."""
+    guide: Float32[Tensor, "b g d"] | None = None
+    """LAM tokens of what comes next, where a policy is guided; NaN where there is no guide."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         """Return the batch on `device`."""
@@ -51,6 +53,8 @@ class PolicySamples(Dataset):
         chunk: targets to predict, `stride` rows apart.
         stride: rows between observed frames and between targets.
         words: vocabulary of the task text.
+        guide: LAM tokens of each row ``[n, f]`` and whether they exist ``[n]``.
+        offsets: rows ahead of the current one whose tokens guide it; beyond the last token that one stays.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class PolicySamples(Dataset):
         chunk: int = 1,
         stride: int = 1,
         words: tuple[str, ...] = (),
+        guide: tuple[np.ndarray, np.ndarray] | None = None,
+        offsets: tuple[int, ...] = (),
     ) -> None:
         self.store, self.target, self.exists = store, target, exists
         self.rows = np.flatnonzero(exists)
@@ -70,6 +76,11 @@ class PolicySamples(Dataset):
             raise UserError("no step of the data has a target to learn from; label more episodes.")
         self.past = np.arange(1 - frames, 1) * stride
         self.ahead = np.arange(chunk) * stride
+        self.guide = guide[0] if guide else None
+        self.offsets = np.asarray(offsets, np.int64)
+        if guide:
+            present = np.where(guide[1], np.arange(len(guide[1])), -1)
+            self.last_token = np.maximum.reduceat(present, store.starts)
         counts = [count_words(task, words) for task in store.tasks]
         self.words = np.asarray(counts, np.float32).reshape(len(counts), len(words))
 
@@ -96,7 +107,13 @@ class PolicySamples(Dataset):
             words=torch.from_numpy(self.words[episode]),
             target=torch.from_numpy(self.target[inside]),
             mask=torch.from_numpy((ahead <= last) & self.exists[inside]),
+            guide=None if self.guide is None else torch.from_numpy(self._tokens(self.guide, rows)),
         )
+
+    def _tokens(self, guide: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        last = self.last_token[self.store.episode[rows]][:, None]
+        tokens = guide[np.minimum(rows[:, None] + self.offsets, last)]
+        return np.where(last[..., None] >= 0, tokens, np.float32(np.nan))
 
 
 def vocabulary(tasks: tuple[str, ...]) -> tuple[str, ...]:

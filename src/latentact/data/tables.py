@@ -75,6 +75,8 @@ class Tables:
                     )
                 self.spans[episode] = Span(number, int(begin), int(end), row + int(begin))
             row += len(episodes)
+        self.rows = row
+        """Rows of all files."""
 
     def timestamps(self, episode: int) -> Float64[np.ndarray, " n"]:
         """Return the seconds of an episode's rows, from its first."""

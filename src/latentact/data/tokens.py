@@ -1,26 +1,40 @@
-"""Latent labels of a dataset on disk: `lam_tokens.safetensors` and `manifest.json`, beside the data.
+"""Latent actions of a dataset on disk: the labels of `latentact label`, the token files of `precompute`.
 
-One row per row of the store. `vectors`, `continuous` [n, k, d] float32, `codes` [n, k] int64 where the LAM
-has codes, `valid` [n] bool: False where an episode ends before the frame gap.
+Labels are `lam_tokens.safetensors` and `manifest.json`, one row per row of the store: `vectors`, `continuous`
+[n, k, d] float32, `codes` [n, k] int64 where the LAM has codes, `valid` [n] bool: False where an episode ends
+before the frame gap. A token file is complete in itself and has one row per row of the dataset.
 """
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import load_tensors, read_json, save_tensors, whole_folder, write_json
+from latentact.checkpoint import load_tensors, read_json, save_tensors, whole_file, whole_folder, write_json
 from latentact.config import from_dict, to_dict
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.errors import UserError
 from latentact.types import LatentActionSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MANIFEST = "manifest.json"
 TOKENS = "lam_tokens.safetensors"
+TOKENS_PT = "lam_tokens.pt"
+DTYPES = ("float32", "float16")
+TOKENS_KEY, CODES, VALID = "observation.lam_tokens", "observation.lam_codes", "observation.lam_valid"
+"""Columns of a dataset."""
+KINDS = {"continuous": "continuous", "vq": "vectors"}
+"""What `--tokens` names -> field of `LatentActions`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,7 @@ def write_labels(out: Path, labels: Labels, store: FrameStore, provenance: dict[
     if labels.codes is not None:
         arrays["codes"] = labels.codes
     with whole_folder(out) as folder:
-        save_tensors(folder / TOKENS, {k: torch.from_numpy(v) for k, v in arrays.items()})
+        save_tensors(folder / TOKENS, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         data = {**to_dict(labels.data), "path": str(Path(labels.data.path).absolute())}
         manifest = {
             "spec": asdict(labels.spec),
@@ -75,9 +89,8 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     manifest = read_json(folder / MANIFEST)
     arrays = {k: v.numpy() for k, v in load_tensors(folder / TOKENS).items()}
     try:
-        spec = {**manifest["spec"], "value_range": tuple(manifest["spec"]["value_range"])}
         labels = Labels(
-            spec=LatentActionSpec(**spec),
+            spec=LatentActionSpec.from_dict(manifest["spec"]),
             data=from_dict(DataConfig, manifest["data"], "data"),
             vectors=arrays["vectors"],
             continuous=arrays["continuous"],
@@ -91,3 +104,154 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     if store.digest != digest or any(len(store.frames) != len(values) for values in arrays.values()):
         raise UserError(f"{labels.data.path} is not the data that {folder} labels any more; label it again.")
     return labels, store
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFile:
+    """LAM tokens of every row of a dataset, in the order of its rows."""
+
+    path: Path
+    """Where they were read."""
+    tokens: Float32[np.ndarray, "n f"]
+    """k * d numbers per row; zeros where `valid` is False."""
+    codes: Int64[np.ndarray, "n k"] | None
+    """Codebook indices, where the LAM has codes."""
+    valid: Bool[np.ndarray, " n"]
+    """Whether the row has a latent action."""
+    episode_index: Int64[np.ndarray, " n"]
+    """LeRobot's column of this name."""
+    frame_index: Int64[np.ndarray, " n"]
+    """LeRobot's column of this name."""
+    spec: LatentActionSpec
+    """What the tokens mean."""
+    digest: str
+    """Content key of the frames that they were computed from."""
+    tokens_kind: str
+    """continuous: before the quantiser; vq: after it."""
+    metadata: Mapping[str, Any]
+    """All that the file says about itself."""
+
+    def refuse_other_rows(self, episode_index: np.ndarray, frame_index: np.ndarray, dataset: str) -> None:
+        """Raise a UserError unless these are the rows of a dataset, by LeRobot's columns of these names."""
+        if len(episode_index) != len(self.valid):
+            raise UserError(
+                f"{self.path} has tokens for {len(self.valid)} rows and {dataset} has {len(episode_index)}; "
+                f"run latentact precompute on that dataset."
+            )
+        same = (self.episode_index == episode_index) & (self.frame_index == frame_index)
+        if not same.all():
+            row = int(np.argmin(same))
+            raise UserError(
+                f"{self.path} has tokens of another dataset than {dataset}: row {row} is frame "
+                f"{self.frame_index[row]} of episode {self.episode_index[row]} there and frame "
+                f"{frame_index[row]} of episode {episode_index[row]} here; run latentact precompute on it."
+            )
+
+
+def write_token_files(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Write `lam_tokens.safetensors` and `lam_tokens.pt` into a folder, each whole or not at all.
+
+    Args:
+        folder: where they go; it exists.
+        arrays: `latent_actions` float32 or float16 [n, k, d], `valid` bool [n], `episode_index` and
+            `frame_index` int64 [n], and `codes` int64 [n, k] where the LAM has codes.
+        metadata: json; at least `spec`, `digest` and `tokens`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    text = json.dumps(metadata)
+    with whole_file(folder / TOKENS) as partial:
+        save_file(tensors, partial, metadata={"latentact": text})
+        partial.chmod(0o644)
+    with whole_file(folder / TOKENS_PT) as partial, partial.open("wb") as file:
+        torch.save({**tensors, "metadata": json.loads(text)}, file)
+
+
+def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -> TokenFile:
+    """Return the tokens that `latentact precompute --output file` wrote.
+
+    Args:
+        path: `lam_tokens.safetensors`, `lam_tokens.pt`, or the folder they are in.
+        spec: what the tokens must mean; None: anything.
+
+    Raises:
+        UserError: the file is missing, truncated, something else, of a wrong type or shape, or of another
+            LAM.
+    """
+    path = Path(path)
+    file = path / TOKENS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"{file} is missing; make it with: latentact precompute --output file --output-dir {file.parent}."
+        )
+    tensors, metadata = _read_pt(file) if file.suffix == ".pt" else _read_safetensors(file)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    try:
+        found = LatentActionSpec.from_dict(metadata["spec"])
+        tokens, valid = arrays["latent_actions"], arrays["valid"]
+        n, k, d = len(valid), found.tokens, found.token_dim
+        wanted = {"latent_actions": ((n, k, d), DTYPES), "valid": ((n,), ("bool",))}
+        wanted |= dict.fromkeys(("episode_index", "frame_index"), ((n,), ("int64",)))
+        wanted |= {"codes": ((n, k), ("int64",))} if found.codebook_size else {}
+        for name, (shape, dtypes) in wanted.items():
+            _require_array(file, name, arrays[name], shape, dtypes)
+        if spec is not None:
+            spec.refuse_unless_equal(found, "the LAM that is wanted", str(file))
+        return TokenFile(
+            path=file,
+            tokens=tokens.astype(np.float32).reshape(n, -1),
+            codes=arrays.get("codes"),
+            valid=valid,
+            episode_index=arrays["episode_index"],
+            frame_index=arrays["frame_index"],
+            spec=found,
+            digest=metadata["digest"],
+            tokens_kind=metadata["tokens"],
+            metadata=metadata,
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is no token file ({error!r}); make one with latentact precompute."
+        ) from error
+
+
+def _require_array(
+    file: Path, name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> None:
+    if array.shape != shape or str(array.dtype) not in dtypes:
+        raise UserError(
+            f"{file} has {name!r} of {array.dtype}{list(array.shape)}; wanted {' or '.join(dtypes)}"
+            f"{list(shape)}, as its spec says; run latentact precompute again."
+        )
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import safe_open
+
+    tensors = load_tensors(file)
+    with safe_open(file, framework="pt") as opened:
+        said = opened.metadata() or {}
+    try:
+        return tensors, json.loads(said["latentact"])
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{file} does not say what its tokens mean; make a token file with latentact precompute."
+        ) from error
+
+
+def _read_pt(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    import torch
+
+    try:
+        values = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} is not a whole token file ({reason}); run precompute again.") from error
+    if not isinstance(values, dict) or not isinstance(values.get("metadata"), dict):
+        raise UserError(
+            f"{file} does not say what its tokens mean; make a token file with latentact precompute."
+        )
+    metadata = values.pop("metadata")
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, metadata

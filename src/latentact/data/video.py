@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,6 @@ TOLERANCE_S = 1e-3
 """A frame counts as not later than a moment when it is later by less: Matroska rounds to milliseconds."""
 _BATCH = 16
 
-av.logging.set_level(None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
@@ -52,7 +49,7 @@ def probe(path: Path) -> VideoInfo:
         Unreadable: it is not a video, or it is cut short.
     """
     try:
-        with closing(av.open(str(path))) as container:
+        with _quietly_open(path) as container:
             return _probe(container)
     except (FFmpegError, OSError) as error:
         raise Unreadable(_reason(error)) from error
@@ -71,10 +68,16 @@ def decode(
         yield from _decode_by_torchcodec(decoders, path)
         return
     try:
-        with av.open(str(path)) as container:
+        with _quietly_open(path) as container:
             yield from _decode(container, start, stop)
     except (FFmpegError, OSError) as error:
         raise Unreadable(_reason(error)) from error
+
+
+def _quietly_open(path: Path) -> InputContainer:
+    """Open a video; set at each opening, because lerobot's writers switch FFmpeg's own messages back on."""
+    av.logging.set_level(None)
+    return av.open(str(path))
 
 
 def at_times[F](

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.errors import missing_extra
+from latentact.envs.distract import Distraction, Distractor
+from latentact.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -32,6 +33,8 @@ def adapt(
     state: Callable[[Any], np.ndarray] | None = None,
     state_range: tuple[np.ndarray, np.ndarray] | None = None,
     task: Callable[[], str] = str,
+    floor: Callable[[np.ndarray], np.ndarray] | None = None,
+    heading: Callable[[Any], np.ndarray] | None = None,
 ) -> gym.Env:
     """Return `env` with the observation and info that `make_env` promises.
 
@@ -43,8 +46,11 @@ def adapt(
         state: its observation -> numbers `[s]`; None: the environment has no state.
         state_range: smallest and largest state, `[s]` each.
         task: returns the task's text of the present episode.
+        floor: frame -> where a distracting background shows `[h, w]`, 0 nowhere, 1 fully; None: there are
+            no distractors.
+        heading: action, before it is taken -> where it goes `[2]`, about one in size; None: as before.
     """
-    return _adapter()(env, pixels, resolution, state, state_range, task, success)
+    return _adapter()(env, pixels, resolution, state, state_range, task, success, floor, heading)
 
 
 @functools.cache
@@ -54,8 +60,10 @@ def _adapter() -> Callable[..., gym.Env]:
     class Adapter(gymnasium.Wrapper):
         """See `adapt`."""
 
-        def __init__(self, env, pixels, resolution, state, state_range, task, success):
+        def __init__(self, env, pixels, resolution, state, state_range, task, success, floor, heading):
             super().__init__(env)
+            self._floor, self._heading = floor, heading
+            self._distraction, self._distractor = Distraction(), None
             self._pixels, self._resolution, self._state = pixels, resolution, state
             self._task, self._success = task, success
             first, _ = env.reset(seed=0)
@@ -70,16 +78,29 @@ def _adapter() -> Callable[..., gym.Env]:
             """None: `gymnasium.make` cannot make it again; `make_env` can."""
             return
 
+        def distract(self, distraction: Distraction) -> None:
+            """Let distractors into the frames from the next reset on; `info["nuisance"]` tells where."""
+            if distraction and (self._floor is None or self._heading is None):
+                raise UserError("this environment has no distractors; those of babyai/LEVEL and pusht have.")
+            self._distraction = distraction
+
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
             observation, info = self.env.reset(seed=seed, options=options)
-            return self._observation(observation), {**info, "task": self._task()}
+            self._distractor = Distractor(self._distraction, seed) if self._distraction else None
+            return self._observation(observation), {**info, **self._nuisance(), "task": self._task()}
 
         def step(self, action):
+            if self._distractor:
+                self._distractor.step(self._heading(action))
             observation, reward, terminated, truncated, info = self.env.step(action)
             success = self._success(float(reward), bool(terminated), info)
             if success is not None:
                 info = {**info, "is_success": bool(success)}
+            info = {**info, **self._nuisance()}
             return self._observation(observation), float(reward), bool(terminated), bool(truncated), info
+
+        def _nuisance(self) -> dict[str, np.ndarray]:
+            return {"nuisance": self._distractor.nuisance} if self._distractor else {}
 
         def _observation(self, observation: Any) -> dict[str, np.ndarray]:
             out = {"pixels": self._frame(observation)}
@@ -89,6 +110,8 @@ def _adapter() -> Callable[..., gym.Env]:
 
         def _frame(self, observation: Any) -> np.ndarray:
             frame = self._pixels(observation)
+            if self._distractor:
+                frame = self._distractor.draw(frame, self._floor(frame))
             size = (self._resolution, self._resolution)
             if not self._resolution or frame.shape[:2] == size:
                 return frame

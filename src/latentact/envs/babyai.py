@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 TILE = 8
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
+FLOOR_BELOW = 100
+"""Grey level of walls; floor is darker, lit or not, and so are the lines between its cells."""
+HEADINGS = np.sqrt(2) * np.stack(
+    [f(2 * np.pi * np.arange(len(ACTIONS)) / len(ACTIONS)) for f in (np.cos, np.sin)], 1
+)
+"""Where each action sends a distractor: evenly round the circle."""
 STATE = ("x", "y", "facing_right", "facing_down", "facing_left", "facing_up", "carrying")
 SEARCHES_PER_STEP = 200
 """Path searches that the bot may spend on one step; on a few levels its planning loop never ends."""
@@ -67,6 +73,8 @@ class BabyAI:
             state_range=(np.zeros(len(STATE)), np.array([grid.width, grid.height, 1, 1, 1, 1, 1])),
             task=lambda: grid.mission,
             success=lambda reward, terminated, _: terminated and reward > 0,
+            floor=_floor,
+            heading=lambda action: HEADINGS[int(action)],
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
@@ -113,6 +121,12 @@ def _levels() -> dict[str, str]:
     roomgrid_level.__dict__["print"] = lambda *_: None
     ids = [name for name in gymnasium.registry if name.startswith("BabyAI-")]
     return {name.removeprefix("BabyAI-").rpartition("-")[0]: name for name in ids}
+
+
+def _floor(frame: np.ndarray) -> np.ndarray:
+    """Where a frame shows bare floor: dark and without colour."""
+    grey = (frame == frame[..., :1]).all(-1)
+    return (grey & (frame[..., 0] < FLOOR_BELOW)).astype(np.float32)
 
 
 def _state(grid: Any) -> np.ndarray:

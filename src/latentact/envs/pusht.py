@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 RESOLUTION = 96
 WORLD = 512
+STRIDE = 20.0
+"""Usual distance on either axis between the finger and where it is told to go."""
 
 
 @ENVS.register("pusht")
@@ -68,6 +70,8 @@ class PushT:
             state_range=(np.zeros(2), np.full(2, WORLD)),
             task=lambda: "push the T-shaped block onto its place",
             success=lambda reward, terminated, info: info["is_success"],
+            floor=_floor,
+            heading=lambda action: (action - np.array(env.unwrapped.agent.position)) / STRIDE,  # type: ignore[attr-defined]
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
@@ -75,3 +79,8 @@ class PushT:
         from latentact.envs.pusht_expert import PushPlanner
 
         return PushPlanner(env, seed)
+
+
+def _floor(frame: np.ndarray) -> np.ndarray:
+    """Where a frame is white, less so at the edges of what lies on it."""
+    return ((frame.min(-1) - 200.0) / 55).clip(0, 1).astype(np.float32)

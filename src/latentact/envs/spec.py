@@ -8,7 +8,7 @@ name goes to the suite `gymnasium`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from latentact.errors import UserError, did_you_mean
 from latentact.registry import Registry
@@ -17,6 +17,8 @@ from latentact.types import ActionSpace
 if TYPE_CHECKING:
     import gymnasium as gym
     import numpy as np
+
+    from latentact.envs.distract import Distraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +86,32 @@ ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs")
 VIEWS = ("agent", "full")
 
 
-def make_env(name: str, *, resolution: int = 0, view: str = "agent") -> gym.Env:
+def make_env(
+    name: str, *, resolution: int = 0, view: str = "agent", distract: Distraction | None = None
+) -> gym.Env:
     """Return the environment called `name`.
 
     Observations are dicts of `pixels` uint8 `[h, w, 3]` and, where the environment has a state, `agent_pos`
     float32 `[s]`. `info` holds `task` (text, may be empty) after `reset`, and `is_success` after every `step`
-    of an environment that can tell.
+    of an environment that can tell. With distractors it holds `nuisance`: float32 `[4]`.
 
     Args:
         name: `babyai/<Level>`, `pusht`, or any Gymnasium id with image observations.
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: "agent" (what the agent sees) or "full" (the whole world), where an environment has both.
+        distract: distractors in the frames; the environments of babyai and pusht can have them.
 
     Raises:
-        UserError: unknown name or view, or a package is missing.
+        UserError: unknown name or view, no distractors there, or a package is missing.
     """
     if resolution < 0:
         raise UserError(
             f"resolution is {resolution}; give a number of pixels, or 0 for the environment's own."
         )
-    return _suite(name, view).make(name, resolution, view)
+    env: Any = _suite(name, view).make(name, resolution, view)
+    if distract:
+        env.distract(distract)
+    return env
 
 
 def env_spec(name: str, *, view: str = "agent") -> EnvSpec:

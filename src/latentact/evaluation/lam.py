@@ -21,7 +21,7 @@ from latentact.evaluation.lam_pictures import pictures, resize
 from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe, principal_components
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+    from jaxtyping import Bool, Float, Int64, Shaped
     from torch import Tensor
 
     from latentact.data.cache import FrameStore
@@ -75,15 +75,15 @@ def evaluate_lam(
     training = model.training
     model.eval()
     with torch.no_grad():
-        vectors, codes = _encode(model, clips, rows, device)
+        vectors, codes = encode_rows(model, clips, rows, device)
         if not torch.isfinite(vectors).all():
             raise UserError(
                 "latents are not finite, so training diverged; train again with a lower learning rate."
             )
-        order = _derangement(len(rows), rng)
+        order = derangement(len(rows), rng)
         errors = _errors(model, clips, rows, vectors, order, device) if model.generative else {}
-        futures = np.asarray(store.frames[_other_future(store, rows, frame_gap, rng)])
-        controls, _ = _encode(model, clips, rows, device, futures=futures)
+        futures = other_future(store, rows, frame_gap, rng)
+        controls, _ = encode_rows(model, clips, rows, device, futures=futures)
         shown = pictures(model, store, clips, rows, vectors, errors["copy"], rng, device) if errors else {}
     model.train(training)
 
@@ -105,6 +105,7 @@ def evaluate_lam(
     }
     arrays = {
         "vectors": latents,
+        "row": rows,
         "episode": store.episode[rows],
         "time": store.timestamps[rows],
         "action": actions,
@@ -122,22 +123,26 @@ def _batches(count: int) -> Iterator[slice]:
     return (slice(start, start + BATCH) for start in range(0, count, BATCH))
 
 
-def _encode(
+def encode_rows(
     model: LatentActionModel,
     clips: Clips,
     rows: Int64[np.ndarray, "m"],
     device: str,
-    futures: UInt8[np.ndarray, "m h w c"] | None = None,
+    futures: Int64[np.ndarray, "m"] | None = None,
 ) -> tuple[Float[Tensor, "m k d"], Int64[np.ndarray, "m k"] | None]:
-    """Latents of the transitions that start at `rows`; `futures` take the place of their next frames."""
+    """Latents of the transitions that start at `rows`; those at `futures` take the place of what follows."""
     vectors, codes = [], []
     for part in _batches(len(rows)):
         clip = clips.clip(rows[part])
-        frames = clip.frames
+        frames, states = clip.frames, clip.states if model.state_size else None
         if futures is not None:
-            other = torch.from_numpy(futures[part]).permute(0, 3, 1, 2)
+            other = torch.from_numpy(clips.store.frames[futures[part]]).permute(0, 3, 1, 2)
             frames = torch.cat([frames[:, :-1], other[:, None]], dim=1)
-        latent = model.encode(frames.to(device), clip.valid.to(device), last=True)
+            if states is not None and clips.store.state is not None:
+                other = torch.from_numpy(clips.store.state[futures[part]])
+                states = torch.cat([states[:, :-1], other[:, None]], dim=1)
+        seen = {} if states is None else {"state": states.to(device)}
+        latent = model.encode(frames.to(device), clip.valid.to(device), last=True, **seen)
         vectors.append(latent.vectors[:, -1].float().cpu())
         if latent.codes is not None:
             codes.append(latent.codes[:, -1].cpu().numpy())
@@ -165,7 +170,7 @@ def _errors(
     return {name: torch.cat(parts).numpy() for name, parts in errors.items()}
 
 
-def _derangement(count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m"]:
+def derangement(count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m"]:
     """A random order in which nothing keeps its place (when there are at least two)."""
     cycle = rng.permutation(count)
     order = np.empty(count, dtype=np.int64)
@@ -173,7 +178,7 @@ def _derangement(count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m"]
     return order
 
 
-def _other_future(
+def other_future(
     store: FrameStore, rows: Int64[np.ndarray, "m"], frame_gap: int, rng: np.random.Generator
 ) -> Int64[np.ndarray, "m"]:
     """The row of the future frame of another random transition of the same episode, for every row."""
@@ -198,14 +203,14 @@ def _probes(
     if actions is None:
         return {}, []
     known = actions >= 0 if actions.ndim == 1 else np.isfinite(actions).all(1)
-    fit, score = _halves(store.episode[rows], rows, gap, context, seed)
+    fit, score = halves_of(store.episode[rows], rows, gap, context, seed)
     fit, score = fit & known, score & known
     if min(fit.sum(), score.sum()) < FEWEST_PROBED:
         return {}, [
             f"No probes: {fit.sum()} transitions to fit them and {score.sum()} to score them, and each needs "
             f"{FEWEST_PROBED}; hold out more episodes."
         ]
-    group = _groups(store.episode[rows], score)
+    group = bootstrap_groups(store.episode[rows], score)
 
     def data(features: np.ndarray, targets: np.ndarray, part: np.ndarray) -> ProbeData:
         return ProbeData(features=features[part], targets=targets[part], episode=group[part])
@@ -213,7 +218,7 @@ def _probes(
     def halves(features: np.ndarray, targets: np.ndarray) -> tuple[ProbeData, ProbeData]:
         return data(features, targets, fit), data(features, targets, score)
 
-    floor = _floor_features(store, rows, fit)
+    floor = present_features(store, rows, fit)
     found = {
         "latent_linear": linear_probe(*halves(latents, actions), seed=seed),
         "latent_mlp": mlp_probe(*halves(latents, actions), seed=seed),
@@ -233,7 +238,7 @@ def _probes(
     return {name: probe.to_json() for name, probe in found.items()}, [note] if single else []
 
 
-def _halves(
+def halves_of(
     episode: Int64[np.ndarray, "m"], rows: Int64[np.ndarray, "m"], frame_gap: int, context: int, seed: int
 ) -> tuple[Bool[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
     """Which transitions fit the probes and which score them; no frame is seen by both."""
@@ -246,14 +251,14 @@ def _halves(
     return rows + frame_gap < middle, rows - context * frame_gap >= middle
 
 
-def _groups(episode: Int64[np.ndarray, "m"], score: Bool[np.ndarray, "m"]) -> Int64[np.ndarray, "m"]:
+def bootstrap_groups(episode: Int64[np.ndarray, "m"], score: Bool[np.ndarray, "m"]) -> Int64[np.ndarray, "m"]:
     """The unit of the bootstrap: the episode, or a tenth of it where only one is scored."""
     if len(np.unique(episode[score])) > 1:
         return episode
     return np.cumsum(score) * 10 // (score.sum() + 1)
 
 
-def _floor_features(
+def present_features(
     store: FrameStore, rows: Int64[np.ndarray, "m"], fit: Bool[np.ndarray, "m"]
 ) -> Float[np.ndarray, "m f"]:
     """What the present alone says: the state, or 32 principal components of the current frame at 16x16."""
@@ -290,7 +295,14 @@ def _warnings(
             f"Codes collapsed: the model uses about {health['perplexity']:.1f} of {health['size']} codes; "
             "use a smaller codebook, fsq, or a bottleneck without codes."
         )
-    if probes:
+    if change := probes.get("state_change"):  # a place is not in a latent action; how it changes can be
+        best, floor = change["score"], probes["state_change_state_only"]["score"]
+        if best <= floor:
+            found.append(
+                f"Latents tell no more about how the state changes than the state does: {best:.2f} against "
+                f"{floor:.2f}."
+            )
+    elif probes:
         best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
         floor = max(probes["state_only"]["score"], probes["shuffled_future"]["score"])
         if best <= floor:

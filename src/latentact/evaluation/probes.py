@@ -40,8 +40,10 @@ class ProbeScore:
     """95 % interval of a bootstrap over the scored episodes."""
 
     def to_json(self) -> dict[str, object]:
-        """Return the score as it stands in `lam.json`."""
-        return {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
+        """Return the score as it stands in `lam.json`; R2 also as normalised squared error, 1 - R2."""
+        nmse = {"nmse": 1 - self.score, "nmse_ci95": [1 - self.ci95[1], 1 - self.ci95[0]]}
+        values = {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
+        return values | (nmse if self.metric == "r2" else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,9 @@ def _standardise(fit: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
-    """Closed form; `x` and `y` have mean 0, so there is no bias."""
+    """Closed form, by the smaller of both matrices; `x` and `y` have mean 0, so there is no bias."""
+    if len(x) < x.shape[1]:
+        return x_new @ (x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), y))
     return x_new @ np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
 
 

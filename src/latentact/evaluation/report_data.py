@@ -135,9 +135,9 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _lam(path: Path, folder: str) -> LamRun | None:
-    """A LAM run; None for inverse dynamics alone, which predicts no frames."""
+    """A LAM run; None for one that predicts no frames."""
     numbers, arrays = _mapping(path), {}
-    if numbers.get("model") == "idm":
+    if not numbers.get("generative", True):
         return None
     missing = {"recon_mse", "copy_mse", "shuffled_mse"} - numbers.keys()
     if missing:

@@ -77,6 +77,7 @@ class Idm(LatentActionModel):
             fps=0.0,
             resolution=config.size,
             camera="",
+            robot_actions=True,
         )
 
     def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
@@ -86,7 +87,10 @@ class Idm(LatentActionModel):
             self.std.copy_(actions.std(0).clamp(min=1e-4))
 
     def encode(
-        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
     ) -> LatentActions:
         """Return robot actions: class probabilities and classes, or numbers in the robot's units."""
         windows, real = pairs(frames, valid, self.context, last)

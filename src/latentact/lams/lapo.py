@@ -8,18 +8,21 @@ CLAM, 2505.04999). Grids of integers (XLand, 5x5x2) go through embeddings and ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
+from latentact.checkpoint import load_weights, read_pickled
 from latentact.errors import UserError
 from latentact.lams.model import LAMS, LatentActionModel, action_loss, floats, pairs
+from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
 from latentact.nn.grid import GridDecoder, GridEncoder
-from latentact.nn.impala import Impala
-from latentact.nn.patch import PatchEncoder, PatchUNet
+from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
@@ -54,6 +57,8 @@ class LapoConfig:
     """What the latent action passes through."""
     difference_input: float = 0.0
     """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the FDM predicts; grids: pixels, that is cells."""
     fdm_context: int = 1
     """Frames before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
     motion_weight: float = 0.0
@@ -76,6 +81,10 @@ class LapoConfig:
             raise UserError(
                 "lam.difference_input and lam.motion_weight are for pictures; leave them 0 for grids."
             )
+        if self.backbone == "grid" and self.target.kind != "pixels":
+            raise UserError(
+                f"lam.target.kind is {self.target.kind}; grids are predicted as cells, so leave it."
+            )
         if self.action_weight and self.bottleneck.kind not in ("none", "kl"):
             raise UserError(
                 f"lam.action_weight wants latent actions without codes; set lam.bottleneck.kind to none or "
@@ -87,6 +96,56 @@ class LapoConfig:
         if self.action_weight and actions is None:
             raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
         return Lapo(self, actions)
+
+    @classmethod
+    def read_published(cls, path: Path) -> Lapo | None:
+        """Return the model of LAPO's `idm_fdm.pt` (or of the folder that holds it), sizes from its shapes.
+
+        Raises:
+            UserError: it is such a file and damaged, or its networks are not LAPO's.
+        """
+        file = path / "idm_fdm.pt" if path.is_dir() else path
+        if not file.is_file() or file.suffix != ".pt":
+            return None
+        saved = read_pickled(file)
+        if not (isinstance(saved.get("idm"), dict) and isinstance(saved.get("wm"), dict)):
+            return None
+        weights = {
+            f"{ours}.{name.removeprefix('_orig_mod.')}": tensor
+            for ours, theirs in (("idm", "idm"), ("fdm", "wm"))
+            for name, tensor in saved[theirs].items()
+            if isinstance(name, str) and isinstance(tensor, Tensor)
+        }
+        for theirs, ours in (("idm.policy_head.", "idm_head."), ("idm.vq.", "bottleneck.")):
+            weights = {
+                ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in weights.items()
+            }
+        try:
+            codebooks, entries, width = weights["bottleneck.embedding"].shape
+            dim = len(weights["idm_head.weight"])
+            base, channels = weights["fdm.down.0.conv.weight"].shape[:2]
+            scale = weights["idm.conv_stack.0.conv.weight"].shape[0] // 16
+            cells = weights["idm.fc.weight"].shape[1] // (32 * scale)
+            config = cls(
+                size=8 * math.isqrt(cells),
+                frame_channels=(channels - dim) // 2,
+                idm_scale=scale,
+                fdm_base=base,
+                bottleneck=BottleneckConfig(
+                    dim=dim,
+                    codebooks=codebooks,
+                    positions=dim // (codebooks * width),
+                    codebook_size=entries,
+                ),
+            )
+            model = config.build()
+        except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise UserError(
+                f"{file} lacks networks of LAPO's shapes ({error}); give its idm_fdm.pt."
+            ) from error
+        numbers = {name: model.state_dict()[name] for name in ("action_mean", "action_std")}
+        load_weights(model, weights | numbers, file)
+        return model
 
 
 class Lapo(LatentActionModel):
@@ -110,6 +169,7 @@ class Lapo(LatentActionModel):
         self.register_buffer("action_mean", torch.zeros(numbers))
         self.register_buffer("action_std", torch.ones(numbers))
         self.fdm = self._fdm()
+        self.generative = config.target.kind == "pixels"
         self.spec = LatentActionSpec(
             model=config.kind,
             tokens=self.bottleneck.tokens,
@@ -131,13 +191,21 @@ class Lapo(LatentActionModel):
         c = self.config
         if c.backbone == "grid":
             return GridEncoder(3, c.frame_channels, c.size, c.grid_values, c.idm_channels[0])
-        channels = c.frame_channels * (4 if c.difference_input else 3)
-        if c.backbone == "impala":
-            return Impala(channels, self.inner, tuple(c.idm_scale * x for x in (16, 32, 32)))
-        return PatchEncoder(channels, self.inner, c.patch, c.idm_channels)
+        return self._frame_encoder(c.frame_channels * (4 if c.difference_input else 3))
+
+    def _frame_encoder(self, channels: int, features: int = 256, precise: bool = False) -> nn.Module:
+        c = self.config
+        return frame_encoder(
+            c.backbone, channels, self.inner, scale=c.idm_scale, patch=c.patch, channels=c.idm_channels,
+            features=features, precise=precise,
+        )  # fmt: skip
 
     def _fdm(self) -> nn.Module:
         c, frames = self.config, 1 + self.config.fdm_context
+        if c.target.kind != "pixels":
+            own = c.target.kind == "ema_features"
+            encoder = self._frame_encoder(c.frame_channels, c.target.features, precise=True) if own else None
+            return FeatureFdm(c.target, self._latent_dim, encoder)
         if c.backbone == "grid":
             return GridDecoder(frames, c.frame_channels, c.grid_values, self._latent_dim, c.fdm_channels[0])
         if c.backbone == "impala":
@@ -147,7 +215,10 @@ class Lapo(LatentActionModel):
         )
 
     def encode(
-        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
     ) -> LatentActions:
         """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
         windows, real = pairs(frames, valid, self.context, last)
@@ -164,6 +235,8 @@ class Lapo(LatentActionModel):
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
         """Return the next frame at the model's size, uint8."""
+        if not self.generative:
+            raise refuse_pictures(self)
         older = frames[:, [max(-2, -frames.shape[1]), -1]]
         predicted = self._predict(self._pixels(older), vectors.flatten(1))
         if self.config.backbone == "grid":
@@ -181,8 +254,11 @@ class Lapo(LatentActionModel):
         """Reconstruction of the next frame + the bottleneck's loss + the action head's on labelled steps."""
         x = self._pixels(clip.frames[:, -3:])
         latent, said = self._infer(x)
-        recon = self._reconstruction(x, latent.vectors)
-        total, metrics = recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
+        if isinstance(self.fdm, FeatureFdm):
+            recon, told = self.fdm.of_clip(latent.vectors, x, clip, self.context)
+        else:
+            recon, told = self._reconstruction(x, latent.vectors), {}
+        total, metrics = recon + latent.loss, {"recon": recon.detach(), **told, **latent.metrics}
         if said is not None:
             assert clip.action is not None
             action = clip.action
@@ -217,13 +293,7 @@ class Lapo(LatentActionModel):
         predicted = self._predict(x[:, :-1], latent)
         if self.config.backbone == "grid":
             return F.cross_entropy(predicted.float(), target.long())
-        error = (predicted.float() - target).square()
-        if self.config.motion_weight:
-            motion = (target - now).abs().amax(1, keepdim=True).clamp(max=0.5)
-            if pad := self.config.motion_dilation:
-                motion = F.max_pool2d(motion, 2 * pad + 1, 1, pad)
-            error = error * (1 + self.config.motion_weight * motion)
-        return error.mean()
+        return pixel_error(predicted, now, target, self.config.motion_weight, self.config.motion_dilation)
 
     def _pixels(self, frames: Tensor) -> Tensor:
         """Frames uint8 `[n, t, c, h, w]` of any size to -0.5..0.5 at the inner size; grids stay integers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
@@ -18,19 +19,24 @@ from latentact.checkpoint import (
     load_weights,
     push_folder,
     read_json,
-    resolve_folder,
+    resolve_path,
     save_tensors,
     whole_folder,
     write_json,
 )
 from latentact.config import from_dict, to_dict
-from latentact.errors import UserError
+from latentact.errors import UserError, did_you_mean
 from latentact.registry import Registry
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
 
 class LamConfig(Protocol):
-    """Settings of a LAM; a frozen dataclass whose field `kind` is its registered name."""
+    """Settings of a LAM; a frozen dataclass whose field `kind` is its registered name.
+
+    Where others published such models, it may have a classmethod
+    ``read_published(path, *, keyword=default, ...) -> LatentActionModel | None`` for `load_lam`: None where
+    the file or folder is not of their format, a UserError where it is and is broken.
+    """
 
     kind: str
 
@@ -48,12 +54,17 @@ class LatentActionModel(nn.Module, ABC):
     Attributes:
         spec: what its latent actions mean.
         context: frames before the transition that it looks at.
+        horizon: frames after the current one that `loss` wants; the current one is at index `context`.
+        state_size: numbers of the robot state that `encode` wants of every frame as `state`; 0: it looks at
+            frames alone.
         generative: whether it has forward dynamics, that is whether `predict` works.
         actions: what its joint action head predicts, or None.
     """
 
     spec: LatentActionSpec
     context: int = 0
+    horizon: int = 1
+    state_size: int = 0
     generative: bool = True
     actions: ActionSpace | None = None
 
@@ -63,12 +74,17 @@ class LatentActionModel(nn.Module, ABC):
 
     @abstractmethod
     def encode(
-        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
     ) -> LatentActions:
         """Return the latent action of every transition of every clip, any height and width.
 
-        Context older than the clip repeats its first frame, as an environment would at its start. With `last`
-        only each clip's last transition is returned (t - 1 becomes 1) and only that one is computed.
+        One clip without a batch axis becomes a batch of one. Clips of unequal length are padded and `valid`
+        is False there. Context older than the clip repeats its first frame, as an environment would at its
+        start, or is not there, where the model takes windows of any length. With `last` only each clip's
+        last transition is returned (t - 1 becomes 1) and only that one is computed.
         """
 
     @abstractmethod
@@ -107,26 +123,86 @@ class LatentActionModel(nn.Module, ABC):
         return load_lam(where)
 
 
-def load_lam(where: str | Path, device: str = "cpu") -> LatentActionModel:
-    """Load a latent action model from a folder or a hub id, in evaluation mode.
+HUB_FILES = {
+    "microsoft/villa-x": ("lam/*",),
+    "latent-action-pretraining/LAPA-7B-openx": ("laq_openx.pt",),
+}
+"""Which files of a published repository are its latent action model; others hold much larger models too."""
+
+
+def load_lam(where: str | Path, device: str = "cpu", **keywords: Any) -> LatentActionModel:
+    """Load a latent action model of ours or a published one, in evaluation mode.
+
+    Args:
+        where: folder, file or hub id: what `save_pretrained` wrote, or a checkpoint of villa-X, LAPO or LAPA.
+        device: where to put it.
+        keywords: settings that replace what the checkpoint says (`window="chunked"`), or say what it does not
+            (`image_size=256`).
 
     Raises:
         UserError: it is missing, truncated, of another model or not a checkpoint; nothing in it is executed.
     """
-    folder = resolve_folder(where)
+    path = resolve_path(where, *([HUB_FILES[str(where)]] if str(where) in HUB_FILES else []))
+    model = _own(path, keywords) if (path / "config.json").is_file() else _published(path, keywords)
+    return model.eval().to(device)
+
+
+def _own(folder: Path, keywords: dict[str, Any]) -> LatentActionModel:
     values = read_json(folder / "config.json")
     if not isinstance(values, dict) or not isinstance(values.get("lam"), dict) or "kind" not in values["lam"]:
         raise UserError(f"{folder} is not a latent action model; give the folder of a train-lam run.")
-    config = from_dict(LAMS.get(values["lam"]["kind"]), values["lam"], "lam")
+    config = from_dict(LAMS.get(values["lam"]["kind"]), {**values["lam"], **keywords}, "lam")
     actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
     model = config.build(actions)
     load_weights(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
     model.spec = LatentActionSpec.load(folder / "spec.json")
-    return model.eval().to(device)
+    return model
+
+
+def _published(path: Path, keywords: dict[str, Any]) -> LatentActionModel:
+    """Ask every registered config that reads a published format; one that does not know it returns None."""
+    known: set[str] = set()
+    for name in LAMS.names():
+        if (read := getattr(LAMS.get(name), "read_published", None)) is None:
+            continue
+        takes = set(inspect.signature(read).parameters) - {"path"}
+        known |= takes
+        if (model := read(path, **{k: v for k, v in keywords.items() if k in takes})) is None:
+            continue
+        if strange := sorted(keywords.keys() - takes):
+            raise UserError(
+                f"load_lam got {strange[0]!r} for a published {name}{did_you_mean(strange[0], takes)}"
+            )
+        model.spec = replace(model.spec, weights=save_tensors(None, model.state_dict()))
+        return model
+    if strange := sorted(keywords.keys() - known):
+        raise UserError(f"load_lam got an unknown setting {strange[0]!r}{did_you_mean(strange[0], known)}")
+    what = "is a file" if path.is_file() else "holds no config.json"
+    raise UserError(
+        f"{path} {what} and is no published villa-X, LAPO or LAPA checkpoint either; give the folder of a "
+        f"finished run or one of those."
+    )
+
+
+def batched(
+    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None
+) -> tuple[UInt8[Tensor, "b t c h w"], Bool[Tensor, "b t"]]:
+    """Return clips as a batch (one clip becomes a batch of one) and which frames are real (default: all).
+
+    Raises:
+        UserError: the clips are too short for a transition.
+    """
+    if frames.ndim == 4:
+        frames, valid = frames[None], None if valid is None else valid[None]
+    if frames.shape[1] < 2:
+        raise UserError(f"a clip of {frames.shape[1]} frame(s) has no transition; give at least two frames.")
+    if valid is None:
+        valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
+    return frames, valid
 
 
 def pairs(
-    frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None, context: int, last: bool = False
+    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None, context: int, last: bool = False
 ) -> tuple[UInt8[Tensor, "n i c h w"], Bool[Tensor, "b t2"]]:
     """Cut clips into one window per transition: `context` older frames, the current one, the next one.
 
@@ -134,14 +210,11 @@ def pairs(
         Windows ``[b * (t - 1), context + 2, c, h, w]`` and whether both frames of each transition are real
         ``[b, t - 1]``; with `last`, one window per clip.
     """
+    frames, valid = batched(frames, valid)
     t = frames.shape[1]
-    if t < 2:
-        raise UserError(f"a clip of {t} frame(s) has no transition; give at least two frames.")
     first = t - 2 if last else 0
     now = torch.arange(first, t - 1, device=frames.device)[:, None]
     steps = (now + torch.arange(-context, 2, device=frames.device)).clamp(min=0)
-    if valid is None:
-        valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
     return frames[:, steps].flatten(0, 1), (valid[:, :-1] & valid[:, 1:])[:, first:]
 
 

@@ -81,6 +81,20 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuideSpec:
+    """The part of a demonstration's LAM tokens that a guided policy sees at each step."""
+
+    offsets: tuple[int, ...]
+    """Steps ahead whose tokens it sees; 0 is the transition that starts now."""
+    size: int
+    """Numbers of one step's tokens, k x d."""
+    tokens: str = "continuous"
+    """continuous: before the quantiser; vectors: after it."""
+    dropout: float = 0.0
+    """Share of training samples whose guide is hidden, so that the policy also works without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicySpec:
     """What a policy was trained for; saved with it."""
 
@@ -102,6 +116,8 @@ class PolicySpec:
     """Environment steps per second."""
     camera: str = ""
     """Camera key of the training data."""
+    guide: GuideSpec | None = None
+    """How LAM tokens of a demonstration guide it; None where nothing does."""
 
 
 @runtime_checkable
@@ -136,6 +152,8 @@ class Policy(nn.Module):
     std: Tensor
     state_mean: Tensor
     state_std: Tensor
+    guide_mean: Tensor
+    guide_std: Tensor
 
     def __init__(
         self,
@@ -161,6 +179,15 @@ class Policy(nn.Module):
         self.register_buffer("state_mean", torch.zeros(spec.state_size))
         self.register_buffer("state_std", torch.ones(spec.state_size))
         self.decoder = self._build_decoder(decoder) if decoder else None
+        size = spec.guide.size if spec.guide else 0
+        self.register_buffer("guide_mean", torch.zeros(size))
+        self.register_buffer("guide_std", torch.ones(size))
+        self.guide = None
+        if spec.guide:
+            tokens = size * len(spec.guide.offsets)
+            self.guide = nn.Sequential(
+                nn.Linear(256 + tokens + 1, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+            )
 
     def _build_decoder(self, config: DecoderConfig) -> ActionDecoder:
         assert self.spec.action_space is not None
@@ -179,8 +206,10 @@ class Policy(nn.Module):
         grounded.load_state_dict(load)
         return grounded
 
-    def normalise_by(self, target: np.ndarray, state: np.ndarray | None) -> None:
-        """Take means and deviations from training data: targets ``[n, f]`` and states ``[n, s]``."""
+    def normalise_by(
+        self, target: np.ndarray, state: np.ndarray | None, guide: np.ndarray | None = None
+    ) -> None:
+        """Take means and deviations from training data, ``[n, f]`` each: targets, states, guiding tokens."""
         if self.spec.target.kind == "numbers":
             self.mean.copy_(torch.from_numpy(target.mean(0)))
             std = torch.from_numpy(target.std(0))
@@ -189,14 +218,29 @@ class Policy(nn.Module):
         if state is not None:
             self.state_mean.copy_(torch.from_numpy(state.mean(0)))
             self.state_std.copy_(torch.from_numpy(state.std(0)).clamp(min=1e-4))
+        if guide is not None:
+            self.guide_mean.copy_(torch.from_numpy(guide.mean(0)))
+            self.guide_std.copy_(torch.from_numpy(guide.std(0)).clamp(min=1e-4))
 
-    def forward(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b l f"]:
+    def forward(
+        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
+    ) -> Float[Tensor, "b l f"]:
         """Return network outputs: normalised numbers, or logits of all classes of all groups."""
-        return (
-            self.head(self.features(frames, state, words))
-            .unflatten(1, (self.config.network.chunk, -1))
-            .float()
-        )
+        features = self.features(frames, state, words)
+        if self.guide is not None:
+            features = self.guide(torch.cat([features, self._seen_guide(guide, features)], dim=1))
+        return self.head(features).unflatten(1, (self.config.network.chunk, -1)).float()
+
+    def _seen_guide(self, guide: Tensor | None, features: Tensor) -> Float[Tensor, "b g"]:
+        """Normalised tokens and a 1 where there is a guide, zeros where there is none or it is dropped."""
+        assert self.spec.guide is not None
+        if guide is None:
+            return features.new_zeros(len(features), self.spec.guide.size * len(self.spec.guide.offsets) + 1)
+        there = guide.isfinite().flatten(1).all(1)
+        if self.training and self.spec.guide.dropout:
+            there = there & (torch.rand(len(guide), device=guide.device) >= self.spec.guide.dropout)
+        tokens = ((guide.nan_to_num() - self.guide_mean) / self.guide_std).flatten(1)
+        return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) * there[:, None]
 
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
         """Return what the network makes of an observation, before its last layer."""
@@ -224,7 +268,7 @@ class Policy(nn.Module):
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy for classes, squared error of normalised numbers; masked targets count nothing."""
-        out = self(batch.frames, batch.state, batch.words)
+        out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.spec.target.kind == "classes":
             logits = out.unflatten(2, (self.spec.target.groups, self.spec.target.size))
             target = batch.target.masked_fill(~batch.mask[..., None], 0)
@@ -246,7 +290,7 @@ class Policy(nn.Module):
 
     def action_scores(self, batch: PolicyBatch) -> Float[Tensor, "b l a"]:
         """Return logits of discrete actions or normalised continuous ones, a row per environment step."""
-        out = self(batch.frames, batch.state, batch.words)
+        out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.decoder is None:
             return out
         state = self.normal_state(batch.state) if self.decoder.config.use_state else None
@@ -325,8 +369,17 @@ class PolicyActor:
         self.plan: Any = None
         self.used = 0
 
-    def act(self, pixels: np.ndarray, state: np.ndarray | None, tasks: list[str]) -> np.ndarray:
-        """Return one robot action per environment; see `latentact.evaluation.rollout.Actor`."""
+    def act(
+        self,
+        pixels: np.ndarray,
+        state: np.ndarray | None,
+        tasks: list[str],
+        guide: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return one robot action per environment; see `latentact.evaluation.rollout.Actor`.
+
+        A guided policy takes `guide`, float32 ``[b, len(offsets), k * d]``; NaN or None: no guide.
+        """
         spec, network = self.policy.spec, self.policy.config.network
         keep = (network.frames - 1) * spec.stride + 1
         self.history = [*(self.history or [pixels] * keep), pixels][-keep:]
@@ -342,6 +395,7 @@ class PolicyActor:
                 words=torch.from_numpy(words) if spec.words else none,
                 target=none[..., None],
                 mask=none.bool(),
+                guide=None if guide is None else torch.from_numpy(guide),
             ).to(self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
                 self.plan, self.used = self.policy.actions(batch), 0

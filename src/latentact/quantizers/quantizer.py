@@ -17,31 +17,41 @@ class BottleneckConfig:
     """Settings of a bottleneck. Defaults are LAPO's: 2 codebooks x 4 positions x 16 numbers = 128."""
 
     kind: str = "vq_ema"
-    """Registered name: vq_ema, none (whitened, no codes), kl or fsq."""
+    """Registered name: vq_ema, vq, nsvq, residual_vq, fsq, lfq, kl or none (whitened, no codes)."""
     dim: int = 128
-    """Numbers per latent action (fsq: positions x len(levels) instead)."""
+    """Numbers per latent action (fsq: positions x len(levels); lfq: positions x log2(codebook_size))."""
     codebooks: int = 2
-    """vq_ema: separate codebooks."""
+    """vq_ema: separate codebooks; residual_vq: codebooks that refine each other."""
     positions: int = 4
-    """vq_ema, fsq: vectors that share a codebook."""
+    """Vectors that share a codebook; not of kl and none."""
     codebook_size: int = 64
-    """vq_ema: entries of each codebook."""
+    """Entries of each codebook; lfq: a power of two."""
     commitment: float = 0.05
     """vq_ema: weight of the commitment loss."""
+    beta: float = 0.25
+    """vq, residual_vq: weight of the commitment loss."""
     decay: float = 0.999
-    """vq_ema: decay of the moving averages, per training step."""
+    """vq_ema, residual_vq: decay of the moving averages, per training step."""
+    entropy: float = 0.1
+    """lfq: weight of the entropy loss."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: values per dimension."""
     weight: float = 1e-3
     """kl: weight of the divergence from a unit Gaussian."""
+    guard: bool = False
+    """vq_ema, vq, nsvq, residual_vq: whether codes that are not used restart from current features."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit."""
-        groups = self.codebooks * self.positions
-        if self.kind == "vq_ema" and self.dim % groups:
+        groups = {"vq": self.positions, "nsvq": self.positions}
+        groups |= dict.fromkeys(("vq_ema", "residual_vq"), self.codebooks * self.positions)
+        if self.kind in groups and (groups[self.kind] < 1 or self.dim % groups[self.kind]):
             raise UserError(
-                f"bottleneck.dim is {self.dim}; vq_ema wants a multiple of codebooks x positions = {groups}."
+                f"bottleneck.dim is {self.dim}; {self.kind} wants a multiple of its tokens, which are "
+                f"{groups[self.kind]}."
             )
+        if self.kind == "lfq" and (self.codebook_size < 2 or self.codebook_size.bit_count() != 1):
+            raise UserError(f"bottleneck.codebook_size is {self.codebook_size}; lfq wants a power of two.")
 
 
 @dataclass(frozen=True, kw_only=True)

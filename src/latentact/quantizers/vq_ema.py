@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.usage import UsageGuard, usage
 
 EPSILON = 1e-5
 
@@ -41,6 +42,7 @@ class VqEma(Quantizer):
         self.register_buffer("embedding", embedding)
         self.register_buffer("ema_count", torch.zeros(embedding.shape[:2]))
         self.register_buffer("ema_weight", embedding.clone())
+        self.guard = UsageGuard(config.codebooks, config.codebook_size) if config.guard else None
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Quantise; in training mode move the codebooks towards what they were used for."""
@@ -55,16 +57,19 @@ class VqEma(Quantizer):
         indices = torch.baddbmm(squares, flat, self.embedding.transpose(1, 2), alpha=-2.0).argmin(-1)
         quantised = self.embedding.gather(1, repeat(indices, "n i -> n i d", d=self.token_dim))
         used = F.one_hot(indices, self.config.codebook_size).to(x.dtype)
+        metrics = usage(used.sum(1))
         if self.training:
             self._update(flat, used)
+            if self.guard:
+                self._restart(*self.guard(used.sum(1), flat))
+                metrics["restarted"] = self.guard.restarted.float()
         quantised = rearrange(quantised, "n (b h) d -> b (n d h)", h=self.positions)
-        share = used.mean(1)
         return Quantized(
             vectors=quantised + (x - x.detach()),
             continuous=x,
             codes=rearrange(indices, "n (b h) -> b (n h)", h=self.positions),
             loss=self.config.commitment * F.mse_loss(x, quantised),
-            metrics={"perplexity": torch.exp(-(share * torch.log(share + 1e-10)).sum(-1)).mean()},
+            metrics=metrics,
         )
 
     @torch.no_grad()
@@ -75,3 +80,8 @@ class VqEma(Quantizer):
         self.ema_count.add_(EPSILON).div_(total + size * EPSILON).mul_(total)
         self.ema_weight.mul_(decay).add_(used.transpose(1, 2) @ flat, alpha=1 - decay)
         self.embedding.copy_(self.ema_weight / self.ema_count.unsqueeze(-1))
+
+    def _restart(self, dead: Tensor, drawn: Tensor) -> None:
+        for buffer in (self.embedding, self.ema_weight):
+            buffer.copy_(torch.where(dead, drawn, buffer))
+        self.ema_count.copy_(torch.where(dead[..., 0], 1.0, self.ema_count))

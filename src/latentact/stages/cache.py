@@ -1,4 +1,4 @@
-"""The cache of decoded frames: build an entry for a dataset, show what is there, remove what is not needed.
+"""The cache of decoded frames and LAM tokens: build an entry, show what is there, remove what is not needed.
 
 Example: `latentact cache --data DIR --resolution 64`, `latentact cache`, `latentact cache --clear all`.
 """
@@ -20,7 +20,7 @@ _UNFINISHED, _REMOVED = ".partial", ".removed"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """One set of decoded frames."""
+    """One set of decoded frames, or the LAM tokens of one."""
 
     key: str
     """Name of its folder."""
@@ -29,7 +29,7 @@ class CacheEntry:
     camera: str
     """Camera key; empty for plain video."""
     resolution: str
-    """Height x width; empty while it is unfinished."""
+    """Height x width of frames, k x d of LAM tokens; empty while it is unfinished."""
     frames: int
     """Number of frames; 0 while it is unfinished."""
     bytes: int
@@ -38,6 +38,8 @@ class CacheEntry:
     """Seconds since 1970."""
     finished: bool
     """False: an interrupted build, which the next one continues."""
+    folder: Path
+    """Where its folder lies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +75,17 @@ def run(data: DataConfig | None = None, *, clear: str = "", cache_dir: str = "")
         open_store(data)
     removed = _chosen(entries(folder), clear, folder) if clear else ()
     for entry in removed:
-        _remove(folder, entry)
+        _remove(entry)
     if clear == "all":
-        shutil.rmtree(folder / "memo", ignore_errors=True)
+        for rest in ("memo", "tokens"):
+            shutil.rmtree(folder / rest, ignore_errors=True)
     return CacheReport(folder=folder, entries=entries(folder), removed=removed)
 
 
 def entries(folder: Path) -> tuple[CacheEntry, ...]:
     """Return the entries of a cache folder, last used first."""
     found = []
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+    for path in sorted([*folder.glob("*"), *folder.glob("tokens/*")]):
         if path.suffix == _REMOVED:  # a clearing was interrupted
             shutil.rmtree(path, ignore_errors=True)
         elif (path / "meta.json").is_file() or path.suffix == _UNFINISHED:
@@ -91,7 +94,7 @@ def entries(folder: Path) -> tuple[CacheEntry, ...]:
 
 
 def _entry(path: Path) -> CacheEntry:
-    used, size = path / "used", sum(file.stat().st_size for file in path.iterdir())
+    used, occupied = path / "used", sum(file.stat().st_size for file in path.iterdir())
     if path.suffix == _UNFINISHED:
         return CacheEntry(
             key=path.stem,
@@ -99,21 +102,24 @@ def _entry(path: Path) -> CacheEntry:
             camera="",
             resolution="",
             frames=0,
-            bytes=size,
+            bytes=occupied,
             last_use=path.stat().st_mtime,
             finished=False,
+            folder=path.parent,
         )
     meta = json.loads((path / "meta.json").read_text())
-    frames, height, width, _ = meta["shape"]
+    spec = meta.get("spec")
+    size = f"{spec['tokens']}x{spec['token_dim']} LAM tokens" if spec else "{1}x{2}".format(*meta["shape"])
     return CacheEntry(
         key=path.name,
         dataset=used.read_text().strip() if used.is_file() else "",
         camera=meta["camera"],
-        resolution=f"{height}x{width}",
-        frames=frames,
-        bytes=size,
+        resolution=size,
+        frames=meta["rows"] if spec else meta["shape"][0],
+        bytes=occupied,
         last_use=(used if used.is_file() else path).stat().st_mtime,
         finished=True,
+        folder=path.parent,
     )
 
 
@@ -127,9 +133,10 @@ def _chosen(found: tuple[CacheEntry, ...], clear: str, folder: Path) -> tuple[Ca
     return fitting
 
 
-def _remove(folder: Path, entry: CacheEntry) -> None:
+def _remove(entry: CacheEntry) -> None:
     """Remove an entry at one stroke, so that no half of it is ever found."""
-    lock = FileLock(folder / f"{entry.key}.lock")
+    folder = entry.folder
+    lock = FileLock(folder / f"{entry.key.partition('.')[0]}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from latentact.data.progress import Progress
 from latentact.data.record import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.envs.distract import NUISANCE, Distraction
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 
@@ -63,18 +64,21 @@ class CollectConfig:
     from what it sees leaves a latent action nothing to say; some exploration makes it needed."""
     max_steps: int = 0
     """Steps after which an attempt has failed; 0: the environment's own limit."""
+    distract: Distraction = field(default_factory=Distraction)
+    """Distractors in the frames; their state is recorded as `observation.nuisance`."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         if self.episodes < 1:
             raise UserError(f"episodes is {self.episodes}; wanted at least 1.")
-        for field in ("seed", "workers", "max_steps"):
-            if getattr(self, field) < 0:
-                raise UserError(f"{field} is {getattr(self, field)}; wanted 0 or more.")
+        for name in ("seed", "workers", "max_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; wanted 0 or more.")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the data depends on."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "workers")}
+        values = {k: v for k, v in asdict(self).items() if k not in ("out", "workers")}
+        return values if self.distract else {k: v for k, v in values.items() if k != "distract"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +109,11 @@ def run(config: CollectConfig) -> CollectResult:
         return _finished(config, out)
     require_lerobot()
     spec = env_spec(config.env, view=config.view)
-    env = make_env(config.env, resolution=config.resolution, view=config.view)
+    env = make_env(config.env, resolution=config.resolution, view=config.view, distract=config.distract)
     env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)
     height, width, _ = env.observation_space["pixels"].shape  # type: ignore[index]
-    record = _record_spec(spec, height, width)
+    record = _record_spec(config, spec, height, width)
     staging = out.with_name(out.name + ".partial")
     try:
         with _claimed(staging, config):
@@ -134,8 +138,9 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
     sidecar = out / "meta" / SIDECAR
     held = json.loads(sidecar.read_text()) if sidecar.is_file() else None
     wanted = config.identity()
-    if held is None or {k: held.get(k) for k in wanted} != wanted:
-        changed = [k for k in wanted if held is not None and held.get(k) != wanted[k]]
+    names = {*wanted, "distract"}
+    if held is None or any(held.get(k) != wanted.get(k) for k in names):
+        changed = [k for k in sorted(names) if held is not None and held.get(k) != wanted.get(k)]
         what = f"a collection with another {', '.join(changed)}" if changed else "something else"
         raise UserError(f"{out} holds {what}; choose another folder or delete it.")
     info = json.loads((out / "meta" / "info.json").read_text())
@@ -265,15 +270,16 @@ def _live_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _environment(name: str, resolution: int, view: str) -> tuple[Any, EnvSpec]:
-    return make_env(name, resolution=resolution, view=view), env_spec(name, view=view)
+def _environment(name: str, resolution: int, view: str, distract: Distraction) -> tuple[Any, EnvSpec]:
+    env = make_env(name, resolution=resolution, view=view, distract=distract)
+    return env, env_spec(name, view=view)
 
 
 def _staged(staging: Path, number: int) -> Path:
     return staging / f"{number:07d}.npz"
 
 
-def _record_spec(spec: EnvSpec, height: int, width: int) -> RecordSpec:
+def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) -> RecordSpec:
     return RecordSpec(
         fps=spec.fps,
         camera=spec.camera,
@@ -283,18 +289,19 @@ def _record_spec(spec: EnvSpec, height: int, width: int) -> RecordSpec:
         action_names=spec.action_names,
         state_names=spec.state_names,
         robot_type=spec.name,
+        nuisance_names=NUISANCE if config.distract else (),
     )
 
 
 def _attempt(config: CollectConfig, staging: Path, number: int) -> bool:
     """Play one attempt and stage it; return whether it succeeded."""
-    env, spec = _environment(config.env, config.resolution, config.view)
+    env, spec = _environment(config.env, config.resolution, config.view, config.distract)
     episode = _demonstrate(config, env, spec, config.seed + number)
     path = _staged(staging, number)
     if episode is None:
         path.with_suffix(".failed").touch()
         return False
-    stage_episode(path, _record_spec(spec, *episode.frames.shape[1:3]), episode)
+    stage_episode(path, _record_spec(config, spec, *episode.frames.shape[1:3]), episode)
     return True
 
 
@@ -304,6 +311,7 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
     expert = make_expert(config.env, env, seed)
     rng = np.random.default_rng((seed, 1))
     observations, actions, rewards, successes, ended = [observation], [], [], [], False
+    nuisances = [info.get("nuisance")]
     while not ended and not (config.max_steps and len(actions) == config.max_steps):
         try:
             action = expert.act(rng if rng.random() < config.explore else None)
@@ -314,6 +322,7 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
         actions.append(action)
         rewards.append(reward)
         successes.append(outcome["is_success"])
+        nuisances.append(outcome.get("nuisance"))
         ended = terminated or truncated
     if not successes[-1]:
         return None
@@ -325,4 +334,5 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
         reward=np.array([*rewards, 0.0], np.float32),
         success=np.array([*successes, True]),
         task=info["task"],
+        nuisance=np.stack(nuisances) if config.distract else None,
     )

@@ -18,7 +18,7 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.clips import Clips, choose_labelled, frame_gap, split_episodes
 from latentact.errors import UserError
 from latentact.evaluation.lam import LamEvaluation, evaluate_lam
-from latentact.lams.idm import Idm
+from latentact.lams.frozen_features import with_features
 from latentact.lams.model import LAMS
 from latentact.training.fit import TrainingConfig, fit
 from latentact.training.run_folder import begin_run, finished
@@ -62,8 +62,10 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labelled = choose_labelled(train, config.labelled_episodes, config.split_seed)
 
+    cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
+    lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
     torch.manual_seed(config.training.seed)
-    model = config.lam.build(store.action_space)
+    model = lam.build(store.action_space)
     model.spec = replace(
         model.spec, frame_gap=gap, frame_gap_s=gap / store.fps, fps=store.fps, camera=store.camera
     )
@@ -72,9 +74,17 @@ def run(config: TrainLamConfig, out: Path) -> Path:
             f"lam={model.spec.model} as configured learns from robot actions and labelled_episodes is 0; "
             f"give labelled_episodes=K."
         )
-    if isinstance(model, Idm):
+    if model.spec.robot_actions:
         train = labelled
-    clips = Clips(store, episodes=train, frame_gap=gap, context=model.context, labelled=labelled)
+    clips = Clips(
+        store,
+        episodes=train,
+        frame_gap=gap,
+        context=model.context,
+        horizon=model.horizon,
+        labelled=labelled,
+        features=features,
+    )
     if model.actions is not None:
         seen = store.actions(labelled)[clips.rows[np.isin(store.episode[clips.rows], labelled)]]
         model.normalise_by(torch.from_numpy(seen))
@@ -84,16 +94,22 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         *(len(clips), len(train), len(labelled), len(held_out), sum(p.numel() for p in model.parameters())),
     )
 
-    def judge(transitions: int) -> Any:
+    judged: list[LamEvaluation] = []
+
+    def judge(last: bool) -> dict[str, float]:
         device = str(next(model.parameters()).device)
-        return evaluate_lam(
-            model, store, episodes=held_out, frame_gap=gap, max_transitions=transitions, device=device
-        )
+        count = 4096 if last else config.probe_transitions
+        judged[:] = [
+            evaluate_lam(model, store, episodes=held_out, frame_gap=gap, max_transitions=count, device=device)
+        ]
+        return _scalars(judged[0])
 
     data = _Mixed(clips, labelled, config.labelled_share) if len(labelled) < len(train) else clips
     begin_run(out, config)
-    fit(model, data, config.training, out, lambda: _scalars(judge(config.probe_transitions)))
-    evaluation = judge(4096)
+    fit(model, data, config.training, out, judge)
+    if not judged:  # the run was killed after its last step
+        judge(True)
+    evaluation = judged[0]
     for warning in evaluation.numbers["warnings"]:
         log.warning(warning)
     model.cpu().write(out)
@@ -101,7 +117,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **evaluation.arrays)
         partial.write_bytes(buffer.getvalue())
-    write_json(out / "lam.json", {"model": model.spec.model, "spec": vars(model.spec), **evaluation.numbers})
+    values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
+    write_json(out / "lam.json", values | evaluation.numbers)
     return out
 
 

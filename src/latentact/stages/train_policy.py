@@ -17,6 +17,7 @@ from latentact.data.clips import choose_labelled, split_episodes
 from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.tokens import Labels, read_labels
 from latentact.errors import UserError
+from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
 from latentact.training.fit import TrainingConfig, fit
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPolicyConfig:
-    """Learn a policy: `policy=latent` from latent labels, `policy=bc` from robot (or an IDM's) actions."""
+    """Learn a policy from latent labels (latent), robot or an IDM's actions (bc), or both (guided)."""
 
     out: str = "runs/train_policy"
     """Run folder; the same command goes on where a killed run stopped."""
@@ -45,7 +46,7 @@ class TrainPolicyConfig:
     split_seed: int = 0
     """Seed of the choice of held-out and labelled episodes."""
     labelled_episodes: int | None = None
-    """k: training episodes that policy=bc learns from; empty: all."""
+    """k: training episodes that policy=bc and policy=guided learn from; empty: all."""
 
 
 def run(config: TrainPolicyConfig, out: Path) -> Path:
@@ -56,17 +57,20 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         return out
     labels, store = read_labels(config.labels) if config.labels else (None, open_store(config.data))
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    guided = isinstance(config.policy, GuidedConfig)
+    if guided and labels is None:
+        raise UserError("policy=guided is guided by latent labels; give labels=DIR.")
     if isinstance(config.policy, LatentConfig):
         if labels is None:
             raise UserError("policy=latent learns from latent labels; give labels=DIR.")
         target, values, exists = _latent_targets(config.policy, labels)
         space, stride = None, labels.spec.frame_gap
     else:
-        episodes = train
-        if labels is None:
-            episodes = choose_labelled(train, config.labelled_episodes, config.split_seed)
-        target, values, exists, space = _action_targets(labels, store, episodes, held_out)
-        train, stride = episodes, 1
+        pseudo = None if guided else labels
+        if pseudo is None:
+            train = choose_labelled(train, config.labelled_episodes, config.split_seed)
+        target, values, exists, space = _action_targets(pseudo, store, train, held_out)
+        stride = 1
 
     torch.manual_seed(config.training.seed)
     words = vocabulary(store.tasks)
@@ -80,16 +84,28 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         stride=stride,
         fps=store.fps,
         camera=store.camera,
+        guide=config.policy.guide(labels.spec) if guided and labels else None,
     )
-    policy = Policy(config.policy, spec, labels.spec if labels and space is None else None)
+    latent = labels.spec if labels and (guided or space is None) else None
+    policy = Policy(config.policy, spec, latent)
     rows = exists & np.isin(store.episode, train)
-    policy.normalise_by(values[rows], None if store.state is None else store.state[rows])
     network = config.policy.network
-    shape = {"frames": network.frames, "chunk": network.chunk, "stride": stride, "words": words}
+    shape: dict[str, Any] = {
+        "frames": network.frames,
+        "chunk": network.chunk,
+        "stride": stride,
+        "words": words,
+    }
+    tokens = None
+    if spec.guide and labels:
+        tokens = getattr(labels, spec.guide.tokens).reshape(len(labels.valid), -1)
+        shape |= {"guide": (tokens, labels.valid), "offsets": spec.guide.offsets}
+        tokens = tokens[rows & labels.valid]
+    policy.normalise_by(values[rows], None if store.state is None else store.state[rows], tokens)
     samples = PolicySamples(store, target=values, exists=rows, **shape)
     log.info("%d steps of %d episodes to learn from", len(samples), len(train))
 
-    def judge() -> dict[str, float]:
+    def judge(_: bool = True) -> dict[str, float]:
         unseen = exists & np.isin(store.episode, held_out)
         if not unseen.any():
             return {}
@@ -124,7 +140,7 @@ def _action_targets(
         values = values.reshape(len(values), -1)
         exists = np.isin(store.episode, shown)
         exists[store.starts + store.lengths - 1] = False
-    elif labels.spec.model != "idm" or labels.spec.frame_gap != 1:
+    elif not labels.spec.robot_actions or labels.spec.frame_gap != 1:
         raise UserError(
             f"policy=bc learns from robot actions and these labels are latent actions of "
             f"{labels.spec.model}; use policy=latent, or label with a LAM of lam=idm."

@@ -106,7 +106,7 @@ def fit(
     data: Dataset,
     config: TrainingConfig,
     out: Path,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[bool], dict[str, float]] | None = None,
 ) -> None:
     """Train `model` in place; goes on from the newest checkpoint in `out` if there is one.
 
@@ -115,7 +115,8 @@ def fit(
         data: dataset with `__getitems__(positions) -> batch` and a length.
         config: how.
         out: run folder; gets `metrics.csv`, `tensorboard/` and `checkpoints/`.
-        evaluate: called with the model in evaluation mode; what it returns is logged.
+        evaluate: called with the model in evaluation mode and whether it is the last time; what it returns
+            is logged.
     """
     checkpoints = out / "checkpoints"
     newest = max(checkpoints.glob("step=*"), default=None, key=_step_of)
@@ -245,7 +246,7 @@ class _Progress(pl.Callback):
     """Metrics rows, plain progress lines, evaluations and checkpoints at their steps."""
 
     def __init__(
-        self, config: TrainingConfig, folder: Path, evaluate: Callable[[], dict[str, float]] | None
+        self, config: TrainingConfig, folder: Path, evaluate: Callable[[bool], dict[str, float]] | None
     ) -> None:
         self.config, self.folder, self.evaluate = config, folder, evaluate
         self.began = self.began_step = 0
@@ -268,7 +269,7 @@ class _Progress(pl.Callback):
         if self.evaluate and (last or (self.config.eval_every and step % self.config.eval_every == 0)):
             pl_module.eval()
             with torch.no_grad():
-                row |= self.evaluate()
+                row |= self.evaluate(last)
             pl_module.train()
         if row:
             self._report(trainer, row, step)

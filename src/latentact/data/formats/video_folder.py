@@ -64,7 +64,7 @@ class VideoFolderSource:
         tasks = _tasks(path) if path.is_dir() else {}
         self.unreadable: dict[str, str] = {}
         self.episodes: list[Episode] = []
-        self._files: list[Path] = []
+        self.files: list[Path] = []
         rates = []
         for file in sorted(videos(path)):
             name = file.relative_to(root).as_posix()
@@ -73,7 +73,7 @@ class VideoFolderSource:
                 self.unreadable[name] = found["error"]
                 continue
             rates.append(found["fps"])
-            self._files.append(file)
+            self.files.append(file)
             self.episodes.append(
                 Episode(
                     name=name,
@@ -92,7 +92,7 @@ class VideoFolderSource:
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds from the first frame, frame) of a video."""
         origin = None
-        for seconds, frame in decode(self._files[number]):
+        for seconds, frame in decode(self.files[number]):
             origin = seconds if origin is None else origin
             yield seconds - origin, frame
 

@@ -1,0 +1,299 @@
+"""Every latent action model, with and without distractors, with and without k labelled episodes: one table.
+
+Run: python benchmarks/lam_table.py --out runs/lam_table        (goes on where it was stopped)
+
+All rows see the same episodes and the same k labels and are scored on the same held-out episodes:
+- probe: R2 of the best of a linear and a small MLP probe that reads the action, fitted on half of them;
+- k labels: R2 on all of them of a linear decoder fitted on the k labelled training episodes alone;
+- nuisance: R2 of the best probe that reads how background and camera move; lower is better.
+BC-k and IDM-k go through the same numbers with the actions that they predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentact.checkpoint import read_json, whole_file, write_json
+from latentact.config import load_experiment
+from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.clips import Clips, choose_labelled, split_episodes
+from latentact.data.samples import PolicySamples
+from latentact.envs.distract import Distraction
+from latentact.evaluation.inspect_probes import NUISANCE
+from latentact.evaluation.lam import encode_rows
+from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe
+from latentact.lams.model import LAMS, load_lam
+from latentact.policies.bc import BcConfig
+from latentact.policies.policy import NetworkConfig, Policy
+from latentact.stages import collect, train_lam, train_policy
+from latentact.training.fit import TrainingConfig
+
+log = logging.getLogger("lam_table")
+
+PATCHES = ("lam.backbone=patch", "lam.size=64", "lam.patch=4", "lam.channels=[64,128,128]")
+MODELS: dict[str, tuple[str, ...]] = {
+    "lapo": ("experiment=pusht",),
+    "laq": ("experiment=laq_debug",),
+    "villa_x": ("experiment=villa_x_debug",),
+    "laom": ("experiment=laom_debug",),
+    "clam": ("experiment=clam_debug",),
+    "idm": ("lam=idm", *PATCHES, "lam.difference_input=4.0", "training.lr=5e-4"),
+}
+"""Model -> its settings of train-lam at a size for a laptop."""
+NETWORK = NetworkConfig(backbone="patch", patch=4, channels=(64, 128, 128), frames=2)
+"""What BC looks with: the pictures alone, like the models."""
+NAMES = {"idm": "IDM-k (supervised)", "bc": "BC-k"}
+COLUMNS = ("probe", "k_labels", "nuisance")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one data set with k labels (0: none) and one seed."""
+
+    data: str
+    model: str
+    k: int
+    seed: int
+
+
+def main() -> None:
+    """Make what is missing, then the table."""
+    options = _options()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    out, kinds = Path(options.out), {"clean": "", "distractors": options.distract}
+    _refuse_other_settings(out / "settings.json", options)
+    data = {}
+    for kind, said in kinds.items():
+        config = collect.CollectConfig(
+            env=options.env,
+            out=str(out / "data" / kind),
+            episodes=options.episodes,
+            resolution=options.resolution,
+            explore=options.explore,
+            distract=Distraction.parse(said),
+        )
+        data[kind] = collect.run(config).path
+    cells = [
+        Cell(kind, model, k, seed)
+        for seed in range(options.seeds)
+        for kind in kinds
+        for model in [*options.models, "bc"]
+        for k in (0, options.k)
+        if _exists(model, k)
+    ]
+    rows = []
+    for i, cell in enumerate(cells):
+        log.info("--- %d of %d: %s", i + 1, len(cells), cell)
+        rows.append({**vars(cell), **_measured(cell, data[cell.data], out, options)})
+        write_json(out / "lam_table.json", rows)
+        text = page(rows, options)
+        with whole_file(Path(options.page) if i + 1 == len(cells) else out / "lam_table.md") as partial:
+            partial.write_text(text)
+    print(page(rows, options))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", default="runs/lam_table", help="run folder")
+    parser.add_argument("--page", default="docs/lam_table.md", help="where the finished table goes")
+    parser.add_argument("--env", default="pusht")
+    parser.add_argument("--episodes", type=int, default=150)
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--explore", type=float, default=0.2)
+    parser.add_argument("--distract", default="background=0.5,shake=0.3,correlation=0.8")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--k", type=int, default=8, help="labelled episodes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of every model")
+    parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels inside a model")
+    parser.add_argument("--held-out", type=float, default=0.2, help="share of the episodes that are scored")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings of every train-lam run")
+    return parser.parse_args()
+
+
+def _refuse_other_settings(path: Path, options: argparse.Namespace) -> None:
+    """Rows of one folder are made with the same settings; more models and seeds may join them."""
+    free = ("out", "page", "models", "seeds")
+    asked = {name: value for name, value in vars(options).items() if name not in free}
+    if path.is_file() and read_json(path) != asked:
+        raise SystemExit(f"{path.parent} holds a table with other settings; give another --out.")
+    write_json(path, asked)
+
+
+def _exists(model: str, k: int) -> bool:
+    """Whether a model can be trained with k labels; those that need labels have no row without."""
+    if model in ("idm", "bc"):
+        return k > 0
+    if model not in LAMS.names():
+        log.warning("there is no lam=%s; its rows are left out", model)
+        return False
+    return not k or "action_weight" in {field.name for field in fields(LAMS.get(model))}  # type: ignore[arg-type]
+
+
+def _measured(cell: Cell, path: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train, unless that is done, and score; returns the row's numbers."""
+    folder = out / f"seed{cell.seed}" / cell.data / f"{cell.model}_k{cell.k}"
+    if (folder / "row.json").is_file():
+        return read_json(folder / "row.json")
+    train = _train_bc if cell.model == "bc" else _train_lam
+    features, rows, store = train(cell, path, folder, options)
+    numbers = _scores(features, rows, store, cell.seed, options)
+    write_json(folder / "row.json", numbers)
+    return numbers
+
+
+def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The k labelled episodes and the held-out ones, as `train-lam` and `train-policy` draw them."""
+    train, held_out = split_episodes(store, held_out=options.held_out, seed=seed)
+    return choose_labelled(train, options.k, seed), held_out
+
+
+def _train_lam(
+    cell: Cell, path: Path, folder: Path, options: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray, FrameStore]:
+    labels = [f"labelled_episodes={cell.k}"] if cell.k else []
+    if cell.k and cell.model != "idm":
+        labels.append(f"lam.action_weight={options.action_weight}")
+    size = [f"training.steps={options.steps}", "training.eval_every=0", f"training.seed={cell.seed}"]
+    fixed = [f"data.path={path}", f"held_out={options.held_out}", f"split_seed={cell.seed}"]
+    config = load_experiment(
+        "train_lam",
+        train_lam.TrainLamConfig,
+        [*MODELS[cell.model], *fixed, *size, *labels, *options.set],
+    )
+    model = load_lam(train_lam.run(config, folder))
+    store = open_store(config.data)
+    gap = model.spec.frame_gap
+    clips = Clips(
+        store,
+        episodes=np.concatenate(_split(store, cell.seed, options)),
+        frame_gap=gap,
+        context=model.context,
+    )
+    latents = encode_rows(model, clips, clips.rows, "cpu")[0]
+    return latents.flatten(1).detach().numpy(), clips.rows, store
+
+
+def _train_bc(
+    cell: Cell, path: Path, folder: Path, options: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray, FrameStore]:
+    data = DataConfig(path=str(path), resolution=options.resolution)
+    config = train_policy.TrainPolicyConfig(
+        data=data,
+        policy=BcConfig(network=NETWORK),
+        training=TrainingConfig(steps=options.steps, seed=cell.seed, lr=5e-4, eval_every=0),
+        held_out=options.held_out,
+        split_seed=cell.seed,
+        labelled_episodes=cell.k,
+    )
+    policy = Policy.from_pretrained(train_policy.run(config, folder))
+    store = open_store(data)
+    chosen = np.isin(store.episode, np.concatenate(_split(store, cell.seed, options)))
+    chosen[store.starts + store.lengths - 1] = False
+    rows = np.flatnonzero(chosen)
+    samples = PolicySamples(
+        store,
+        target=np.zeros((len(store.episode), policy.spec.target.size), np.float32),
+        exists=chosen,
+        frames=NETWORK.frames,
+        chunk=NETWORK.chunk,
+        stride=policy.spec.stride,
+        words=policy.spec.words,
+    )
+    parts = [policy.actions(samples.batch(rows[i : i + 256]))[:, 0] for i in range(0, len(rows), 256)]
+    said = np.concatenate(parts)
+    return (said if said.ndim > 1 else np.eye(policy.spec.target.size)[said]), rows, store
+
+
+def _scores(
+    features: np.ndarray, rows: np.ndarray, store: FrameStore, seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    labelled, held_out = _split(store, seed, options)
+    episode = store.episode[rows]
+    action = store.actions(np.concatenate([labelled, held_out]))[rows]
+
+    def data(targets: np.ndarray, episodes: np.ndarray) -> ProbeData:
+        part = np.isin(episode, episodes)
+        return ProbeData(features=features[part], targets=targets[part], episode=episode[part])
+
+    def best(targets: np.ndarray) -> float:
+        order = np.random.default_rng(seed).permutation(held_out)
+        halves = [data(targets, part) for part in np.array_split(order, 2)]
+        return max(probe(*halves, seed=seed).score for probe in (linear_probe, mlp_probe))
+
+    found: dict[str, Any] = {
+        "probe": best(action),
+        "k_labels": linear_probe(data(action, labelled), data(action, held_out), seed=seed).score,
+        "nuisance": None,
+    }
+    nuisance = store.column(NUISANCE)
+    if nuisance is not None:
+        after = np.minimum(rows + 1, len(nuisance) - 1)
+        found["nuisance"] = best((nuisance[after] - nuisance[rows]).astype(np.float64))
+    return found
+
+
+def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """Return the table and who wins as Markdown."""
+    seeds = sorted({row["seed"] for row in rows})
+    command = "python benchmarks/lam_table.py"
+    lines = [
+        "# Latent action models with and without distractors",
+        "",
+        f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
+        f"per model, k = {options.k} labelled episodes, {len(seeds)} seeds; distractors "
+        f"`{options.distract}`. Mean over seeds, in brackets the smallest and the largest.",
+        "",
+        "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
+        "**k labels**: R2 on held-out episodes of a linear decoder that was fitted on the k labelled "
+        "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
+        "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
+        "",
+        "| data | model | labels | probe | k labels | nuisance |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["model"], row["k"]), []).append(row)
+    for (data, model, k), found in sorted(groups.items()):
+        cells = " | ".join(_cell([row[column] for row in found]) for column in COLUMNS)
+        lines.append(f"| {data} | {NAMES.get(model, model)} | {k} | {cells} |")
+    return "\n".join([*lines, "", *_winners(groups), ""])
+
+
+def _cell(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{np.mean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+
+
+def _winners(groups: dict[tuple[str, str, int], list[dict[str, Any]]]) -> list[str]:
+    """A sentence per data set: who reads the action best with k labels."""
+    said = []
+    for data in sorted({key[0] for key in groups}):
+        scores = {
+            key: float(np.mean([row["k_labels"] for row in rows]))
+            for key, rows in groups.items()
+            if key[0] == data
+        }
+        latent = {key: score for key, score in scores.items() if key[1] not in NAMES}
+        plain = {key: score for key, score in scores.items() if key[1] in NAMES}
+        if not latent or not plain:
+            continue
+        best, rival = max(latent, key=lambda key: latent[key]), max(plain, key=lambda key: plain[key])
+        name = f"{best[1]} ({'with' if best[2] else 'without'} labels inside, {latent[best]:.2f})"
+        other = f"{NAMES[rival[1]]} ({plain[rival]:.2f})"
+        first, second = (name, other) if latent[best] > plain[rival] else (other, name)
+        said.append(f"- **{data}**: with k labels {first} wins before {second}.")
+    return said
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""New columns for a LeRobot v3 dataset: tables are rewritten, videos hard-linked, statistics written.
+
+lerobot's own `add_features` copies the videos, needs all values in memory and writes no statistics. Here
+files go through one by one, and the episodes get their statistics too, without which lerobot's editing tools
+would drop those of the new columns.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from latentact.checkpoint import read_json
+from latentact.data.record import number_statistics
+from latentact.data.tables import Tables
+from latentact.errors import UserError
+
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """Numbers for every row of a dataset."""
+
+    dtype: str
+    """float32, float16, int64 or bool."""
+    size: int
+    """Numbers per row."""
+    read: Callable[[int, int], Shaped[np.ndarray, "m size"]]
+    """Returns those of rows begin to end, counted over all files in the order of their names."""
+
+    @property
+    def feature(self) -> dict[str, Any]:
+        """The column as `meta/info.json` describes it."""
+        return {"dtype": self.dtype, "shape": [self.size], "names": None}
+
+
+def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
+    """Write a LeRobot v3 dataset that is another one with more columns; columns of the same name give way.
+
+    Args:
+        source: the dataset to start from; it is not changed.
+        out: an existing empty folder for the new dataset; the caller makes sure it is seen whole or not at
+            all.
+        columns: name -> numbers.
+
+    Raises:
+        UserError: `source` is not a whole LeRobot v3 dataset.
+    """
+    info = read_json(source / "meta/info.json")
+    files = sorted((source / "data").glob("*/*.parquet"))
+    tables = Tables(info["features"], files)
+    info["features"] |= {name: column.feature for name, column in columns.items()}
+    for path in (*files_in(source / "videos"), *files_in(source / "images")):
+        link(path, out / path.relative_to(source))
+    for path in files_in(source / "meta"):
+        (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / path.relative_to(source))
+    schema = _schema(info["features"])
+    row = 0
+    for file in files:
+        row = _rewrite(file, out / file.relative_to(source), columns, schema, row)
+    per_episode = {
+        episode: number_statistics(
+            {
+                name: column.read(span.first_row, span.first_row + span.end - span.begin)
+                for name, column in columns.items()
+            }
+        )
+        for episode, span in tables.spans.items()
+    }
+    for file in sorted((out / "meta/episodes").glob("*/*.parquet")):
+        _add_episode_statistics(file, columns, per_episode)
+    _add_statistics(out / "meta/stats.json", [per_episode[episode] for episode in sorted(per_episode)])
+    (out / "meta/info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files at and below a folder, sorted; none where there is no folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def link(path: Path, out: Path) -> None:
+    """Make `out` a second name of the file at `path`, or a copy of it; a symbolic link is followed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path.resolve(), out)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        shutil.copyfile(path, out)
+
+
+def _schema(features: Mapping[str, Any]) -> Any:
+    """Return the Arrow schema that lerobot reads tables with."""
+    from lerobot.datasets.feature_utils import get_hf_features_from_features
+
+    shaped = {name: {**feature, "shape": tuple(feature["shape"])} for name, feature in features.items()}
+    return get_hf_features_from_features(shaped).arrow_schema
+
+
+def _rewrite(file: Path, out: Path, columns: Mapping[str, Column], wanted: Any, row: int) -> int:
+    """Write a table with more columns, a row group at a time; return the first row of the next file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetFile(file) as table:
+        kept = [field for field in table.schema_arrow if field.name not in columns]
+        schema = pa.schema([*kept, *(wanted.field(name) for name in columns)], metadata=wanted.metadata)
+        with pq.ParquetWriter(out, schema, compression="snappy", use_dictionary=True) as writer:
+            for number in range(table.metadata.num_row_groups):
+                group = table.read_row_group(number, columns=[field.name for field in kept])
+                arrays = [group[field.name] for field in kept]
+                for name, column in columns.items():
+                    values = column.read(row, row + len(group))
+                    arrays.append(_array(values, schema.field(name).type))
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+                row += len(group)
+    return row
+
+
+def _array(values: np.ndarray, kind: Any) -> Any:
+    import pyarrow as pa
+
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    if not pa.types.is_nested(kind):
+        return flat.cast(kind)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+    ends = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(ends, flat, type=kind)
+
+
+def _add_episode_statistics(
+    file: Path, columns: Mapping[str, Column], per_episode: Mapping[int, Mapping[str, Any]]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file)
+    try:
+        statistics = [per_episode[episode] for episode in table["episode_index"].to_pylist()]
+    except KeyError as error:
+        raise UserError(
+            f"{file} lists episode {error}, of which there are no rows; copy the dataset again."
+        ) from error
+    prefixes = tuple(f"stats/{name}/" for name in columns)
+    table = table.drop_columns([name for name in table.column_names if name.startswith(prefixes)])
+    for name in columns:
+        for kind in statistics[0][name] if statistics else ():
+            values = [each[name][kind].tolist() for each in statistics]
+            table = table.append_column(f"stats/{name}/{kind}", pa.array(values))
+    pq.write_table(table.replace_schema_metadata(None), file, compression="snappy")
+
+
+def _add_statistics(file: Path, per_episode: list[dict[str, dict[str, np.ndarray]]]) -> None:
+    from lerobot.datasets.compute_stats import aggregate_stats
+
+    statistics = json.loads(file.read_text()) if file.is_file() else {}
+    for name, values in aggregate_stats(per_episode).items():
+        statistics[name] = {kind: value.tolist() for kind, value in sorted(values.items())}
+    file.write_text(json.dumps(dict(sorted(statistics.items())), indent=4))

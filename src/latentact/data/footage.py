@@ -1,0 +1,88 @@
+"""The frames of a dataset an episode at a time: out of the cache where it has them, else decoded on the way.
+
+For work that looks at every frame once and keeps none, so that neither memory nor disk bounds the dataset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+
+from latentact.data.build import Chunk, decoded
+from latentact.data.cache import DataConfig, find
+from latentact.data.format import Source, Unreadable
+
+_CHUNK_BYTES = 4 << 20
+
+
+class Footage:
+    """What `config` names, decoded as `open_store` would.
+
+    Args:
+        config: the data.
+
+    Raises:
+        UserError: nothing is there to read.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        """Look at what is there; no frame is decoded."""
+        self._plan, self._folder, memo = find(config)
+        with suppress(OSError):  # on a full or read-only disk no more is lost than a note
+            memo.save()
+        self.path = Path(config.path)
+        """The dataset."""
+        self.source: Source = self._plan.source
+        """The opened dataset."""
+        self.key = self._folder.name
+        """Content key of the frames: `digest` of a `FrameStore`."""
+        self.fps = self._plan.fps or self.source.fps
+        """Frames per second, after resampling."""
+        self.resampled = bool(self._plan.fps)
+        """Whether frames are picked by time, so that there is not one for each row of the data."""
+        ratio = self.fps / self.source.fps if self.source.fps else 1.0
+        self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
+        """Frames of each episode; near where they are resampled."""
+
+    def episodes(self, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:
+        """Yield the named episodes in order, each as the chunks of its frames; threads decode ahead.
+
+        Args:
+            numbers: places in `source.episodes`.
+            workers: decoding threads; 0: one per core.
+
+        Raises:
+            Unreadable: by the chunks of an episode that is damaged.
+        """
+        if not self._folder.is_dir():
+            with closing(decoded(self._plan, numbers, workers)) as episodes:
+                yield from episodes
+            return
+        meta = json.loads((self._folder / "meta.json").read_text())
+        lengths, kept, picks = (
+            np.load(self._folder / f"{name}.npy") for name in ("lengths", "episodes", "picks")
+        )
+        frames = np.memmap(self._folder / "frames", dtype=np.uint8, mode="r", shape=tuple(meta["shape"]))
+        ends = {int(n): int(end) for n, end in zip(kept, lengths.cumsum(), strict=True)}
+        sizes = dict(zip(kept.tolist(), lengths.tolist(), strict=True))
+        for number in numbers:
+            if number in ends:
+                yield number, _stored(frames, picks, ends[number] - sizes[number], ends[number])
+            else:
+                yield number, _damaged(meta["unreadable"][self.source.episodes[number].label])
+
+
+def _stored(frames: np.ndarray, picks: np.ndarray, begin: int, end: int) -> Iterator[Chunk]:
+    step = max(1, _CHUNK_BYTES // max(1, frames[0].nbytes))
+    for first in range(begin, end, step):
+        rows = slice(first, min(first + step, end))
+        yield Chunk(np.array(frames[rows]), [], picks[rows].tolist())
+
+
+def _damaged(reason: str) -> Iterator[Chunk]:
+    raise Unreadable(reason)
+    yield

@@ -1,0 +1,178 @@
+"""Features of every frame under a frozen vision backbone of timm or transformers, computed once and kept.
+
+They lie beside the decoded frames, under a key made of the frames, the backbone and its weights. A run that
+is killed goes on with the next batch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from jaxtyping import Float, Float16, UInt8
+from torch import Tensor
+
+from latentact.checkpoint import disk_full, save_tensors, whole_folder
+from latentact.data.cache import FrameStore
+from latentact.data.digest import blake2b
+from latentact.data.progress import Progress
+from latentact.errors import UserError, missing_extra
+from latentact.lams.targets import TargetConfig
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_BATCH = 64
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def with_features(
+    lam: Any, store: FrameStore, device: str = "cpu"
+) -> tuple[Any, Float16[np.ndarray, "n f"] | None]:
+    """Return a LAM's settings with the size of its target, and the features of every row of the store.
+
+    Settings whose target is not frozen features come back as they are, with None.
+
+    Raises:
+        UserError: the backbone, or the package that holds it, is not there, or the disk is full.
+    """
+    target: TargetConfig | None = getattr(lam, "target", None)
+    if target is None or target.kind != "frozen_features":
+        return lam, None
+    features = frozen_features(store, target, device)
+    return replace(lam, target=replace(target, size=features.shape[1])), features
+
+
+def frozen_features(
+    store: FrameStore, target: TargetConfig, device: str = "cpu"
+) -> Float16[np.ndarray, "n f"]:
+    """Return the features of every row of the store, memory-mapped, computing what no earlier run has."""
+    if store.frames.shape[-1] != 3:
+        raise UserError(f"{store.path} holds no colour pictures, which frozen_features wants; use pixels.")
+    backbone, weights = load_backbone(target.backbone, device)
+    key = blake2b(json.dumps([_VERSION, store.digest, weights, target.grid]).encode())
+    folder = store.folder.parent / "features"
+    entry, partial = folder / key, folder / f"{key}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            if not entry.is_dir():
+                size = _compute(store, target.grid, backbone, partial)
+                with whole_folder(entry) as made:
+                    partial.rename(made / "features")
+                    (made / "size").write_text(str(size))
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise UserError(
+            f"{folder} has no room for the features of {store.path}; free space there, choose a smaller "
+            f"lam.target.grid, or set data.cache_dir to a folder on another disk."
+        ) from error
+    size = int((entry / "size").read_text())
+    return np.memmap(entry / "features", np.float16, "r", shape=(len(store.frames), size))
+
+
+def _compute(store: FrameStore, grid: int, backbone: Callable[[Tensor], Tensor], partial: Path) -> int:
+    """Write the features of all rows, whole batches at a time, after those that are there."""
+
+    def rows(start: int) -> Float16[np.ndarray, "m f"]:
+        frames = torch.from_numpy(np.array(store.frames[start : start + _BATCH])).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(backbone(frames).float(), grid).flatten(1).cpu().half().numpy()
+
+    total = len(store.frames)
+    size = rows(0).shape[1]
+    partial.touch()
+    with partial.open("r+b") as file:
+        done = file.seek(0, 2) // (2 * size * _BATCH) * _BATCH
+        file.seek(done * 2 * size)
+        file.truncate()
+        with Progress("computing features", total, "frames", done=done) as progress:
+            for start in range(done, total, _BATCH):
+                found = rows(start)
+                file.write(found.tobytes())
+                file.flush()
+                progress.advance(len(found))
+    return size
+
+
+def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 h w"]], Tensor], str]:
+    """Return a frozen backbone, from frames to feature maps ``[b, d, y, x]``, and the hash of its weights.
+
+    Args:
+        name: timm/NAME, or the hub id or folder of a vision model of transformers.
+        device: where it computes.
+
+    Raises:
+        UserError: it cannot be loaded, or its package is not installed.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        load = _timm if name.startswith("timm/") else _transformers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # parts that a checkpoint lacks, such as an unused pooler, are drawn
+            model, maps, size, colours = load(name.removeprefix("timm/"))
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"lam.target.backbone is {name!r}, which cannot be loaded ({first}); give timm/NAME, or the hub "
+            f"id or folder of a vision model of transformers."
+        ) from error
+    model.eval().requires_grad_(False).to(device)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in colours)
+
+    @torch.no_grad()
+    def features(frames: Tensor) -> Float[Tensor, "b d y x"]:
+        x = frames.to(device).float() / 255
+        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return maps((x - mean) / std)
+
+    return features, save_tensors(None, model.state_dict())
+
+
+def _timm(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]:
+    try:
+        import timm
+        from timm.data.config import resolve_model_data_config
+    except ImportError as error:
+        raise missing_extra("timm", "features") from error
+    model: Any = timm.create_model(name, pretrained=True, features_only=True, out_indices=[-1])
+    said = resolve_model_data_config(model)
+    return model, lambda x: model(x)[-1], said["input_size"][-1], (said["mean"], said["std"])
+
+
+def _transformers(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]:
+    try:
+        from transformers import AutoModel
+        from transformers.image_processing_utils import BaseImageProcessor
+        from transformers.utils import logging as chatter
+    except ImportError as error:
+        raise missing_extra("transformers", "features") from error
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
+    whole: Any = AutoModel.from_pretrained(name)
+    model = getattr(whole, "vision_model", whole)
+    size = getattr(model.config, "image_size", None) or 224
+    try:
+        said, _ = BaseImageProcessor.get_image_processor_dict(name)
+    except OSError:  # weights without a recipe for pictures, which then are those of ImageNet
+        said = {}
+    colours = said.get("image_mean", IMAGENET[0]), said.get("image_std", IMAGENET[1])
+    return model, lambda x: _as_map(model(pixel_values=x).last_hidden_state), size, colours
+
+
+def _as_map(out: Tensor) -> Float[Tensor, "b d y x"]:
+    """Return tokens as the square that they come from; class and register tokens lie before it."""
+    if out.ndim == 4:
+        return out
+    side = math.isqrt(out.shape[1])
+    return out[:, -side * side :].mT.unflatten(2, (side, side))

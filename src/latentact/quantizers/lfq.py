@@ -1,0 +1,39 @@
+"""Lookup-free quantisation (arXiv 2310.05737), by vector-quantize-pytorch: a code is its features' signs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from vector_quantize_pytorch import LFQ
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.usage import usage
+
+
+@QUANTIZERS.register("lfq")
+class Lfq(Quantizer):
+    """`positions` tokens of log2(codebook_size) signs each."""
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.tokens, self.token_dim = config.positions, int(math.log2(config.codebook_size))
+        self.codebook_size = config.codebook_size
+        self.in_features = self.tokens * self.token_dim
+        # A new network's features may all have the same sign; whitened ones do not.
+        self.norm = nn.BatchNorm1d(self.in_features, affine=False)
+        self.lfq = LFQ(dim=self.token_dim, entropy_loss_weight=config.entropy)
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Take signs; the loss wants each feature decided and all codes used."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.norm(x.float())
+            vectors, codes, loss = self.lfq(rearrange(x, "b (k d) -> b k d", k=self.tokens))
+        used = F.one_hot(codes.flatten(), self.lfq.codebook_size).float().sum(0, keepdim=True)
+        return Quantized(
+            vectors=vectors.flatten(1), continuous=x, codes=codes.long(), loss=loss, metrics=usage(used)
+        )

@@ -1,0 +1,88 @@
+"""Noise substitution in vector quantisation (Vali and Backstrom, IEEE Access 2022), as in LAPA's LAQ.
+
+In training the quantised vector is the feature plus noise as large as its distance to the nearest entry: the
+gradient reaches features and codebook without further losses. In evaluation it is the entry itself.
+Entries that are hardly used are replaced by used ones on LAPA's schedule; differing from its code, every
+process of a distributed run sees the same counts and ends with the same codebook, and counts are saved. With
+`guard` entries are restarted from features instead: copies of an entry as close as the published ones are
+never chosen.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.usage import UsageGuard, across_ranks, agreed, usage
+from latentact.quantizers.vq import nearest
+
+EPSILON = 1e-12
+UNUSED = 0.1  # uses per sample of the last batch, since the last look
+
+
+@QUANTIZERS.register("nsvq")
+class Nsvq(Quantizer):
+    """`positions` tokens that share a codebook, parameter `codebooks` [m, d]; buffers `used` and `step`."""
+
+    used: Tensor
+    step: Tensor
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.in_features, self.tokens = config.dim, config.positions
+        self.token_dim = config.dim // config.positions
+        self.codebook_size = config.codebook_size
+        self.codebooks = nn.Parameter(torch.randn(config.codebook_size, self.token_dim))
+        self.guard = UsageGuard(1, config.codebook_size) if config.guard else None
+        self.register_buffer("used", torch.zeros(config.codebook_size))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Substitute noise in training; take the nearest entries in evaluation."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._quantise(x.float())
+
+    def _quantise(self, x: Tensor) -> Quantized:
+        flat = rearrange(x, "b (k d) -> (b k) d", k=self.tokens)
+        codes = nearest(flat, self.codebooks)
+        vectors = self.codebooks[codes]
+        counts = F.one_hot(codes, len(self.codebooks)).to(x.dtype).sum(0)
+        metrics = usage(counts.unsqueeze(0))
+        if self.training:
+            noise = torch.randn_like(flat)
+            scale = (flat - vectors).norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+            vectors = flat + (scale + EPSILON) * noise
+            if self.guard:
+                dead, drawn = self.guard(counts.unsqueeze(0), flat.detach().unsqueeze(0))
+                self.codebooks.data.copy_(torch.where(dead, drawn, self.codebooks.data)[0])
+                metrics["restarted"] = self.guard.restarted.float()
+            else:
+                self._replace(counts, len(x))
+        return Quantized(
+            vectors=rearrange(vectors, "(b k) d -> b (k d)", k=self.tokens),
+            continuous=x,
+            codes=rearrange(codes, "(b k) -> b k", k=self.tokens),
+            loss=x.new_zeros(()),
+            metrics=metrics,
+        )
+
+    @torch.no_grad()
+    def _replace(self, counts: Tensor, batch: int) -> None:
+        """Put hardly used entries beside used ones at steps 10, 20 .. 100, 200 .. 1000, 1500 .. 4500."""
+        step = self.step.clone()
+        self.step += 1
+        self.used += across_ranks(counts)
+        early, later = (step < 100) & (step % 10 == 0), (step < 1000) & (step % 100 == 0)
+        due = (step > 0) & (early | later | ((step < 5000) & (step % 500 == 0)))
+        alive = self.used >= UNUSED * across_ranks(counts.new_full((), float(batch)))
+        among, total = (~alive).long().argsort(stable=True), alive.sum()
+        turn = ((~alive).cumsum(0) - 1) % total.clamp(min=1)
+        entries = self.codebooks.data
+        copies = torch.where((total > 0) & ~alive[:, None], entries[among[turn]], entries)
+        moved = copies + EPSILON * torch.randn_like(copies) * ~(alive & (total > 0))[:, None]
+        self.codebooks.data.copy_(torch.where(due, agreed(moved), entries))
+        self.used *= ~due

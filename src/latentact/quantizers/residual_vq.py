@@ -1,0 +1,51 @@
+"""Residual vector quantisation (arXiv 2107.03312), by vector-quantize-pytorch: codebooks refine each other.
+
+The latent action is the sum of the entries. Its numbers are cut into as many tokens as there are codes, which
+is bookkeeping: no token belongs to one code alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from vector_quantize_pytorch import ResidualVQ
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.usage import usage
+
+
+@QUANTIZERS.register("residual_vq")
+class Residual(Quantizer):
+    """`positions` vectors, each the sum of one entry of each of `codebooks` codebooks."""
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.positions = config.positions
+        self.in_features, self.tokens = config.dim, config.codebooks * config.positions
+        self.token_dim = config.dim // self.tokens
+        self.codebook_size = self.size = config.codebook_size
+        self.vq = ResidualVQ(
+            dim=config.dim // config.positions,
+            num_quantizers=config.codebooks,
+            codebook_size=config.codebook_size,
+            decay=config.decay,
+            commitment_weight=config.beta,
+            threshold_ema_dead_code=1 if config.guard else 0,
+        )
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Quantise, then what is left over, and so on; in training mode move the codebooks."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            vectors, codes, losses = self.vq(rearrange(x, "b (h d) -> b h d", h=self.positions))
+        used = F.one_hot(codes.flatten(0, 1).T, self.size).float().sum(1)
+        return Quantized(
+            vectors=vectors.flatten(1),
+            continuous=x,
+            codes=codes.flatten(1),
+            loss=losses.sum(),
+            metrics=usage(used),
+        )

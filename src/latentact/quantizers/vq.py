@@ -1,0 +1,62 @@
+"""Vector quantiser whose codebook learns by gradient (arXiv 1711.00937), as in villa-X and before in taming.
+
+One codebook for all tokens; the loss pulls features to their entries with weight `beta` and entries to their
+features with weight 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.usage import UsageGuard, usage
+
+
+@QUANTIZERS.register("vq")
+class Vq(Quantizer):
+    """`positions` tokens that share a codebook, parameter `embedding.weight` [m, d]."""
+
+    def __init__(self, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.beta = config.beta
+        self.in_features, self.tokens = config.dim, config.positions
+        self.token_dim = config.dim // config.positions
+        self.codebook_size = config.codebook_size
+        self.embedding = nn.Embedding(config.codebook_size, self.token_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
+        self.guard = UsageGuard(1, config.codebook_size) if config.guard else None
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
+        """Take the nearest entries, with a straight-through gradient."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._quantise(x.float())
+
+    def _quantise(self, x: Tensor) -> Quantized:
+        flat, codebook = rearrange(x, "b (k d) -> (b k) d", k=self.tokens), self.embedding.weight
+        codes = nearest(flat, codebook)
+        chosen = self.embedding(codes)
+        loss = self.beta * F.mse_loss(flat, chosen.detach()) + F.mse_loss(chosen, flat.detach())
+        used = F.one_hot(codes, len(codebook)).to(x.dtype).sum(0, keepdim=True)
+        metrics = usage(used)
+        if self.training and self.guard:
+            dead, drawn = self.guard(used, flat.detach().unsqueeze(0))
+            codebook.data.copy_(torch.where(dead, drawn, codebook.data)[0])
+            metrics["restarted"] = self.guard.restarted.float()
+        vectors = rearrange(chosen.detach(), "(b k) d -> b (k d)", k=self.tokens)
+        return Quantized(
+            vectors=vectors + (x - x.detach()),
+            continuous=x,
+            codes=rearrange(codes, "(b k) -> b k", k=self.tokens),
+            loss=loss,
+            metrics=metrics,
+        )
+
+
+@torch.no_grad()
+def nearest(x: Float[Tensor, "n d"], codebook: Float[Tensor, "m d"]) -> Tensor:
+    """Return the index of the nearest entry (squared distance) of every row."""
+    return (x.square().sum(1, keepdim=True) - 2 * (x @ codebook.T) + codebook.square().sum(1)).argmin(1)

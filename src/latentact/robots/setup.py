@@ -1,0 +1,155 @@
+"""A robot from a YAML file: which LeRobot robot, what it may do, and which camera is which.
+
+robot: {type: so101_follower, port: /dev/ttyACM0, cameras: {...}}   # as LeRobot's own command line takes it
+cameras: {front: observation.images.top}                            # robot's name -> policy's key
+safety:
+  limits: {shoulder_pan: [-90, 90]}
+  max_step: {shoulder_pan: 5}
+  stale_s: 0.5
+  stop_after_s: 2.0
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentact.errors import UserError, did_you_mean, missing_extra
+from latentact.robots.control import Robot
+from latentact.robots.safety import SafetyConfig
+
+KEYS = ("robot", "safety", "cameras")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobotSetup:
+    """What a robot's file says."""
+
+    robot: dict[str, Any]
+    """LeRobot's settings; `type` is its registered name."""
+    safety: SafetyConfig
+    """What it may do."""
+    cameras: dict[str, str]
+    """Policy's key of the robot's cameras, by their name; others are called observation.images.<name>."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> RobotSetup:
+        """Read a YAML file.
+
+        Raises:
+            UserError: it is missing, is not YAML, or has other settings.
+        """
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            first = " ".join(str(error).split())
+            raise UserError(f"{path} cannot be read ({first}); give a robot's YAML file.") from error
+        if not isinstance(values, dict) or not isinstance(values.get("robot"), dict):
+            raise UserError(f"{path} names no robot; it wants robot: {{type: NAME, ...}}.")
+        if strange := sorted(set(map(str, values)) - set(KEYS)):
+            raise UserError(f"{path} has an unknown setting {strange[0]!r}{did_you_mean(strange[0], KEYS)}")
+        cameras = values.get("cameras") or {}
+        if not isinstance(cameras, dict):
+            raise UserError(f"{path}: cameras is {cameras!r}; wanted the policy's key for each camera.")
+        return cls(
+            robot=values["robot"],
+            safety=SafetyConfig.from_dict(values.get("safety") or {}),
+            cameras={str(name): str(key) for name, key in cameras.items()},
+        )
+
+
+def make_robot(settings: Mapping[str, Any]) -> Robot:
+    """Return a LeRobot robot, built in or of an installed plugin, not connected.
+
+    Raises:
+        UserError: the type is unknown, a setting does not fit, or a driver's package is missing.
+    """
+    try:
+        import draccus
+        import lerobot.cameras
+        import lerobot.robots
+        from lerobot.utils.import_utils import register_third_party_plugins
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "lerobot", "lerobot") from error
+    for package in (lerobot.robots, lerobot.cameras):  # each registers its types when it is imported
+        for module in pkgutil.iter_modules(package.__path__):
+            with suppress(ImportError):  # a driver's own package is missing; its type stays unknown
+                importlib.import_module(f"{package.__name__}.{module.name}")
+    register_third_party_plugins()
+    kind, known = str(settings.get("type")), lerobot.robots.RobotConfig.get_known_choices()
+    if kind not in known:
+        raise UserError(f"unknown robot type {kind!r}{did_you_mean(kind, known)}")
+    try:
+        config = draccus.decode(lerobot.robots.RobotConfig, dict(settings))
+        return lerobot.robots.make_robot_from_config(config)
+    except (draccus.utils.DraccusException, ValueError, TypeError, ImportError, OSError) as error:
+        said = " ".join(str(_root(error)).split())
+        raise UserError(f"the robot {kind} cannot be made ({said}); correct its settings.") from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the error behind an error, which draccus and LeRobot's factory wrap."""
+    return _root(error.__cause__) if error.__cause__ else error
+
+
+class RobotView:
+    """A robot's observations as policies take them.
+
+    Args:
+        robot: the robot.
+        cameras: policy's key by name of the robot's camera.
+
+    Raises:
+        UserError: the robot has no camera of a name.
+    """
+
+    def __init__(self, robot: Robot, cameras: Mapping[str, str]) -> None:
+        features = robot.observation_features
+        pictures = [name for name, kind in features.items() if isinstance(kind, tuple)]
+        for name in cameras:
+            if name not in pictures:
+                raise UserError(f"the robot has no camera {name!r}{did_you_mean(name, pictures)}")
+        self.pictures = {name: cameras.get(name, f"observation.images.{name}") for name in pictures}
+        self._shapes = {name: features[name] for name in pictures}
+        self.numbers = [name for name, kind in features.items() if not isinstance(kind, tuple)]
+        self.joints = list(robot.action_features)
+
+    def __call__(self, observation: Mapping[str, Any], task: str = "") -> dict[str, Any]:
+        """Return the observation under LeRobot's keys for policies."""
+        seen = {key: observation[name] for name, key in self.pictures.items()}
+        state = np.array([observation[name] for name in self.numbers], np.float32)
+        return {**seen, "observation.state": state, "task": task}
+
+    def blank(self) -> dict[str, Any]:
+        """Return an observation of zeros and black pictures."""
+        pictures = {name: np.zeros(self._shapes[name], np.uint8) for name in self.pictures}
+        return {**pictures, **dict.fromkeys(self.numbers, 0.0)}
+
+    def refuse_unless_fits(self, *, cameras: Sequence[str], state_size: int, action_size: int) -> None:
+        """Raise a UserError where a policy wants other pictures, states or actions than the robot has."""
+        keys = list(self.pictures.values())
+        missing = [key for key in cameras if key not in keys]
+        if missing and not (len(cameras) == len(keys) == 1):
+            raise UserError(
+                f"the policy looks at {missing[0] or 'one picture'} and the robot shows "
+                f"{', '.join(keys) or 'none'}; map its camera to that key in the file's cameras."
+            )
+        if state_size not in (0, len(self.numbers)):
+            raise UserError(
+                f"the policy wants a state of {state_size} numbers and the robot observes "
+                f"{len(self.numbers)} ({', '.join(self.numbers)}); give the robot that it was trained for."
+            )
+        if action_size != len(self.joints):
+            raise UserError(
+                f"the policy gives {action_size} numbers and the robot takes {len(self.joints)} "
+                f"({', '.join(self.joints)}); give the robot that it was trained for."
+            )

@@ -1,0 +1,137 @@
+"""Is a latent action model any good: `latentact inspect LAM --data DIR`.
+
+Judges it on episodes that it was not trained on: those that its run folder held out, or all of them where it
+comes from elsewhere. Writes `inspect.json` and `inspect.html`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from latentact.checkpoint import require_device, write_json
+from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.clips import split_episodes
+from latentact.errors import UserError
+from latentact.evaluation.inspect_lam import inspect_lam
+from latentact.evaluation.inspect_page import write_page
+from latentact.lams.encode import gap_in_frames
+from latentact.lams.model import load_lam
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Judge a latent action model and say go or no-go."""
+
+    lam: str
+    """Folder, file or hub id of the latent action model."""
+    data: str
+    """Dataset, folder of videos, or one video."""
+    out: str = ""
+    """Folder for inspect.json and inspect.html; empty: the LAM's folder, or `inspect` where it has none."""
+    camera: str = ""
+    """Camera key; empty: the only one there is."""
+    frame_gap_s: float = 0.0
+    """Seconds between the two moments of a transition; 0: the LAM's own."""
+    held_out: float | None = None
+    """Share of the episodes to judge on; 1: all. None: what the LAM's training held out, else all."""
+    seed: int | None = None
+    """Seed of the choice of held-out episodes and of all draws. None: that of the LAM's training, else 0."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    max_transitions: int = 2048
+    """Transitions looked at, drawn at random where there are more."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.held_out is not None and not 0 < self.held_out <= 1:
+            raise UserError(
+                f"--held-out is {self.held_out}; wanted more than 0 and at most 1 (all episodes)."
+            )
+        if self.max_transitions < 1 or self.frame_gap_s < 0 or (self.seed or 0) < 0:
+            raise UserError(
+                f"--max-transitions is {self.max_transitions}, --frame-gap-s {self.frame_gap_s:g}, --seed "
+                f"{self.seed or 0}; wanted at least 1, 0 and 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectResult:
+    """Where the report card lies and what it says."""
+
+    verdict: str
+    """Go or no-go, in one sentence."""
+    next: str
+    """What to try now."""
+    html: Path
+    """The page."""
+    json: Path
+    """The same numbers for programs."""
+
+
+def run(config: InspectConfig) -> InspectResult:
+    """Inspect a LAM, write the report card and return the verdict.
+
+    Raises:
+        UserError: the model or the data cannot be read, or have no frame gap in common.
+    """
+    require_device(config.device)
+    folder = Path(config.out or (config.lam if Path(config.lam).is_dir() else "inspect"))
+    if folder.is_file():
+        raise UserError(f"--out is {folder}, which is a file; give a folder.")
+    model = load_lam(config.lam, config.device)
+    store = open_store(DataConfig(path=config.data, camera=config.camera, resolution=model.spec.resolution))
+    remedy = "give --frame-gap-s, or data at another rate"
+    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s, remedy)
+    episodes, seed, chosen = _held_out(config, store)
+    log.info("%d of %d episodes, frame gap %d", len(episodes), store.num_episodes, gap)
+    found = inspect_lam(
+        *(model, store),
+        episodes=episodes,
+        frame_gap=gap,
+        seed=seed,
+        max_transitions=config.max_transitions,
+        device=config.device,
+    )
+    numbers: dict[str, Any] = {
+        "lam": str(config.lam),
+        "model": model.spec.model,
+        "spec": vars(model.spec),
+        "data": str(config.data),
+        "frame_gap": gap,
+        "frame_gap_s": gap / store.fps,
+        **found.numbers,
+    }
+    numbers["missing"] = [*chosen, *numbers["missing"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_page(folder / "inspect.html", numbers, found.arrays)
+    write_json(folder / "inspect.json", numbers)
+    verdict = numbers["verdict"]
+    return InspectResult(
+        verdict=verdict["headline"],
+        next=verdict["next"],
+        html=folder / "inspect.html",
+        json=folder / "inspect.json",
+    )
+
+
+def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:
+    """The episodes to judge on, the seed, and what must be said about the choice."""
+    share, seed, notes = config.held_out, config.seed, []
+    trained = Path(config.lam) / "config.yaml"
+    if trained.is_file():
+        settings = yaml.safe_load(trained.read_text())
+        share = settings.get("held_out", 1) if share is None else share
+        seed = settings.get("split_seed", 0) if seed is None else seed
+    elif share is None:
+        notes.append("The model does not say what it was trained on, so all episodes are judged.")
+    if share is None or share == 1:
+        return np.arange(store.num_episodes), seed or 0, notes
+    return split_episodes(store, held_out=share, seed=seed or 0)[1], seed or 0, notes

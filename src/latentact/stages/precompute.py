@@ -1,0 +1,271 @@
+"""LAM tokens of a dataset, once, for every later run: `latentact precompute`.
+
+Example: `latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens`.
+The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both. What has been
+computed stays in the cache, so that another output computes nothing again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from latentact.checkpoint import read_json, require_device, whole_folder, write_json
+from latentact.data.cache import DataConfig
+from latentact.data.columns import Column, add_columns
+from latentact.data.convert import convert
+from latentact.data.footage import Footage
+from latentact.data.format import Source
+from latentact.data.lerobot import LeRobotSource, lerobot_version, local_dataset
+from latentact.data.record import require_lerobot
+from latentact.data.tokens import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
+from latentact.errors import UserError, did_you_mean
+from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames
+from latentact.lams.model import load_lam
+
+log = logging.getLogger(__name__)
+
+SIDECAR = "lam_tokens.json"
+OUTPUTS = ("column", "file", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Write the LAM tokens of a dataset."""
+
+    lam_model_path: str
+    """Folder or hub id of the latent action model."""
+    output_dir: str
+    """Folder to write."""
+    dataset_repo_id: str = ""
+    """Hub id of a LeRobot dataset; empty: `dataset_root` says it."""
+    dataset_root: str = ""
+    """Folder of a LeRobot dataset or of videos; empty: where lerobot keeps its downloads."""
+    camera_key: str = ""
+    """Camera; empty: the only one there is."""
+    batch_size: int = 256
+    """Transitions encoded together."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    tokens: str = "continuous"
+    """continuous: before the quantiser; vq: after it."""
+    frame_gap_s: float = 0.0
+    """Seconds between the two frames of a transition; 0: the LAM's own."""
+    output: str = "column"
+    """column: a LeRobot v3 dataset; file: lam_tokens.safetensors and lam_tokens.pt; both: those inside it."""
+    dtype: str = "float32"
+    """float32 or float16."""
+    num_workers: int = 0
+    """Decoding threads; 0: one per core."""
+    overwrite: bool = False
+    """Whether to compute again and replace what is there."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        for flag, given, known in (
+            ("--tokens", self.tokens, KINDS),
+            ("--output", self.output, OUTPUTS),
+            ("--dtype", self.dtype, DTYPES),
+        ):
+            if given not in known:
+                raise UserError(f"{flag} is {given!r}{did_you_mean(given, known)}")
+        if self.frame_gap_s < 0:
+            raise UserError(f"--frame-gap-s is {self.frame_gap_s:g}; wanted at least 0.")
+        if not self.dataset_repo_id and not self.dataset_root:
+            raise UserError(
+                "no dataset is named; give --dataset-root FOLDER or --dataset-repo-id OWNER/NAME."
+            )
+
+
+def run(config: PrecomputeConfig) -> Path:
+    """Write the tokens; returns the folder."""
+    out = Path(config.output_dir)
+    options = EncodeOptions(
+        batch_size=config.batch_size,
+        device=config.device,
+        workers=config.num_workers,
+        overwrite=config.overwrite,
+    )
+    require_device(config.device)
+    model = load_lam(config.lam_model_path, config.device)
+    path = local_dataset(config.dataset_repo_id, config.dataset_root)
+    if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
+        raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")
+    footage = Footage(DataConfig(path=str(path), camera=config.camera_key, resolution=model.spec.resolution))
+    gap = gap_in_frames(
+        model.spec, footage.fps, path, config.frame_gap_s, "give --frame-gap-s a multiple of that"
+    )
+    asked = {
+        "weights": model.spec.weights,
+        "frames": footage.key,
+        "gap": gap,
+        **{name: getattr(config, name) for name in ("tokens", "output", "dtype")},
+    }
+    if options.share.rank == 0 and _finished(out, asked, config):
+        return out
+    if config.output != "file":
+        _require_rows(footage)
+    encoded = encode_dataset(model, footage, gap, options)
+    if encoded is None:  # the first of several processes writes
+        return out
+    sidecar = {"asked": asked, **_provenance(config, footage, encoded)}
+    _clear_drafts(out)
+    with whole_folder(out) as folder:
+        _write(folder, config, footage, encoded, sidecar)
+    log.info(
+        "%d of %d frames of %d episodes have tokens: %s",
+        encoded.valid.sum(),
+        len(encoded.valid),
+        len(encoded.lengths),
+        out,
+    )
+    return out
+
+
+def _finished(out: Path, asked: dict[str, Any], config: PrecomputeConfig) -> bool:
+    """Whether an earlier run wrote what is asked for.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    there = next((file for file in (out / "meta" / SIDECAR, out / SIDECAR) if file.is_file()), None)
+    if there is None:
+        raise UserError(f"{out} exists and holds no LAM tokens; give another --output-dir.")
+    if config.overwrite:
+        return False
+    if read_json(there).get("asked") != asked:
+        raise UserError(f"{out} holds other LAM tokens; give another --output-dir, or --overwrite.")
+    log.info("%s is already finished", out)
+    return True
+
+
+def _require_rows(footage: Footage) -> None:
+    """Check that the data can get columns."""
+    require_lerobot()
+    if footage.resampled:
+        raise UserError(
+            f"the videos of {footage.path} differ in rate, so their frames cannot be rows of one dataset; "
+            f"use --output file."
+        )
+
+
+def _provenance(config: PrecomputeConfig, footage: Footage, encoded: Encoded) -> dict[str, Any]:
+    software = {}
+    for name in ("latentact", "lerobot", "torch", "av"):
+        try:
+            software[name] = version(name)
+        except PackageNotFoundError:
+            software[name] = None
+    return {
+        "model": config.lam_model_path,
+        "spec": asdict(encoded.spec),
+        "dataset": config.dataset_repo_id or footage.path.resolve().name,
+        "camera": footage.source.camera,
+        "digest": encoded.key,
+        "frame_gap_s": encoded.spec.frame_gap_s,
+        "tokens": config.tokens,
+        "dtype": config.dtype,
+        "unreadable": encoded.unreadable,
+        "software": software,
+    }
+
+
+def _clear_drafts(out: Path) -> None:
+    """Remove what killed runs left beside the output."""
+    for draft in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    config: PrecomputeConfig,
+    footage: Footage,
+    encoded: Encoded,
+    sidecar: dict[str, Any],
+) -> None:
+    """Write the output into an empty folder."""
+    if config.output == "file":
+        rows = _table_rows(footage.source, encoded)
+        write_json(folder / SIDECAR, sidecar)
+    elif lerobot_version(footage.path).startswith("v3"):
+        rows = _table_rows(footage.source, encoded)
+        add_columns(footage.path, folder, _columns(config, encoded, rows.place))
+    else:
+        converted = folder / ".converted"
+        rows = _episode_rows(encoded, convert(footage, converted, encoded.episodes.tolist()))
+        add_columns(converted, folder, _columns(config, encoded, rows.place))
+        shutil.rmtree(converted)
+    if config.output != "file":
+        write_json(folder / "meta" / SIDECAR, sidecar)
+    if config.output != "column":
+        n = len(rows.place)
+        columns = {k: column.read(0, n) for k, column in _columns(config, encoded, rows.place).items()}
+        arrays = {
+            "latent_actions": columns[TOKENS_KEY].reshape(n, *encoded.vectors.shape[1:]),
+            "valid": columns[VALID].reshape(n),
+            "episode_index": rows.episode_index,
+            "frame_index": rows.frame_index,
+            **({"codes": columns[CODES]} if CODES in columns else {}),
+        }
+        write_token_files(folder, arrays, sidecar)
+
+
+class _Rows(NamedTuple):
+    """The rows of a dataset."""
+
+    place: Int64[np.ndarray, " n"]
+    """Which encoded frame each row holds; -1: none."""
+    episode_index: Int64[np.ndarray, " n"]
+    frame_index: Int64[np.ndarray, " n"]
+
+
+def _table_rows(source: Source, encoded: Encoded) -> _Rows:
+    """Return the rows as the files of a LeRobot dataset have them; of other data, all frames."""
+    if not isinstance(source, LeRobotSource):
+        return _episode_rows(encoded, encoded.episodes.tolist())
+    place = np.full(source.tables.rows, -1)
+    first = np.array(source.first_rows)[encoded.episodes]
+    place[np.repeat(first, encoded.lengths) + encoded.picks] = np.arange(len(encoded.picks))
+    episode, frame = source.column("episode_index"), source.column("frame_index")
+    assert episode is not None
+    assert frame is not None
+    return _Rows(place, episode, frame)
+
+
+def _episode_rows(encoded: Encoded, numbers: Sequence[int]) -> _Rows:
+    """Return the rows of these episodes of the data, numbered anew."""
+    chosen = np.isin(encoded.episodes, numbers)
+    lengths = encoded.lengths[chosen]
+    episode = np.repeat(np.arange(len(lengths)), lengths)
+    frame = np.arange(len(episode)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return _Rows(np.flatnonzero(np.repeat(chosen, encoded.lengths)), episode, frame)
+
+
+def _columns(config: PrecomputeConfig, encoded: Encoded, place: np.ndarray) -> dict[str, Column]:
+    """Return the columns that the rows get."""
+
+    def column(values: np.ndarray, dtype: str) -> Column:
+        flat = values.reshape(len(values), -1)
+
+        def read(begin: int, end: int) -> np.ndarray:
+            chosen = place[begin:end]
+            found = np.zeros((end - begin, flat.shape[1]), dtype)
+            found[chosen >= 0] = flat[chosen[chosen >= 0]]
+            return found
+
+        return Column(dtype=dtype, size=flat.shape[1], read=read)
+
+    columns = {TOKENS_KEY: column(getattr(encoded, KINDS[config.tokens]), config.dtype)}
+    if encoded.codes is not None:
+        columns[CODES] = column(encoded.codes, "int64")
+    return {**columns, VALID: column(encoded.valid, "bool")}

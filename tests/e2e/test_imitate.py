@@ -1,0 +1,353 @@
+"""`latentact imitate`: one video in, a policy that follows it, in simulation and on the simulated robot."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conftest import cli
+from latentact.envs.spec import make_env
+from latentact.evaluation.rollout import write_video
+from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
+from latentact.lams.lapo import LapoConfig
+from latentact.policies.decoder import DecoderConfig
+from latentact.policies.guided import GuidedConfig
+from latentact.policies.latent import LatentConfig
+from latentact.policies.policy import NetworkConfig, Policy, PolicySpec, Target
+from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.robots import setup
+from latentact.types import ActionSpace
+
+SAFETY = {"limits": {"x": [0, 512], "y": [0, 512]}, "max_step": {"x": 25, "y": 25}, "stale_s": 5.0}
+
+
+def ok(*arguments):
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*arguments):
+    done = cli(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A LAM, a grounded and a guided policy for PushT, none of them trained, and a video of random moves."""
+    root = tmp_path_factory.mktemp("imitate")
+    lam = small_lam(root / "lam", seed=0)
+    spec, pusht = lam.spec, ActionSpace(kind="continuous", size=2)
+    network = NetworkConfig(backbone="patch", patch=4, channels=(16,), use_state=True)
+    about = {"resolution": 32, "state_size": 2, "fps": 10.0, "camera": "observation.images.top"}
+    target = Target(kind="numbers", size=4)
+    latent = Policy(LatentConfig(network=network), PolicySpec(target=target, **about), spec)
+    latent.save_pretrained(root / "latent")
+    grounded = latent.ground(DecoderConfig(use_state=True), pusht)
+    actions = np.array([[200.0, 200.0], [300.0, 300.0]], np.float32)
+    assert grounded.decoder is not None
+    grounded.decoder.normalise_by(actions)
+    grounded.save_pretrained(root / "ground")
+    config = GuidedConfig(network=network)
+    about |= {"target": Target(kind="numbers", size=2), "action_space": pusht, "guide": config.guide(spec)}
+    guided = Policy(config, PolicySpec(**about), spec)
+    guided.normalise_by(actions, None)
+    guided.save_pretrained(root / "guided")
+    env = make_env("pusht")
+    frames = [env.reset(seed=0)[0]["pixels"]]
+    moves = np.random.default_rng(0).uniform(100, 400, (15, 2)).astype(np.float32)
+    frames += [env.step(move)[0]["pixels"] for move in moves]
+    write_video(root / "demo.mp4", np.stack(frames), 10)
+    ok("imitate", *flags(root, "extract_only"), "--output-dir", root / "latents")
+    return root
+
+
+def small_lam(folder, seed):
+    torch.manual_seed(seed)
+    bottleneck = BottleneckConfig(kind="none", dim=4)
+    config = LapoConfig(
+        backbone="patch", size=32, patch=4, idm_channels=(8,), fdm_channels=(8,), bottleneck=bottleneck
+    )
+    model = config.build()
+    model.spec = replace(model.spec, frame_gap_s=0.1, fps=10.0, camera="observation.images.top")
+    model.save_pretrained(folder)
+    return model
+
+
+def flags(root, mode="simulation", policy="ground"):
+    given = ("--mode", mode, "--lam-model-path", root / "lam", "--video-path", root / "demo.mp4")
+    return given if mode == "extract_only" else (*given, "--policy-path", root / policy)
+
+
+def robot_file(path, safety=SAFETY, **robot):
+    settings = {"type": "pusht_sim", "calibration_dir": str(path.parent / "calibration"), **robot}
+    path.write_text(yaml.safe_dump({"robot": settings, "safety": safety}))
+    return path
+
+
+def test_extract_only_writes_the_guide(made):
+    guide = Guide.load(made / "latents")
+    values = torch.load(made / "latents/latents.pt", weights_only=True)["latent_actions"]
+    assert values.shape == (15, 1, 4)
+    assert guide.timestamps[-1] == pytest.approx((len(guide) - 1) / 10)
+    assert json.loads((made / "lam/spec.json").read_text())["weights"] == guide.spec.weights
+    assert {path.name for path in (made / "latents").iterdir()} == {"latents.pt", "latents.safetensors"}
+
+
+@pytest.mark.parametrize(("policy", "env"), [("ground", "PushT-v0"), ("guided", "gym_pusht/PushT-v0")])
+def test_simulation(made, tmp_path, policy, env):
+    out = tmp_path / "out"
+    done = ok(
+        "imitate", *flags(made, policy=policy), "--env-name", env, "--output-dir", out, "--max-steps", "12"
+    )
+    assert "What happened" in done.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["ended"], metrics["success"]) == (12, "the last step was taken", False)
+    assert (metrics["fps"], metrics["guide"]["fps"], metrics["config"]["seed"]) == (10, 10, 0)
+    assert metrics["return"] >= 0
+    assert len(metrics["agreement"]["steps"]) == 12
+    assert np.mean(metrics["agreement"]["steps"]) == pytest.approx(metrics["agreement"]["mean"], abs=1e-4)
+    with av.open(str(out / "imitation.mp4")) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 13
+    assert frames[0].shape[1] == 2 * frames[0].shape[0]
+    page, _, scripts = (out / "report.html").read_text().partition("</footer>")
+    assert "What happened" in page
+    assert "data:video/mp4" in page
+    assert not re.search(r"(src|href)=\"https?:", page)
+    assert "Plotly" in scripts
+
+
+def test_the_guide_ends_the_rollout_and_pictures_can_be_left_out(made, tmp_path):
+    given = (*flags(made), "--output-dir", tmp_path)
+    ok("imitate", *given, "--max-frames", "6", "--no-save-video")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["ended"]) == (5, "the guide is over")
+    assert not (tmp_path / "imitation.mp4").exists()
+    assert '<img src="data:image/png' in (tmp_path / "report.html").read_text()
+    ok("imitate", *given, "--max-frames", "6", "--no-render", "--fps", "20", "--control-time-s", "0.4")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["fps"]) == (8, 20)  # 0.4 s of 20 steps; the guide lasts 0.5 s
+    assert '<img src="data:image/png' not in (tmp_path / "report.html").read_text()
+
+
+def test_saved_latents_do_as_well_as_the_video(made, tmp_path):
+    common = ("imitate", "--policy-path", made / "ground", "--max-steps", "6", "--no-render", "--seed", "3")
+    ok(*common, "--latents-path", made / "latents", "--output-dir", tmp_path / "a")
+    lam = ("--lam-model-path", made / "lam")
+    ok(*common, *lam, "--video-path", made / "demo.mp4", "--output-dir", tmp_path / "b")
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab")
+    assert a["agreement"] is None
+    assert b["agreement"]["measure"] == "cosine"
+    assert [a[key] for key in ("return", "steps", "ended")] == [
+        b[key] for key in ("return", "steps", "ended")
+    ]
+
+
+def test_the_decoder_alone_acts(made):
+    """A grounded policy that follows a guide does what its decoder says of the guide and the state."""
+    from latentact.policies.policy import Policy
+
+    inference = LatentGuidedInference(made / "ground", made / "latents")
+    guide, policy = inference.guide, Policy.from_pretrained(made / "ground")
+    state = np.array([100.0, 200.0], np.float32)
+    for step in range(3):
+        latent = torch.from_numpy(guide.continuous[step].reshape(1, 1, -1))
+        scores = policy.decoder(
+            (latent - policy.mean) / policy.std, policy.normal_state(torch.from_numpy(state)[None])
+        )
+        wanted = policy.decoder.unnormalise(scores)[0, 0].detach().numpy()
+        np.testing.assert_allclose(inference.predict_action({"observation.state": state}), wanted, rtol=1e-5)
+
+
+def test_a_lerobot_policy_follows(made, tmp_path):
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies import get_policy_class, make_pre_post_processors
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    from lerobot_policy_latentact import LamActConfig
+
+    def feature(kind, *shape):
+        return PolicyFeature(type=FeatureType[kind], shape=shape)
+
+    config = LamActConfig(
+        input_features={
+            "observation.state": feature("STATE", 2),
+            "observation.images.top": feature("VISUAL", 3, 64, 64),
+            "observation.lam_tokens": feature("STATE", 4),
+        },
+        output_features={"action": feature("ACTION", 2)},
+        lam_num_learned_tokens=1,
+        lam_action_latent_dim=4,
+        lam_weights=LatentActionExtractor(made / "lam", 0, "cpu").model.spec.weights,
+        **{
+            "dim_model": 32,
+            "n_heads": 2,
+            "dim_feedforward": 32,
+            "n_encoder_layers": 1,
+            "n_vae_encoder_layers": 1,
+        },
+        **{"chunk_size": 2, "n_action_steps": 1, "pretrained_backbone_weights": None, "device": "cpu"},
+    )
+    stats = {
+        key: {"mean": torch.zeros(size), "std": torch.ones(size)}
+        for key, size in (("observation.state", 2), ("action", 2), ("observation.images.top", (3, 1, 1)))
+    }
+    policy = get_policy_class("lam_act")(config)
+    policy.save_pretrained(tmp_path / "policy")
+    for part in make_pre_post_processors(config, dataset_stats=stats):
+        part.save_pretrained(tmp_path / "policy")
+    given = (*flags(made), "--policy-path", tmp_path / "policy", "--max-steps", "4", "--no-render")
+    ok("imitate", *given, "--output-dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["steps"] == 4
+    seen = {
+        "observation.state": np.zeros(2, np.float32),
+        "observation.images.top": np.zeros((64, 64, 3), np.uint8),
+    }
+    inference = LatentGuidedInference(tmp_path / "policy", made / "latents")
+    batch = inference.prepare_batch(seen, inference.get_next_latent_action())
+    assert batch["observation.lam_tokens"].shape == (1, 4)
+    values = json.loads((tmp_path / "policy/config.json").read_text())
+    for change, message in (
+        ({"lam_weights": "other"}, "LAM of weights other"),
+        ({"use_lam_conditioning": False}, "acts by what it sees alone"),
+        ({"type": "lam_dream"}, "type 'lam_dream', which no installed package knows"),
+    ):
+        (tmp_path / "policy/config.json").write_text(json.dumps({**values, **change}))
+        assert message in refused("imitate", *given, "--output-dir", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_simulated_robot_follows(made, tmp_path):
+    file = robot_file(tmp_path / "robot.yaml", seed=2)
+    given = (*flags(made, "robot"), "--robot-config", file, "--output-dir", tmp_path / "out")
+    ok("imitate", *given, "--control-time-s", "0.8")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["commands"], metrics["ended"], metrics["disconnected"]) == (
+        8,
+        "the last step was taken",
+        True,
+    )
+    assert metrics["without_limits"] == []
+    assert set(metrics) >= {
+        "missed_deadlines",
+        "latest_s",
+        "holds",
+        "events",
+        "clipped",
+        "refused",
+        "seconds",
+    }
+    assert len(metrics["agreement"]["steps"]) == 7
+    page = (tmp_path / "out/report.html").read_text()
+    assert "The robot was disconnected." in page
+    assert (tmp_path / "out/imitation.mp4").exists()
+
+
+@pytest.mark.parametrize("fault", ["block", "nan"])
+def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkeypatch):
+    quick = {**SAFETY, "stale_s": 0.3, "stop_after_s": 0.4}
+    file = robot_file(tmp_path / "robot.yaml", safety=quick, fault=fault, fault_after=4)
+    robots, own = [], setup.make_robot
+    monkeypatch.setattr("latentact.stages.imitate.make_robot", lambda s: robots.append(own(s)) or robots[0])
+    message = refused(
+        "imitate",
+        *flags(made, "robot"),
+        "--robot-config",
+        file,
+        "--output-dir",
+        tmp_path / "out",
+        "--no-render",
+    )
+    assert "the robot pusht_sim held still for" in message
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["commands"] <= 4
+    assert metrics["ended"] == message.removeprefix("error: ")
+    assert metrics["disconnected"]
+    assert not robots[0].is_connected
+    last = robots[0].sent[metrics["commands"] - 1 :]
+    assert all(command == last[0] for command in last)
+    assert (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --video-path"),
+        (("--video-path", "a.mp4"), "give --lam-model-path"),
+        (("--latents-path", "{root}/latents"), "give --policy-path"),
+        (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),
+        (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "ground it first"),
+        (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "is not a policy"),
+        (
+            ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--mode", "robot"),
+            "give --robot-config",
+        ),
+        (
+            ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--env-name", "PushTT-v0"),
+            "unknown environment 'PushTT-v0'",
+        ),
+        (
+            (
+                *("--latents-path", "{root}/latents", "--policy-path", "{root}/ground"),
+                *("--env-name", "babyai/GoToLocal"),
+            ),
+            "acts by 2 numbers and babyai/GoToLocal takes 7 classes",
+        ),
+        (
+            ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--fps", "5"),
+            "holding would skip some",
+        ),
+        (("--mode", "dream", "--latents-path", "a"), "unknown mode 'dream'"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(made, tmp_path, arguments, message):
+    given = [str(argument).format(root=made) for argument in arguments]
+    assert message in refused("imitate", *given, "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_guide_of_another_lam_is_refused(made, tmp_path):
+    small_lam(tmp_path / "lam", seed=1)
+    given = ("imitate", "--policy-path", made / "ground", "--output-dir", tmp_path / "out")
+    video = ("--video-path", made / "demo.mp4", "--lam-model-path", tmp_path / "lam")
+    assert "the policy and the guide hold different latent actions: weights" in refused(*given, *video)
+    saved = ("--latents-path", made / "latents", "--lam-model-path", tmp_path / "lam")
+    assert "was extracted by a LAM of other weights" in refused(*given, *saved)
+
+
+def test_ctrl_c_leaves_the_robot_safe(made, tmp_path, monkeypatch):
+    robots, own = [], setup.make_robot
+
+    def interrupting(settings):
+        robot = own(settings)
+        send = robot.send_action
+        robots.append(robot)
+
+        def act(action):
+            if len(robot.sent) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return send(action)
+
+        robot.send_action = act
+        return robot
+
+    monkeypatch.setattr("latentact.stages.imitate.make_robot", interrupting)
+    file = robot_file(tmp_path / "robot.yaml")
+    done = cli("imitate", *flags(made, "robot"), "--robot-config", file, "--output-dir", tmp_path / "out")
+    assert done.returncode == 130, done.stderr
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["ended"], metrics["disconnected"]) == ("interrupted", True)
+    assert 3 <= metrics["commands"] <= 4
+    assert not robots[0].is_connected
+    assert len(robots[0].sent) <= 5, "what was on its way, and to hold still"

@@ -1,0 +1,192 @@
+import logging
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.footage import Footage
+from latentact.data.progress import Progress, duration
+from latentact.errors import UserError
+from latentact.lams import encode
+from latentact.lams.encode import EncodeOptions, Share, encode_dataset
+from latentact.lams.model import LatentActionModel
+from latentact.types import LatentActions, LatentActionSpec
+
+
+class Corner(LatentActionModel):
+    """A "LAM" whose token is the mean of each of the three frames that it sees."""
+
+    context = 1
+    spec = LatentActionSpec(
+        model="corner",
+        tokens=3,
+        token_dim=1,
+        codebook_size=None,
+        frame_gap=1,
+        frame_gap_s=0.1,
+        fps=10.0,
+        resolution=0,
+        camera="",
+        weights="w",
+    )
+
+    def __init__(self):
+        super().__init__(None)
+        self.batches = []
+
+    def encode(self, frames, valid=None, last=False):
+        self.batches.append(len(frames))
+        seen = frames.float().mean((2, 3, 4))[:, None, :, None]
+        return LatentActions(
+            vectors=-seen, continuous=seen, codes=None, valid=valid[:, -2:-1] & valid[:, -1:]
+        )
+
+    def predict(self, frames, vectors):
+        raise AssertionError("encoding predicts nothing")
+
+    def loss(self, clip):
+        raise AssertionError("encoding learns nothing")
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Episodes of 3, 9, 1 and 4 frames, whose pixels count on."""
+    lengths = (3, 9, 1, 4)
+    frames = np.arange(sum(lengths), dtype=np.uint8)[:, None, None, None] + np.zeros((1, 2, 2, 3), np.uint8)
+    done = np.zeros(len(frames), bool)
+    done[np.cumsum(lengths) - 1] = True
+    np.savez(tmp_path / "numbered.npz", obs=frames, done=done, fps=10)
+    return Footage(
+        DataConfig(path=str(tmp_path / "numbered.npz"), resolution=0, cache_dir=str(tmp_path / "c"))
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("gap", [1, 2])
+def test_windows_by_hand(gap, batch_size, numbered, tmp_path):
+    options = EncodeOptions(batch_size=batch_size, cache_dir=str(tmp_path))
+    found = encode_dataset(Corner(), numbered, gap, options)
+    ends, first = np.repeat([3, 12, 13, 17], [3, 9, 1, 4]), np.repeat([0, 3, 12, 13], [3, 9, 1, 4])
+    rows = np.arange(17)
+    assert np.array_equal(found.valid, rows + gap < ends)
+    wanted = np.stack([np.maximum(rows - gap, first), rows, rows + gap], 1)
+    wanted[~found.valid] = 0
+    assert found.continuous[:, :, 0].tolist() == wanted.tolist()
+    assert found.vectors[:, :, 0].tolist() == (-wanted).tolist()
+    assert found.codes is None
+    assert found.picks.tolist() == [*range(3), *range(9), *range(1), *range(4)]
+    assert found.spec.frame_gap_s == pytest.approx(gap / 10)
+
+
+def test_frames_of_the_cache_give_the_same(numbered, tmp_path):
+    one = encode_dataset(Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "one")))
+    open_store(DataConfig(path=str(numbered.path), resolution=0, cache_dir=str(tmp_path / "c")))
+    two = encode_dataset(Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "two")))
+    assert np.array_equal(one.continuous, two.continuous)
+    assert np.array_equal(one.picks, two.picks)
+
+
+def test_short_episodes_share_a_batch_and_long_ones_are_cut():
+    assert encode._units([3, 9, 1, 4], 8) == [[0], [1], [2, 3]]
+    assert encode._units([3, 3, 3], 8) == [[0, 1], [2]]
+
+
+def test_what_is_there_is_not_computed_again(numbered, tmp_path):
+    options = EncodeOptions(cache_dir=str(tmp_path), batch_size=4)
+    first, second, third = Corner(), Corner(), Corner()
+    encode_dataset(first, numbered, 1, options)
+    encode_dataset(second, numbered, 1, options)
+    again = EncodeOptions(cache_dir=str(tmp_path), batch_size=4, overwrite=True)
+    encode_dataset(third, numbered, 1, again)
+    assert second.batches == []
+    assert sorted(third.batches) == sorted(first.batches) == [2, 3, 4, 4]
+    assert not [*(tmp_path / "tokens").glob("*.partial")]
+
+
+def test_shares_are_joined_by_the_first(numbered, tmp_path):
+    whole = encode_dataset(
+        Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "whole"), batch_size=4)
+    )
+    shares = [Share(rank=rank, world=2) for rank in (1, 0)]
+    found = [
+        encode_dataset(
+            Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "cut"), batch_size=4, share=s)
+        )
+        for s in shares
+    ]
+    assert found[0] is None
+    assert np.array_equal(found[1].continuous, whole.continuous)
+
+
+def test_shares_that_contradict_each_other(monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start the processes with torchrun"):
+        Share.of_environment()
+
+
+def test_a_damaged_video_has_no_tokens_and_harms_no_other(tmp_path):
+    for number, length in enumerate((40, 40, 40)):
+        with av.open(str(tmp_path / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", 10)
+            stream.width = stream.height = 64
+            for i in range(length):
+                picture = np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode())
+    data = (tmp_path / "1.mp4").read_bytes()
+    half = len(data) // 2
+    (tmp_path / "1.mp4").write_bytes(data[:half] + bytes(5000) + data[half + 5000 :])
+    footage = Footage(DataConfig(path=str(tmp_path), resolution=0, cache_dir=str(tmp_path / "c")))
+    found = encode_dataset(Corner(), footage, 1, EncodeOptions(cache_dir=str(tmp_path / "d"), batch_size=16))
+    alone = Footage(DataConfig(path=str(tmp_path / "2.mp4"), resolution=0, cache_dir=str(tmp_path / "c")))
+    last = encode_dataset(Corner(), alone, 1, EncodeOptions(cache_dir=str(tmp_path / "e"), batch_size=16))
+    assert np.array_equal(found.continuous[-40:], last.continuous)
+    if found.unreadable:  # else the decoder conceals the damage
+        assert found.episodes.tolist() == [0, 2]
+
+
+def test_threads_do_not_change_the_last_bit(blocks, tmp_path):
+    from latentact.lams.lapo import LapoConfig
+
+    torch.manual_seed(0)
+    model = (
+        LapoConfig(backbone="patch", size=32, patch=4, idm_channels=(16,), fdm_channels=(16,)).build().eval()
+    )
+    footage, before, found = Footage(DataConfig(path=str(blocks), resolution=32)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            options = EncodeOptions(cache_dir=str(tmp_path / str(threads)), batch_size=7)
+            found.append(np.array(encode_dataset(model, footage, 1, options).continuous))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(found[0], found[1])
+
+
+def test_too_short_episodes_are_one_sentence(numbered, tmp_path):
+    with pytest.raises(UserError, match="has 9 frames, and a window needs 10"):
+        encode_dataset(Corner(), numbered, 9, EncodeOptions(cache_dir=str(tmp_path)))
+
+
+def test_progress_off_a_terminal_says_rate_and_time_left(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("latentact.data.progress.time.monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO)
+    with Progress("walking", 20, "steps") as slow:
+        for _ in range(3):
+            now[0] += 8
+            slow.advance(1)
+    with Progress("running", 10_000, "steps", done=1000) as fast:
+        now[0] += 11
+        fast.advance(550)
+    assert [record.message for record in caplog.records] == [
+        "walking: 2 of 20 steps (8.0 s for each, 2 min 24 s left)",
+        "walking: 3 steps (8.0 s for each)",
+        "running: 1550 of 10000 steps (50 steps/s, 2 min 49 s left)",
+        "running: 1550 steps (50 steps/s)",
+    ]
+    assert duration(7500.0) == "2 h 5 min"

@@ -1,0 +1,415 @@
+"""The safety layer's numbers by hand, and the control loop with robots that misbehave."""
+
+import math
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from latentact.errors import UserError
+from latentact.robots import control as module
+from latentact.robots.control import ControlLog, control
+from latentact.robots.safety import Safety, SafetyConfig, UnsafeActionError
+from latentact.robots.setup import RobotSetup, RobotView, make_robot
+
+JOINTS = ("x.pos", "y.pos")
+QUICK = {"stale_s": 0.05, "stop_after_s": 0.15}
+
+
+def safety(joints=JOINTS, **settings):
+    return Safety(joints, SafetyConfig.from_dict(settings))
+
+
+class Fake:
+    """A robot that stands at (100, 50), obeys at once, and breaks as a test wants."""
+
+    name = "fake"
+    observation_features = {"x.pos": float, "y.pos": float, "top": (4, 4, 3)}  # noqa: RUF012
+    action_features = {"x.pos": float, "y.pos": float}  # noqa: RUF012
+
+    def __init__(self, breaks=None, after=0):
+        self.breaks, self.after, self.reads, self.sent = breaks, after, 0, []
+        self.at = {"x.pos": 100.0, "y.pos": 50.0}
+        self.is_connected, self.disconnects, self.release = False, 0, threading.Event()
+
+    def connect(self):
+        if self.breaks == "connect":
+            raise OSError("no such port")
+        self.is_connected = True
+
+    def get_observation(self):
+        self.reads += 1
+        seen = {**self.at, "top": np.zeros((4, 4, 3), np.uint8)}
+        if self.reads > self.after:
+            if self.breaks == "block":
+                self.release.wait()
+            if self.breaks == "raise":
+                raise ConnectionError("bus error\nsecond line")
+            if self.breaks == "nan":
+                seen["y.pos"] = math.nan
+            if self.breaks == "missing":
+                del seen["top"]
+            if self.breaks == "picture":
+                seen["top"] = np.zeros((2, 2, 3), np.uint8)
+            if self.breaks == "once" and self.reads == self.after + 1:
+                raise ConnectionError("a glitch")
+        return seen
+
+    def send_action(self, action):
+        if self.breaks == "send" and len(self.sent) >= self.after:
+            raise TimeoutError("motor 3")
+        self.sent.append(dict(action))
+        self.at = dict(action)
+        return action
+
+    def disconnect(self):
+        self.disconnects += 1
+        if self.breaks == "disconnect":
+            raise OSError("torque cannot be switched off")
+        self.is_connected = False
+
+
+def drive(robot, act, *, fps=100.0, max_steps=8, **settings):
+    record = ControlLog(fps=fps)
+    layer = safety(**(QUICK | settings))
+    control(robot, act, layer, record, max_steps=max_steps)
+    return record
+
+
+def right(observation):
+    return np.array([observation["x.pos"] + 10, observation["y.pos"]])
+
+
+# --- numbers
+
+
+def test_limits_then_largest_step_by_hand():
+    layer = safety(limits={"x": [0, 200], "y.pos": [-10, 60]}, max_step={"x": 30})
+    layer.start({"x.pos": 100.0, "y.pos": 50.0})
+    assert layer.admit([110.0, 55.0]) == {"x.pos": 110.0, "y.pos": 55.0}
+    assert layer.admit([500.0, 55.0]) == {"x.pos": 140.0, "y.pos": 55.0}  # 200 by limit, 110 + 30 by step
+    assert layer.admit([139.0, 99.0]) == {"x.pos": 139.0, "y.pos": 60.0}
+    assert layer.admit([-9.0, -99.0]) == {"x.pos": 109.0, "y.pos": -10.0}
+    assert dict(layer.clipped) == {"x.pos limit": 2, "x.pos step": 2, "y.pos limit": 2}
+    assert layer.hold() == {"x.pos": 109.0, "y.pos": -10.0}
+
+
+def test_nothing_leaves_the_limits_whatever_is_wanted():
+    layer = safety(limits={"x": [0, 10], "y": [-1, 1]}, max_step={"x": 3, "y": 0.5})
+    layer.start({"x.pos": 5.0, "y.pos": 0.0})
+    before = np.array([5.0, 0.0])
+    for action in np.random.default_rng(0).normal(0, 100, (300, 2)):
+        sent = np.array([*layer.admit(action).values()])
+        assert (sent >= [0, -1]).all()
+        assert (sent <= [10, 1]).all()
+        assert (np.abs(sent - before) <= [3 + 1e-9, 0.5 + 1e-9]).all()
+        before = sent
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ([math.nan, 0.0], "action not finite: x.pos is nan"),
+        ([0.0, math.inf], "action not finite: y.pos is inf"),
+        ([1.0], r"another shape: it has shape \[1\], the robot 2 joints"),
+        ([[1.0, 2.0]], "another shape"),
+        (["left", "right"], "another shape: it is list"),
+        (3.0, "another shape"),
+    ],
+)
+def test_no_number_and_no_shape_is_refused_and_leaves_no_trace(action, reason):
+    layer = safety(limits={"x": [0, 200]})
+    layer.start({"x.pos": 100.0, "y.pos": 50.0})
+    with pytest.raises(UnsafeActionError, match=reason):
+        layer.admit(action)
+    assert layer.hold() == {"x.pos": 100.0, "y.pos": 50.0}
+    assert sum(layer.refused.values()) == 1
+
+
+def test_to_hold_still_is_to_command_no_velocity():
+    layer = safety(("arm.pos", "base.vel"))
+    layer.start({"arm.pos": 3.0})
+    layer.admit([4.0, 0.7])
+    assert layer.hold() == {"arm.pos": 4.0, "base.vel": 0.0}
+
+
+def test_a_start_that_cannot_be_safe_is_refused():
+    with pytest.raises(UserError, match=r"stands at x.pos = 300, outside its limits 0 to 200"):
+        safety(limits={"x": [0, 200]}).start({"x.pos": 300.0, "y.pos": 0.0})
+    with pytest.raises(UserError, match=r"does not observe where that is"):
+        safety(max_step={"x": 3}).start({"y.pos": 0.0})
+    unknown = safety()
+    unknown.start({})
+    assert unknown.hold() is None, "nobody knows where it stands"
+    assert unknown.unlimited == ["x.pos", "y.pos"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limits": {"z": [0, 1]}}, "no joint 'z'"),
+        ({"limits": {"x": [1, 0]}}, r"safety.limits.x is \[1.0, 0.0\]; wanted \[smallest, largest\]"),
+        ({"limits": {"x": 3}}, "wanted"),
+        ({"limits": {"x": [0, math.nan]}}, "wanted"),
+        ({"max_step": {"x": 0}}, "safety.max_step.x is 0.0; wanted a number above 0"),
+        ({"max_step": 3}, "wanted a value for each joint"),
+        ({"stale_s": -1}, "safety.stale_s is -1.0; wanted a number above 0"),
+        ({"limit": {}}, "unknown setting 'safety.limit'; did you mean 'limits'"),
+        ("none", "safety is 'none'"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(settings, message):
+    with pytest.raises(UserError, match=message):
+        Safety(JOINTS, SafetyConfig.from_dict(settings))
+
+
+# --- the loop
+
+
+def test_a_good_robot_is_driven_and_disconnected():
+    robot, start = Fake(), time.monotonic()
+    record = drive(robot, right, fps=50.0, max_steps=10, limits={"x": [0, 150]}, max_step={"x": 8})
+    assert time.monotonic() - start >= 10 / 50
+    xs = [command["x.pos"] for command in robot.sent[:10]]
+    assert xs == [108.0, 116.0, 124.0, 132.0, 140.0, 148.0, 150.0, 150.0, 150.0, 150.0]
+    assert robot.sent[10:] == [robot.sent[9]], "at the end it is told to stay where it is"
+    assert (record.commands, record.steps, record.ended) == (10, 10, "the last step was taken")
+    assert record.disconnected
+    assert (robot.is_connected, robot.disconnects) == (False, 1)
+    steps = [event for event in record.events if event["what"] == "clipped x.pos step"]
+    assert [(event["from_step"], event["to_step"]) for event in steps] == [(0, 5)]
+    assert len(record.events) == 2, "one more where the limit is reached"
+
+
+def test_the_end_of_the_guide_disconnects():
+    robot, left = Fake(), [3]
+
+    def act(observation):
+        left[0] -= 1
+        return right(observation) if left[0] >= 0 else None
+
+    record = drive(robot, act)
+    assert (record.commands, record.ended) == (3, "the guide is over")
+    assert not robot.is_connected
+
+
+def test_missed_deadlines_are_counted_and_not_made_up_for():
+    robot, times = Fake(), []
+
+    def slow(observation):
+        times.append(time.monotonic())
+        time.sleep(0.06 if len(times) == 2 else 0.0)
+        return right(observation)
+
+    record = drive(robot, slow, fps=50.0, max_steps=6, stale_s=1.0)
+    assert record.missed_deadlines == 1
+    assert 0.03 < record.latest_s < 0.2
+    assert min(np.diff(times)) > 0.01, "no burst after the delay"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        ("block", "does not answer while observing"),
+        ("raise", "observing failed: ConnectionError: bus error second line"),
+        ("nan", "the observed y.pos is nan"),
+        ("missing", "the observation lacks top"),
+        ("picture", r"the picture top is uint8 \[2, 2, 3\]"),
+        ("send", "acting failed: TimeoutError: motor 3"),
+    ],
+)
+def test_a_robot_that_breaks_is_held_still_then_left(breaks, said):
+    robot, start = Fake(breaks, after=3), time.monotonic()
+    record, layer = ControlLog(fps=100.0), safety(**QUICK)
+    with pytest.raises(UserError, match=rf"the robot fake held still for .*{said}.*control has stopped"):
+        control(robot, right, layer, record, max_steps=100)
+    assert time.monotonic() - start < 2
+    assert record.commands == 3
+    assert {(c["x.pos"], c["y.pos"]) for c in robot.sent[2:]} == {(130.0, 50.0)}, "only: stay"
+    assert sum(record.holds.values()) > 0
+    assert record.disconnected
+    assert not robot.is_connected
+    robot.release.set()
+
+
+def test_a_glitch_is_held_through():
+    robot = Fake("once", after=2)
+    record = drive(robot, right, max_steps=6)
+    assert (record.commands, record.steps, record.holds["robot"]) == (6, 7, 1)
+    assert [command["x.pos"] for command in robot.sent[:7]] == [
+        110.0,
+        120.0,
+        120.0,
+        130.0,
+        140.0,
+        150.0,
+        160.0,
+    ]
+
+
+def test_a_late_observation_is_not_acted_on():
+    robot, acted = Fake(), []
+
+    def read_slowly(own=robot.get_observation):
+        time.sleep(0.09 if robot.reads == 1 else 0.0)
+        return own()
+
+    robot.get_observation = read_slowly
+    record = drive(robot, lambda o: acted.append(o) or right(o), fps=20.0, max_steps=3)
+    assert (record.commands, len(acted)) == (3, 3)
+    assert record.holds["robot"] >= 1
+
+
+def test_an_action_that_comes_too_late_is_not_sent():
+    robot, asked = Fake(), []
+
+    def slow_once(observation):
+        asked.append(1)
+        time.sleep(0.08 if len(asked) == 3 else 0.0)
+        return right(observation)
+
+    record = drive(robot, slow_once, max_steps=4)
+    assert (record.commands, record.holds) == (4, {"action too late": 1})
+    assert [command["x.pos"] for command in robot.sent[:5]] == [110.0, 120.0, 120.0, 130.0, 140.0]
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0.0], [1.0], "x"])
+def test_actions_that_are_none_are_never_sent(bad):
+    robot, asked = Fake(), []
+
+    def act(observation):
+        asked.append(1)
+        return right(observation) if len(asked) <= 2 else np.array(bad)
+
+    with pytest.raises(UserError, match=r"held still for .*action"):
+        drive(robot, act, max_steps=100)
+    assert robot.sent[:2] == [{"x.pos": 110.0, "y.pos": 50.0}, {"x.pos": 120.0, "y.pos": 50.0}]
+    assert all(command == robot.sent[1] for command in robot.sent[2:])
+    assert not robot.is_connected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_whatever_happens_in_the_policy_the_robot_is_disconnected(error):
+    robot = Fake()
+
+    def act(observation):
+        if robot.reads == 3:
+            raise error("now")
+        return right(observation)
+
+    with pytest.raises(error):
+        drive(robot, act)
+    assert robot.sent[-1] == robot.sent[-2] == {"x.pos": 120.0, "y.pos": 50.0}
+    assert not robot.is_connected
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_signals_disconnect_even_while_the_robot_blocks(number, raised):
+    robot, record = Fake("block", after=2), ControlLog(fps=50.0)
+    before = signal.getsignal(number)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(raised):
+        control(robot, right, safety(stale_s=5.0, stop_after_s=5.0), record, max_steps=100)
+    timer.join()
+    assert record.ended == "interrupted"
+    assert record.disconnected
+    assert not robot.is_connected
+    assert signal.getsignal(number) == before
+    robot.release.set()
+
+
+def test_a_robot_that_does_not_connect_or_disconnect(monkeypatch, caplog):
+    robot = Fake("connect")
+    with pytest.raises(UserError, match="the robot fake cannot be used: connecting failed: OSError: no such"):
+        drive(robot, right)
+    assert robot.sent == []
+    robot = Fake("disconnect")
+    with pytest.raises(UserError, match="torque cannot be switched off"):
+        drive(robot, right, max_steps=2)
+    assert "torque" in caplog.text
+    robot = Fake()
+    robot.disconnect = lambda: robot.release.wait()
+    monkeypatch.setattr(module, "DISCONNECT_S", 0.1)
+    with pytest.raises(UserError, match="does not answer while disconnecting"):
+        drive(robot, right, max_steps=2)
+    robot.release.set()
+
+
+# --- the file
+
+
+def test_a_robots_file(tmp_path):
+    path = tmp_path / "robot.yaml"
+    path.write_text(
+        "robot: {type: pusht_sim, seed: 3}\n"
+        "cameras: {top: observation.images.front}\n"
+        "safety: {limits: {x: [0, 512]}, max_step: {y: 30}, stale_s: 0.2}\n"
+    )
+    setup = RobotSetup.read(path)
+    assert setup.robot == {"type": "pusht_sim", "seed": 3}
+    assert setup.cameras == {"top": "observation.images.front"}
+    assert setup.safety == SafetyConfig(limits={"x": (0.0, 512.0)}, max_step={"y": 30.0}, stale_s=0.2)
+    for content, message in (
+        ("", "names no robot"),
+        ("robot: [1", "cannot be read"),
+        ("robot: {type: a}\nsaftey: {}", "unknown setting 'saftey'; did you mean 'safety'"),
+        ("robot: {type: a}\ncameras: [top]", "cameras is"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            RobotSetup.read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        RobotSetup.read(tmp_path / "none.yaml")
+
+
+def test_a_robots_view_and_what_does_not_fit_it():
+    view = RobotView(Fake(), {})
+    seen = view(Fake().get_observation(), "push")
+    assert seen["observation.state"].tolist() == [100.0, 50.0]
+    assert seen["observation.images.top"].shape == (4, 4, 3)
+    assert seen["task"] == "push"
+    assert {key: np.shape(value) for key, value in view(view.blank()).items()} == {
+        key: np.shape(value) for key, value in seen.items()
+    }
+    view.refuse_unless_fits(cameras=("observation.image",), state_size=2, action_size=2)
+    for wrong, message in (
+        ({"cameras": ("a", "b")}, "looks at a and the robot shows observation.images.top"),
+        ({"state_size": 3}, r"a state of 3 numbers and the robot observes 2 \(x.pos, y.pos\)"),
+        ({"action_size": 7}, "gives 7 numbers and the robot takes 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            view.refuse_unless_fits(**({"cameras": (), "state_size": 0, "action_size": 2} | wrong))
+    with pytest.raises(UserError, match="no camera 'tpo'; did you mean 'top'"):
+        RobotView(Fake(), {"tpo": "observation.images.top"})
+
+
+def test_lerobot_robots_by_type():
+    for settings, message in (
+        ({"type": "so102_follower"}, "unknown robot type 'so102_follower'; did you mean 'so10[01]_follower'"),
+        ({"type": "so101_follower"}, "so101_follower cannot be made .*port"),
+        ({"type": "pusht_sim", "sed": 3}, "robot pusht_sim cannot be made .*sed"),
+        ({"type": "pusht_sim", "fault": "fire"}, "cannot be made .*fault is 'fire'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_robot(settings)
+
+
+def test_the_simulated_robot(monkeypatch, tmp_path):
+    robot = make_robot({"type": "pusht_sim", "seed": 1, "image_size": 32, "calibration_dir": str(tmp_path)})
+    record = drive(
+        robot, right, max_steps=4, fps=200.0, stale_s=5.0, stop_after_s=5.0, limits={"x": [0, 512]}
+    )
+    assert (record.commands, record.ended, robot.is_connected) == (4, "the last step was taken", False)
+    robot.connect()
+    first = robot.get_observation()
+    assert first["top"].shape == (32, 32, 3)
+    for _ in range(6):
+        robot.send_action({"x.pos": first["x.pos"] + 40, "y.pos": first["y.pos"]})
+    assert robot.get_observation()["x.pos"] == pytest.approx(first["x.pos"] + 40, abs=8)
+    robot.disconnect()
