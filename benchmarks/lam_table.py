@@ -24,7 +24,6 @@ from latentact.config import load_experiment
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.clips import Clips, choose_labelled, split_episodes
 from latentact.data.samples import PolicySamples
-from latentact.envs.distract import Distraction
 from latentact.evaluation.inspect_probes import NUISANCE
 from latentact.evaluation.lam import encode_rows
 from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe
@@ -76,7 +75,7 @@ def main() -> None:
             episodes=options.episodes,
             resolution=options.resolution,
             explore=options.explore,
-            distract=Distraction.parse(said),
+            distract=said,
         )
         data[kind] = collect.run(config).path
     cells = [

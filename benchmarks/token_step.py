@@ -1,8 +1,8 @@
 """What LAM tokens cost a training step of `lam_diffusion`: none, precomputed, and made on the fly.
 
 Three policies with the same host network are stepped in turn on the same rows, so that a machine whose speed
-drifts treats all alike; ratios are medians over these turns. Memory is the largest that a process of its own
-needs for some steps (Linux).
+drifts treats all alike; ratios are medians over these turns. Memory is the peak of a process of its own
+(Linux), of four the smallest: one varies by some 40 MB.
 
     python benchmarks/token_step.py [--batch-size 8] [--steps 40]
 """
@@ -141,7 +141,8 @@ def main() -> None:
         trainee = Trainee(args.memory_of, args.folder)
         for rows in draws[:6]:
             trainee.step(rows)
-        peak = next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in status if line.startswith("VmHWM"))
         print(int(peak.split()[1]) / 1024)
         return
     with tempfile.TemporaryDirectory() as name:
@@ -157,7 +158,7 @@ def main() -> None:
             step, loading = statistics.median(one.seconds[2:]), statistics.median(one.loading[2:])
             ratio = statistics.median(a / b for a, b in zip(one.seconds[2:], plain.seconds[2:], strict=True))
             print(f"{kind:14s} {step * 1e3:7.1f} ms/step, ratio {ratio:.3f}; reading {loading * 1e3:6.1f} ms")
-        used = {kind: min(memory(kind, folder, args.batch_size) for _ in range(2)) for kind in kinds[:2]}
+        used = {kind: min(memory(kind, folder, args.batch_size) for _ in range(4)) for kind in kinds[:2]}
         more = used["precomputed"] - used["unconditioned"]
         print(f"memory: precomputed {used['precomputed']:.0f} MB, {more:+.1f} MB beside unconditioned")
 

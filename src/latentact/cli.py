@@ -51,7 +51,6 @@ def collect(
 
     Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
     """
-    from latentact.envs.distract import Distraction
     from latentact.stages import collect as stage
 
     result = stage.run(
@@ -65,7 +64,7 @@ def collect(
             workers=workers,
             explore=explore,
             max_steps=max_steps,
-            distract=Distraction.parse(distract),
+            distract=distract,
         )
     )
     print(result)

@@ -29,6 +29,8 @@ def missing_extra(module: str, extra: str) -> UserError:
 
 
 EXTRAS = {
+    "accelerate": "lerobot",
+    "diffusers": "lerobot",
     "gymnasium": "envs",
     "gym_pusht": "envs",
     "hydra": "train",

@@ -21,12 +21,12 @@ EPISODES = 40
 KILLED_WHILE_WRITING = """
 import os, signal
 from latentact.data import record
-append = record._Table.append
+append = record.Table.append
 def cut(self, columns):
     if columns["episode_index"][0] == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return append(self, columns)
-record._Table.append = cut
+record.Table.append = cut
 """
 
 

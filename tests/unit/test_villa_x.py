@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import cli
 from latentact.errors import UserError
 from latentact.lams.model import load_lam
 from latentact.lams.villa_x import VillaX, VillaXConfig
@@ -303,3 +304,15 @@ def test_proprio_learns_the_next_state_and_labelled_actions() -> None:
 def test_settings_that_fit_no_model(changes: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         replace(TINY, **changes)
+
+
+def test_trains_through_the_command_line(blocks: Path, tmp_path: Path) -> None:
+    done = cli(
+        *("train-lam", "experiment=villa_x_debug", f"data.path={blocks}", f"out={tmp_path / 'run'}"),
+        *("training.steps=3", "probe_transitions=16", "lam.encoder_depth=1", "lam.action_weight=1"),
+        "labelled_episodes=2",
+    )
+    assert done.returncode == 0, done.stderr
+    model = load_lam(tmp_path / "run")
+    assert isinstance(model, VillaX)
+    assert (model.context, model.spec.fps, model.spec.model) == (2, 10.0, "villa_x")

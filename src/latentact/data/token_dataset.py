@@ -9,9 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from latentact.data.record import number_statistics
-from latentact.data.tokens import TokenFile
-
-VALID = "observation.lam_valid"
+from latentact.data.tokens import VALID, TokenFile
 
 
 class TokenDataset(Dataset[dict[str, Any]]):

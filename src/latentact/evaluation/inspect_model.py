@@ -166,10 +166,10 @@ def controllability(case: Case) -> dict[str, Any] | None:
 
 def _following(case: Case, clip: Clip, steps: int) -> torch.Tensor:
     """Latents of the last `steps` transitions of clips."""
-    seen = {} if clip.states is None or not case.model.state_size else {"state": clip.states.to(case.device)}
-    return case.model.encode(clip.frames.to(case.device), clip.valid.to(case.device), **seen).vectors[
-        :, -steps:
-    ]
+    seen: dict[str, Any] = {"valid": clip.valid.to(case.device)}
+    if case.model.state_size and clip.states is not None:
+        seen["state"] = clip.states.to(case.device)
+    return case.model.encode(clip.frames.to(case.device), **seen).vectors[:, -steps:]
 
 
 def _rollout(model: LatentActionModel, past: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ robot state and a learned embodiment token to the next state and the action.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -29,8 +30,18 @@ from latentact.quantizers.vq import Vq
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
 CONFIG = "model_config.json"
-PASS = 32  # frames that go through the encoder together
-OURS = ("kind", "decoder", "window", "guard", "augment", "action_weight", "state_weight", "state_size")
+PASS = {"cpu": 8, "cuda": 512, "mps": 64}  # frames that go through the encoder together: more cost time
+OURS = (
+    "kind",
+    "decoder",
+    "window",
+    "precision",
+    "guard",
+    "augment",
+    "action_weight",
+    "state_weight",
+    "state_size",
+)
 """Settings that a published configuration does not know."""
 
 
@@ -82,6 +93,8 @@ class VillaXConfig:
     window: str = "sliding"
     """sliding: each transition from its own last d_t frames, as published; chunked: windows overlap by one
     frame, many times faster on long clips."""
+    precision: str = "fp32"
+    """What latent actions are computed in: fp32, or bf16, which is faster and changes some codes."""
     guard: bool = True
     """Whether codes that are not used restart from current features, in training."""
     augment: bool = True
@@ -104,6 +117,8 @@ class VillaXConfig:
             raise UserError(f"lam.mlp_ratio is {self.mlp_ratio}; wanted 0.1..64.")
         if self.window not in ("sliding", "chunked"):
             raise UserError(f"lam.window is {self.window!r}; wanted sliding or chunked.")
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"lam.precision is {self.precision!r}; wanted fp32 or bf16.")
         if self.d_t < 2:
             raise UserError(f"lam.d_t is {self.d_t}; a transition needs at least 2 frames.")
         if self.state_weight and not self.state_size:
@@ -130,7 +145,7 @@ class VillaXConfig:
         return VillaX(self, actions)
 
     @classmethod
-    def read_published(cls, path: Path, *, window: str = "sliding") -> VillaX | None:
+    def read_published(cls, path: Path, *, window: str = "sliding", precision: str = "fp32") -> VillaX | None:
         """Return the model of `model.safetensors` and `model_config.json` in a folder or in its `lam/`.
 
         Raises:
@@ -149,6 +164,7 @@ class VillaXConfig:
         known = {field.name for field in fields(cls)} - {*OURS}
         ours = {
             "window": window,
+            "precision": precision,
             "guard": False,
             "decoder": any(name.startswith("decoder.") for name in tensors),
         }
@@ -237,7 +253,10 @@ class VillaX(LatentActionModel):
         continuous = frames.new_zeros((b, t, k, d), dtype=torch.float32)
         vectors, codes = continuous.clone(), frames.new_zeros((b, t, k), dtype=torch.int64)
         if len(clip):
-            latent = self.vq(self._latents(frames, valid, clip, now).flatten(1))
+            narrow = self.config.precision == "bf16"
+            with torch.autocast(frames.device.type, torch.bfloat16) if narrow else nullcontext():
+                z = self._latents(frames, valid, clip, now)
+            latent = self.vq(z.flatten(1))
             vectors[clip, now] = latent.vectors.unflatten(1, (k, d))
             continuous[clip, now] = latent.continuous.unflatten(1, (k, d))
             codes[clip, now] = cast(Tensor, latent.codes)
@@ -325,12 +344,13 @@ class VillaX(LatentActionModel):
         place, parts, done = torch.zeros_like(keep), [], 0
         for n, k in torch.stack([length, keep], 1).unique(dim=0).tolist():
             members = ((length == n) & (keep == k)).nonzero()[:, 0]
-            for some in members.split(max(1, (PASS if frames.device.type == "cpu" else 16 * PASS) // n)):
+            for some in members.split(16):  # windows that share the work on single frames
                 rows, back = (first[some, None] + steps[:n]).unique(return_inverse=True)
                 stems = self.encoder.stem(self._pixels(frames.flatten(0, 1)[rows]))
-                parts.append(self.encoder(stems[back], k).float().flatten(0, 1))
+                together = back.split(max(1, PASS[frames.device.type] // n))
+                parts += [self.encoder(stems[each], k).float().flatten(0, 1) for each in together]
                 place[some] = done + torch.arange(len(some), device=place.device) * (k - 1)
-                done += len(parts[-1])
+                done += len(some) * (k - 1)
         return torch.cat(parts)[place[which] + now - earliest[which]]
 
     def _pixels(self, frames: UInt8[Tensor, "*n c h w"]) -> Float[Tensor, "m c h2 w2"]:

@@ -33,7 +33,7 @@ class Lfq(Quantizer):
         with torch.autocast(x.device.type, enabled=False):
             x = self.norm(x.float())
             vectors, codes, loss = self.lfq(rearrange(x, "b (k d) -> b k d", k=self.tokens))
-        used = F.one_hot(codes.flatten(), self.lfq.codebook_size).float().sum(0, keepdim=True)
+        used = F.one_hot(codes.flatten(), 2**self.token_dim).float().sum(0, keepdim=True)
         return Quantized(
             vectors=vectors.flatten(1), continuous=x, codes=codes.long(), loss=loss, metrics=usage(used)
         )

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,13 @@ class CollectConfig:
     from what it sees leaves a latent action nothing to say; some exploration makes it needed."""
     max_steps: int = 0
     """Steps after which an attempt has failed; 0: the environment's own limit."""
-    distract: Distraction = field(default_factory=Distraction)
-    """Distractors in the frames; their state is recorded as `observation.nuisance`."""
+    distract: str = ""
+    """Distractors in the frames, each 0 to 1: `background=0.5,shake=0.3,correlation=0.8`. Their state is
+    recorded as `observation.nuisance`."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        Distraction.parse(self.distract)
         if self.episodes < 1:
             raise UserError(f"episodes is {self.episodes}; wanted at least 1.")
         for name in ("seed", "workers", "max_steps"):
@@ -77,8 +79,13 @@ class CollectConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the data depends on."""
-        values = {k: v for k, v in asdict(self).items() if k not in ("out", "workers")}
-        return values if self.distract else {k: v for k, v in values.items() if k != "distract"}
+        values = {k: v for k, v in asdict(self).items() if k not in ("out", "workers", "distract")}
+        return values | {"distract": vars(self.distraction)} if self.distraction else values
+
+    @property
+    def distraction(self) -> Distraction:
+        """The distractors."""
+        return Distraction.parse(self.distract)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,7 @@ def run(config: CollectConfig) -> CollectResult:
         return _finished(config, out)
     require_lerobot()
     spec = env_spec(config.env, view=config.view)
-    env = make_env(config.env, resolution=config.resolution, view=config.view, distract=config.distract)
+    env = make_env(config.env, resolution=config.resolution, view=config.view, distract=config.distraction)
     env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)
     height, width, _ = env.observation_space["pixels"].shape  # type: ignore[index]
@@ -289,13 +296,13 @@ def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) 
         action_names=spec.action_names,
         state_names=spec.state_names,
         robot_type=spec.name,
-        nuisance_names=NUISANCE if config.distract else (),
+        nuisance_names=NUISANCE if config.distraction else (),
     )
 
 
 def _attempt(config: CollectConfig, staging: Path, number: int) -> bool:
     """Play one attempt and stage it; return whether it succeeded."""
-    env, spec = _environment(config.env, config.resolution, config.view, config.distract)
+    env, spec = _environment(config.env, config.resolution, config.view, config.distraction)
     episode = _demonstrate(config, env, spec, config.seed + number)
     path = _staged(staging, number)
     if episode is None:
@@ -334,5 +341,5 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
         reward=np.array([*rewards, 0.0], np.float32),
         success=np.array([*successes, True]),
         task=info["task"],
-        nuisance=np.stack(nuisances) if config.distract else None,
+        nuisance=np.stack(nuisances) if config.distraction else None,
     )

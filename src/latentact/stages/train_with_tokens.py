@@ -25,7 +25,7 @@ from latentact.data.progress import Progress
 from latentact.data.record import require_lerobot
 from latentact.data.token_dataset import TokenDataset
 from latentact.data.tokens import TokenFile, read_token_file
-from latentact.errors import UserError, missing_extra
+from latentact.errors import UserError
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import begin_run, finished
 
@@ -109,13 +109,14 @@ def run(config: TrainWithTokensConfig) -> Path:
 
 
 def _require_plugin() -> None:
-    """Import the policies; the error says how to install what is missing."""
+    """Import the policies; the error says how to install them."""
     require_lerobot()
     try:
         importlib.import_module(PLUGIN)
-        importlib.import_module("accelerate")
     except ModuleNotFoundError as error:
-        raise missing_extra(error.name or PLUGIN, "policies") from error
+        if error.name != PLUGIN:
+            raise
+        raise UserError(f"{PLUGIN} is not installed; install it with: pip install {PLUGIN}.") from error
 
 
 def _settings(config: TrainWithTokensConfig, root: Path, tokens: TokenFile | None) -> Any:
