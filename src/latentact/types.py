@@ -139,7 +139,10 @@ class LatentActionSpec:
             UserError: the file is missing or is not a spec.
         """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise TypeError("it is no json object")
+            return cls.from_dict(values)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path} is not a latent action spec ({error}); re-create the artifact it lies in."

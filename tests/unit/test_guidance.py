@@ -54,6 +54,7 @@ class Echo:
     """A policy that acts by repeating the tokens it was given."""
 
     latent, lam_weights, gap_s, token_size = SPEC, "", 0.1, 2
+    without_guide = False
     tokens, offsets, stride, fps = "continuous", (0,), 1, 10.0
     cameras, state_size, actions = (), 0, ActionSpace(kind="continuous", size=2)
 

@@ -76,26 +76,30 @@ class SelfAttention(nn.Module):
 
     def spatial(self, x: Float[Tensor, "w t n d"]) -> Float[Tensor, "w t n d"]:
         """Attend to all patches of the same frame."""
-        q, k, v = rearrange(self.qkv(x), "w t n (m h d) -> m (w t) h n d", m=3, h=self.heads)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k, v = (rearrange(y, "w t n h d -> (w t) h n d") for y in self._split(x, x.shape[1]))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "(w t) h n d -> w t n (h d)", w=len(x)))
 
     def temporal(self, x: Float[Tensor, "w t n d"], keep: int) -> Float[Tensor, "w k n d"]:
         """Attend to the same patch of this and earlier frames; only the last `keep` frames ask."""
-        pattern = "w t n (m h d) -> m (w n) h t d"
         t = x.shape[1]
+        q, k, v = (rearrange(y, "w t n h d -> (w n) h t d") for y in self._split(x, keep))
         if keep == t:
-            q, k, v = rearrange(self.qkv(x), pattern, m=3, h=self.heads)
-            out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            dim = x.shape[-1]
-            q = F.linear(x[:, -keep:], self.qkv.weight[:dim], self.qkv.bias[:dim])
-            kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
-            (q,) = rearrange(q, pattern, m=1, h=self.heads)
-            k, v = rearrange(kv, pattern, m=2, h=self.heads)
             mask = torch.ones(keep, t, dtype=torch.bool, device=x.device).tril(t - keep)
-            out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(out, "(w n) h t d -> w t n (h d)", w=len(x)))
+
+    def _split(self, x: Float[Tensor, "w t n d"], keep: int) -> list[Float[Tensor, "w t2 n h e"]]:
+        """Return queries of the last `keep` frames, keys and values; three products save copies."""
+        inputs = (x[:, -keep:], x, x)
+        weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
+        norms = (self.q_norm, self.k_norm, nn.Identity())
+        return [
+            norm(F.linear(y, weight, bias).unflatten(-1, (self.heads, -1)))
+            for y, weight, bias, norm in zip(inputs, weights, biases, norms, strict=True)
+        ]
 
 
 class Mlp(nn.Module):

@@ -212,7 +212,7 @@ def _write(
         columns = {k: column.read(0, n) for k, column in _columns(config, encoded, rows.place).items()}
         arrays = {
             "latent_actions": columns[TOKENS_KEY].reshape(n, *encoded.vectors.shape[1:]),
-            "valid": columns[VALID].reshape(n),
+            "valid": columns[VALID].reshape(n).astype(bool),
             "episode_index": rows.episode_index,
             "frame_index": rows.frame_index,
             **({"codes": columns[CODES]} if CODES in columns else {}),
@@ -268,4 +268,5 @@ def _columns(config: PrecomputeConfig, encoded: Encoded, place: np.ndarray) -> d
     columns = {TOKENS_KEY: column(getattr(encoded, KINDS[config.tokens]), config.dtype)}
     if encoded.codes is not None:
         columns[CODES] = column(encoded.codes, "int64")
-    return {**columns, VALID: column(encoded.valid, "bool")}
+    # A number, not a bool: lerobot's normaliser subtracts means from every state-like column.
+    return {**columns, VALID: column(encoded.valid, "float32")}
