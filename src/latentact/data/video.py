@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def probe(path: Path) -> VideoInfo:
         Unreadable: it is not a video, or it is cut short.
     """
     try:
-        with _quietly_open(path) as container:
+        with closing(_quietly_open(path)) as container:
             return _probe(container)
     except (FFmpegError, OSError) as error:
         raise Unreadable(_reason(error)) from error

@@ -185,6 +185,11 @@ def _features(policy: Policy, store: FrameStore, rows: np.ndarray) -> Tensor:
 class _Teacher(nn.Module):
     """Robot actions from standardised features; dropout keeps it modest on few labels."""
 
+    mean: Tensor
+    std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
+
     def __init__(self, features: Tensor, actions: Tensor, space: ActionSpace) -> None:
         super().__init__()
         self.space = space

@@ -115,7 +115,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     model.cpu().write(out)
     with whole_file(out / "lam.npz") as partial:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **evaluation.arrays)
+        arrays: dict[str, Any] = {**evaluation.arrays}
+        np.savez_compressed(buffer, **arrays)
         partial.write_bytes(buffer.getvalue())
     values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
     write_json(out / "lam.json", values | evaluation.numbers)

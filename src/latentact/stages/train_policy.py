@@ -57,16 +57,18 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         return out
     labels, store = read_labels(config.labels) if config.labels else (None, open_store(config.data))
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    guided = isinstance(config.policy, GuidedConfig)
-    if guided and labels is None:
-        raise UserError("policy=guided is guided by latent labels; give labels=DIR.")
+    guide = None
+    if isinstance(config.policy, GuidedConfig):
+        if labels is None:
+            raise UserError("policy=guided is guided by latent labels; give labels=DIR.")
+        guide = config.policy.guide(labels.spec)
     if isinstance(config.policy, LatentConfig):
         if labels is None:
             raise UserError("policy=latent learns from latent labels; give labels=DIR.")
         target, values, exists = _latent_targets(config.policy, labels)
         space, stride = None, labels.spec.frame_gap
     else:
-        pseudo = None if guided else labels
+        pseudo = None if guide else labels
         if pseudo is None:
             train = choose_labelled(train, config.labelled_episodes, config.split_seed)
         target, values, exists, space = _action_targets(pseudo, store, train, held_out)
@@ -84,9 +86,9 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         stride=stride,
         fps=store.fps,
         camera=store.camera,
-        guide=config.policy.guide(labels.spec) if guided and labels else None,
+        guide=guide,
     )
-    latent = labels.spec if labels and (guided or space is None) else None
+    latent = labels.spec if labels and (guide or space is None) else None
     policy = Policy(config.policy, spec, latent)
     rows = exists & np.isin(store.episode, train)
     network = config.policy.network
@@ -97,9 +99,9 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         "words": words,
     }
     tokens = None
-    if spec.guide and labels:
-        tokens = getattr(labels, spec.guide.tokens).reshape(len(labels.valid), -1)
-        shape |= {"guide": (tokens, labels.valid), "offsets": spec.guide.offsets}
+    if guide and labels:
+        tokens = getattr(labels, guide.tokens).reshape(len(labels.valid), -1)
+        shape |= {"guide": (tokens, labels.valid), "offsets": guide.offsets}
         tokens = tokens[rows & labels.valid]
     policy.normalise_by(values[rows], None if store.state is None else store.state[rows], tokens)
     samples = PolicySamples(store, target=values, exists=rows, **shape)
