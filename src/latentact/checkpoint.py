@@ -116,7 +116,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); download or train it again."
+            f"{path} is not a whole safetensors file ({error}); make or download it again."
         ) from error
 
 

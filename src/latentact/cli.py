@@ -527,7 +527,9 @@ def main() -> None:
         _fail(UserError("the disk is full; free some space and run the same command again."))
     except SystemExit as stop:
         if stop.code == 130:  # what Typer makes of Ctrl-C
-            print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+            resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"])
+            more = "; the same command goes on where it stopped" if resumes else ""
+            print(f"interrupted{more}", file=sys.stderr)
         raise
 
 

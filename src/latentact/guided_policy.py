@@ -215,6 +215,8 @@ class OwnGuided:
 class LeRobotGuided:
     """A LeRobot policy that is conditioned on LAM tokens, from its `pretrained_model` folder.
 
+    It looks at its guide before every action: of each predicted chunk only the first action is taken.
+
     Args:
         folder: the checkpoint.
         device: where to run it.
@@ -248,6 +250,7 @@ class LeRobotGuided:
                 "trained with use_lam_conditioning=true."
             )
         config.device = device
+        config.n_action_steps = 1  # a chunk would be acted out blind to what the guide says next
         self._policy: Any = get_policy_class(kind).from_pretrained(folder, config=config).eval().to(device)
         overrides = {"device_processor": {"device": device}}
         self._before, self._after = make_pre_post_processors(

@@ -223,12 +223,16 @@ def test_token_files_that_do_not_fit_are_one_sentence(world: Path, tmp_path: Pat
     whole = (world / "tokens/lam_tokens.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(whole[:-100])
     other = write_demonstrations(tmp_path, episodes=2, seed=1)
+    (tmp_path / "alike").mkdir()
+    alike = write_demonstrations(tmp_path / "alike", episodes=3, seed=1)
     bad = {
+        "alike": (alike, "holds tokens of other pictures"),
         "truncated": (world / "plain", "is not a whole safetensors file"),
         "other": (other, f"has tokens for {3 * STEPS} rows and"),
         "dtype": (world / "plain", "wanted float32 or float16"),
     }
     (tmp_path / "other.safetensors").write_bytes(whole)
+    (tmp_path / "alike.safetensors").write_bytes(whole)
     tensors = load_file(world / "tokens/lam_tokens.safetensors")
     tensors["latent_actions"] = tensors["latent_actions"].double()
     save_file(tensors, tmp_path / "dtype.safetensors", metadata=_metadata(whole))

@@ -236,6 +236,7 @@ class VillaX(LatentActionModel):
             camera="",
         )
 
+    @torch.no_grad()
     def encode(
         self,
         frames: UInt8[Tensor, "*b t c h w"],

@@ -96,6 +96,10 @@ def run(config: PrecomputeConfig) -> Path:
     )
     require_device(config.device)
     model = load_lam(config.lam_model_path, config.device)
+    if config.tokens == "vq" and model.spec.codebook_size is None:
+        raise UserError(
+            f"--tokens is vq and {config.lam_model_path} has no codebook; use --tokens continuous."
+        )
     path = local_dataset(config.dataset_repo_id, config.dataset_root)
     if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
         raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")

@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,6 +21,8 @@ from safetensors.torch import load_model
 from torch.utils.data import DataLoader
 
 from latentact.checkpoint import read_json, require_device, whole_folder, write_json
+from latentact.data.cache import DataConfig
+from latentact.data.footage import Footage
 from latentact.data.lerobot import lerobot_version, local_dataset
 from latentact.data.progress import Progress
 from latentact.data.record import require_lerobot
@@ -188,7 +191,20 @@ def _dataset(train: Any, tokens: TokenFile | None) -> Any:
     if tokens is None:
         return dataset
     policy.check_tokens(vars(tokens.spec), str(tokens.path), tokens.tokens_kind)
-    return TokenDataset(dataset, tokens, policy.lam_tokens_key, policy.observation_delta_indices)
+    with_tokens = TokenDataset(dataset, tokens, policy.lam_tokens_key, policy.observation_delta_indices)
+    _refuse_other_frames(tokens, root)
+    return with_tokens
+
+
+def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
+    """Refuse tokens of a dataset with as many rows but other pictures."""
+    camera = str(tokens.metadata.get("camera", ""))
+    data = DataConfig(path=str(root), camera=camera, resolution=tokens.spec.resolution)
+    if Footage(data).key != tokens.digest:
+        raise UserError(
+            f"{tokens.path} holds tokens of other pictures than those of {root}; precompute the tokens of "
+            f"this dataset."
+        )
 
 
 class _Trainee:
@@ -208,7 +224,13 @@ class _Trainee:
 
         meta, policy = dataset.meta, train.policy
         self._train, self._cameras, self.loss = train, meta.camera_keys, float("nan")
-        self._policy = make_policy(policy, ds_meta=meta).train()
+        try:
+            self._policy = make_policy(policy, ds_meta=meta).train()
+        except URLError as error:
+            raise UserError(
+                f"the policy's vision backbone cannot be downloaded ({error.reason}); try again, "
+                f"or begin from random ones with --policy-override pretrained_backbone_weights=null."
+            ) from error
         self._before, self._after = make_pre_post_processors(policy, dataset_stats=meta.stats)
         sampler = EpisodeAwareSampler(
             meta.episodes["dataset_from_index"],
