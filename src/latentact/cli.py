@@ -67,7 +67,9 @@ def collect(
             distract=distract,
         )
     )
-    print(result)
+    print(
+        f"{result.episodes} episodes, {result.frames} frames, {result.failed} failed attempts: {result.path}"
+    )
 
 
 @app.command()

@@ -12,6 +12,6 @@ def resize(frames: UInt8[np.ndarray, "n h w c"], resolution: int) -> UInt8[np.nd
     """Return frames at `resolution` x `resolution`, bilinear and antialiased; 0: as they are."""
     if resolution == 0 or frames.shape[1:3] == (resolution, resolution):
         return frames
-    planes = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    planes = torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
     small = interpolate(planes, size=(resolution, resolution), mode="bilinear", antialias=True)
     return np.ascontiguousarray(small.permute(0, 2, 3, 1).numpy())
