@@ -103,12 +103,6 @@ class CompareConfig:
 
 def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     """Make every row, write the comparison and return it."""
-    bottleneck = getattr(config.lam, "bottleneck", None)
-    if "latent_joint" in config.methods and bottleneck and bottleneck.kind not in ("none", "kl"):
-        raise UserError(
-            f"the row latent_joint wants latent actions without codes and lam.bottleneck.kind is "
-            f"{bottleneck.kind}; set it to none or kl, or methods=[latent,bc_k,idm_k,oracle]."
-        )
     env, store = env_spec(config.env, view=config.view), open_store(config.data)
     if store.action_space != env.action_space:
         raise UserError(
@@ -118,6 +112,12 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
         choose_labelled(train, max(config.ks, default=0), seed)
+    bottleneck = getattr(config.lam, "bottleneck", None)
+    if "latent_joint" in config.methods and bottleneck and bottleneck.kind not in ("none", "kl"):
+        raise UserError(
+            f"the row latent_joint wants latent actions without codes and lam.bottleneck.kind is "
+            f"{bottleneck.kind}; set it to none or kl, or methods=[latent,bc_k,idm_k,oracle]."
+        )
     if not finished(out, config, "comparison.json"):
         begin_run(out, config)
     rows = []
