@@ -146,7 +146,9 @@ def label(
     data: Annotated[str, typer.Option(help="Dataset, folder of videos, or one video.")],
     out: Annotated[str, typer.Option(help="Folder for the labels.")],
     camera: Camera = "",
-    resolution: Resolution = -1,
+    resolution: Annotated[
+        int, typer.Option(help="Frame size in pixels; -1: the model's own; 0: the data's.")
+    ] = -1,
     target_fps: TargetFps = 0.0,
     strict: Strict = False,
     batch_size: Annotated[int, typer.Option(help="Transitions encoded together.")] = 256,

@@ -96,7 +96,7 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             failures.append(error)
 
     saved, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [stage, *argv]
+    sys.argv = [stage, *_flags_last(argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[Exception] = []
     try:
@@ -109,6 +109,42 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             del os.environ["HYDRA_FULL_ERROR"]
     for error in failures:
         raise error if isinstance(error, UserError) else UserError(_explain(error, cls)) from error
+
+
+FLAGS = (
+    *(
+        "--hydra-help",
+        "--version",
+        "--cfg",
+        "-c",
+        "--resolve",
+        "--package",
+        "-p",
+        "--run",
+        "-r",
+        "--info",
+        "-i",
+    ),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+)
+"""What Hydra takes beside overrides."""
+
+
+def _flags_last(argv: list[str]) -> list[str]:
+    """Put flags behind the overrides: Hydra refuses overrides that follow one.
+
+    Raises:
+        UserError: a flag that Hydra does not have.
+    """
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("-") and flag not in FLAGS:
+            raise UserError(
+                f"unknown flag {flag!r}; settings are given as KEY=VALUE{did_you_mean(flag, (f for f in FLAGS if f.startswith('--')))}"
+            )
+    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+    return [*overrides, *(word for word in argv if word not in overrides)]
 
 
 def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
@@ -300,7 +336,16 @@ def _explain(error: Exception, cls: type) -> str:
         return f"unknown {group or 'config'} {name!r}{did_you_mean(name, options)}"
     if "Could not override" in text or "is not in struct" in text or "not in '" in text:
         name = str(key) if key else text.split("'")[1]
-        return f"unknown setting {name!r}{did_you_mean(name, (k for k, *_ in _keys(cls)))}"
+        parts = name.split(".")
+        same_level = {tuple(k.split(".")[: len(parts)]) for k, *_ in _keys(cls)}
+        siblings = {k for k in same_level if k[:-1] == tuple(parts[:-1])} or same_level
+        return f"unknown setting {name!r}{did_you_mean(name, map('.'.join, siblings))}"
+    if "could not be converted to" in text:
+        wanted = text.rpartition("could not be converted to ")[2].split()[0]
+        return f"{key} is {text.split(chr(39))[1]!r}; wanted a value of type {wanted}."
+    if "Invalid type assigned" in text:
+        own = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
+        return f"{key} holds settings of its own; give one of them, for example {own}=VALUE."
     if "Error parsing override" in text:
         typed = text.split("'")[1]
         return f"{typed!r} is not a setting; give KEY=VALUE, with quotes around values of special characters."

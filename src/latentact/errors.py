@@ -20,7 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = f"Known: {', '.join(names) or 'none'}." if len(names) <= 15 else "See --help for all of them."
-    return f"; {hint}{listed}"
+    return f"; {hint}{listed}" if hint else f". {listed}"
 
 
 def missing_extra(module: str, extra: str) -> UserError:

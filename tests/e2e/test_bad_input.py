@@ -147,6 +147,7 @@ CASES = {
     ),
     # settings
     "no data": (lambda f: ("train-lam",), "data.path is not set"),
+    "demo: k too large": (lambda f: ("demo", "--episodes", "5", "--k", "5"), "there are 4 training episodes"),
     "unknown lam": (lambda f: lam(f, "lam=lapoo"), "unknown lam 'lapoo'; did you mean 'lapo'?"),
     "unknown bottleneck": (
         lambda f: lam(f, "lam.bottleneck.kind=vqema"),

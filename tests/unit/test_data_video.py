@@ -166,6 +166,17 @@ def test_an_mp4_whose_index_comes_first_and_whose_data_is_cut_is_cut_short(tmp_p
         probe(path)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")])
+def test_matroska_that_ends_before_its_duration_is_cut_short(tmp_path, name, codec):
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (64, 64, 3), np.uint8) for _ in range(40)]
+    path = write_video(tmp_path / name, noise, codec=codec)
+    assert probe(path).frames == 40
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(Unreadable, match=r"cut short: .* of its 4\.0 seconds"):
+        probe(path)
+
+
 def test_torchcodec_probe_prints_nothing(capfd):
     video.torchcodec_decoders.cache_clear()
     video.torchcodec_decoders()

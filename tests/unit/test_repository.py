@@ -280,9 +280,14 @@ def test_settings_reach_the_stage(tmp_path: Path) -> None:
         (["data.resolutoin=3"], r"unknown setting 'data.resolutoin'; did you mean 'data.resolution'\?"),
         (["lam=lapp"], r"unknown lam 'lapp'; did you mean 'lapo'\? Known: .*idm"),
         (["experiment=babyia"], r"unknown experiment 'babyia'; did you mean 'babyai'\?"),
-        (["training.steps=many"], r"many.*training\.steps"),
+        (["trainin.steps=3"], r"unknown setting 'trainin'; did you mean 'training'\?"),
+        (["lam.botleneck.kind=kl"], r"unknown setting 'lam.botleneck'; did you mean 'lam.bottleneck'\?"),
+        (["training.steps=many"], r"^training\.steps is 'many'; wanted a value of type Integer\.$"),
         (["data.strict=maybe"], r"maybe.*data\.strict"),
-        (["training=3"], r"training"),
+        (
+            ["training=3"],
+            r"^training holds settings of its own; give one of them, for example training\.steps",
+        ),
         (["lam.size=8"], r"lam.size is 8; wanted 32..256"),
     ],
 )
@@ -305,11 +310,16 @@ def test_missing_settings_are_named(stage: str, missing: str) -> None:
 
 
 def test_sweeps_run_each_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    runs = record("data.path=DIR", f"out={tmp_path}/sweep", "training.seed=0,1", "--multirun")
+    runs = record("--multirun", "data.path=DIR", f"out={tmp_path}/sweep", "training.seed=0,1")
     assert [config.training.seed for config, _ in runs] == [0, 1]
     folders = [out for _, out in runs]
     assert len(set(folders)) == 2
     assert all(folder.is_relative_to(tmp_path / "sweep") for folder in folders)
+
+
+def test_unknown_flags_are_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"unknown flag '--multirn'.*did you mean '--multirun'"):
+        record("data.path=DIR", "--multirn")
 
 
 def test_cfg_job_prints_yaml(capsys: pytest.CaptureFixture[str]) -> None:

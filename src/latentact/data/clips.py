@@ -45,15 +45,27 @@ def split_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np
     Raises:
         UserError: the fraction is not between 0 and 1.
     """
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 1.")
     total = store.num_episodes
+    count = split_sizes(total, held_out)[1]
     if total == 1:
         logger.warning("%s has one episode: it is trained on and evaluated on", store.path)
         return np.array([0]), np.array([0])
     order = np.random.default_rng(seed).permutation(total)
-    count = min(max(round(held_out * total), 1), total - 1)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def split_sizes(total: int, held_out: float) -> tuple[int, int]:
+    """Return how many of `total` episodes `split_episodes` trains on and how many it holds out.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 1.")
+    if total == 1:
+        return 1, 1
+    count = min(max(round(held_out * total), 1), total - 1)
+    return total - count, count
 
 
 def choose_labelled(train_episodes: Sequence[int] | np.ndarray, k: int | None, seed: int) -> np.ndarray:

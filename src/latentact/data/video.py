@@ -150,6 +150,10 @@ def _probe(container: InputContainer) -> VideoInfo:
     named = float(stream.average_rate or 0)
     span = float((max(ticks) - min(ticks)) * stream.time_base) if ticks and stream.time_base else 0.0
     measured = round((len(packets) - 1) / span, 3) if span else named
+    if len(container.streams) == 1 and container.duration and measured:  # Matroska says no number of frames
+        named_s, found_s = container.duration / av.time_base, span + 1 / measured
+        if found_s < named_s - max(0.5, 3 / measured):
+            raise Unreadable(f"it is cut short: {found_s:.1f} of its {named_s:.1f} seconds are there")
     return VideoInfo(frames=len(packets), fps=named if abs(named - measured) < 0.01 * measured else measured)
 
 

@@ -96,7 +96,7 @@ def prediction_section(lam: LamRun) -> Section | str:
     return Section(
         anchor="predictions",
         title="Prediction beside reality",
-        what="From the frame now and the latent action alone, the model draws the next frame.",
+        what="From what it has seen so far and the latent action, the model draws the next frame.",
         body=figure(
             f'<div class="examples">{"".join(cells)}</div>',
             "Moments with visible motion from different held-out episodes. A good prediction moves what "

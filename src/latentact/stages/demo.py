@@ -14,6 +14,7 @@ from pathlib import Path
 
 from latentact.checkpoint import read_json, write_json
 from latentact.config import load_experiment
+from latentact.data.clips import choose_labelled, split_sizes
 from latentact.stages import collect, compare, report
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def run(config: DemoConfig) -> report.ReportResult:
     comparison = load_experiment(
         "compare", compare.CompareConfig, [f"experiment={config.experiment}", *fixed, *config.overrides]
     )
+    choose_labelled(range(split_sizes(config.episodes, comparison.held_out)[0]), config.k, config.seed)
     demonstrations = collect.CollectConfig(
         env=comparison.env, out=str(data), episodes=config.episodes, seed=config.seed, view=comparison.view
     )
