@@ -4,6 +4,7 @@ Run: python benchmarks/lam_table.py --out runs/lam_table        (goes on where i
 
 All rows see the same episodes and the same k labels and are scored on the same held-out episodes:
 - probe: R2 of the best of a linear and a small MLP probe that reads the action, fitted on half of them;
+- motion: R2 of the best probe that reads how the robot's state changes;
 - k labels: R2 on all of them of a linear decoder fitted on the k labelled training episodes alone;
 - nuisance: R2 of the best probe that reads how background and camera move; lower is better.
 BC-k and IDM-k go through the same numbers with the actions that they predict.
@@ -48,7 +49,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 NETWORK = NetworkConfig(backbone="patch", patch=4, channels=(64, 128, 128), frames=2)
 """What BC looks with: the pictures alone, like the models."""
 NAMES = {"idm": "IDM-k (supervised)", "bc": "BC-k"}
-COLUMNS = ("probe", "k_labels", "nuisance")
+COLUMNS = ("probe", "motion", "k_labels", "nuisance")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--k", type=int, default=8, help="labelled episodes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of every model")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of every model")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels inside a model")
     parser.add_argument("--held-out", type=float, default=0.2, help="share of the episodes that are scored")
     parser.add_argument("--set", nargs="*", default=[], help="further settings of every train-lam run")
@@ -159,7 +161,12 @@ def _train_lam(
     labels = [f"labelled_episodes={cell.k}"] if cell.k else []
     if cell.k and cell.model != "idm":
         labels.append(f"lam.action_weight={options.action_weight}")
-    size = [f"training.steps={options.steps}", "training.eval_every=0", f"training.seed={cell.seed}"]
+    size = [
+        f"training.steps={options.steps}",
+        f"training.batch_size={options.batch_size}",
+        "training.eval_every=0",
+        f"training.seed={cell.seed}",
+    ]
     fixed = [f"data.path={path}", f"held_out={options.held_out}", f"split_seed={cell.seed}"]
     config = load_experiment(
         "train_lam",
@@ -186,7 +193,9 @@ def _train_bc(
     config = train_policy.TrainPolicyConfig(
         data=data,
         policy=BcConfig(network=NETWORK),
-        training=TrainingConfig(steps=options.steps, seed=cell.seed, lr=5e-4, eval_every=0),
+        training=TrainingConfig(
+            steps=options.steps, batch_size=options.batch_size, seed=cell.seed, lr=5e-4, eval_every=0
+        ),
         held_out=options.held_out,
         split_seed=cell.seed,
         labelled_episodes=cell.k,
@@ -229,11 +238,14 @@ def _scores(
     found: dict[str, Any] = {
         "probe": best(action),
         "k_labels": linear_probe(data(action, labelled), data(action, held_out), seed=seed).score,
+        "motion": None,
         "nuisance": None,
     }
+    after = np.minimum(rows + 1, len(store.episode) - 1)
+    if store.state is not None:
+        found["motion"] = best((store.state[after] - store.state[rows]).astype(np.float64))
     nuisance = store.column(NUISANCE)
     if nuisance is not None:
-        after = np.minimum(rows + 1, len(nuisance) - 1)
         found["nuisance"] = best((nuisance[after] - nuisance[rows]).astype(np.float64))
     return found
 
@@ -246,16 +258,17 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "# Latent action models with and without distractors",
         "",
         f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
-        f"per model, k = {options.k} labelled episodes, {len(seeds)} seeds; distractors "
-        f"`{options.distract}`. Mean over seeds, in brackets the smallest and the largest.",
+        f"of {options.batch_size} per model, k = {options.k} labelled episodes, {len(seeds)} seeds; distractors"
+        f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest.",
         "",
         "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
+        "**Motion**: the same of how the robot's state changes in the step, which a place does not tell. "
         "**k labels**: R2 on held-out episodes of a linear decoder that was fitted on the k labelled "
         "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
         "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
         "",
-        "| data | model | labels | probe | k labels | nuisance |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| data | model | labels | probe | motion | k labels | nuisance |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
+from latentact.data.cache import DataConfig
+from latentact.data.footage import Footage
 from latentact.errors import UserError
 from latentact.lams.clam import ClamConfig
+from latentact.lams.encode import EncodeOptions, encode_dataset
 from latentact.lams.idm import IdmConfig
 from latentact.lams.laom import LaomConfig
 from latentact.lams.lapo import LapoConfig
@@ -264,3 +268,23 @@ def test_any_size_goes_in(model: LatentActionModel) -> None:
         return  # cells have no other size
     frames = torch.randint(0, 256, (1, 3, 3, 50, 70), dtype=torch.uint8)
     assert encode(model.eval(), frames).vectors.shape[:2] == (1, 2)
+
+
+def test_one_clip_without_a_batch_axis_is_a_batch_of_one(model: LatentActionModel) -> None:
+    frames = clip(model).frames[:1]
+    whole, alone = encode(model.eval(), frames), encode(model, frames[0])
+    assert torch.equal(alone.vectors, whole.vectors)
+    assert torch.equal(alone.valid, whole.valid)
+
+
+def test_labels_of_an_episode_are_what_encode_gives_of_it(model: LatentActionModel, tmp_path) -> None:
+    if model.state_size or clip(model).frames.shape[2] != 3:  # labels are for videos
+        return
+    frames = clip(model, b=11, seed=1).frames[:, 0]
+    np.savez(tmp_path / "video.npz", obs=frames.permute(0, 2, 3, 1).numpy(), done=np.arange(11) == 10, fps=10)
+    config = DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path))
+    found = encode_dataset(model.eval(), Footage(config), 1, EncodeOptions(cache_dir=str(tmp_path)))
+    assert found is not None
+    assert found.valid.tolist() == [True] * 10 + [False]
+    wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
+    np.testing.assert_allclose(found.continuous[:-1], wanted, rtol=1e-4, atol=1e-5)

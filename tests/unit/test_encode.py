@@ -80,6 +80,47 @@ def test_windows_by_hand(gap, batch_size, numbered, tmp_path):
     assert found.spec.frame_gap_s == pytest.approx(gap / 10)
 
 
+class Stretched(Corner):
+    """Looks at four frames at once; its token tells the clip's first frame, the current and the next one."""
+
+    stretch = 3
+
+    def encode(self, frames, valid=None, last=False):
+        self.batches.append(len(frames))
+        assert frames.shape[1] == 4
+        seen = frames.float().mean((2, 3, 4))
+        tokens = torch.stack([seen[:, :1].expand(-1, 3), seen[:, :-1], seen[:, 1:]], 2)[..., None]
+        return LatentActions(
+            vectors=-tokens, continuous=tokens, codes=None, valid=valid[:, :-1] & valid[:, 1:]
+        )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("gap", [1, 2])
+def test_clips_of_several_transitions_by_hand(gap, batch_size, numbered, tmp_path):
+    options = EncodeOptions(batch_size=batch_size, cache_dir=str(tmp_path))
+    model = Stretched()
+    found = encode_dataset(model, numbered, gap, options)
+    rows, first = np.arange(17), np.repeat([0, 3, 12, 13], [3, 9, 1, 4])
+    valid = rows + gap < np.repeat([3, 12, 13, 17], [3, 9, 1, 4])
+    assert np.array_equal(found.valid, valid)
+    since = rows - first
+    clip = first + since % gap + since // gap // 3 * 3 * gap
+    wanted = np.stack([clip, rows, rows + gap], 1)
+    wanted[~valid] = 0
+    assert found.continuous[:, :, 0].tolist() == wanted.tolist()
+    assert sum(model.batches) == len({(a, b) for a, b in zip(first[valid], clip[valid], strict=True)})
+
+
+def test_settings_that_change_the_numbers_have_tokens_of_their_own(numbered, tmp_path):
+    options = EncodeOptions(cache_dir=str(tmp_path))
+    narrow, wide = Corner(), Corner()
+    wide.config = {"precision": "bf16"}
+    encode_dataset(narrow, numbered, 1, options)
+    encode_dataset(wide, numbered, 1, options)
+    assert wide.batches, "computed, not taken from the other's tokens"
+
+
 def test_frames_of_the_cache_give_the_same(numbered, tmp_path):
     one = encode_dataset(Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "one")))
     open_store(DataConfig(path=str(numbered.path), resolution=0, cache_dir=str(tmp_path / "c")))

@@ -30,6 +30,7 @@ from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
+from latentact.config import to_dict
 from latentact.data.build import Chunk
 from latentact.data.cache import cache_folder
 from latentact.data.digest import blake2b
@@ -42,7 +43,7 @@ from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _CPU_BATCH = 32  # more rows at a time are no faster there, and take more memory
 
 
@@ -163,7 +164,8 @@ def encode_dataset(
     share = options.share
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / footage.fps, fps=footage.fps)
-    key = blake2b(json.dumps([_VERSION, footage.key, spec.weights, spec.model, gap]).encode())
+    settings = to_dict(model.config)  # some, like a window or a precision, change what weights give
+    key = blake2b(json.dumps([_VERSION, footage.key, spec.weights, settings, gap]).encode())
     again = ".again" if options.overwrite else ""
     entry, parts = folder / key, folder / f"{key}.{options.batch_size}.{options.device}{again}.partial"
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,18 +256,21 @@ def _encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
 class _Unit:
     """Encodes the frames of some episodes, holding only those of which a transition is still to be encoded.
 
-    Positions count the unit's frames, also those of episodes that turn out to be damaged.
+    Positions count the unit's frames, also those of episodes that turn out to be damaged. A clip holds
+    `stretch` transitions, each one gap after the one before, and is named by the first one's position.
     """
 
     def __init__(
         self, model: LatentActionModel, gap: int, options: EncodeOptions, encoders: ThreadPoolExecutor
     ) -> None:
         self._model, self._gap, self._device, self._encoders = model, gap, options.device, encoders
-        self._batch_size = min(options.batch_size, _CPU_BATCH if options.device == "cpu" else sys.maxsize)
-        self._offsets = np.arange(-model.context, 2) * gap
+        self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
+        most = min(options.batch_size, _CPU_BATCH if options.device == "cpu" else sys.maxsize)
+        self._batch_size = max(1, most // self._stretch)
+        self._offsets = np.arange(-self._context, self._stretch + 1) * gap
         self._held: list[UInt8[np.ndarray, "m h w c"]] = []
-        self._base = self._end = 0
-        self._rows, self._starts = np.zeros((2, 0), np.int64)
+        self._base = self._end = self._next = 0
+        self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
         self._episodes: dict[int, tuple[int, list[int]]] = {}
         self._unreadable: dict[int, str] = {}
         self._encoded: list[Future[dict[str, np.ndarray]]] = []
@@ -273,56 +278,67 @@ class _Unit:
     def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
         """Take in an episode; yields what the encoders have to do."""
         start, picks = self._end, []
+        self._next = start
         try:
             for chunk in chunks:
-                begin, self._end = self._end, self._end + len(chunk.frames)
+                self._end += len(chunk.frames)
                 self._held.append(chunk.frames)
                 picks += chunk.picks
-                ready = np.arange(max(start, begin - self._gap), self._end - self._gap)
-                self._rows = np.append(self._rows, ready)
-                self._starts = np.append(self._starts, np.full_like(ready, start))
-                while len(self._rows) >= self._batch_size:
+                self._queue(start, self._stretch)
+                while len(self._clips) >= self._batch_size:
                     yield self._batch(start)
                 progress.advance(len(chunk.frames))
+            self._queue(start, 1)
             self._episodes[number] = start, picks
         except Unreadable as error:
             self._unreadable[number] = str(error)
-            keep = self._rows < start
-            self._rows, self._starts = self._rows[keep], self._starts[keep]
+            self._clips = self._clips[self._clips[:, 0] < start]
 
     def end(self, writer: ThreadPoolExecutor, path: Path) -> Iterator[Future[Any]]:
         """Encode what is left, and write the part."""
-        while len(self._rows):
+        self._next = self._end
+        while len(self._clips):
             yield self._batch(self._end)
         yield writer.submit(self._save, path)
 
+    def _queue(self, start: int, transitions: int) -> None:
+        """Queue the clips of which so many transitions can be seen."""
+        until = max(self._next, self._end - transitions * self._gap)
+        positions = np.arange(self._next, until)
+        first = positions[(positions - start) // self._gap % self._stretch == 0]
+        known = np.broadcast_to([[start, self._end]], (len(first), 2))
+        self._clips = np.concatenate([self._clips, np.column_stack([first, known])])
+        self._next = until
+
     def _batch(self, start: int) -> Future[Any]:
-        """Encode the oldest rows that are ready, and let go of frames that no later row looks at."""
-        rows, starts = self._rows[: self._batch_size], self._starts[: self._batch_size]
-        self._rows, self._starts = self._rows[self._batch_size :], self._starts[self._batch_size :]
+        """Encode the oldest clips, and let go of frames that no later clip looks at."""
+        clips, self._clips = self._clips[: self._batch_size], self._clips[self._batch_size :]
         frames = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
-        wanted = rows[:, None] + self._offsets
-        inside = np.maximum(wanted, starts[:, None])
+        wanted = clips[:, :1] + self._offsets
+        inside = np.clip(wanted, clips[:, 1:2], clips[:, 2:] - 1)
         low, high = int(inside.min()), int(inside.max()) + 1
         seen = frames[low - self._base : high - self._base]
-        future = self._encoders.submit(self._encode, rows, seen, inside - low, wanted == inside)
+        future = self._encoders.submit(self._encode, wanted, seen, inside - low, wanted == inside)
         self._encoded.append(future)
-        needed = max(start, self._end - self._gap + self._offsets[0])
-        if len(self._rows):
-            needed = min(needed, max(self._starts[0], self._rows[0] + self._offsets[0]))
+        needed = max(start, self._next + self._offsets[0])
+        if len(self._clips):
+            needed = min(needed, max(self._clips[0, 1], self._clips[0, 0] + self._offsets[0]))
         self._held = [frames[needed - self._base :]]
         self._base = needed
         return future
 
     @torch.inference_mode()
     def _encode(
-        self, rows: np.ndarray, frames: np.ndarray, places: np.ndarray, valid: np.ndarray
+        self, wanted: np.ndarray, frames: np.ndarray, places: np.ndarray, valid: np.ndarray
     ) -> dict[str, np.ndarray]:
         seen = torch.from_numpy(frames).to(self._device)
         clips = seen[torch.from_numpy(places).to(seen.device)].permute(0, 1, 4, 2, 3)
-        latent = self._model.encode(clips, torch.from_numpy(valid).to(seen.device), last=True)
+        known = torch.from_numpy(valid).to(seen.device)
+        latent = self._model.encode(clips, known, last=self._stretch == 1)
+        real = valid[:, 1 + self._context :]
         found = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
-        return {"rows": rows, **{k: v[:, -1].numpy(force=True) for k, v in found.items() if v is not None}}
+        numbers = {k: v.numpy(force=True)[real] for k, v in found.items() if v is not None}
+        return {"rows": wanted[:, self._context : -1][real], **numbers}
 
     def _save(self, path: Path) -> None:
         kept = [np.arange(start, start + len(picks)) for start, picks in self._episodes.values()]

@@ -164,7 +164,10 @@ class Laq(LatentActionModel):
         )
 
     def encode(
-        self, frames: UInt8[Tensor, "b t c h w"], valid: Bool[Tensor, "b t"] | None = None, last: bool = False
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
     ) -> LatentActions:
         """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
         windows, real = pairs(frames, valid, 0, last)

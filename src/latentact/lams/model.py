@@ -54,6 +54,8 @@ class LatentActionModel(nn.Module, ABC):
     Attributes:
         spec: what its latent actions mean.
         context: frames before the transition that it looks at.
+        stretch: transitions that `encode` gives of a clip of `stretch + 1` frames for about the price of one;
+            long videos are then cut into such clips, which overlap by a frame and get no context.
         horizon: frames after the current one that `loss` wants; the current one is at index `context`.
         state_size: numbers of the robot state that `encode` wants of every frame as `state`; 0: it looks at
             frames alone.
@@ -63,6 +65,7 @@ class LatentActionModel(nn.Module, ABC):
 
     spec: LatentActionSpec
     context: int = 0
+    stretch: int = 1
     horizon: int = 1
     state_size: int = 0
     generative: bool = True

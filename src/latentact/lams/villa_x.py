@@ -182,6 +182,7 @@ class VillaX(LatentActionModel):
         super().__init__(config)
         self.config: VillaXConfig = config
         self.context = config.d_t - 2
+        self.stretch = config.d_t - 1 if config.window == "chunked" else 1
         self.generative = config.decoder
         self.actions = actions if config.action_weight else None
         latent_dim = config.num_learned_tokens * config.action_latent_dim
