@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -119,6 +120,51 @@ def test_settings_that_change_the_numbers_have_tokens_of_their_own(numbered, tmp
     encode_dataset(narrow, numbered, 1, options)
     encode_dataset(wide, numbered, 1, options)
     assert wide.batches, "computed, not taken from the other's tokens"
+
+
+class Coarse(Corner):
+    """Says other codes in bf16 than in fp32 for a share of the transitions."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.every, self.narrow = every, 0
+        self.spec = replace(Corner.spec, codebook_size=2)
+
+    def encode(self, frames, valid=None, last=False):
+        narrow = torch.is_autocast_enabled("cpu")
+        self.narrow += narrow
+        codes = torch.zeros(1, frames.shape[-4] - 1, 3, dtype=torch.long)
+        if last:
+            codes = codes.expand(len(frames), -1, -1)[:, -1:]
+        elif narrow:
+            codes[0, self.every :: self.every, 0] = 1
+        tokens = codes[..., None].float()
+        return LatentActions(vectors=tokens, continuous=tokens, codes=codes, valid=codes[..., 0] >= 0)
+
+
+@pytest.mark.parametrize(
+    ("every", "native", "bf16"), [(100, True, True), (2, True, False), (100, False, False)]
+)
+def test_auto_takes_bf16_where_it_is_native_and_keeps_the_codes(
+    every, native, bf16, tmp_path, monkeypatch, caplog
+):
+    np.savez(tmp_path / "video.npz", obs=np.zeros((40, 2, 2, 3), np.uint8), done=np.arange(40) == 39, fps=10)
+    monkeypatch.setattr(encode, "multiplies_bf16", lambda device: native)
+    data = Footage(DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path / "c")))
+    model = Coarse(every)
+    with caplog.at_level(logging.INFO):
+        encode_dataset(model, data, 1, EncodeOptions(cache_dir=str(tmp_path), precision="auto"))
+    assert model.narrow == native + 2 * bf16, "tried once, then used for both batches or for none"
+    assert ("bf16 keeps 100.0 % of the codes" in caplog.text) == bf16
+
+
+def test_precision_is_part_of_what_was_computed(numbered, tmp_path):
+    narrow, wide = Corner(), Corner()
+    encode_dataset(wide, numbered, 1, EncodeOptions(cache_dir=str(tmp_path)))
+    encode_dataset(narrow, numbered, 1, EncodeOptions(cache_dir=str(tmp_path), precision="bf16"))
+    assert narrow.batches
+    with pytest.raises(UserError, match="--precision is 'bf1'; did you mean 'bf16'"):
+        EncodeOptions(precision="bf1")
 
 
 def test_frames_of_the_cache_give_the_same(numbered, tmp_path):

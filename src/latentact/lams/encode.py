@@ -9,42 +9,41 @@ the weights and the gap.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from filelock import FileLock
-from jaxtyping import Bool, Float32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
+from latentact.checkpoint import multiplies_bf16, read_json, whole_file, whole_folder, write_json
 from latentact.config import to_dict
-from latentact.data.build import Chunk
 from latentact.data.cache import cache_folder
 from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
 from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
-from latentact.errors import UserError
+from latentact.errors import UserError, did_you_mean
+from latentact.lams.encode_unit import Unit, encode_clip, encoders
 from latentact.lams.model import LatentActionModel
 from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
-_CPU_BATCH = 32  # more rows at a time are no faster there, and take more memory
+PRECISIONS = ("fp32", "bf16", "auto")
+_TRIED, _KEPT = 32, 0.99  # transitions on which bf16 is tried, and what share of them it has to keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +94,19 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How a dataset is encoded; decides speed, not results (but for rounding)."""
+    """How a dataset is encoded; decides speed, not results (but for rounding).
+
+    Raises:
+        UserError: a value is unknown or too small.
+    """
 
     batch_size: int = 256
     """Transitions encoded together."""
     device: str = "cpu"
     """cpu, cuda or mps."""
+    precision: str = "fp32"
+    """fp32; bf16, faster and with other last digits; or auto: bf16 where the hardware multiplies it natively
+    and it keeps 99 % of this data's codes, else fp32."""
     workers: int = 0
     """Decoding threads; 0: one per core."""
     cache_dir: str = ""
@@ -116,6 +122,8 @@ class EncodeOptions:
             raise UserError(f"--batch-size is {self.batch_size}; wanted at least 1.")
         if self.workers < 0:
             raise UserError(f"--num-workers is {self.workers}; wanted at least 0.")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision is {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}")
 
 
 def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float, remedy: str) -> int:
@@ -161,11 +169,14 @@ def encode_dataset(
             f"the longest of {len(footage.lengths)} episodes of {footage.path} has {max(footage.lengths)} "
             f"frames, and a window needs {gap + 1} (frame gap {gap}); use a smaller gap or longer videos."
         )
+    if options.precision == "auto":
+        options = replace(options, precision=_chosen_precision(model, footage, gap, options))
     share = options.share
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / footage.fps, fps=footage.fps)
-    settings = to_dict(model.config)  # some, like a window or a precision, change what weights give
-    key = blake2b(json.dumps([_VERSION, footage.key, spec.weights, settings, gap]).encode())
+    settings = to_dict(model.config)  # some, like a window, change what weights give
+    identity = [_VERSION, footage.key, spec.weights, settings, gap, options.precision]
+    key = blake2b(json.dumps(identity).encode())
     again = ".again" if options.overwrite else ""
     entry, parts = folder / key, folder / f"{key}.{options.batch_size}.{options.device}{again}.partial"
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +193,36 @@ def encode_dataset(
         else:
             log.info("the latent actions of %s are in the cache", footage.path)
         return _load(entry, footage, spec) if share.rank == 0 else None
+
+
+def _chosen_precision(model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions) -> str:
+    """Return bf16 where it pays and says the same of the data's first transitions; else fp32."""
+    if not multiplies_bf16(options.device):
+        return "fp32"
+    number = next(i for i, length in enumerate(footage.lengths) if length > gap)
+    frames = []
+    with closing(footage.episodes([number], options.workers)) as episodes:
+        _, chunks = next(episodes)
+        try:
+            for chunk in chunks:
+                frames.append(chunk.frames)
+                if sum(map(len, frames)) > _TRIED * gap:
+                    break
+        except Unreadable:
+            return "fp32"  # what cannot be tried is not risked
+    clip = torch.from_numpy(np.concatenate(frames)[::gap][: _TRIED + 1]).permute(0, 3, 1, 2)
+    exact, quick = (encode_clip(model, clip.to(options.device), wide) for wide in ("fp32", "bf16"))
+    if exact.codes is not None and quick.codes is not None:
+        share = (exact.codes == quick.codes).float().mean().item()
+    else:
+        x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)
+        share = 1 - ((x - y).square().mean() / (x - x.mean(0)).square().mean().clamp(min=1e-12)).item()
+    chosen = "bf16" if share >= _KEPT else "fp32"
+    what = "codes" if exact.codes is not None else "variance of the latent actions"
+    log.info(
+        "bf16 keeps %.1f %% of the %s of %d transitions: using %s", 100 * share, what, len(clip) - 1, chosen
+    )
+    return chosen
 
 
 def _units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -220,11 +261,18 @@ def _encode(
         Progress("encoding", total, "frames", done=done) as progress,
         closing(footage.episodes(numbers, options.workers)) as episodes,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        _encoders(options.device) as (encoders, most),
+        encoders(options.device) as (pool, most),
     ):
         waiting: deque[Future[None]] = deque()
         for unit in missing:
-            run = _Unit(model, gap, options, encoders)
+            run = Unit(
+                model,
+                gap,
+                pool,
+                batch_size=options.batch_size,
+                device=options.device,
+                precision=options.precision,
+            )
             for _ in units[unit]:
                 number, chunks = next(episodes)
                 for future in run.episode(number, chunks, progress):
@@ -234,135 +282,6 @@ def _encode(
             waiting += run.end(writer, _part(parts, unit))
         for future in waiting:
             future.result()
-
-
-@contextmanager
-def _encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield threads that encode, and how many batches may wait.
-
-    On a CPU each core takes a batch of its own. Cores that share a batch would make the last bits of the
-    numbers depend on how many cores there are.
-    """
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads if device == "cpu" else 1, thread_name_prefix="encode")
-    torch.set_num_threads(1)
-    try:
-        with pool:
-            yield pool, 2 + (threads if device == "cpu" else 1)
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Unit:
-    """Encodes the frames of some episodes, holding only those of which a transition is still to be encoded.
-
-    Positions count the unit's frames, also those of episodes that turn out to be damaged. A clip holds
-    `stretch` transitions, each one gap after the one before, and is named by the first one's position.
-    """
-
-    def __init__(
-        self, model: LatentActionModel, gap: int, options: EncodeOptions, encoders: ThreadPoolExecutor
-    ) -> None:
-        self._model, self._gap, self._device, self._encoders = model, gap, options.device, encoders
-        self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
-        most = min(options.batch_size, _CPU_BATCH if options.device == "cpu" else sys.maxsize)
-        self._batch_size = max(1, most // self._stretch)
-        self._offsets = np.arange(-self._context, self._stretch + 1) * gap
-        self._held: list[UInt8[np.ndarray, "m h w c"]] = []
-        self._base = self._end = self._next = 0
-        self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
-        self._episodes: dict[int, tuple[int, list[int]]] = {}
-        self._unreadable: dict[int, str] = {}
-        self._encoded: list[Future[dict[str, np.ndarray]]] = []
-
-    def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
-        """Take in an episode; yields what the encoders have to do."""
-        start, picks = self._end, []
-        self._next = start
-        try:
-            for chunk in chunks:
-                self._end += len(chunk.frames)
-                self._held.append(chunk.frames)
-                picks += chunk.picks
-                self._queue(start, self._stretch)
-                while len(self._clips) >= self._batch_size:
-                    yield self._batch(start)
-                progress.advance(len(chunk.frames))
-            self._queue(start, 1)
-            self._episodes[number] = start, picks
-        except Unreadable as error:
-            self._unreadable[number] = str(error)
-            self._clips = self._clips[self._clips[:, 0] < start]
-
-    def end(self, writer: ThreadPoolExecutor, path: Path) -> Iterator[Future[Any]]:
-        """Encode what is left, and write the part."""
-        self._next = self._end
-        while len(self._clips):
-            yield self._batch(self._end)
-        yield writer.submit(self._save, path)
-
-    def _queue(self, start: int, transitions: int) -> None:
-        """Queue the clips of which so many transitions can be seen."""
-        until = max(self._next, self._end - transitions * self._gap)
-        positions = np.arange(self._next, until)
-        first = positions[(positions - start) // self._gap % self._stretch == 0]
-        known = np.broadcast_to([[start, self._end]], (len(first), 2))
-        self._clips = np.concatenate([self._clips, np.column_stack([first, known])])
-        self._next = until
-
-    def _batch(self, start: int) -> Future[Any]:
-        """Encode the oldest clips, and let go of frames that no later clip looks at."""
-        clips, self._clips = self._clips[: self._batch_size], self._clips[self._batch_size :]
-        frames = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
-        wanted = clips[:, :1] + self._offsets
-        inside = np.clip(wanted, clips[:, 1:2], clips[:, 2:] - 1)
-        low, high = int(inside.min()), int(inside.max()) + 1
-        seen = frames[low - self._base : high - self._base]
-        future = self._encoders.submit(self._encode, wanted, seen, inside - low, wanted == inside)
-        self._encoded.append(future)
-        needed = max(start, self._next + self._offsets[0])
-        if len(self._clips):
-            needed = min(needed, max(self._clips[0, 1], self._clips[0, 0] + self._offsets[0]))
-        self._held = [frames[needed - self._base :]]
-        self._base = needed
-        return future
-
-    @torch.inference_mode()
-    def _encode(
-        self, wanted: np.ndarray, frames: np.ndarray, places: np.ndarray, valid: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        seen = torch.from_numpy(frames).to(self._device)
-        clips = seen[torch.from_numpy(places).to(seen.device)].permute(0, 1, 4, 2, 3)
-        known = torch.from_numpy(valid).to(seen.device)
-        latent = self._model.encode(clips, known, last=self._stretch == 1)
-        real = valid[:, 1 + self._context :]
-        found = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
-        numbers = {k: v.numpy(force=True)[real] for k, v in found.items() if v is not None}
-        return {"rows": wanted[:, self._context : -1][real], **numbers}
-
-    def _save(self, path: Path) -> None:
-        kept = [np.arange(start, start + len(picks)) for start, picks in self._episodes.values()]
-        positions = np.concatenate([np.zeros(0, np.int64), *kept])
-        arrays: dict[str, Any] = {
-            "episodes": np.array([*self._episodes], np.int64),
-            "lengths": np.array([len(each) for each in kept], np.int64),
-            "picks": np.array([p for _, picks in self._episodes.values() for p in picks], np.int64),
-            "valid": np.zeros(len(positions), bool),
-            "unreadable": np.array(json.dumps(self._unreadable)),
-        }
-        for future in self._encoded:
-            batch = future.result()
-            inside = np.isin(batch["rows"], positions)
-            at = np.searchsorted(positions, batch.pop("rows")[inside])
-            arrays["valid"][at] = True
-            for name, values in batch.items():
-                if name not in arrays:
-                    arrays[name] = np.zeros((len(positions), *values.shape[1:]), values.dtype)
-                arrays[name][at] = values[inside]
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        with whole_file(path) as partial:
-            partial.write_bytes(buffer.getvalue())
 
 
 def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage: Footage) -> None:

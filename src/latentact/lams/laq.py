@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,15 +60,11 @@ class LaqConfig:
     a small CNN reduces a frame."""
     compat: bool = False
     """Whether to compute exactly what LAPA's code does, slips included."""
-    precision: str = "fp32"
-    """What frames are encoded and predicted in: fp32, or bf16, which is faster and may change a few codes."""
 
     def __post_init__(self) -> None:
         """Refuse values that no model can be built from."""
         if min(self.patch, self.dim, self.heads, self.head_dim, self.spatial_depth, self.temporal_depth) < 1:
             raise UserError("a size of lam=laq is 0 or less; wanted at least 1.")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"lam.precision is {self.precision!r}; wanted fp32 or bf16.")
         if self.size % self.patch:
             raise UserError(f"lam.size is {self.size}; wanted a multiple of lam.patch, {self.patch}.")
         wanted, grid = self.bottleneck.positions, self.size // self.patch
@@ -89,16 +84,13 @@ class LaqConfig:
         return Laq(self)
 
     @classmethod
-    def read_published(
-        cls, path: Path, image_size: int = 256, code_seq_len: int = 4, precision: str = "fp32"
-    ) -> Laq | None:
+    def read_published(cls, path: Path, image_size: int = 256, code_seq_len: int = 4) -> Laq | None:
         """Load LAPA's `laq_openx.pt`, or a `vae.STEP.pt` or `vae.STEP.ema.pt` of its training.
 
         Args:
             path: the file, or a folder that holds one `.pt` file.
             image_size: height and width that it was trained at.
             code_seq_len: codes per transition.
-            precision: as in the config.
 
         Returns:
             The model, or None where the file is something else.
@@ -110,7 +102,7 @@ class LaqConfig:
         weights = _weights(found) if found else None
         if found is None or weights is None:
             return None
-        config = _sizes(weights, found, image_size, code_seq_len, precision)
+        config = _sizes(weights, found, image_size, code_seq_len)
         with torch.device("meta"):
             model = Laq(config)
         own = model.state_dict()
@@ -171,9 +163,7 @@ class Laq(LatentActionModel):
     ) -> LatentActions:
         """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
         windows, real = pairs(frames, valid, 0, last)
-        with self._cast(windows):
-            deltas = torch.cat([*self._deltas(windows)])
-            latent = self.bottleneck(deltas)
+        latent = self.bottleneck(torch.cat([*self._deltas(windows)]))
         shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
         return LatentActions(
             vectors=latent.vectors.reshape(shape),
@@ -186,8 +176,7 @@ class Laq(LatentActionModel):
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
         """Return the next frame at the model's size, uint8."""
-        with self._cast(frames):
-            pixels = self.reconstruct(self._pixels(frames[:, -1:]), vectors.flatten(1))
+        pixels = self.reconstruct(self._pixels(frames[:, -1:]), vectors.flatten(1))
         return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
     def reconstruct(
@@ -222,12 +211,6 @@ class Laq(LatentActionModel):
         looked = torch.cat(tokens)
         for pair in place.view(-1, 2).split(_CHUNK // 2):
             yield self.net.delta(looked[pair])
-
-    def _cast(self, x: Tensor) -> AbstractContextManager:
-        """Return the context in which to run: bf16 where the config says so, else whatever is around."""
-        if self.config.precision == "fp32":
-            return torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type))
-        return torch.autocast(x.device.type, torch.bfloat16)
 
     def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
         """Frames of any size to 0..1 at the model's size, squashed as LAPA's preparation does."""
@@ -271,9 +254,7 @@ def _weights(path: Path) -> dict[str, Any] | None:
     return values if any(name.startswith("enc_spatial_transformer.") for name in values) else None
 
 
-def _sizes(
-    weights: dict[str, Any], path: Path, image_size: int, code_seq_len: int, precision: str
-) -> LaqConfig:
+def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: int) -> LaqConfig:
     """Return the config that the shapes of the weights tell, and `image_size` and `code_seq_len` complete."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
@@ -308,7 +289,6 @@ def _sizes(
             codebook_size=codes,
         ),
         compat=True,
-        precision=precision,
     )
 
 

@@ -9,7 +9,6 @@ robot state and a learned embodiment token to the next state and the action.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -35,7 +34,6 @@ OURS = (
     "kind",
     "decoder",
     "window",
-    "precision",
     "guard",
     "augment",
     "action_weight",
@@ -93,8 +91,6 @@ class VillaXConfig:
     window: str = "sliding"
     """sliding: each transition from its own last d_t frames, as published; chunked: windows overlap by one
     frame, many times faster on long clips."""
-    precision: str = "fp32"
-    """What latent actions are computed in: fp32, or bf16, which is faster and changes some codes."""
     guard: bool = True
     """Whether codes that are not used restart from current features, in training."""
     augment: bool = True
@@ -117,8 +113,6 @@ class VillaXConfig:
             raise UserError(f"lam.mlp_ratio is {self.mlp_ratio}; wanted 0.1..64.")
         if self.window not in ("sliding", "chunked"):
             raise UserError(f"lam.window is {self.window!r}; wanted sliding or chunked.")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"lam.precision is {self.precision!r}; wanted fp32 or bf16.")
         if self.d_t < 2:
             raise UserError(f"lam.d_t is {self.d_t}; a transition needs at least 2 frames.")
         if self.state_weight and not self.state_size:
@@ -145,7 +139,7 @@ class VillaXConfig:
         return VillaX(self, actions)
 
     @classmethod
-    def read_published(cls, path: Path, *, window: str = "sliding", precision: str = "fp32") -> VillaX | None:
+    def read_published(cls, path: Path, *, window: str = "sliding") -> VillaX | None:
         """Return the model of `model.safetensors` and `model_config.json` in a folder or in its `lam/`.
 
         Raises:
@@ -164,7 +158,6 @@ class VillaXConfig:
         known = {field.name for field in fields(cls)} - {*OURS}
         ours = {
             "window": window,
-            "precision": precision,
             "guard": False,
             "decoder": any(name.startswith("decoder.") for name in tensors),
         }
@@ -255,10 +248,7 @@ class VillaX(LatentActionModel):
         continuous = frames.new_zeros((b, t, k, d), dtype=torch.float32)
         vectors, codes = continuous.clone(), frames.new_zeros((b, t, k), dtype=torch.int64)
         if len(clip):
-            narrow = self.config.precision == "bf16"
-            with torch.autocast(frames.device.type, torch.bfloat16) if narrow else nullcontext():
-                z = self._latents(frames, valid, clip, now)
-            latent = self.vq(z.flatten(1))
+            latent = self.vq(self._latents(frames, valid, clip, now).flatten(1))
             vectors[clip, now] = latent.vectors.unflatten(1, (k, d))
             continuous[clip, now] = latent.continuous.unflatten(1, (k, d))
             codes[clip, now] = cast(Tensor, latent.codes)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from latentact.checkpoint import require_device
+from latentact.checkpoint import multiplies_bf16, require_device
 from latentact.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -108,10 +107,7 @@ def precision(config: TrainingConfig) -> str:
     """Return Lightning's name of the precision to train in."""
     if config.precision != "auto":
         return config.precision
-    if config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
+    return "bf16-mixed" if multiplies_bf16(config.device) else "32-true"
 
 
 def keep_freed_memory() -> None:
