@@ -110,7 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--k", type=int, default=8, help="labelled episodes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="training steps of every model")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of every model")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels inside a model")
     parser.add_argument("--held-out", type=float, default=0.2, help="share of the episodes that are scored")

@@ -24,6 +24,9 @@ HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_
 
 Resolution = Annotated[int, typer.Option(help="Height and width of frames in pixels; 0: as they are.")]
 View = Annotated[str, typer.Option(help="agent: what the agent sees; full: the whole world.")]
+Distract = Annotated[
+    str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
+]
 Camera = Annotated[str, typer.Option(help="Camera key; empty: the only one there is.")]
 TargetFps = Annotated[float, typer.Option(help="Frames per second to resample to; 0: the data's own.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable file is an error instead of skipped.")]
@@ -46,9 +49,7 @@ def collect(
     ] = 0,
     explore: Annotated[float, typer.Option(help="Share of steps with an exploring action.")] = 0.0,
     max_steps: Annotated[int, typer.Option(help="Steps after which an attempt failed; 0: the limit.")] = 0,
-    distract: Annotated[
-        str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
-    ] = "",
+    distract: Distract = "",
 ) -> None:
     """Play a scripted expert and keep its successful episodes.
 
@@ -291,6 +292,7 @@ def rollout(
     episodes: Annotated[int, typer.Option(help="Episodes; episode i starts from seed + i.")] = 100,
     seed: Annotated[int, typer.Option(help="Reset seed of the first episode.")] = 100_000,
     view: View = "agent",
+    distract: Distract = "",
     max_steps: Annotated[
         int, typer.Option(help="Steps that end an episode; 0: the environment's limit.")
     ] = 0,
@@ -311,6 +313,7 @@ def rollout(
             episodes=episodes,
             seed=seed,
             view=view,
+            distract=distract,
             max_steps=max_steps,
             record=record,
             device=device,

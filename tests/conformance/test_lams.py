@@ -22,6 +22,9 @@ from latentact.lams.model import LAMS, LatentActionModel, load_lam
 from latentact.lams.targets import TargetConfig
 from latentact.lams.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.stages import train_lam
+from latentact.stages.train_lam import TrainLamConfig
+from latentact.training.fit import TrainingConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 SPACE = ActionSpace(kind="discrete", size=4)
@@ -288,3 +291,36 @@ def test_labels_of_an_episode_are_what_encode_gives_of_it(model: LatentActionMod
     assert found.valid.tolist() == [True] * 10 + [False]
     wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
     np.testing.assert_allclose(found.continuous[:-1], wanted, rtol=1e-4, atol=1e-5)
+
+
+TRAINED = ("lapo joint", "villa_x", "laq", "laom", "clam labels", "lapo ema_features")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_that_was_cut_short_ends_as_if_it_had_not(name: str, blocks, tmp_path, monkeypatch) -> None:
+    training = TrainingConfig(steps=8, batch_size=8, checkpoint_every=3, eval_every=0, log_every=1)
+    config = TrainLamConfig(
+        data=DataConfig(path=str(blocks), resolution=32, cache_dir=str(tmp_path)),
+        lam=CONFIGS[name],
+        training=training,
+        labelled_episodes=3,
+        probe_transitions=32,
+    )
+    whole = train_lam.run(config, tmp_path / "whole")
+    kind, steps = type(load_lam(whole)), 0
+
+    def until_the_fifth(model, clip, loss=kind.loss):
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise RuntimeError("power cut")
+        return loss(model, clip)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "loss", until_the_fifth)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_lam.run(config, tmp_path / "cut")
+    cut = train_lam.run(config, tmp_path / "cut")
+    for file in ("model.safetensors", "lam.json", "metrics.csv"):
+        assert (cut / file).read_bytes() == (whole / file).read_bytes(), file

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 
+from latentact.envs.distract import Distraction
 from latentact.errors import UserError
 from latentact.evaluation.rollout import (
     Rollout,
@@ -165,3 +166,12 @@ def test_saved_rollout_replaces_an_older_one(tmp_path):
     assert saved["returns"] == [0.5, 0.0]
     assert (saved["success"], saved["return"], saved["episodes"], saved["policy"]) == (0.5, 0.25, 2, "bc")
     assert saved["ci95"] == pytest.approx(success_interval([True, False]))
+
+
+def test_a_policy_can_be_judged_among_distractors():
+    plain, distracted = (
+        rollout(Wanderer(), ENV, episodes=1, seed=3, max_steps=2, record=1, distract=distract).videos[0]
+        for distract in (None, Distraction(background=1.0))
+    )
+    assert plain.shape == distracted.shape
+    assert not np.array_equal(plain[0], distracted[0])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
+from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec, make_env
 from latentact.errors import UserError
 
@@ -83,6 +84,7 @@ def rollout(
     seed: int,
     resolution: int = 0,
     view: str = "agent",
+    distract: Distraction | None = None,
     max_steps: int = 0,
     record: int = 0,
     num_envs: int = 64,
@@ -96,6 +98,7 @@ def rollout(
         seed: episode i uses reset seed `seed + i`.
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: as for `make_env`.
+        distract: as for `make_env`.
         max_steps: steps after which an episode ends; 0: the environment's own limit.
         record: number of episodes, from the first, whose frames are kept.
         num_envs: episodes played side by side; changes the speed only.
@@ -107,7 +110,7 @@ def rollout(
         raise UserError(f"episodes is {episodes} and num_envs {num_envs}; wanted at least 1 of each.")
     spec = env_spec(env_name, view=view)
     groups = np.array_split(np.arange(episodes), -(-episodes // num_envs))
-    envs = [make_env(env_name, resolution=resolution, view=view) for _ in groups[0]]
+    envs = [make_env(env_name, resolution=resolution, view=view, distract=distract) for _ in groups[0]]
     played: list[_Episode] = []
     for group in groups:
         played += _play(actor, envs[: len(group)], seed + group, max_steps, record - len(played))

@@ -17,6 +17,7 @@ from typing import Any
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.clips import choose_labelled, split_episodes
+from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.evaluation.comparison import Row, write_comparison
@@ -46,6 +47,8 @@ class CompareConfig:
     """Environment in which success is measured."""
     view: str = "agent"
     """View of the environment, as the data was collected: agent or full."""
+    distract: str = ""
+    """Distractors in the environment, as for `collect`."""
     methods: tuple[str, ...] = METHODS
     """Rows to make."""
     ks: tuple[int, ...] = (5,)
@@ -90,7 +93,8 @@ class CompareConfig:
     """Whether those steps learn from all training episodes, as in ground."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown rows, and rows without labels."""
+        """Refuse unknown rows and distractors, and rows without labels."""
+        Distraction.parse(self.distract)
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"methods has {method!r}; wanted some of {', '.join(METHODS)}.")
@@ -236,6 +240,7 @@ class _Row:
             episodes=c.episodes,
             seed=c.eval_seed,
             view=c.view,
+            distract=c.distract,
             record=c.record,
         )
         return rollout.run(settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentact.checkpoint import read_json, require_device
+from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.evaluation.rollout import rollout, save_rollout
@@ -32,6 +33,8 @@ class RolloutConfig:
     """Reset seed of the first episode."""
     view: str = "agent"
     """"agent" or "full", as the policy's data was collected."""
+    distract: str = ""
+    """Distractors in the frames, as for `collect`."""
     max_steps: int = 0
     """Steps after which an episode ends; 0: the environment's own limit."""
     record: int = 3
@@ -42,7 +45,7 @@ class RolloutConfig:
 
 def run(config: RolloutConfig) -> dict[str, Any]:
     """Roll a policy out and return what `rollout.json` holds; a finished rollout is returned as it is."""
-    out = Path(config.out)
+    out, distraction = Path(config.out), Distraction.parse(config.distract)
     asked = asdict(config)
     if (out / "rollout.json").exists():
         found = read_json(out / "rollout.json")
@@ -71,6 +74,7 @@ def run(config: RolloutConfig) -> dict[str, Any]:
         episodes=config.episodes,
         seed=config.seed,
         view=config.view,
+        distract=distraction,
         max_steps=config.max_steps,
         record=config.record,
     )
