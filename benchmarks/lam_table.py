@@ -83,7 +83,7 @@ def main() -> None:
         Cell(kind, model, k, seed)
         for seed in range(options.seeds)
         for kind in kinds
-        for model in [*options.models, "bc"]
+        for model in options.models
         for k in (0, options.k)
         if _exists(model, k)
     ]
@@ -107,7 +107,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--explore", type=float, default=0.2)
     parser.add_argument("--distract", default="background=0.5,shake=0.3,correlation=0.8")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=[*MODELS, "bc"], choices=[*MODELS, "bc"])
     parser.add_argument("--k", type=int, default=8, help="labelled episodes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="training steps of every model")
@@ -252,13 +252,12 @@ def _scores(
 
 def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Return the table and who wins as Markdown."""
-    seeds = sorted({row["seed"] for row in rows})
     command = "python benchmarks/lam_table.py"
     lines = [
         "# Latent action models with and without distractors",
         "",
         f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
-        f"of {options.batch_size} per model, k = {options.k} labelled episodes, {len(seeds)} seeds; distractors"
+        f"of {options.batch_size} per model, k = {options.k} labelled episodes; distractors"
         f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest.",
         "",
         "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
@@ -267,15 +266,15 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
         "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
         "",
-        "| data | model | labels | probe | motion | k labels | nuisance |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| data | model | labels | seeds | probe | motion | k labels | nuisance |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["model"], row["k"]), []).append(row)
     for (data, model, k), found in sorted(groups.items()):
         cells = " | ".join(_cell([row[column] for row in found]) for column in COLUMNS)
-        lines.append(f"| {data} | {NAMES.get(model, model)} | {k} | {cells} |")
+        lines.append(f"| {data} | {NAMES.get(model, model)} | {k} | {len(found)} | {cells} |")
     return "\n".join([*lines, "", *_winners(groups), ""])
 
 

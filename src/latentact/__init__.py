@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from latentact.guidance import LatentActionExtractor, LatentGuidedInference
     from latentact.guide import Guide
     from latentact.lams.model import LatentActionModel, load_lam
-    from latentact.policies.policy import Policy, PolicyActor
+    from latentact.lams.token_stream import TokenStream, camera_deltas
+    from latentact.policies.actor import PolicyActor
+    from latentact.policies.policy import Policy
     from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
 _WHERE = {
@@ -29,8 +31,10 @@ _WHERE = {
     "LatentActions": "types",
     "LatentGuidedInference": "guidance",
     "Policy": "policies.policy",
-    "PolicyActor": "policies.policy",
+    "PolicyActor": "policies.actor",
+    "TokenStream": "lams.token_stream",
     "UserError": "errors",
+    "camera_deltas": "lams.token_stream",
     "load_lam": "lams.model",
     "open_store": "data.cache",
 }
@@ -47,7 +51,9 @@ __all__ = [
     "LatentGuidedInference",
     "Policy",
     "PolicyActor",
+    "TokenStream",
     "UserError",
+    "camera_deltas",
     "load_lam",
     "open_store",
 ]

@@ -19,7 +19,8 @@ from torch import Tensor
 from latentact.checkpoint import read_json, resolve_folder
 from latentact.data.resize import resize
 from latentact.errors import UserError, missing_extra
-from latentact.policies.policy import GuideSpec, Policy, PolicyActor
+from latentact.policies.actor import PolicyActor
+from latentact.policies.policy import GuideSpec, Policy
 from latentact.types import ActionSpace, LatentActionSpec
 
 IMAGES = "observation.image"

@@ -14,7 +14,8 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.clips import choose_labelled, split_episodes
 from latentact.data.tokens import read_labels
 from latentact.lams.model import load_lam
-from latentact.policies.policy import Policy, PolicyActor
+from latentact.policies.actor import PolicyActor
+from latentact.policies.policy import Policy
 
 EPISODES, STEPS = 8, 12
 BOTTLENECKS = {

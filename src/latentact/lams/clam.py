@@ -21,7 +21,7 @@ from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixe
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 
 @LAMS.register("clam")
@@ -152,16 +152,11 @@ class Clam(LatentActionModel):
         numbers = self.actions.size if self.actions and not self.actions.discrete else 0
         self.register_buffer("action_mean", torch.zeros(numbers))
         self.register_buffer("action_std", torch.ones(numbers))
-        self.spec = LatentActionSpec(
-            model=c.kind,
+        self.spec = self._new_spec(
+            c.size,
             tokens=self.bottleneck.tokens,
             token_dim=self.bottleneck.token_dim,
             codebook_size=self.bottleneck.codebook_size,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=c.size,
-            camera="",
         )
 
     def _frame_encoder(self, channels: int, features: int = 256, precise: bool = False) -> nn.Module:
@@ -204,13 +199,7 @@ class Clam(LatentActionModel):
             None if s is None else s[:, steps].flatten(0, 1),
         )
         latent, real = self._infer(seen), (valid[:, :-1] & valid[:, 1:])[:, first:]
-        shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
-        return LatentActions(
-            vectors=latent.vectors.reshape(shape),
-            continuous=latent.continuous.reshape(shape),
-            codes=None if latent.codes is None else latent.codes.reshape(shape[:3]),
-            valid=real,
-        )
+        return self._told(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

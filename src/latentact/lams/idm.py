@@ -17,7 +17,7 @@ from latentact.errors import UserError
 from latentact.lams.model import LAMS, LatentActionModel, action_loss, floats, pairs
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 
 @LAMS.register("idm")
@@ -67,16 +67,11 @@ class Idm(LatentActionModel):
         numbers = 0 if actions.discrete else actions.size
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
-        self.spec = LatentActionSpec(
-            model=config.kind,
+        self.spec = self._new_spec(
+            config.size,
             tokens=1,
             token_dim=actions.size,
             codebook_size=actions.size if actions.discrete else None,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=config.size,
-            camera="",
             robot_actions=True,
         )
 

@@ -23,7 +23,7 @@ from latentact.nn.augment import augment
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.patch import PatchUNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 
 @LAMS.register("laom")
@@ -122,16 +122,11 @@ class Laom(LatentActionModel):
             if config.picture_channels
             else None
         )
-        self.spec = LatentActionSpec(
-            model=config.kind,
+        self.spec = self._new_spec(
+            config.size,
             tokens=1,
             token_dim=latent_dim,
             codebook_size=None,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=config.size,
-            camera="",
         )
 
     def encode(
@@ -144,13 +139,7 @@ class Laom(LatentActionModel):
         windows, real = pairs(frames, valid, self.context, last)
         x = floats(windows, self.config.size)
         latent, _ = self._infer(x[:, :-1], x[:, 1:])
-        shape = (*real.shape, 1, self.spec.token_dim)
-        return LatentActions(
-            vectors=latent.vectors.reshape(shape),
-            continuous=latent.continuous.reshape(shape),
-            codes=None,
-            valid=real,
-        )
+        return self._told(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

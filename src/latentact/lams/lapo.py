@@ -25,7 +25,7 @@ from latentact.nn.grid import GridDecoder, GridEncoder
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 
 @LAMS.register("lapo")
@@ -170,16 +170,11 @@ class Lapo(LatentActionModel):
         self.register_buffer("action_std", torch.ones(numbers))
         self.fdm = self._fdm()
         self.generative = config.target.kind == "pixels"
-        self.spec = LatentActionSpec(
-            model=config.kind,
+        self.spec = self._new_spec(
+            config.size,
             tokens=self.bottleneck.tokens,
             token_dim=self._latent_dim // self.bottleneck.tokens,
             codebook_size=self.bottleneck.codebook_size,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=config.size,
-            camera="",
         )
 
     @property
@@ -223,13 +218,7 @@ class Lapo(LatentActionModel):
         """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
         windows, real = pairs(frames, valid, self.context, last)
         latent, _ = self._infer(self._pixels(windows))
-        shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
-        return LatentActions(
-            vectors=latent.vectors.reshape(shape),
-            continuous=latent.continuous.reshape(shape),
-            codes=None if latent.codes is None else latent.codes.reshape(shape[:3]),
-            valid=real,
-        )
+        return self._told(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

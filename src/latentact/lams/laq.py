@@ -25,7 +25,7 @@ from latentact.errors import UserError
 from latentact.lams.model import LAMS, LatentActionModel, pairs
 from latentact.nn.cvivit import CELLS, CViViT, cells
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 _CHUNK = 16  # frames or pairs encoded together; more cost memory and no less time
 
@@ -143,16 +143,11 @@ class Laq(LatentActionModel):
             width_out=latent // places,
             compat=config.compat,
         )
-        self.spec = LatentActionSpec(
-            model=config.kind,
+        self.spec = self._new_spec(
+            config.size,
             tokens=self.bottleneck.tokens,
             token_dim=self.bottleneck.token_dim,
             codebook_size=self.bottleneck.codebook_size,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=config.size,
-            camera="",
         )
 
     def encode(
@@ -164,13 +159,7 @@ class Laq(LatentActionModel):
         """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
         windows, real = pairs(frames, valid, 0, last)
         latent = self.bottleneck(torch.cat([*self._deltas(windows)]))
-        shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
-        return LatentActions(
-            vectors=latent.vectors.reshape(shape),
-            continuous=latent.continuous.reshape(shape),
-            codes=None if latent.codes is None else latent.codes.reshape(shape[:3]),
-            valid=real,
-        )
+        return self._told(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

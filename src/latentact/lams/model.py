@@ -26,6 +26,7 @@ from latentact.checkpoint import (
 )
 from latentact.config import from_dict, to_dict
 from latentact.errors import UserError, did_you_mean
+from latentact.quantizers.quantizer import Quantized
 from latentact.registry import Registry
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
@@ -99,6 +100,39 @@ class LatentActionModel(nn.Module, ABC):
     @abstractmethod
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the training loss of a batch and what to log about it."""
+
+    def _new_spec(
+        self,
+        resolution: int,
+        *,
+        tokens: int,
+        token_dim: int,
+        codebook_size: int | None,
+        robot_actions: bool = False,
+    ) -> LatentActionSpec:
+        """Return the spec of a model that knows neither camera nor rate yet; training tells both."""
+        return LatentActionSpec(
+            model=self.config.kind,
+            tokens=tokens,
+            token_dim=token_dim,
+            codebook_size=codebook_size,
+            frame_gap=1,
+            frame_gap_s=0.0,
+            fps=0.0,
+            resolution=resolution,
+            camera="",
+            robot_actions=robot_actions,
+        )
+
+    def _told(self, latent: Quantized, real: Bool[Tensor, "b t"]) -> LatentActions:
+        """Return what left the bottleneck, transition after transition, in the shapes of the spec."""
+        shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
+        return LatentActions(
+            vectors=latent.vectors.reshape(shape),
+            continuous=latent.continuous.reshape(shape),
+            codes=None if latent.codes is None else latent.codes.reshape(shape[:3]),
+            valid=real,
+        )
 
     def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
         """Take mean and deviation of continuous actions from the labelled steps, if any are predicted."""

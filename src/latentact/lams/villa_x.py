@@ -26,7 +26,7 @@ from latentact.lams.model import LAMS, LatentActionModel, action_loss, batched, 
 from latentact.nn.st_transformer import StDecoder, StEncoder
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.quantizers.vq import Vq
-from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
+from latentact.types import ActionSpace, Clip, LatentActions
 
 CONFIG = "model_config.json"
 PASS = {"cpu": 8, "cuda": 512, "mps": 64}  # frames that go through the encoder together: more cost time
@@ -218,16 +218,11 @@ class VillaX(LatentActionModel):
             if config.state_weight or self.actions
             else None
         )
-        self.spec = LatentActionSpec(
-            model=config.kind,
+        self.spec = self._new_spec(
+            config.resolution,
             tokens=config.num_learned_tokens,
             token_dim=config.action_latent_dim,
             codebook_size=config.n_codes,
-            frame_gap=1,
-            frame_gap_s=0.0,
-            fps=0.0,
-            resolution=config.resolution,
-            camera="",
         )
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.evaluation.rollout import rollout, save_rollout
-from latentact.policies.policy import Policy, PolicyActor
+from latentact.policies.actor import PolicyActor
+from latentact.policies.policy import Policy
 
 log = logging.getLogger(__name__)
 

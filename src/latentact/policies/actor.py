@@ -1,0 +1,65 @@
+"""A policy at work: what it has seen of each environment, and the chunk of actions that it is executing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentact.data.samples import PolicyBatch, count_words
+from latentact.policies.policy import Policy
+
+
+class PolicyActor:
+    """Runs a policy in environments: keeps the observed frames and the chunk being executed of each of them.
+
+    Args:
+        policy: a grounded policy.
+        device: where to run it.
+        autocast: whether to run it in bf16.
+    """
+
+    def __init__(self, policy: Policy, device: str = "cpu", autocast: bool = False) -> None:
+        self.policy = policy.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device, self.autocast = device, autocast
+        self.reset(0)
+
+    def reset(self, num_envs: int) -> None:
+        """Forget everything; the next call to `act` sees first observations."""
+        self.history: list[np.ndarray] = []
+        self.plan: Any = None
+        self.used = 0
+
+    def act(
+        self,
+        pixels: np.ndarray,
+        state: np.ndarray | None,
+        tasks: list[str],
+        guide: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return one robot action per environment; see `latentact.evaluation.rollout.Actor`.
+
+        A guided policy takes `guide`, float32 ``[b, len(offsets), k * d]``; NaN or None: no guide.
+        """
+        spec, network = self.policy.spec, self.policy.config.network
+        keep = (network.frames - 1) * spec.stride + 1
+        self.history = [*(self.history or [pixels] * keep), pixels][-keep:]
+        if self.plan is None or self.used == network.execute * spec.stride:
+            frames = torch.from_numpy(np.stack(self.history[:: spec.stride], 1)).permute(0, 1, 4, 2, 3)
+            words = np.asarray([count_words(t, spec.words) for t in tasks], np.float32).reshape(
+                len(tasks), -1
+            )
+            none = torch.zeros(len(tasks), 0)
+            batch = PolicyBatch(
+                frames=frames,
+                state=None if state is None else torch.from_numpy(state),
+                words=torch.from_numpy(words) if spec.words else none,
+                target=none[..., None],
+                mask=none.bool(),
+                guide=None if guide is None else torch.from_numpy(guide),
+            ).to(self.device)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+                self.plan, self.used = self.policy.actions(batch), 0
+        self.used += 1
+        return self.plan[:, self.used - 1]
