@@ -1,15 +1,16 @@
 """What LAM tokens cost a training step of `lam_diffusion`: none, precomputed, and made on the fly.
 
 Three policies with the same host network are stepped in turn on the same rows, so that a machine whose speed
-drifts treats all alike; ratios are medians over these turns. Memory is the peak of a process of its own
-(Linux), of four the smallest: one varies by some 40 MB.
+drifts treats all alike; ratios are medians over these turns. Memory is the peak (Linux) of a process of its
+own after the same few steps, with an allocator that gives back what is free; the three take turns here, too.
 
-    python benchmarks/token_step.py [--batch-size 8] [--steps 40]
+    python benchmarks/token_step.py [--batch-size 8] [--steps 40] [--memory-runs 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -31,11 +32,19 @@ from torch.utils.data import default_collate
 from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
 
+KINDS = ("unconditioned", "precomputed", "on the fly")
 CAMERA, EPISODES, LENGTH, SIZE = "observation.images.top", 4, 60, 96
 SMALL = {
     **{"pretrained_backbone_weights": None, "down_dims": (32, 64, 128), "horizon": 16, "n_action_steps": 8},
     **{"device": "cpu", "push_to_hub": False},
 }
+
+STEADY = {
+    **{"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    **{"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+}
+"""Environment in which the peak varies by some 2 MB; glibc's thresholds, which adapt, make it 40 MB."""
+MEMORY_STEPS = 6
 
 
 class Trainee:
@@ -118,10 +127,23 @@ def write_data(folder: Path) -> None:
 def memory(kind: str, folder: Path, batch_size: int) -> float:
     """Return the MB that a process of its own needed for some steps."""
     command = [sys.executable, __file__, "--memory-of", kind, "--folder", str(folder)]
+    command += ["--batch-size", str(batch_size)]
     done = subprocess.run(
-        [*command, "--batch-size", str(batch_size)], check=True, capture_output=True, text=True
+        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **STEADY}
     )
     return float(done.stdout.split()[-1])
+
+
+def print_memory(folder: Path, batch_size: int, runs: int) -> None:
+    """Print each kind's median peak, and its difference from the unconditioned one's of the same turn."""
+    used = [{kind: memory(kind, folder, batch_size) for kind in KINDS} for _ in range(runs)]
+    for kind in KINDS:
+        more = sorted(turn[kind] - turn["unconditioned"] for turn in used)
+        peak = statistics.median(turn[kind] for turn in used)
+        print(
+            f"{kind:14s} {peak:7.1f} MB at most, {statistics.median(more):+.1f} MB "
+            f"({more[0]:+.1f} to {more[-1]:+.1f}) beside unconditioned"
+        )
 
 
 def main() -> None:
@@ -131,15 +153,17 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--memory-runs", type=int, default=3, help="processes per kind; 0: no memory")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     register_third_party_plugins()
     rng = np.random.default_rng(0)
-    draws = [rng.integers(EPISODES * LENGTH, size=args.batch_size).tolist() for _ in range(args.steps)]
+    count = MEMORY_STEPS if args.memory_of else args.steps
+    draws = [rng.integers(EPISODES * LENGTH, size=args.batch_size).tolist() for _ in range(count)]
     if args.memory_of:
         trainee = Trainee(args.memory_of, args.folder)
-        for rows in draws[:6]:
+        for rows in draws:
             trainee.step(rows)
         status = Path("/proc/self/status").read_text().splitlines()
         peak = next(line for line in status if line.startswith("VmHWM"))
@@ -148,19 +172,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        kinds = ("unconditioned", "precomputed", "on the fly")
-        trainees = {kind: Trainee(kind, folder) for kind in kinds}
+        trainees = {kind: Trainee(kind, folder) for kind in KINDS}
         for number, rows in enumerate(draws):
-            for kind in kinds[number % 3 :] + kinds[: number % 3]:
+            for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
                 trainees[kind].step(rows)
         plain = trainees["unconditioned"]
         for kind, one in trainees.items():
             step, loading = statistics.median(one.seconds[2:]), statistics.median(one.loading[2:])
             ratio = statistics.median(a / b for a, b in zip(one.seconds[2:], plain.seconds[2:], strict=True))
             print(f"{kind:14s} {step * 1e3:7.1f} ms/step, ratio {ratio:.3f}; reading {loading * 1e3:6.1f} ms")
-        used = {kind: min(memory(kind, folder, args.batch_size) for _ in range(4)) for kind in kinds[:2]}
-        more = used["precomputed"] - used["unconditioned"]
-        print(f"memory: precomputed {used['precomputed']:.0f} MB, {more:+.1f} MB beside unconditioned")
+        if args.memory_runs:
+            print_memory(folder, args.batch_size, args.memory_runs)
 
 
 if __name__ == "__main__":

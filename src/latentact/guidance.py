@@ -106,7 +106,7 @@ class LatentActionExtractor:
         fps = target_fps or self.model.spec.fps or info.fps
         if fps < 0 or not info.fps:
             raise UserError(f"{video_path} at {fps:g} frames per second is no video; give another one.")
-        self._gap(fps)
+        self.gap(fps)
         if fps > 1.1 * info.fps:
             raise UserError(
                 f"{video_path} has {info.fps:g} frames per second and {fps:g} are wanted, as the LAM was "
@@ -114,7 +114,7 @@ class LatentActionExtractor:
             )
         return fps
 
-    def _gap(self, fps: float) -> int:
+    def gap(self, fps: float) -> int:
         """Return the LAM's gap in frames at `fps`; a UserError where no number of frames is near it."""
         spec = self.model.spec
         remedy = (
@@ -128,7 +128,7 @@ class LatentActionExtractor:
     def _encode(self, frames: Iterable[np.ndarray], fps: float) -> Guide:
         """Encode frames as they come, in windows as labelling cuts them."""
         spec, context = self.model.spec, self.model.context
-        gap = self._gap(fps)
+        gap = self.gap(fps)
         held: list[np.ndarray] = []  # frames from number `first` on
         first = done = total = 0
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []

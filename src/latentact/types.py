@@ -30,6 +30,10 @@ class ActionSpace:
         """Whether the action is one of `size` classes."""
         return self.kind == "discrete"
 
+    def __str__(self) -> str:
+        """Say it in words."""
+        return f"{self.size} {'classes' if self.discrete else 'numbers'}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -24,8 +25,13 @@ from latentact.policies.policy import NetworkConfig, Policy, PolicySpec, Target
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.robots import setup
 from latentact.types import ActionSpace
+from toy_lerobot import SMALL
 
 SAFETY = {"limits": {"x": [0, 512], "y": [0, 512]}, "max_step": {"x": 25, "y": 25}, "stale_s": 5.0}
+SEEN = {
+    "observation.state": np.zeros(2, np.float32),
+    "observation.images.top": np.zeros((64, 64, 3), np.uint8),
+}
 
 
 def ok(*arguments):
@@ -169,18 +175,20 @@ def test_the_decoder_alone_acts(made):
         np.testing.assert_allclose(inference.predict_action({"observation.state": state}), wanted, rtol=1e-5)
 
 
-def test_a_lerobot_policy_follows(made, tmp_path):
+def write_lerobot_policy(made, folder, kind):
+    """Write a policy of the plugin that was not trained, whose chunks have four actions."""
     from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies import get_policy_class, make_pre_post_processors
+    from lerobot.policies import get_policy_class, make_policy_config, make_pre_post_processors
     from lerobot.utils.import_utils import register_third_party_plugins
 
     register_third_party_plugins()
-    from lerobot_policy_latentact import LamActConfig
 
     def feature(kind, *shape):
         return PolicyFeature(type=FeatureType[kind], shape=shape)
 
-    config = LamActConfig(
+    torch.manual_seed(0)
+    config = make_policy_config(
+        kind,
         input_features={
             "observation.state": feature("STATE", 2),
             "observation.images.top": feature("VISUAL", 3, 64, 64),
@@ -190,33 +198,32 @@ def test_a_lerobot_policy_follows(made, tmp_path):
         lam_num_learned_tokens=1,
         lam_action_latent_dim=4,
         lam_weights=LatentActionExtractor(made / "lam", 0, "cpu").model.spec.weights,
-        **{
-            "dim_model": 32,
-            "n_heads": 2,
-            "dim_feedforward": 32,
-            "n_encoder_layers": 1,
-            "n_vae_encoder_layers": 1,
-        },
-        **{"chunk_size": 2, "n_action_steps": 1, "pretrained_backbone_weights": None, "device": "cpu"},
+        **SMALL[kind.removeprefix("lam_")],
+        **{"pretrained_backbone_weights": None, "device": "cpu"},
     )
     stats = {
-        key: {"mean": torch.zeros(size), "std": torch.ones(size)}
-        for key, size in (("observation.state", 2), ("action", 2), ("observation.images.top", (3, 1, 1)))
+        key: {name: torch.full(size, value) for name, value in (("mean", 0.0), ("std", 1.0))}
+        | {name: torch.full(size, value) for name, value in (("min", -1.0), ("max", 1.0))}
+        for key, size in (
+            *(("observation.state", (2,)), ("action", (2,))),
+            ("observation.images.top", (3, 1, 1)),
+        )
     }
-    policy = get_policy_class("lam_act")(config)
-    policy.save_pretrained(tmp_path / "policy")
+    get_policy_class(kind)(config).save_pretrained(folder)
     for part in make_pre_post_processors(config, dataset_stats=stats):
-        part.save_pretrained(tmp_path / "policy")
+        part.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["lam_act", "lam_diffusion"])
+def test_a_lerobot_policy_follows(made, tmp_path, kind):
+    write_lerobot_policy(made, tmp_path / "policy", kind)
     given = (*flags(made), "--policy-path", tmp_path / "policy", "--max-steps", "4", "--no-render")
     ok("imitate", *given, "--output-dir", tmp_path / "out")
     assert json.loads((tmp_path / "out/metrics.json").read_text())["steps"] == 4
-    seen = {
-        "observation.state": np.zeros(2, np.float32),
-        "observation.images.top": np.zeros((64, 64, 3), np.uint8),
-    }
-    inference = LatentGuidedInference(tmp_path / "policy", made / "latents")
-    batch = inference.prepare_batch(seen, inference.get_next_latent_action())
-    assert batch["observation.lam_tokens"].shape == (1, 4)
+    guide = Guide.load(made / "latents")
+    inference = LatentGuidedInference(tmp_path / "policy", guide)
+    batch = inference.prepare_batch(SEEN, inference.get_next_latent_action())
+    np.testing.assert_array_equal(batch["observation.lam_tokens"][0], guide.continuous[0].ravel())
     values = json.loads((tmp_path / "policy/config.json").read_text())
     for change, message in (
         ({"lam_weights": "other"}, "LAM of weights other"),
@@ -226,6 +233,24 @@ def test_a_lerobot_policy_follows(made, tmp_path):
         (tmp_path / "policy/config.json").write_text(json.dumps({**values, **change}))
         assert message in refused("imitate", *given, "--output-dir", tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("kind", ["lam_act", "lam_diffusion"])
+def test_a_lerobot_policy_looks_at_its_guide_before_every_action(made, tmp_path, kind):
+    write_lerobot_policy(made, tmp_path, kind)
+    guide = Guide.load(made / "latents")
+    changed = guide.continuous.copy()
+    changed[2] += 10
+
+    def act(guide):
+        inference = LatentGuidedInference(tmp_path, guide)
+        torch.manual_seed(0)  # diffusion begins from noise
+        return [inference.predict_action(SEEN) for _ in range(4)]
+
+    same = [
+        np.allclose(*pair) for pair in zip(act(guide), act(replace(guide, continuous=changed)), strict=True)
+    ]
+    assert same[:3] == [True, True, False]
 
 
 def test_the_simulated_robot_follows(made, tmp_path):
@@ -324,6 +349,52 @@ def test_the_guide_of_another_lam_is_refused(made, tmp_path):
     assert "the policy and the guide hold different latent actions: weights" in refused(*given, *video)
     saved = ("--latents-path", made / "latents", "--lam-model-path", tmp_path / "lam")
     assert "was extracted by a LAM of other weights" in refused(*given, *saved)
+
+
+def checking(root, out, policy="guided"):
+    given = ("--policy-path", root / policy, "--lam-model-path", root / "lam", "--output-dir", out)
+    return ("check-guidance", *given, "--demos", "2", "--seed", "500005")
+
+
+def test_check_guidance_sees_that_nothing_was_learned(made, tmp_path):
+    done = ok(*checking(made, tmp_path / "out"))
+    result = json.loads((tmp_path / "out/guidance.json").read_text())
+    assert "The policy ignores its guide" in result["verdict"]
+    assert done.stdout.splitlines()[-1] == result["verdict"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == [*result["conditions"]]
+    assert [*result["conditions"]] == ["matching", "wrong", "none"]
+    rows = result["rows"]
+    assert rows[0]["seed"] == 500005
+    assert 500005 < rows[1]["seed"] < 500020
+    for condition, found in result["conditions"].items():
+        assert set(found) == {"agent", "block", "success", "coverage", "max_coverage"}
+        for name, numbers in found.items():
+            assert numbers["mean"] == pytest.approx(np.mean([row[condition][name] for row in rows]))
+    assert result["ratio"] == pytest.approx(
+        result["conditions"]["matching"]["agent"]["mean"] / result["conditions"]["wrong"]["agent"]["mean"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--env-name", "FrozenLake-v1"), "FrozenLake-v1 tells no place of the agent"),
+        (("--env-name", "babyai/GoToLocal"), "acts by 2 numbers and babyai/GoToLocal takes 7 classes"),
+        (("--env-name", "gym_pusht/PushT-v0"), "gym_pusht/PushT-v0 has no scripted expert"),
+        (("--policy-path", "{root}/latent"), "ground it first"),
+        (("--lam-model-path", "{tmp}/other"), "hold different latent actions: weights"),
+        (("--lam-model-path", "{tmp}/slow"), "the LAM's frame gap is 0.04 s"),
+    ],
+)
+def test_check_guidance_refuses_before_it_demonstrates(made, tmp_path, arguments, message, monkeypatch):
+    small_lam(tmp_path / "other", seed=1)
+    shutil.copytree(made / "lam", tmp_path / "slow")
+    spec = json.loads((made / "lam/spec.json").read_text())
+    (tmp_path / "slow/spec.json").write_text(json.dumps({**spec, "frame_gap_s": 0.04, "fps": 25.0}))
+    monkeypatch.setattr("latentact.stages.check_guidance._demonstrations", lambda _: pytest.fail("too late"))
+    given = [str(argument).format(root=made, tmp=tmp_path) for argument in arguments]
+    assert message in refused(*checking(made, tmp_path / "out"), *given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_leaves_the_robot_safe(made, tmp_path, monkeypatch):

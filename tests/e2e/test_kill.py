@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY_LAM, cli, write_blocks
+from toy_lerobot import SMALL, write_demonstrations, write_lam
 
 pytestmark = pytest.mark.slow
 ATTEMPTS = 5
@@ -142,6 +143,32 @@ def test_label(pattern, data, lam, labels, tmp_path, monkeypatch):
     assert contents(tmp_path / "cut") == contents(labels)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "cut"]
     assert not [*tmp_path.glob("cache/tokens/*.partial")]
+
+
+def token_training(data, out):
+    settings = (*SMALL["act"].items(), ("pretrained_backbone_weights", "null"))
+    small = [part for key, value in settings for part in ("--policy-override", f"{key}={value}")]
+    how = ("--policy", "lam_act", "--num-epochs", "2", "--batch-size", "18", *small)
+    return ("train-with-tokens", "--dataset-root", data, "--output-dir", out, *how)
+
+
+def test_train_with_tokens(tmp_path):
+    data, out = tmp_path / "tokens", tmp_path / "cut"
+    given = (
+        "--dataset-root",
+        write_demonstrations(tmp_path),
+        "--lam-model-path",
+        write_lam(tmp_path / "lam"),
+    )
+    ok("precompute", *given, "--output-dir", data)
+    ok(*token_training(data, tmp_path / "whole"))
+    command = token_training(data, out)
+    killed(command, filled(out / "checkpoints", "last/*/*"), 0, out / "train_with_tokens.json")
+    ok(*command)
+    whole, cut = contents(tmp_path / "whole"), contents(out)
+    kept = {name for name in whole if name.endswith((".safetensors", "_step.json", "metrics.csv"))}
+    assert {name: cut[name] for name in kept} == {name: whole[name] for name in kept}
+    assert cut.keys() == whole.keys()
 
 
 @pytest.fixture(scope="module")

@@ -219,17 +219,34 @@ def test_bad_options_are_one_sentence(world: Path, options: tuple[str, ...], sai
     assert not (world / "bad").exists()
 
 
+def test_lerobot_train_says_what_is_wrong_with_a_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lerobot.scripts.lerobot_train import main
+
+    given = ("--policy.type=lam_act", "--policy.push_to_hub=false", "--dataset.repo_id=a/b")
+    monkeypatch.setattr(sys, "argv", ["lerobot-train", *given, "--policy.lam_dropout=2"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.rstrip().endswith("lam_dropout is 2.0; set it to at least 0 and less than 1.")
+    assert "Traceback" not in said
+
+
 def test_token_files_that_do_not_fit_are_one_sentence(world: Path, tmp_path: Path) -> None:
     whole = (world / "tokens/lam_tokens.safetensors").read_bytes()
     (tmp_path / "truncated.safetensors").write_bytes(whole[:-100])
+    (tmp_path / "truncated.pt").write_bytes((world / "tokens/lam_tokens.pt").read_bytes()[:-100])
     other = write_demonstrations(tmp_path, episodes=2, seed=1)
     (tmp_path / "alike").mkdir()
     alike = write_demonstrations(tmp_path / "alike", episodes=3, seed=1)
     bad = {
-        "alike": (alike, "holds tokens of other pictures"),
-        "truncated": (world / "plain", "is not a whole safetensors file"),
-        "other": (other, f"has tokens for {3 * STEPS} rows and"),
-        "dtype": (world / "plain", "wanted float32 or float16"),
+        "alike.safetensors": (alike, "holds tokens of other pictures"),
+        "truncated.safetensors": (world / "plain", "is not a whole safetensors file"),
+        "truncated.pt": (world / "plain", "not a whole token file; make it again with: latentact precompute"),
+        "other.safetensors": (other, f"has tokens for {3 * STEPS} rows and"),
+        "dtype.safetensors": (world / "plain", "wanted float32 or float16"),
     }
     (tmp_path / "other.safetensors").write_bytes(whole)
     (tmp_path / "alike.safetensors").write_bytes(whole)
@@ -237,7 +254,7 @@ def test_token_files_that_do_not_fit_are_one_sentence(world: Path, tmp_path: Pat
     tensors["latent_actions"] = tensors["latent_actions"].double()
     save_file(tensors, tmp_path / "dtype.safetensors", metadata=_metadata(whole))
     for name, (root, said) in bad.items():
-        done = train(root, tmp_path / "out", "--lam-tokens-path", tmp_path / f"{name}.safetensors")
+        done = train(root, tmp_path / "out", "--lam-tokens-path", tmp_path / name)
         assert done.returncode == 2, done.stderr
         assert said in done.stderr.strip().splitlines()[-1]
 

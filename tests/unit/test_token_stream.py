@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from conftest import write_blocks
+from latentact import TokenStream, camera_deltas
 from latentact.data.cache import DataConfig
 from latentact.data.footage import Footage
 from latentact.errors import UserError
 from latentact.lams.encode import EncodeOptions, encode_dataset
 from latentact.lams.lapo import LapoConfig
-from latentact.lams.token_stream import TokenStream, camera_deltas
 from latentact.quantizers.quantizer import BottleneckConfig
 
 CAMERA, FPS, GAP = "observation.images.top", 10, 2

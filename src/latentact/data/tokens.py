@@ -7,9 +7,7 @@ before the frame gap. A token file is complete in itself and has one row per row
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import load_tensors, read_json, save_tensors, whole_file, whole_folder, write_json
+from latentact.checkpoint import (
+    load_tensors,
+    read_json,
+    read_pickled,
+    save_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from latentact.config import from_dict, to_dict
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.errors import UserError
@@ -245,11 +251,12 @@ def _read_pt(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import torch
 
     try:
-        values = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} is not a whole token file ({reason}); run precompute again.") from error
-    if not isinstance(values, dict) or not isinstance(values.get("metadata"), dict):
+        values = read_pickled(file)
+    except UserError as error:
+        raise UserError(
+            f"{file} is not a whole token file; make it again with: latentact precompute --output file."
+        ) from error
+    if not isinstance(values.get("metadata"), dict):
         raise UserError(
             f"{file} does not say what its tokens mean; make a token file with latentact precompute."
         )

@@ -17,7 +17,7 @@ import numpy as np
 
 from latentact.checkpoint import require_device, write_json
 from latentact.data.progress import Progress
-from latentact.envs.spec import ExpertStuckError, env_spec, make_env, make_expert
+from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.evaluation.rollout import mean_interval
 from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
@@ -74,16 +74,17 @@ class Path2d:
 def run(config: CheckGuidanceConfig) -> dict[str, Any]:
     """Measure, write `guidance.json` and return what it holds."""
     require_device(config.device)
-    policy = load_guided_policy(config.policy, config.device)
-    extractor = LatentActionExtractor(config.lam, device=config.device)
-    extractor.resolution = extractor.model.spec.resolution  # as labels were made
     spec = env_spec(config.env)
     if len(spec.state_names) < 2:
         raise UserError(f"{config.env} tells no place of the agent; give one that does, such as pusht.")
+    policy = load_guided_policy(config.policy, config.device)
+    extractor = LatentActionExtractor(config.lam, device=config.device)
+    extractor.resolution = extractor.model.spec.resolution  # as labels were made
+    _refuse_unless_fits(config, spec, policy, extractor)
     demos, guides = [], []
     with Progress("demonstrating", config.demos, "demonstrations") as progress:
         for seed, demo in _demonstrations(config):
-            guide = extractor.extract_from_frames(demo.pixels, spec.fps)
+            guide = extractor.extract_from_frames(demo.pixels, float(spec.fps))
             demos.append((seed, demo))
             guides.append(guide)
             progress.advance(1)
@@ -94,7 +95,7 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
             row: dict[str, Any] = {"seed": seed, "steps": len(demo.agent) - 1}
             for condition in CONDITIONS if can_go_alone else CONDITIONS[:2]:
                 guide = guides[number if condition != "wrong" else (number + 1) % len(guides)]
-                played = _follow(env, spec.camera, seed, policy, guide, condition, len(demo.agent) - 1)
+                played = _follow(env, spec, seed, policy, guide, condition, len(demo.agent) - 1)
                 row[condition] = _compare(demo, played)
             rows.append(row)
             progress.advance(1)
@@ -103,6 +104,34 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.out) / "guidance.json", result)
     return result
+
+
+def _refuse_unless_fits(
+    config: CheckGuidanceConfig, spec: EnvSpec, policy: GuidedPolicy, extractor: LatentActionExtractor
+) -> None:
+    """Take one action after a guide in which nothing moves, so that what does not fit fails at once."""
+    if policy.actions != spec.action_space:
+        raise UserError(
+            f"{config.policy} acts by {policy.actions} and {config.env} takes {spec.action_space}; give the "
+            "environment it was trained for."
+        )
+    env = make_env(config.env)
+    observation, info = env.reset(seed=config.seed)
+    make_expert(config.env, env, config.seed)
+    fps = float(spec.fps)
+    still = np.repeat(observation["pixels"][None], extractor.gap(fps) + 1, axis=0)
+    inference = LatentGuidedInference(policy, extractor.extract_from_frames(still, fps), fps=fps)
+    inference.predict_action(_named(spec, observation, info["task"]))
+    env.close()
+
+
+def _named(spec: EnvSpec, observation: dict[str, np.ndarray], task: str) -> dict[str, Any]:
+    """Return an observation by the keys that policies know."""
+    return {
+        spec.camera: observation["pixels"],
+        "observation.state": observation["agent_pos"],
+        "task": task,
+    }
 
 
 def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, Path2d]]:
@@ -125,17 +154,17 @@ def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, Path2d]]
 
 
 def _follow(
-    env: Any, camera: str, seed: int, policy: GuidedPolicy, guide: Guide, condition: str, steps: int
+    env: Any, spec: EnvSpec, seed: int, policy: GuidedPolicy, guide: Guide, condition: str, steps: int
 ) -> Path2d:
     """Roll the policy out from a demonstration's start, for as long as that lasted."""
-    inference = LatentGuidedInference(policy, guide)
+    inference = LatentGuidedInference(policy, guide, fps=float(spec.fps))
     observation, info = env.reset(seed=seed)
 
     last: Any = None
 
     def act(seen: dict[str, np.ndarray]) -> Any:
         nonlocal last
-        named = {camera: seen["pixels"], "observation.state": seen["agent_pos"], "task": info["task"]}
+        named = _named(spec, seen, info["task"])
         if condition == "none":
             return policy.act(policy.prepare(named, None))
         action = inference.predict_action(named)

@@ -30,7 +30,6 @@ from latentact.guide import Guide, agreement
 from latentact.robots.control import ControlLog, control
 from latentact.robots.safety import Safety
 from latentact.robots.setup import RobotSetup, RobotView, make_robot
-from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +223,8 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     wanted = inference.policy.actions
     if wanted != spec.action_space:
         raise UserError(
-            f"{config.policy_path} acts by {_said(wanted)} and {config.env_name} takes "
-            f"{_said(spec.action_space)}; give the environment it was trained for."
+            f"{config.policy_path} acts by {wanted} and {config.env_name} takes "
+            f"{spec.action_space}; give the environment it was trained for."
         )
     env = make_env(name, view=view)
     try:
@@ -291,7 +290,7 @@ def _drive(config: ImitateConfig, guide: Guide) -> Result:
     policy, robot = inference.policy, make_robot(setup.robot)
     view = RobotView(robot, setup.cameras)
     if policy.actions.discrete:
-        raise UserError(f"{config.policy_path} acts by {_said(policy.actions)} and a robot takes numbers.")
+        raise UserError(f"{config.policy_path} acts by {policy.actions} and a robot takes numbers.")
     view.refuse_unless_fits(
         cameras=policy.cameras, state_size=policy.state_size, action_size=policy.actions.size
     )
@@ -385,7 +384,3 @@ def _fitted(frame: np.ndarray, height: int) -> np.ndarray:
 
     width = round(frame.shape[1] * height / frame.shape[0] / 2) * 2
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BOX))
-
-
-def _said(space: ActionSpace) -> str:
-    return f"{space.size} {'classes' if space.discrete else 'numbers'}"
