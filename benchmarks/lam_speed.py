@@ -62,7 +62,8 @@ def main() -> None:
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print(_row(*options.row, options.device, options.repeats))
+        model, precision, compiled = options.row
+        print(_row(model, precision, compiled, options.device, options.repeats))
         return
     rows = []
     for model in options.models:

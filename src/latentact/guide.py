@@ -116,9 +116,9 @@ def _read_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         values = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read ({first}); give the file that latentact imitate wrote."
+            f"{path} is missing or no whole file of latents; extract it again with: "
+            "latentact imitate --mode extract_only."
         ) from error
     values = values if isinstance(values, dict) else {}
     return {k: v for k, v in values.items() if isinstance(v, Tensor)}, values.get("metadata", {})

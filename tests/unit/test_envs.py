@@ -126,3 +126,7 @@ def test_gymnasium_environments_of_every_image_kind(monkeypatch):
     ))  # fmt: skip
     with pytest.raises(UserError, match="no RGB image"):
         make_env("ToyVector-v0")
+
+
+def test_gymnasiums_name_of_pusht_is_pusht():
+    assert env_spec("gym_pusht/PushT-v0") == env_spec("PushT-v0") == env_spec("pusht")

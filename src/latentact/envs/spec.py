@@ -84,6 +84,8 @@ class Suite(Protocol):
 ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs")
 
 VIEWS = ("agent", "full")
+ALIASES = {"PushT-v0": "pusht", "gym_pusht/PushT-v0": "pusht"}
+"""Gymnasium's names of environments that have a suite here."""
 
 
 def make_env(
@@ -96,7 +98,8 @@ def make_env(
     of an environment that can tell. With distractors it holds `nuisance`: float32 `[4]`.
 
     Args:
-        name: `babyai/<Level>`, `pusht`, or any Gymnasium id with image observations.
+        name: `babyai/<Level>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium id with image
+            observations.
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: "agent" (what the agent sees) or "full" (the whole world), where an environment has both.
         distract: distractors in the frames; the environments of babyai and pusht can have them.
@@ -108,7 +111,8 @@ def make_env(
         raise UserError(
             f"resolution is {resolution}; give a number of pixels, or 0 for the environment's own."
         )
-    env: Any = _suite(name, view).make(name, resolution, view)
+    suite, name = _suite(name, view)
+    env: Any = suite.make(name, resolution, view)
     if distract:
         env.distract(distract)
     return env
@@ -120,7 +124,8 @@ def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
     Raises:
         UserError: as `make_env`.
     """
-    return _suite(name, view).spec(name, view)
+    suite, name = _suite(name, view)
+    return suite.spec(name, view)
 
 
 def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
@@ -134,13 +139,16 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
     Raises:
         UserError: the environment has no expert.
     """
-    return _suite(name, "agent").expert(name, env, seed)
+    suite, name = _suite(name, "agent")
+    return suite.expert(name, env, seed)
 
 
-def _suite(name: str, view: str) -> Suite:
+def _suite(name: str, view: str) -> tuple[Suite, str]:
+    """Return the suite of an environment and what the suite calls it."""
     if view not in VIEWS:
         raise UserError(f"unknown view {view!r}{did_you_mean(view, VIEWS)}")
+    name = ALIASES.get(name, name)
     prefix = name.partition("/")[0]
     suite = ENVS.get(prefix if prefix in ENVS.names() else "gymnasium")()
     suite.check(name)
-    return suite
+    return suite, name

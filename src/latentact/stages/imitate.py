@@ -34,8 +34,6 @@ from latentact.robots.setup import RobotSetup, RobotView, make_robot
 log = logging.getLogger(__name__)
 
 MODES = ("extract_only", "simulation", "robot")
-ALIASES = {"PushT-v0": "pusht", "gym_pusht/PushT-v0": "pusht"}
-"""Other names of environments that latentact knows more of than Gymnasium says."""
 VIDEO = "imitation.mp4"
 METRICS = "metrics.json"
 PAGE = "report.html"
@@ -204,7 +202,7 @@ class Result:
 
 
 def _simulate(config: ImitateConfig, guide: Guide) -> Result:
-    name = ALIASES.get(config.env_name, config.env_name)
+    name = config.env_name
     package = name.partition("/")[0]
     if "/" in name and package not in ENVS.names() and importlib.util.find_spec(package):
         importlib.import_module(package)  # which registers its environments
