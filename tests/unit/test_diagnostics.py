@@ -136,6 +136,14 @@ def test_a_lead_that_may_be_luck_is_not_called():
     assert misaligned(curve, 1) is None
 
 
+@pytest.mark.parametrize(("level", "found"), [(0.1, None), (0.3, -2)])
+def test_a_flat_curve_of_numbers_says_nothing(level, found):
+    def probe(score):
+        return ProbeScore(score=score, metric="r2", ci95=(score - 0.01, score + 0.01))
+
+    assert misaligned({-2: probe(level), 0: probe(level - 0.08)}, 1) == found
+
+
 def test_label_efficiency_by_hand(monkeypatch):
     monkeypatch.setattr(diagnostics, "DRAWS", 2)
     rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DRAWS = 3  # of the k labelled episodes, for every k of the label-efficiency curve
 SMALLEST_MSE = 1e-6  # a PSNR of 60 dB: below this a difference is of no use to anybody
 LEAD = 0.05  # by which another lag must beat the right one to be called the better
+TELLING = 0.25  # R2 below which a lag curve of numbers is too flat to tell where actions belong
 
 
 def spread(latents: Float[np.ndarray, "n f"]) -> float:
@@ -153,7 +154,7 @@ def lag_curve(
 
 
 def misaligned(curve: dict[int, ProbeScore], gap: int) -> int | None:
-    """Return the lag at which actions fit clearly better than within the transition; None: they are aligned.
+    """Return the lag at which actions fit clearly better than within the transition; None: there is none.
 
     Args:
         curve: from `lag_curve`.
@@ -163,6 +164,8 @@ def misaligned(curve: dict[int, ProbeScore], gap: int) -> int | None:
     peak = max(curve, key=lambda lag: curve[lag].score)
     best = curve[peak]
     clear = best.score > inside.score + LEAD and best.ci95[0] > inside.ci95[1]
+    if best.metric == "r2" and best.score < TELLING:
+        return None
     return peak if clear and not 0 <= peak < gap else None
 
 
