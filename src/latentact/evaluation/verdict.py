@@ -172,24 +172,35 @@ def _matters(numbers: dict[str, Any]) -> bool | None:
 
 def _read(numbers: dict[str, Any]) -> bool | None:
     """Whether probes read from latents what controls cannot tell; None: there are no probes."""
-    probes = numbers["probes"]
-    if not probes:
-        return None
-    wrong = "shuffled_future"
+    return bool(_gains(numbers)) if numbers["probes"] else None
+
+
+def _gains(numbers: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """What probes read from latents, how well, and how well without them; only what is clearly better."""
+    probes, wrong, gains = numbers["probes"], "shuffled_future", []
+    measure = "of actions" if probes["latent_linear"]["metric"] == "accuracy" else "R2 for actions"
     sets = (
-        (("latent_linear", "latent_mlp"), ("state_only", wrong)),
-        (("latent_and_present_linear", "latent_and_present_mlp"), ("state_only", wrong)),
-        (("state_change",), ("state_change_state_only", "state_change_shuffled_future")),
+        (f"latents tell {{}} {measure}", ("latent_linear", "latent_mlp"), ("state_only", wrong)),
+        (
+            f"latents and the present tell {{}} {measure}",
+            ("latent_and_present_linear", "latent_and_present_mlp"),
+            ("state_only", wrong),
+        ),
+        (
+            "latents tell {} R2 for how the robot's state changes",
+            ("state_change",),
+            ("state_change_state_only", "state_change_shuffled_future"),
+        ),
     )
-    for names, floors in sets:
+    for what, names, floors in sets:
         found = [probes[name] for name in names if name in probes]
         if not found:
             continue
         best = max(found, key=lambda probe: probe["score"])
         floor = max(probes[name]["score"] for name in floors if name in probes)
         if best["ci95"][0] > floor and best["score"] > floor + GAIN:
-            return True
-    return False
+            gains.append((what, best["score"], floor))
+    return gains
 
 
 def _tells_nuisance(numbers: dict[str, Any]) -> bool:
@@ -243,12 +254,10 @@ def _mirrors(leak: dict[str, Any]) -> bool:
 
 
 def _praise(numbers: dict[str, Any]) -> str:
-    said, probes, recon = [], numbers["probes"], numbers["reconstruction"]
-    if probes:
-        best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
-        floor = max(probes["state_only"]["score"], probes["shuffled_future"]["score"])
-        what = "of actions" if probes["latent_linear"]["metric"] == "accuracy" else "R2 for actions"
-        said.append(f"latents tell {best:.2f} {what} on held-out episodes, against {floor:.2f} without them")
+    said, recon = [], numbers["reconstruction"]
+    if numbers["probes"] and (gains := _gains(numbers)):
+        what, score, floor = gains[0]
+        said.append(f"{what.format(f'{score:.2f}')} on held-out episodes, against {floor:.2f} without them")
     if recon and recon["recon_mse"] > 0:
         times = recon["shuffled_mse"] / recon["recon_mse"]
         said.append(f"with another moment's latent the prediction error is {times:.1f} times as large")
