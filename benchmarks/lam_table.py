@@ -69,20 +69,20 @@ def main() -> None:
     out, kinds = Path(options.out), {"clean": "", "distractors": options.distract}
     _refuse_other_settings(out / "settings.json", options)
     data = {}
-    for kind, said in kinds.items():
+    for kind in options.kinds:
         config = collect.CollectConfig(
             env=options.env,
             out=str(out / "data" / kind),
             episodes=options.episodes,
             resolution=options.resolution,
             explore=options.explore,
-            distract=said,
+            distract=kinds[kind],
         )
         data[kind] = collect.run(config).path
     cells = [
         Cell(kind, model, k, seed)
         for seed in range(options.seeds)
-        for kind in kinds
+        for kind in options.kinds
         for model in options.models
         for k in (0, options.k)
         if _exists(model, k)
@@ -110,6 +110,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=[*MODELS, "bc"], choices=[*MODELS, "bc"])
     parser.add_argument("--k", type=int, default=8, help="labelled episodes")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--kinds", nargs="+", default=["clean", "distractors"], choices=["clean", "distractors"]
+    )
     parser.add_argument("--steps", type=int, default=300, help="training steps of every model")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels inside a model")
@@ -119,8 +122,8 @@ def _options() -> argparse.Namespace:
 
 
 def _refuse_other_settings(path: Path, options: argparse.Namespace) -> None:
-    """Rows of one folder are made with the same settings; more models and seeds may join them."""
-    free = ("out", "page", "models", "seeds")
+    """Rows of one folder are made with the same settings; more models, seeds and kinds of data may join."""
+    free = ("out", "page", "models", "seeds", "kinds")
     asked = {name: value for name, value in vars(options).items() if name not in free}
     if path.is_file() and read_json(path) != asked:
         raise SystemExit(f"{path.parent} holds a table with other settings; give another --out.")
