@@ -101,6 +101,12 @@ def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def weights_hash(path: Path) -> str:
+    """Return the hash of a file that `save_tensors` wrote."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors onto the CPU.
 
@@ -128,8 +134,15 @@ def load_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None
     """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
-    for what, names in (("lacks", missing), ("has unknown", extra), ("has a wrong shape for", sorted(wrong))):
+    both = sorted(own.keys() & tensors.keys())
+    wrong = [k for k in both if own[k].shape != tensors[k].shape]
+    kinds = [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]
+    for what, names in (
+        ("lacks", missing),
+        ("has unknown", extra),
+        ("has a wrong shape for", wrong),
+        ("has numbers of a wrong kind for", kinds),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
@@ -200,9 +213,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
         with safe_globals([(_INERT_NAMES.get(name, _Inert), name) for name in named]):
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except broken as error:
-        first = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise UserError(
-            f"{path} is not a whole file of `torch.save` with plain weights ({first}); download it again."
+            f"{path} is not a whole file of `torch.save` with plain weights; download it again."
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not named weights; give another file.")

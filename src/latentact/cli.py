@@ -28,6 +28,9 @@ Distract = Annotated[
     str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
 ]
 Camera = Annotated[str, typer.Option(help="Camera key; empty: the only one there is.")]
+FrameGap = Annotated[
+    float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
+]
 TargetFps = Annotated[float, typer.Option(help="Frames per second to resample to; 0: the data's own.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable file is an error instead of skipped.")]
 Precision = Annotated[
@@ -154,6 +157,7 @@ def label(
         int, typer.Option(help="Frame size in pixels; -1: the model's own; 0: the data's.")
     ] = -1,
     target_fps: TargetFps = 0.0,
+    frame_gap_s: FrameGap = 0.0,
     strict: Strict = False,
     batch_size: Annotated[int, typer.Option(help="Transitions encoded together.")] = 256,
     device: Device = "cpu",
@@ -171,7 +175,13 @@ def label(
     print(
         stage.run(
             stage.LabelConfig(
-                lam=lam, data=config, out=out, batch_size=batch_size, device=device, precision=precision
+                lam=lam,
+                data=config,
+                out=out,
+                frame_gap_s=frame_gap_s,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
             )
         )
     )
@@ -192,9 +202,7 @@ def precompute(
     tokens: Annotated[
         str, typer.Option(help="continuous: before the quantiser; vq: after it.")
     ] = "continuous",
-    frame_gap_s: Annotated[
-        float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
-    ] = 0.0,
+    frame_gap_s: FrameGap = 0.0,
     output: Annotated[
         str, typer.Option(help="column: a LeRobot v3 dataset; file: .safetensors and .pt; both.")
     ] = "column",
@@ -434,12 +442,10 @@ def inspect(
     lam: Annotated[str, typer.Argument(help="Folder, file or hub id of the latent action model.")],
     data: Annotated[str, typer.Option(help="Dataset, folder of videos, or one video.")],
     out: Annotated[
-        str, typer.Option(help="Folder for inspect.html and inspect.json; empty: the LAM's folder.")
+        str, typer.Option(help="Folder for inspect.html and inspect.json; empty: the LAM's, or ./inspect.")
     ] = "",
     camera: Camera = "",
-    frame_gap_s: Annotated[
-        float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
-    ] = 0.0,
+    frame_gap_s: FrameGap = 0.0,
     held_out: Annotated[
         float | None,
         typer.Option(help="Share of the episodes to judge on; empty: what its training held out, else all."),
@@ -469,7 +475,8 @@ def inspect(
             max_transitions=max_transitions,
         )
     )
-    print(f"{result.verdict}\n{result.next}\n{result.html}")
+    cautions = [f"Caution: {said}" for said in result.cautions]
+    print(result.verdict, *cautions, result.next, result.html, sep="\n")
 
 
 @app.command()

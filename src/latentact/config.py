@@ -81,7 +81,7 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
     from omegaconf.errors import OmegaConfBaseException
 
     if {"-h", "--help"} & set(argv):
-        sys.stdout.write(_help(stage, cls, example))
+        sys.stdout.write(_help(stage, cls, example, argv))
         return
     _register(stage, cls)
 
@@ -274,14 +274,17 @@ def _thaw(node: Any) -> Any:
     return node
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, help) for every setting of a config."""
+def _keys(
+    cls: type, prefix: str = "", chosen: dict[str, str] | None = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted key, type, default, help) for every setting; `chosen` are options of groups."""
     hints, texts = typing.get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         if registry := field.metadata.get("registry"):
-            yield name, "|".join(registry.names()), field.metadata["default"], texts.get(field.name, "")
-            yield from _keys(registry.get(field.metadata["default"]), f"{name}.")
+            option: str = (chosen or {}).get(name) or field.metadata["default"]
+            yield name, "|".join(registry.names()), option, texts.get(field.name, "")
+            yield from _keys(registry.get(option), f"{name}.")
         elif nested := _dataclass_in(hints[field.name]):
             yield from _keys(nested, f"{name}.")
         elif field.name != "kind":
@@ -301,18 +304,20 @@ def _dataclass_in(hint: Any) -> type | None:
     return next((typing.cast(type, h) for h in options if dataclasses.is_dataclass(h)), None)
 
 
-def _help(stage: str, cls: type, example: str) -> str:
+def _help(stage: str, cls: type, example: str, argv: list[str]) -> str:
     lines = [f"Usage: latentact {stage.replace('_', '-')} [experiment=NAME] [KEY=VALUE ...]", ""]
     lines += [(inspect.getdoc(cls) or "").strip(), "", f"Example: {example}", ""]
     folder = Path(__file__).parent / "conf" / stage / "experiment"
     if folder.is_dir():
         lines += [f"Experiments: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}", ""]
     lines += ["Settings:"]
-    for key, kind, default, text in _keys(cls):
+    chosen = {key: value for key, _, value in (word.partition("=") for word in argv)}
+    for key, kind, default, text in _keys(cls, chosen=chosen):
         lines.append(f"  {key}={default}  ({kind})")
         lines += textwrap.wrap(text, 100, initial_indent="      ", subsequent_indent="      ")
     lines += [
         "",
+        *(f"{group}=NAME --help lists the settings of another {group}." for group, _ in _choices(cls)),
         "Hydra's own flags work: --multirun, --cfg job, --info, --shell-completion; see --hydra-help.",
     ]
     return "\n".join(lines) + "\n"

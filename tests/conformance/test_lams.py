@@ -11,6 +11,7 @@ import torch
 
 from latentact.data.cache import DataConfig
 from latentact.data.footage import Footage
+from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.errors import UserError
 from latentact.lams.clam import ClamConfig
 from latentact.lams.encode import EncodeOptions, encode_dataset
@@ -204,9 +205,13 @@ def test_missing_context_repeats_the_first_frame(model: LatentActionModel) -> No
     torch.testing.assert_close(alone.continuous, given.continuous, rtol=1e-5, atol=1e-5)
 
 
-def test_one_frame_is_refused(model: LatentActionModel) -> None:
+def test_one_frame_has_no_transition(model: LatentActionModel) -> None:
+    latent = encode(model.eval(), clip(model).frames[:, :1])
+    assert latent.vectors.shape == (4, 0, model.spec.tokens, model.spec.token_dim)
+    assert latent.valid.shape == (4, 0)
+    assert (latent.codes is None) == (model.spec.codebook_size is None)
     with pytest.raises(UserError, match="no transition"):
-        encode(model, clip(model).frames[:, :1])
+        encode(model, clip(model).frames[:, :1], last=True)
 
 
 def test_predict(model: LatentActionModel) -> None:
@@ -291,6 +296,47 @@ def test_labels_of_an_episode_are_what_encode_gives_of_it(model: LatentActionMod
     assert found.valid.tolist() == [True] * 10 + [False]
     wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
     np.testing.assert_allclose(found.continuous[:-1], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def states_in_data(tmp_path):
+    """An episode of 11 frames with robot states, as a LeRobot dataset."""
+    config = replace(CLAM, observations="both", state_size=3)
+    frames = clip(config.build(), b=11, seed=1).frames[:, 0]
+    spec = RecordSpec(
+        fps=10,
+        camera="observation.images.top",
+        height=32,
+        width=32,
+        action_space=SPACE,
+        action_names=("a", "b", "c", "d"),
+        state_names=("x", "y", "z"),
+        robot_type="toy",
+    )
+    episode = Episode(
+        frames=frames.permute(0, 2, 3, 1).numpy(),
+        state=states(frames).numpy(),
+        action=np.zeros(11, np.int64),
+        reward=np.zeros(11, np.float32),
+        success=np.arange(11) == 10,
+        task="move",
+    )
+    stage_episode(tmp_path / "one.npz", spec, episode)
+    write_dataset(tmp_path / "data", spec, [tmp_path / "one.npz"], sidecars={})
+    return DataConfig(path=str(tmp_path / "data"), resolution=32, cache_dir=str(tmp_path)), frames
+
+
+@pytest.mark.parametrize("observed", ["both", "state"])
+def test_labels_of_a_model_that_observes_states(observed, states_in_data, tmp_path) -> None:
+    data, frames = states_in_data
+    model = replace(CLAM, observations=observed, state_size=3).build().eval()
+    found = encode_dataset(model, Footage(data), 1, EncodeOptions(cache_dir=str(tmp_path), batch_size=4))
+    assert found is not None
+    wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
+    np.testing.assert_allclose(found.continuous[:-1], wanted, rtol=1e-4, atol=1e-5)
+    other = replace(CLAM, observations=observed, state_size=7).build().eval()
+    with pytest.raises(UserError, match=r"observes a robot state of 7 numbers and .* has 3"):
+        encode_dataset(other, Footage(data), 1, EncodeOptions(cache_dir=str(tmp_path)))
 
 
 TRAINED = ("lapo joint", "villa_x", "laq", "laom", "clam labels", "lapo ema_features")

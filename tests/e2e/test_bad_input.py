@@ -148,6 +148,10 @@ CASES = {
     # settings
     "no data": (lambda f: ("train-lam",), "data.path is not set"),
     "demo: k too large": (lambda f: ("demo", "--episodes", "5", "--k", "5"), "there are 4 training episodes"),
+    "settings that cannot be trained": (
+        lambda f: ("train-lam", f"data.path={f.blocks}", "experiment=laom_debug", "lam.patch=0"),
+        "lam=laom cannot be built or trained with these settings",
+    ),
     "unknown lam": (lambda f: lam(f, "lam=lapoo"), "unknown lam 'lapoo'; did you mean 'lapo'?"),
     "unknown bottleneck": (
         lambda f: lam(f, "lam.bottleneck.kind=vqema"),

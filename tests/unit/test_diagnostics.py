@@ -220,6 +220,7 @@ SAME = {"recon_mse": 1e-3, "copy_mse": 1e-2, "shuffled_mse": 1e-3}
         ({"latents": {"spread": 1.0, "future_dependence": 0.01}}, "shuffled_future"),
         ({"prediction_change": 0.001}, "ignored"),
         ({"misaligned": -1}, "off_by_one"),
+        ({"leakage": {"s_pcfc": 0.94, "centred": 0.92, "across_cuts": 0.1}}, "shuffled_future"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3), "no_action"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, nuisance_linear=0.7), "nuisance"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, latent_and_present_mlp=0.5), "healthy"),

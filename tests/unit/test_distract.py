@@ -37,6 +37,8 @@ def test_words():
     ("said", "message"),
     [
         ("backgroud=1", "did you mean 'background'"),
+        ("shake=0.1,shake=0.2", "given twice"),
+        ("correlation=0.8", "distracts nothing"),
         ("shake=much", "wanted a number from 0 to 1"),
         ("shake=2", "shake is 2"),
         ("correlation=nan", "correlation is nan"),

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from conftest import cli
@@ -176,7 +178,9 @@ def test_damaged_files_are_refused(how: str, said: str, tmp_path: Path) -> None:
 def test_another_number_of_codes_is_refused(file: Path) -> None:
     with pytest.raises(UserError, match="code_seq_len"):
         load(file, code_seq_len=1)
-    with pytest.raises(UserError, match="64 patches a side"):
+    with pytest.raises(
+        UserError, match=r"does not fit image_size=256 and code_seq_len=4; .* convert-lam .* --image-size N"
+    ):
         load_lam(file)  # it is no 256 pixel model
 
 
@@ -289,3 +293,12 @@ def test_trains_and_resumes_from_the_command_line(blocks: Path, tmp_path: Path) 
     frames = torch.randint(0, 256, (1, 3, 3, 48, 64), dtype=torch.uint8)
     latent = model.encode(frames)
     assert model.predict(frames[:, :1], latent.vectors[:, 0]).shape == (1, 3, 32, 32)
+
+
+def test_pictures_are_resized_by_pil() -> None:
+    frames = torch.randint(0, 256, (1, 2, 3, 48, 60), dtype=torch.uint8)
+    seen = TINY.build()._pixels(frames)
+    for frame, pixels in zip(frames[0], seen[0], strict=True):
+        picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+        wanted = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+        assert torch.equal(pixels, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import types
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from conftest import cli
 from latentact.checkpoint import read_pickled
 from latentact.errors import UserError
 from latentact.lams.lapo import Lapo, LapoConfig
+from latentact.lams.laq import LaqConfig
 from latentact.lams.model import load_lam
 from latentact.lams.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
@@ -215,3 +218,59 @@ def test_only_the_model_is_downloaded(
     TINY.build().save_pretrained(tmp_path)
     load_lam(name)
     assert asked == [(name, wanted)]
+
+
+BROKEN = {
+    "no kind": (lambda c: c["lam"].update(kind=None), "is damaged, or its settings make no model"),
+    "a list as kind": (lambda c: c["lam"].update(kind=["laq"]), "is damaged, or its settings make no model"),
+    "actions that are none": (lambda c: c.update(actions="all"), "is damaged, or its settings make no model"),
+    "a size that nobody has": (
+        lambda c: c["lam"].update(spatial_depth=10**15),
+        "wanted a whole number from 1",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small model of ours."""
+    config = LaqConfig(size=32, patch=4, dim=16, heads=2, head_dim=8, spatial_depth=1, temporal_depth=1)
+    config.build().save_pretrained(tmp_path / "lam")
+    return tmp_path / "lam"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_settings_that_make_no_model_are_one_sentence(name, folder):
+    change, said = BROKEN[name]
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said) as caught:
+        load_lam(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_none_and_of_a_wrong_kind_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    for value, said in (
+        (tensors[name] * torch.nan, "not finite"),
+        (tensors[name].to(torch.int64), "wrong kind"),
+    ):
+        save_file(tensors | {name: value}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=said):
+            load_lam(folder)
+
+
+def test_a_spec_of_another_model_is_refused(folder):
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps(spec | {"tokens": 99}))
+    with pytest.raises(UserError, match="says tokens 99 and the model has 4"):
+        load_lam(folder)
+
+
+def test_other_weights_have_another_name(folder):
+    before = load_lam(folder).spec.weights
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert load_lam(folder).spec.weights not in ("", before)

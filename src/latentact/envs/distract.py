@@ -59,16 +59,21 @@ class Distraction:
         """
         known, found = [field.name for field in fields(cls)], {}
         for part in filter(None, said.split(",")):
-            name, _, value = part.strip().partition("=")
+            name, value = (word.strip() for word in part.partition("=")[::2])
             if name not in known:
                 raise UserError(f"unknown distractor {name!r}{did_you_mean(name, known)}")
+            if name in found:
+                raise UserError(f"distractor {name} is given twice in {said!r}; give it once.")
             try:
                 found[name] = float(value)
             except ValueError as error:
                 raise UserError(
                     f"distractor {name} is {value!r}; wanted a number from 0 to 1, as in {name}=0.5."
                 ) from error
-        return cls(**found)
+        distraction = cls(**found)
+        if said and not distraction:
+            raise UserError(f"{said!r} distracts nothing; give background or shake, as in background=0.5.")
+        return distraction
 
 
 class Distractor:

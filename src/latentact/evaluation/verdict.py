@@ -14,7 +14,9 @@ IGNORED_BELOW = 0.02  # change of a prediction by another latent, over what chan
 MATTERS_ABOVE = 1.2  # prediction error with another's latent over that with its own
 GAIN = 0.02  # by which a probe must pass its floor, besides its interval
 LEAKS_BELOW = 0.5  # error across a cut over that of copying
+REPLACES_BELOW = 0.2  # the same, where a latent replaces the picture
 MIRROR_ABOVE = 0.9  # centred cosine of forward and backward latents of one frame
+MIRROR_REPLACES = 0.8  # the same, where a latent replaces the picture
 MIRROR_WITH_CUTS = 0.5  # the same, where pictures across cuts are good
 
 
@@ -87,6 +89,15 @@ def _findings(numbers: dict[str, Any]) -> Iterator[Finding]:
             said="latents do not depend on the future frame: with a wrong future they stay the same.",
             next="Check that the model is given the next frame, not the current one twice, and that pairs "
             "come from the same video.",
+        )
+    elif _replaces(numbers["leakage"]):
+        yield Finding(
+            name="shuffled_future",
+            level="no-go",
+            said="latents hold the whole next picture, also that of another video: the model was trained on "
+            "wrong futures, or its bottleneck is so wide that it need not look at the present.",
+            next="Check that current and next frame of every training pair belong together; else make the "
+            "bottleneck smaller.",
         )
     ignored = (change := numbers["prediction_change"]) is not None and change < IGNORED_BELOW
     if ignored:
@@ -226,7 +237,7 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
             f"only about {health['perplexity']:.1f} of {health['size']} codes are in play.",
             "Take a smaller codebook, or restart dead codes.",
         )
-    if leak and _mirrors(leak):
+    if leak and _mirrors(leak) and not _replaces(leak):
         across = leak["across_cuts"]
         cut = "" if across is None else f"; across a cut the error is {across:.0%} of that of copying"
         yield caution(
@@ -242,6 +253,13 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
             "latents tell more about the moving background or camera than about the action.",
             "Train with the actions of a few labelled episodes, or mask the background in the loss.",
         )
+
+
+def _replaces(leak: dict[str, Any] | None) -> bool:
+    """Whether any picture comes out of a latent, whatever it is applied to."""
+    if not leak or leak["across_cuts"] is None:
+        return False
+    return leak["across_cuts"] < REPLACES_BELOW and leak["centred"] > MIRROR_REPLACES
 
 
 def _mirrors(leak: dict[str, Any]) -> bool:

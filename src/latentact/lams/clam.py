@@ -188,7 +188,7 @@ class Clam(LatentActionModel):
         Raises:
             UserError: the clips are too short, or the model observes states and there are none of its size.
         """
-        frames, valid = batched(frames, valid)
+        frames, valid = batched(frames, valid, last)
         t = frames.shape[1]
         first = t - 2 if last else 0
         now = torch.arange(first, t - 1, device=frames.device)[:, None]

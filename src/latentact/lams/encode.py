@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -42,6 +42,8 @@ from latentact.types import LatentActionSpec
 log = logging.getLogger(__name__)
 
 _VERSION = 2
+type States = Callable[[int, Sequence[int]], np.ndarray]
+"""Episode and rows in it -> the robot's states there."""
 PRECISIONS = ("fp32", "bf16", "auto")
 _TRIED, _KEPT = 32, 0.99  # transitions on which bf16 is tried, and what share of them it has to keep
 
@@ -169,8 +171,9 @@ def encode_dataset(
             f"the longest of {len(footage.lengths)} episodes of {footage.path} has {max(footage.lengths)} "
             f"frames, and a window needs {gap + 1} (frame gap {gap}); use a smaller gap or longer videos."
         )
+    states = _states(model, footage)
     if options.precision == "auto":
-        options = replace(options, precision=_chosen_precision(model, footage, gap, options))
+        options = replace(options, precision=_chosen_precision(model, footage, gap, options, states))
     share = options.share
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / footage.fps, fps=footage.fps)
@@ -185,7 +188,7 @@ def encode_dataset(
             stack.enter_context(FileLock(folder / f"{key}.lock"))
         if options.overwrite or not entry.is_dir():
             units = _units(footage.lengths, options.batch_size)
-            _encode(model, footage, gap, options, units, parts)
+            _encode(model, footage, gap, options, units, parts, states)
             if share.rank == 0:
                 _join(parts, len(units), entry, spec, footage)
             elif entry.is_dir() and not options.overwrite:
@@ -195,23 +198,48 @@ def encode_dataset(
         return _load(entry, footage, spec) if share.rank == 0 else None
 
 
-def _chosen_precision(model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions) -> str:
+def _states(model: LatentActionModel, footage: Footage) -> States | None:
+    """Return what tells the robot's state at rows; None for a model that does not observe it."""
+    if not model.state_size:
+        return None
+    column = footage.source.column("observation.state")
+    size = 0 if column is None else column.reshape(len(column), -1).shape[1]
+    if column is None or size != model.state_size:
+        raise UserError(
+            f"the LAM observes a robot state of {model.state_size} numbers and {footage.path} has {size}; "
+            f"give data with that `observation.state`."
+        )
+
+    def at(number: int, picks: Sequence[int]) -> np.ndarray:
+        return column.reshape(len(column), -1)[footage.source.first_rows[number] + np.asarray(picks)]
+
+    return at
+
+
+def _chosen_precision(
+    model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions, states: States | None
+) -> str:
     """Return bf16 where it pays and says the same of the data's first transitions; else fp32."""
     if not multiplies_bf16(options.device):
         return "fp32"
     number = next(i for i, length in enumerate(footage.lengths) if length > gap)
-    frames = []
+    frames, picks = [], []
     with closing(footage.episodes([number], options.workers)) as episodes:
         _, chunks = next(episodes)
         try:
             for chunk in chunks:
                 frames.append(chunk.frames)
+                picks += chunk.picks
                 if sum(map(len, frames)) > _TRIED * gap:
                     break
         except Unreadable:
             return "fp32"  # what cannot be tried is not risked
     clip = torch.from_numpy(np.concatenate(frames)[::gap][: _TRIED + 1]).permute(0, 3, 1, 2)
-    exact, quick = (encode_clip(model, clip.to(options.device), wide) for wide in ("fp32", "bf16"))
+    clip, state = clip.to(options.device), None
+    if states:
+        told = states(number, picks[::gap][: len(clip)])[None].astype(np.float32)
+        state = torch.from_numpy(told).to(options.device)
+    exact, quick = (encode_clip(model, clip[None], wide, state=state) for wide in ("fp32", "bf16"))
     if exact.codes is not None and quick.codes is not None:
         share = (exact.codes == quick.codes).float().mean().item()
     else:
@@ -248,6 +276,7 @@ def _encode(
     options: EncodeOptions,
     units: Sequence[Sequence[int]],
     parts: Path,
+    states: States | None,
 ) -> None:
     """Write the parts of this process that are not there yet."""
     parts.mkdir(exist_ok=True)
@@ -272,6 +301,7 @@ def _encode(
                 batch_size=options.batch_size,
                 device=options.device,
                 precision=options.precision,
+                states=states,
             )
             for _ in units[unit]:
                 number, chunks = next(episodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 
 from latentact.checkpoint import whole_file
 from latentact.data.build import Chunk
@@ -32,10 +32,12 @@ def encode_clip(
     precision: str,
     valid: torch.Tensor | None = None,
     last: bool = False,
+    state: torch.Tensor | None = None,
 ) -> LatentActions:
-    """Return what a model says of clips, computed in fp32 or bf16."""
+    """Return what a model says of clips, computed in fp32 or bf16; `state` is for models that observe it."""
+    more: dict[str, Any] = {} if state is None else {"state": state}
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return model.encode(frames, valid, last=last)
+        return model.encode(frames, valid, last=last, **more)
 
 
 @contextmanager
@@ -71,14 +73,16 @@ class Unit:
         batch_size: int,
         device: str,
         precision: str,
+        states: Callable[[int, Sequence[int]], np.ndarray] | None = None,
     ) -> None:
         self._model, self._gap, self._encoders = model, gap, encoders
-        self._device, self._precision = device, precision
+        self._device, self._precision, self._states = device, precision, states
         self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
         most = min(batch_size, _CPU_BATCH if device == "cpu" else sys.maxsize)
         self._batch_size = max(1, most // self._stretch)
         self._offsets = np.arange(-self._context, self._stretch + 1) * gap
         self._held: list[UInt8[np.ndarray, "m h w c"]] = []
+        self._held_states: list[Float32[np.ndarray, "m s"]] = []
         self._base = self._end = self._next = 0
         self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
         self._episodes: dict[int, tuple[int, list[int]]] = {}
@@ -93,6 +97,8 @@ class Unit:
             for chunk in chunks:
                 self._end += len(chunk.frames)
                 self._held.append(chunk.frames)
+                told = self._states(number, chunk.picks) if self._states else np.zeros((len(chunk.picks), 0))
+                self._held_states.append(told.astype(np.float32))
                 picks += chunk.picks
                 self._queue(start, self._stretch)
                 while len(self._clips) >= self._batch_size:
@@ -123,27 +129,36 @@ class Unit:
     def _batch(self, start: int) -> Future[Any]:
         """Encode the oldest clips, and let go of frames that no later clip looks at."""
         clips, self._clips = self._clips[: self._batch_size], self._clips[self._batch_size :]
-        frames = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
+        frames, states = (
+            held[0] if len(held) == 1 else np.concatenate(held) for held in (self._held, self._held_states)
+        )
         wanted = clips[:, :1] + self._offsets
         inside = np.clip(wanted, clips[:, 1:2], clips[:, 2:] - 1)
         low, high = int(inside.min()), int(inside.max()) + 1
-        seen = frames[low - self._base : high - self._base]
-        future = self._encoders.submit(self._encode, wanted, seen, inside - low, wanted == inside)
+        seen, told = (each[low - self._base : high - self._base] for each in (frames, states))
+        future = self._encoders.submit(self._encode, wanted, seen, told, inside - low, wanted == inside)
         self._encoded.append(future)
         needed = max(start, self._next + self._offsets[0])
         if len(self._clips):
             needed = min(needed, max(self._clips[0, 1], self._clips[0, 0] + self._offsets[0]))
-        self._held = [frames[needed - self._base :]]
+        self._held, self._held_states = [frames[needed - self._base :]], [states[needed - self._base :]]
         self._base = needed
         return future
 
     def _encode(
-        self, wanted: np.ndarray, frames: np.ndarray, places: np.ndarray, valid: np.ndarray
+        self,
+        wanted: np.ndarray,
+        frames: np.ndarray,
+        states: np.ndarray,
+        places: np.ndarray,
+        valid: np.ndarray,
     ) -> dict[str, np.ndarray]:
         seen = torch.from_numpy(frames).to(self._device)
         clips = seen[torch.from_numpy(places).to(seen.device)].permute(0, 1, 4, 2, 3)
         known = torch.from_numpy(valid).to(seen.device)
-        latent = encode_clip(self._model, clips, self._precision, known, last=self._stretch == 1)
+        state = torch.from_numpy(states[places]).to(seen.device) if self._states else None
+        last = self._stretch == 1
+        latent = encode_clip(self._model, clips, self._precision, known, last=last, state=state)
         real = valid[:, 1 + self._context :]
         found = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
         numbers = {k: v.numpy(force=True)[real] for k, v in found.items() if v is not None}

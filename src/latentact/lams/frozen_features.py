@@ -159,7 +159,7 @@ def _transformers(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]
         raise missing_extra("transformers", "features") from error
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
-    whole: Any = AutoModel.from_pretrained(name)
+    whole: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
     model = getattr(whole, "vision_model", whole)
     size = getattr(model.config, "image_size", None) or 224
     try:

@@ -91,7 +91,7 @@ class Idm(LatentActionModel):
         windows, real = pairs(frames, valid, self.context, last)
         out = self._scores(windows)
         vectors = out.softmax(1) if self.space.discrete else out * self.std + self.mean
-        vectors = vectors.reshape(*real.shape, 1, -1)
+        vectors = vectors.reshape(*real.shape, 1, self.spec.token_dim)
         codes = vectors.argmax(-1) if self.space.discrete else None
         return LatentActions(vectors=vectors, continuous=vectors, codes=codes, valid=real)
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from latentact.checkpoint import read_pickled
@@ -63,8 +65,10 @@ class LaqConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no model can be built from."""
-        if min(self.patch, self.dim, self.heads, self.head_dim, self.spatial_depth, self.temporal_depth) < 1:
-            raise UserError("a size of lam=laq is 0 or less; wanted at least 1.")
+        for name in ("size", "patch", "dim", "heads", "head_dim", "spatial_depth", "temporal_depth"):
+            value, most = getattr(self, name), 256 if name.endswith("depth") else 1 << 14
+            if type(value) is not int or not 1 <= value <= most:
+                raise UserError(f"lam.{name} is {value!r}; wanted a whole number from 1 to {most}.")
         if self.size % self.patch:
             raise UserError(f"lam.size is {self.size}; wanted a multiple of lam.patch, {self.patch}.")
         wanted, grid = self.bottleneck.positions, self.size // self.patch
@@ -125,6 +129,7 @@ class Laq(LatentActionModel):
         places = config.bottleneck.positions
         self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
         latent = self.bottleneck.tokens * self.bottleneck.token_dim
+        self._width = self.bottleneck.in_features
         for numbers in (self.bottleneck.in_features, latent):
             if numbers % places:
                 raise UserError(
@@ -158,7 +163,8 @@ class Laq(LatentActionModel):
     ) -> LatentActions:
         """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
         windows, real = pairs(frames, valid, 0, last)
-        latent = self.bottleneck(torch.cat([*self._deltas(windows)]))
+        deltas = [*self._deltas(windows)] if len(windows) else [windows.new_zeros(0, self._width).float()]
+        latent = self.bottleneck(torch.cat(deltas))
         return self._told(latent, real)
 
     def predict(
@@ -202,14 +208,12 @@ class Laq(LatentActionModel):
             yield self.net.delta(looked[pair])
 
     def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
-        """Frames of any size to 0..1 at the model's size, squashed as LAPA's preparation does."""
+        """Frames of any size to 0..1 at the model's size, squashed by PIL as LAPA's preparation does."""
         size, x = (self.config.size, self.config.size), frames.flatten(0, 1)
-        if (
-            x.shape[-2:] != size and x.device.type == "cpu"
-        ):  # whole grey levels after each direction, as in PIL
-            x = F.interpolate(x, size, mode="bilinear", antialias=True)
-        elif x.shape[-2:] != size:
-            x = F.interpolate(x.float(), size, mode="bilinear", antialias=True).round()
+        if x.shape[-2:] != size:
+            pictures = (Image.fromarray(each) for each in x.permute(0, 2, 3, 1).numpy(force=True))
+            resized = [np.asarray(each.resize(size, Image.Resampling.BILINEAR)) for each in pictures]
+            x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(x.device)
         return (x.float() / 255).unflatten(0, frames.shape[:2])
 
 
@@ -262,23 +266,29 @@ def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: i
     attention = "enc_spatial_transformer.layers.0.1"
     patch = math.isqrt(shape("to_patch_emb_first_frame.1.weight", 1)[0] // 3)
     codes, width = shape("vq.codebooks", 2)
-    return LaqConfig(
-        size=image_size,
-        patch=patch,
-        dim=shape("to_patch_emb_first_frame.2.weight", 2)[0],
-        heads=shape(f"{attention}.null_kv", 3)[0],
-        head_dim=shape(f"{attention}.q_scale", 1)[0],
-        spatial_depth=depth("enc_spatial_transformer"),
-        temporal_depth=depth("enc_temporal_transformer"),
-        bottleneck=BottleneckConfig(
+    sizes: dict[str, Any] = {
+        "patch": patch,
+        "dim": shape("to_patch_emb_first_frame.2.weight", 2)[0],
+        "heads": shape(f"{attention}.null_kv", 3)[0],
+        "head_dim": shape(f"{attention}.q_scale", 1)[0],
+        "spatial_depth": depth("enc_spatial_transformer"),
+        "temporal_depth": depth("enc_temporal_transformer"),
+    }
+    try:
+        bottleneck = BottleneckConfig(
             kind="nsvq",
             dim=code_seq_len * width,
             codebooks=1,
             positions=code_seq_len,
             codebook_size=codes,
-        ),
-        compat=True,
-    )
+        )
+        return LaqConfig(size=image_size, **sizes, bottleneck=bottleneck, compat=True)
+    except UserError as error:
+        raise UserError(
+            f"{path} is a LAQ of LAPA that does not fit image_size={image_size!r} and "
+            f"code_seq_len={code_seq_len!r}; give those it was trained with: "
+            f"latentact convert-lam {path} --image-size N --code-seq-len K --out DIR."
+        ) from error
 
 
 def _renamed(name: str, value: Any) -> tuple[str, Any]:

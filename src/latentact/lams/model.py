@@ -19,8 +19,10 @@ from latentact.checkpoint import (
     load_weights,
     push_folder,
     read_json,
+    require_device,
     resolve_path,
     save_tensors,
+    weights_hash,
     whole_folder,
     write_json,
 )
@@ -88,7 +90,8 @@ class LatentActionModel(nn.Module, ABC):
         One clip without a batch axis becomes a batch of one. Clips of unequal length are padded and `valid`
         is False there. Context older than the clip repeats its first frame, as an environment would at its
         start, or is not there, where the model takes windows of any length. With `last` only each clip's
-        last transition is returned (t - 1 becomes 1) and only that one is computed.
+        last transition is returned (t - 1 becomes 1) and only that one is computed. A single frame has no
+        transition.
         """
 
     @abstractmethod
@@ -160,6 +163,7 @@ class LatentActionModel(nn.Module, ABC):
         return load_lam(where)
 
 
+_BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 HUB_FILES = {
     "microsoft/villa-x": ("lam/*",),
     "latent-action-pretraining/LAPA-7B-openx": ("laq_openx.pt",),
@@ -179,8 +183,19 @@ def load_lam(where: str | Path, device: str = "cpu", **keywords: Any) -> LatentA
     Raises:
         UserError: it is missing, truncated, of another model or not a checkpoint; nothing in it is executed.
     """
+    require_device(device)
     path = resolve_path(where, *([HUB_FILES[str(where)]] if str(where) in HUB_FILES else []))
-    model = _own(path, keywords) if (path / "config.json").is_file() else _published(path, keywords)
+    try:
+        model = _own(path, keywords) if (path / "config.json").is_file() else _published(path, keywords)
+    except _BROKEN as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path} is damaged, or its settings make no model ({type(error).__name__}: {first}); give the "
+            f"folder of a finished run, or download it again."
+        ) from error
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged: {name!r} holds numbers that are not finite.")
     return model.eval().to(device)
 
 
@@ -192,7 +207,14 @@ def _own(folder: Path, keywords: dict[str, Any]) -> LatentActionModel:
     actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
     model = config.build(actions)
     load_weights(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    model.spec = LatentActionSpec.load(folder / "spec.json")
+    spec = LatentActionSpec.load(folder / "spec.json")
+    for name in ("model", "tokens", "token_dim", "codebook_size", "resolution", "robot_actions"):
+        if (said := getattr(spec, name)) != (real := getattr(model.spec, name)):
+            raise UserError(
+                f"{folder / 'spec.json'} says {name} {said!r} and the model has {real!r}; it belongs to "
+                f"another model."
+            )
+    model.spec = replace(spec, weights=weights_hash(folder / WEIGHTS))
     return model
 
 
@@ -222,16 +244,16 @@ def _published(path: Path, keywords: dict[str, Any]) -> LatentActionModel:
 
 
 def batched(
-    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None
+    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None, last: bool
 ) -> tuple[UInt8[Tensor, "b t c h w"], Bool[Tensor, "b t"]]:
     """Return clips as a batch (one clip becomes a batch of one) and which frames are real (default: all).
 
     Raises:
-        UserError: the clips are too short for a transition.
+        UserError: there is no frame at all, or the last transition of a single frame is asked for.
     """
     if frames.ndim == 4:
         frames, valid = frames[None], None if valid is None else valid[None]
-    if frames.shape[1] < 2:
+    if frames.shape[1] < 1 + last:
         raise UserError(f"a clip of {frames.shape[1]} frame(s) has no transition; give at least two frames.")
     if valid is None:
         valid = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
@@ -247,7 +269,7 @@ def pairs(
         Windows ``[b * (t - 1), context + 2, c, h, w]`` and whether both frames of each transition are real
         ``[b, t - 1]``; with `last`, one window per clip.
     """
-    frames, valid = batched(frames, valid)
+    frames, valid = batched(frames, valid, last)
     t = frames.shape[1]
     first = t - 2 if last else 0
     now = torch.arange(first, t - 1, device=frames.device)[:, None]

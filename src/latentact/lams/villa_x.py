@@ -233,7 +233,7 @@ class VillaX(LatentActionModel):
         last: bool = False,
     ) -> LatentActions:
         """Return latent actions; the frames before a clip's first valid one count as not there."""
-        frames, valid = batched(frames, valid)
+        frames, valid = batched(frames, valid, last)
         real = valid[:, :-1] & valid[:, 1:]
         wanted = real.clone()
         wanted[:, :-1] &= not last

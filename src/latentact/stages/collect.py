@@ -228,7 +228,7 @@ class _Tally:
             if self.settled >= PATIENCE and len(self.successes) * 10 < self.settled:
                 raise UserError(
                     f"the expert of {self.env} solved {len(self.successes)} of {self.settled} attempts; "
-                    "choose another environment or more max_steps."
+                    "choose another environment or a larger --max-steps."
                 )
 
 

@@ -6,6 +6,7 @@ comes from elsewhere. Writes `inspect.json` and `inspect.html`.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from latentact.checkpoint import require_device, write_json
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.clips import split_episodes
-from latentact.errors import UserError
+from latentact.errors import EXTRAS, UserError, missing_extra
 from latentact.evaluation.inspect_lam import inspect_lam
 from latentact.evaluation.inspect_page import write_page
 from latentact.lams.encode import gap_in_frames
@@ -68,6 +69,8 @@ class InspectResult:
 
     verdict: str
     """Go or no-go, in one sentence."""
+    cautions: tuple[str, ...]
+    """What does not forbid to use it, and should be known."""
     next: str
     """What to try now."""
     html: Path
@@ -83,6 +86,8 @@ def run(config: InspectConfig) -> InspectResult:
         UserError: the model or the data cannot be read, or have no frame gap in common.
     """
     require_device(config.device)
+    if importlib.util.find_spec("plotly") is None:
+        raise missing_extra("plotly", EXTRAS["plotly"])
     folder = Path(config.out or (config.lam if Path(config.lam).is_dir() else "inspect"))
     if folder.is_file():
         raise UserError(f"--out is {folder}, which is a file; give a folder.")
@@ -116,6 +121,7 @@ def run(config: InspectConfig) -> InspectResult:
     verdict = numbers["verdict"]
     return InspectResult(
         verdict=verdict["headline"],
+        cautions=tuple(each["said"] for each in verdict["findings"] if each["level"] == "caution"),
         next=verdict["next"],
         html=folder / "inspect.html",
         json=folder / "inspect.json",

@@ -29,6 +29,8 @@ class LabelConfig:
     """What to label."""
     out: str
     """Folder for the labels."""
+    frame_gap_s: float = 0.0
+    """Seconds between the two frames of a transition; 0: the LAM's own."""
     batch_size: int = 256
     """Transitions encoded together."""
     device: str = "cpu"
@@ -40,6 +42,8 @@ class LabelConfig:
 def run(config: LabelConfig) -> Path:
     """Label a dataset; returns the folder of the labels."""
     out, data = Path(config.out), config.data
+    if config.frame_gap_s < 0:
+        raise UserError(f"--frame-gap-s is {config.frame_gap_s:g}; wanted at least 0.")
     options = EncodeOptions(
         batch_size=config.batch_size,
         device=config.device,
@@ -53,6 +57,7 @@ def run(config: LabelConfig) -> Path:
         "weights": model.spec.weights,
         "model": to_dict(model.config),
         "data": to_dict(data),
+        "frame_gap_s": config.frame_gap_s,
         "precision": config.precision,
     }
     if (out / MANIFEST).is_file():
@@ -64,7 +69,7 @@ def run(config: LabelConfig) -> Path:
         raise UserError(f"{out} exists and holds no labels; give another --out.")
     store = open_store(data)
     remedy = f"label data at a matching rate, for example with --target-fps {model.spec.fps:g}"
-    gap = gap_in_frames(model.spec, store.fps, store.path, 0.0, remedy)
+    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s, remedy)
     encoded = encode_dataset(model, Footage(data), gap, options)
     if encoded is None:  # the first of several processes writes
         return out

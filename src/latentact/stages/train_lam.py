@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from latentact.data.clips import Clips, choose_labelled, frame_gap, split_episod
 from latentact.errors import UserError
 from latentact.evaluation.lam import LamEvaluation, evaluate_lam
 from latentact.lams.frozen_features import with_features
-from latentact.lams.model import LAMS
+from latentact.lams.model import LAMS, LatentActionModel
 from latentact.training.fit import TrainingConfig, fit
 from latentact.training.run_folder import begin_run, finished
 from latentact.types import Clip
@@ -65,7 +67,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
     torch.manual_seed(config.training.seed)
-    model = lam.build(store.action_space)
+    model = _or_refuse(lambda: lam.build(store.action_space), lam.kind)
     model.spec = replace(
         model.spec, frame_gap=gap, frame_gap_s=gap / store.fps, fps=store.fps, camera=store.camera
     )
@@ -105,6 +107,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         return _scalars(judged[0])
 
     data = _Mixed(clips, labelled, config.labelled_share) if len(labelled) < len(train) else clips
+    if not out.exists():
+        _or_refuse(lambda: _try(model, data), lam.kind)
     begin_run(out, config)
     fit(model, data, config.training, out, judge)
     if not judged:  # the run was killed after its last step
@@ -121,6 +125,25 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
     write_json(out / "lam.json", values | evaluation.numbers)
     return out
+
+
+def _or_refuse[T](work: Callable[[], T], kind: str) -> T:
+    """Do what settings of a model may make impossible.
+
+    Raises:
+        UserError: they do.
+    """
+    try:
+        return work()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"lam={kind} cannot be built or trained with these settings: {first}.") from error
+
+
+def _try(model: LatentActionModel, data: Any) -> None:
+    """Take the loss of two clips by a copy of the model, before anything is written."""
+    with torch.no_grad():
+        copy.deepcopy(model).train().loss(data.__getitems__([0, len(data) - 1]))
 
 
 def _scalars(evaluation: LamEvaluation) -> dict[str, float]:
