@@ -111,7 +111,10 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
     model.train()
     step_s, step_work = _seconds(step, repeats, device), _work(lambda: model.loss(clip)[0].backward(), device)
     model.eval()
-    label_s, label_work = _seconds(label, repeats, device), _work(lambda: model.encode(video), device)
+    label_s, label_work = (
+        _seconds(label, repeats, device),
+        _work(torch.no_grad()(lambda: model.encode(video)), device),
+    )
     on_cpu = device == "cpu"
     held = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
