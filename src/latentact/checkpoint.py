@@ -230,7 +230,7 @@ def require_device(device: str) -> None:
     import torch
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device, False):
+    if not there.get(str(device).partition(":")[0], False):
         usable = ", ".join(name for name, found in there.items() if found)
         raise UserError(f"device is {device!r}; torch can use {usable} here.")
 

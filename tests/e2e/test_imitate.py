@@ -380,7 +380,6 @@ def test_check_guidance_sees_that_nothing_was_learned(made, tmp_path):
     [
         (("--env-name", "FrozenLake-v1"), "FrozenLake-v1 tells no place of the agent"),
         (("--env-name", "babyai/GoToLocal"), "acts by 2 numbers and babyai/GoToLocal takes 7 classes"),
-        (("--env-name", "gym_pusht/PushT-v0"), "gym_pusht/PushT-v0 has no scripted expert"),
         (("--policy-path", "{root}/latent"), "ground it first"),
         (("--lam-model-path", "{tmp}/other"), "hold different latent actions: weights"),
         (("--lam-model-path", "{tmp}/slow"), "the LAM's frame gap is 0.04 s"),

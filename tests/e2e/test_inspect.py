@@ -210,6 +210,7 @@ def test_the_command_judges_what_training_held_out_and_writes_a_page(trained, pa
     verdict = numbers["verdict"]
     assert done.stdout.splitlines() == [
         verdict["headline"],
+        *(f"Caution: {each['said']}" for each in verdict["findings"] if each["level"] == "caution"),
         verdict["next"],
         str(tmp_path / "card/inspect.html"),
     ]
