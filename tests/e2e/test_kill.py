@@ -44,7 +44,7 @@ def kill(command, ready, seed, by=signal.SIGKILL, within=0.1):
 
 
 def killed(command, ready, seed, result):
-    """Kill a command before it has its result; fast machines need more than one attempt, and less patience."""
+    """Kill a command before it has its result; fast machines need more attempts and less patience."""
     for attempt in range(ATTEMPTS):
         code, said = kill(command, ready, seed + attempt, within=0.1 / 4**attempt)
         assert code in (0, -signal.SIGKILL), said
