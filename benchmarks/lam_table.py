@@ -269,6 +269,10 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
         "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
         "",
+        "PushT's actions are places: a high probe needs no motion, so look at both columns. All models get "
+        "the same few steps, which for those without labels is little: the table compares, it does not show "
+        "what each can reach.",
+        "",
         "| data | model | labels | seeds | probe | motion | k labels | nuisance |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
