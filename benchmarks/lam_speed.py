@@ -151,7 +151,8 @@ def _peak(device: str, dtype: torch.dtype) -> float:
     """Return the operations per second of a large matrix product."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _seconds(lambda: a @ b, 5, device)  # type: ignore[arg-type, return-value]
+    times = [_seconds(lambda: a @ b, 1, device) for _ in range(20)]  # type: ignore[arg-type, return-value]
+    return 2 * side**3 / min(times)
 
 
 def _wait(device: str) -> None:
