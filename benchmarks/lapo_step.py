@@ -16,10 +16,12 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentact.lams.lapo import Lapo, LapoConfig
 from latentact.nn import unet
+from latentact.nn.impala import Impala
 from latentact.training.fit import TrainingConfig, keep_freed_memory, precision
 from latentact.types import Clip
 
@@ -27,6 +29,11 @@ from latentact.types import Clip
 def repeated(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
     """Convolve the latent at full resolution, as published."""
     return conv(torch.cat([x, latent[:, :, None, None].expand(-1, -1, *x.shape[-2:])], dim=1))
+
+
+def as_given(impala: Impala, x: Tensor) -> Tensor:
+    """Return the features in the memory layout that the input has, as published."""
+    return F.relu(impala.fc(F.relu(impala.conv_stack(x).flatten(1))))
 
 
 def batches(steps: int, size: int) -> list[Clip]:
@@ -61,6 +68,7 @@ class Trainee:
     def step(self, clip: Clip, number: int) -> None:
         """Run one training step on a clip."""
         unet._conv_with_constant = OURS if self.ours else repeated
+        Impala.forward = OUR_FORWARD if self.ours else as_given
         if not self.ours:
             clip = Clip(frames=clip.frames.contiguous(), valid=clip.valid, index=clip.index)
         begun = time.perf_counter()
@@ -77,7 +85,7 @@ class Trainee:
         self.seconds.append(time.perf_counter() - begun)
 
 
-OURS = unet._conv_with_constant
+OURS, OUR_FORWARD = unet._conv_with_constant, Impala.forward
 
 
 def main() -> None:
