@@ -31,9 +31,9 @@ def repeated(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
     return conv(torch.cat([x, latent[:, :, None, None].expand(-1, -1, *x.shape[-2:])], dim=1))
 
 
-def as_given(impala: Impala, x: Tensor) -> Tensor:
+def as_given(self: Impala, x: Tensor) -> Tensor:
     """Return the features in the memory layout that the input has, as published."""
-    return F.relu(impala.fc(F.relu(impala.conv_stack(x).flatten(1))))
+    return F.relu(self.fc(F.relu(self.conv_stack(x).flatten(1))))
 
 
 def batches(steps: int, size: int) -> list[Clip]:
