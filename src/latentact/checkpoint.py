@@ -239,7 +239,7 @@ def multiplies_bf16(device: str) -> bool:
     """Return whether a device (auto: the one that torch would take) multiplies bf16 natively."""
     import torch
 
-    if device in ("auto", "cuda") and torch.cuda.is_available():
+    if device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
