@@ -261,8 +261,8 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
         f"of {options.batch_size} per model, k = {options.k} labelled episodes; distractors"
-        f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest; a whole table has "
-        f"{options.seeds} seeds of every row, and the column says how many are in.",
+        f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest; a whole table "
+        f"has {options.seeds} seeds of every row, and the column says how many are in.",
         "",
         "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
         "**Motion**: the same of how the robot's state changes in the step, which a place does not tell. "
