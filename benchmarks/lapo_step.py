@@ -1,8 +1,8 @@
 """One LAPO training step at the published sizes: the plain way beside ours, same weights, same batches.
 
 Plain: fp32, NCHW, the latent repeated over the whole picture and convolved there, as LAPO's published code
-does. Ours: what `latentact train-lam` runs. Steps alternate, so that a machine whose speed drifts treats both
-alike.
+does. Ours: what `latentact train-lam` runs. Each has a process of its own, since `train-lam` also tells the C
+library to keep freed memory; their steps alternate, so that a machine whose speed drifts treats both alike.
 
     python benchmarks/lapo_step.py [--batch-size 128] [--steps 50]
 """
@@ -10,16 +10,17 @@ alike.
 from __future__ import annotations
 
 import argparse
-import copy
+import multiprocessing
 import statistics
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentact.lams.lapo import Lapo, LapoConfig
+from latentact.lams.lapo import LapoConfig
 from latentact.nn import unet
 from latentact.nn.impala import Impala
 from latentact.training.fit import TrainingConfig, keep_freed_memory, precision
@@ -53,39 +54,31 @@ def batches(steps: int, size: int) -> list[Clip]:
     return found
 
 
-class Trainee:
-    """A model with its optimiser, stepped and timed."""
-
-    def __init__(self, model: Lapo, ours: bool) -> None:
-        self.model, self.ours = model.train(), ours
-        if ours:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.bf16 = ours and precision(TrainingConfig()) == "bf16-mixed"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 3e-4)
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-
-    def step(self, clip: Clip, number: int) -> None:
-        """Run one training step on a clip."""
-        unet._conv_with_constant = OURS if self.ours else repeated
-        Impala.forward = OUR_FORWARD if self.ours else as_given
-        if not self.ours:
+def work(pipe: Connection, ours: bool, steps: int, size: int) -> None:
+    """Take one training step whenever the pipe says so, and answer its loss and seconds."""
+    torch.manual_seed(0)
+    model = LapoConfig().build().train()
+    if ours:
+        keep_freed_memory()
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    else:
+        unet._conv_with_constant, Impala.forward = repeated, as_given
+        unet._upsampled = unet._flattened = nn.Module.__call__
+    bf16 = ours and precision(TrainingConfig()) == "bf16-mixed"
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=ours)
+    for number, clip in enumerate(batches(steps, size)):
+        if not ours:
             clip = Clip(frames=clip.frames.contiguous(), valid=clip.valid, index=clip.index)
+        pipe.recv()
         begun = time.perf_counter()
-        self.optimizer.param_groups[0]["lr"] = (
-            float(np.interp(number, [0, 50, 50_001], [0.1, 1, 0.01])) * 3e-4
-        )
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            loss, _ = self.model.loss(clip)
-        self.optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = float(np.interp(number, [0, 50, 50_001], [0.1, 1, 0.01])) * 3e-4
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = model.loss(clip)
+        optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
-        self.optimizer.step()
-        self.losses.append(loss.item())
-        self.seconds.append(time.perf_counter() - begun)
-
-
-OURS, OUR_FORWARD = unet._conv_with_constant, Impala.forward
+        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        pipe.send((loss.item(), time.perf_counter() - begun))
 
 
 def main() -> None:
@@ -96,21 +89,27 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    keep_freed_memory()
-    model = LapoConfig().build()
-    plain, ours = Trainee(copy.deepcopy(model), ours=False), Trainee(model, ours=True)
-    for number, clip in enumerate(batches(args.steps, args.batch_size)):
-        plain.step(clip, number)
-        ours.step(clip, number)
+    context = multiprocessing.get_context("spawn")
+    pipes = []
+    for ours in (False, True):
+        here, there = context.Pipe()
+        context.Process(target=work, args=(there, ours, args.steps, args.batch_size), daemon=True).start()
+        there.close()
+        pipes.append(here)
+    told: list[list[tuple[float, float]]] = [[], []]
+    for number in range(args.steps):
+        for pipe, rows in zip(pipes, told, strict=True):
+            pipe.send(number)
+            rows.append(pipe.recv())
         if number % 10 == 0 or number == args.steps - 1:
-            print(f"step {number}: plain {plain.losses[-1]:.5f}  ours {ours.losses[-1]:.5f}", flush=True)
-    times = [statistics.median(side.seconds[1:] or side.seconds) for side in (plain, ours)]
-    ratio = statistics.median(a / b for a, b in zip(plain.seconds[1:], ours.seconds[1:], strict=True))
+            print(f"step {number}: plain {told[0][-1][0]:.5f}  ours {told[1][-1][0]:.5f}", flush=True)
+    slow, quick = ([seconds for _, seconds in rows[1:] or rows] for rows in told)
+    ratio = statistics.median(a / b for a, b in zip(slow, quick, strict=True))
     print(
-        f"plain fp32 {times[0]:.3f} s/step, ours {times[1]:.3f} s/step, ratio {ratio:.2f} (median of pairs)"
+        f"plain fp32 {statistics.median(slow):.3f} s/step, ours {statistics.median(quick):.3f} s/step, "
+        f"ratio {ratio:.2f} (median of pairs)"
     )
-    late = [statistics.mean(side.losses[-10:]) for side in (plain, ours)]
+    late = [statistics.mean(loss for loss, _ in rows[-10:]) for rows in told]
     print(f"losses of the last ten steps differ by {abs(late[1] / late[0] - 1):.2%}")
 
 

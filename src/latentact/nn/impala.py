@@ -15,7 +15,7 @@ class _Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+        return x + self.conv1(F.relu_(self.conv0(F.relu(x))))
 
 
 class _Stage(nn.Module):
@@ -50,4 +50,4 @@ class Impala(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
         """Return non-negative features; works in channels_last, which is faster on every device."""
         x = x.contiguous(memory_format=torch.channels_last)
-        return F.relu(self.fc(F.relu(self.conv_stack(x).flatten(1))))
+        return F.relu_(self.fc(F.relu(self.conv_stack(x).flatten(1))))

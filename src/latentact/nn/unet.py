@@ -2,7 +2,8 @@
 
 Module names are those of LAPO's checkpoints. Differs in cost, not in numbers: the published code repeats the
 latent over the whole picture and convolves it there; here its share of the first convolution is computed once
-per border case (inside, edges, corners), which is the same sum.
+per border case (inside, edges, corners), which is the same sum. Convolutions whose windows do not overlap run
+as the matrix products that they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class _Residual(nn.Module):
         self.res_block = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(channels, channels // 2, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels // 2, channels, 3, padding=1),
         )
 
@@ -38,7 +39,7 @@ class _Down(nn.Module):
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
         x = self.conv(x) if latent is None else _conv_with_constant(self.conv, x, latent)
-        return F.relu(F.max_pool2d(self.res(self.norm(x)), 2, 2))
+        return F.relu_(F.max_pool2d(self.res(self.norm(x)), 2, 2))
 
 
 class _Up(nn.Module):
@@ -49,7 +50,7 @@ class _Up(nn.Module):
         self.res = _Residual(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.res(self.norm(self.conv(x))))
+        return F.relu_(self.res(self.norm(_upsampled(self.conv, x))))
 
 
 def _conv_with_constant(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
@@ -66,6 +67,22 @@ def _conv_with_constant(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
     y = F.conv2d(x, pixels, conv.bias, padding=1)
     full = torch.cat([first, middle.expand(-1, -1, -1, width - 2), last], dim=3)
     return y + full.to(y.dtype)
+
+
+def _upsampled(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """Return ``conv(x)`` of a transposed convolution whose stride is its kernel's size."""
+    (b, _, h, w), f = x.shape, conv.kernel_size[0]
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    assert conv.bias is not None
+    blocks = F.linear(x.permute(0, 2, 3, 1), weight, conv.bias.repeat(f * f))
+    rows = blocks.view(b, h, w, f, f, -1).transpose(2, 3)
+    return rows.reshape(b, h * f, w * f, -1).permute(0, 3, 1, 2)
+
+
+def _flattened(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``conv(x)`` of a convolution whose kernel covers the whole picture."""
+    flat, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, conv.weight))
+    return F.linear(flat, weight, conv.bias)[:, :, None, None]
 
 
 class UNet(nn.Module):
@@ -106,10 +123,13 @@ class UNet(nn.Module):
         """Return the next frame in -0.5..0.5; `frames` are in the same range, latest last."""
         x = self.down[0](frames, latent)
         skips = [x]
-        for layer in self.down[1:]:
+        *levels, bottom = self.down[1:]
+        for layer in levels:
             x = layer(x)
             skips.append(x)
-        skips[-1] = latent[:, :, None, None].to(x.dtype)
+        assert isinstance(bottom, nn.Conv2d)
+        x = _flattened(bottom, x)
+        skips.append(latent[:, :, None, None].to(x.dtype))
         for layer, skip in zip(self.up, reversed(skips), strict=True):
             x = layer(torch.cat([x, skip], dim=1))
         return torch.tanh(self.final_conv(torch.cat([x, frames.to(x.dtype)], dim=1))) / 2

@@ -118,6 +118,5 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        largest = 2**31 - 1
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, largest)
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD

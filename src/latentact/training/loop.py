@@ -102,6 +102,13 @@ class _Module(pl.LightningModule):
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
 
+    def on_train_start(self) -> None:
+        # A fused optimiser reads its state in the memory layout of the parameters; a checkpoint has lost it.
+        for parameter, state in self.trainer.optimizers[0].state.items():
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(self.config.seed * 1_000_003 + self.global_step)
 
@@ -120,10 +127,16 @@ class _Module(pl.LightningModule):
                 np.interp(step, [0, min(c.warmup_steps, c.steps - 1), c.steps + 1], [0.1, 1.0, 0.01])
             )
 
-        fused = self.device.type == "cuda"
-        optimizer = torch.optim.AdamW(self.model.parameters(), c.lr, weight_decay=c.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(self.model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        # Lightning refuses fused optimisers here, for the sake of loss scaling, which bf16 does without.
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
 
 class _Steps:
