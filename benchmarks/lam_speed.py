@@ -27,10 +27,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentact.checkpoint import whole_file
+from latentact.device import keep_freed_memory
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.laq import LaqConfig
 from latentact.lams.villa_x import VillaXConfig
-from latentact.training.fit import keep_freed_memory
 from latentact.types import Clip
 
 CONFIGS: dict[str, Any] = {

@@ -221,29 +221,6 @@ def read_pickled(path: Path) -> dict[str, Any]:
     return values
 
 
-def require_device(device: str) -> None:
-    """Check that torch can compute on a device.
-
-    Raises:
-        UserError: it is unknown, or not there.
-    """
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(str(device).partition(":")[0], False):
-        usable = ", ".join(name for name, found in there.items() if found)
-        raise UserError(f"device is {device!r}; torch can use {usable} here.")
-
-
-def multiplies_bf16(device: str) -> bool:
-    """Return whether a device (auto: the one that torch would take) multiplies bf16 natively."""
-    import torch
-
-    if device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def push_folder(write: Callable[[Path], None], repo_id: str, private: bool | None) -> str:
     """Upload the checkpoint that `write` makes to the Hugging Face hub and return its address."""
     from tempfile import TemporaryDirectory

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from latentact.checkpoint import require_device
 from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
 from latentact.data.resize import resize
 from latentact.data.video import VideoInfo, at_times, decode, probe
+from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.guide import SAME_RATE, Guide, follow, tokens_at
 from latentact.guided_policy import GuidedPolicy, load_guided_policy

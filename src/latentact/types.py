@@ -54,10 +54,8 @@ class Clip:
     hidden)."""
     state: Float32[Tensor, "b s"] | None = None
     """Robot state at `index`."""
-    next_state: Float32[Tensor, "b s"] | None = None
-    """Robot state at the end of the transition."""
     states: Float32[Tensor, "b t s"] | None = None
-    """Robot state at every moment."""
+    """Robot state at every moment; the last two are the transition's, as of the frames."""
     features: Float32[Tensor, "b t f"] | None = None
     """Features of a frozen network at every moment, where a model's target is such."""
 

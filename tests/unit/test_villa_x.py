@@ -280,7 +280,8 @@ def test_proprio_learns_the_next_state_and_labelled_actions() -> None:
     model = config.build(ActionSpace(kind="continuous", size=2))
     state = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
     hidden = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]])
-    batch = clip(config, state=state, next_state=state + 1, action=hidden)
+    states = torch.stack([*[state] * (config.d_t - 1), state + 1], dim=1)
+    batch = clip(config, states=states, action=hidden)
     loss, metrics = model.loss(batch)
     parts = metrics["recon"] + metrics["vq"] + metrics["state"] + 2 * metrics["action"]
     assert loss.item() == pytest.approx(parts.item())

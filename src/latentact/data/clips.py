@@ -166,14 +166,12 @@ class Clips(Dataset[Clip]):
         inside = np.maximum(wanted, starts[:, None])
         batch = torch.from_numpy(self._frames[inside])
         index = torch.from_numpy(np.ascontiguousarray(rows))
-        ahead = self.frame_gap if self.horizon else 0
         return Clip(
             frames=batch.permute(0, 1, 4, 2, 3),
             valid=torch.from_numpy(wanted == inside),
             index=index,
             action=None if self._actions is None else self._actions[index],
             state=None if self._state is None else self._state[index],
-            next_state=None if self._state is None else self._state[index + ahead],
             states=None if self._state is None else self._state[torch.from_numpy(inside)],
             features=None
             if self._features is None

@@ -27,13 +27,14 @@ import torch
 from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import multiplies_bf16, read_json, whole_file, whole_folder, write_json
+from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
 from latentact.config import to_dict
 from latentact.data.cache import cache_folder
 from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
 from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
+from latentact.device import multiplies_bf16
 from latentact.errors import UserError, did_you_mean
 from latentact.lams.encode_unit import Unit, encode_clip, encoders
 from latentact.lams.model import LatentActionModel

@@ -19,6 +19,7 @@ from latentact.checkpoint import whole_file
 from latentact.data.build import Chunk
 from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
+from latentact.device import keep_freed_memory
 from latentact.lams.model import LatentActionModel
 from latentact.types import LatentActions
 
@@ -48,6 +49,7 @@ def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     numbers depend on how many cores there are.
     """
     threads = torch.get_num_threads()
+    keep_freed_memory()
     pool = ThreadPoolExecutor(threads if device == "cpu" else 1, thread_name_prefix="encode")
     torch.set_num_threads(1)
     try:

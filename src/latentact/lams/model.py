@@ -19,7 +19,6 @@ from latentact.checkpoint import (
     load_weights,
     push_folder,
     read_json,
-    require_device,
     resolve_path,
     save_tensors,
     weights_hash,
@@ -27,6 +26,7 @@ from latentact.checkpoint import (
     write_json,
 )
 from latentact.config import from_dict, to_dict
+from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.quantizers.quantizer import Quantized
 from latentact.registry import Registry

@@ -386,15 +386,13 @@ class Proprio(nn.Module):
         """Return the losses of the last transition; hidden actions count for nothing."""
         state = after = None
         if self.state_norm is not None:
-            for found in (clip.state, clip.next_state):
-                size = 0 if found is None else found.shape[1]
-                if size != self.state_norm.num_features:
-                    raise UserError(
-                        f"lam.state_size is {self.state_norm.num_features} and the data's robot state has "
-                        f"{size} numbers; set lam.state_size={size}."
-                    )
-            both = torch.cat([clip.state, clip.next_state])  # type: ignore[list-item]
-            state, after = self.state_norm(both).chunk(2)
+            size = 0 if clip.states is None else clip.states.shape[2]
+            if clip.states is None or size != self.state_norm.num_features:
+                raise UserError(
+                    f"lam.state_size is {self.state_norm.num_features} and the data's robot state has "
+                    f"{size} numbers; set lam.state_size={size}."
+                )
+            state, after = self.state_norm(torch.cat([*clip.states[:, -2:].unbind(1)])).chunk(2)
         x = torch.cat([latent] if state is None else [latent, state], dim=1)
         x = F.gelu(self.enter(x) + self.embodiment)
         losses = {}

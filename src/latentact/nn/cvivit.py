@@ -97,14 +97,15 @@ class PositionalConv(nn.Module):
     def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
         """Return what is added to the tokens."""
         b, t, *_, d = x.shape
-        parts: list[Tensor] = []
+        found = None
         for lag in range(min(t, 3)):
             y = rearrange(x[:, : t - lag], "b t h w d -> (b t) d h w")
             weight = self.weight[:, 2 - lag].unsqueeze(1)
             y = F.conv2d(y, weight, None if lag else self.bias, padding=1, groups=d)
             y = rearrange(y, "(b t) d h w -> b t h w d", b=b)
-            parts.append(F.pad(y, (0, 0, 0, 0, 0, 0, lag, 0)) if lag else y)
-        return torch.stack(parts).sum(0) if t > 1 else parts[0]
+            found = y if found is None else torch.cat([found[:, :lag], found[:, lag:] + y], dim=1)
+        assert found is not None
+        return found
 
 
 class Attention(nn.Module):
@@ -141,8 +142,13 @@ class Attention(nn.Module):
             null = self.null_kv.to(k.dtype).expand(len(k), -1, -1, -1)
             k, v = (torch.cat([null[:, :, i::2], part], dim=2) for i, part in enumerate((k, v)))
         q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
-        mask = None if bias is None else bias.to(v.dtype)
-        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=8.0)
+        if bias is None and k.shape[2] == 2:  # two frames: a softmax of two is a sigmoid
+            (k0, k1), (v0, v1) = k.split(1, dim=2), v.split(1, dim=2)
+            share = torch.sigmoid(8.0 * (q * (k0 - k1)).sum(-1, keepdim=True)).to(v.dtype)
+            out = v1 + share * (v0 - v1)
+        else:
+            mask = None if bias is None else bias.to(v.dtype)[None]
+            out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, scale=8.0)
         return self.to_out(rearrange(out, "n heads i c -> n i (heads c)"))
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from latentact.checkpoint import require_device, write_json
+from latentact.checkpoint import write_json
 from latentact.data.progress import Progress
+from latentact.device import require_device
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.evaluation.rollout import mean_interval

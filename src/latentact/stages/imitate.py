@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from latentact.checkpoint import require_device, write_json
+from latentact.checkpoint import write_json
 from latentact.data.progress import Progress
 from latentact.data.resize import resize
+from latentact.device import require_device
 from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, did_you_mean
 from latentact.evaluation.imitation_page import write_page

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from latentact.checkpoint import require_device, write_json
+from latentact.checkpoint import write_json
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.clips import split_episodes
+from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra
 from latentact.evaluation.inspect_lam import inspect_lam
 from latentact.evaluation.inspect_page import write_page

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from latentact.checkpoint import read_json, require_device
+from latentact.checkpoint import read_json
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.footage import Footage
 from latentact.data.tokens import MANIFEST, Labels, write_labels
+from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames
 from latentact.lams.model import load_lam

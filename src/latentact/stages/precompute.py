@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.checkpoint import read_json, require_device, whole_folder, write_json
+from latentact.checkpoint import read_json, whole_folder, write_json
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
 from latentact.data.columns import Column, add_columns
@@ -28,6 +28,7 @@ from latentact.data.format import Source
 from latentact.data.lerobot import LeRobotSource, lerobot_version, local_dataset
 from latentact.data.record import require_lerobot
 from latentact.data.tokens import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
+from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames
 from latentact.lams.model import load_lam

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
 
-from latentact.checkpoint import read_json, require_device, whole_folder, write_json
+from latentact.checkpoint import read_json, whole_folder, write_json
 from latentact.data.cache import DataConfig
 from latentact.data.footage import Footage
 from latentact.data.lerobot import lerobot_version, local_dataset
@@ -28,6 +28,7 @@ from latentact.data.progress import Progress
 from latentact.data.record import require_lerobot
 from latentact.data.token_dataset import TokenDataset
 from latentact.data.tokens import TokenFile, read_token_file
+from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import begin_run, finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from latentact.checkpoint import multiplies_bf16, require_device
+from latentact.device import multiplies_bf16, require_device
 from latentact.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -108,15 +107,3 @@ def precision(config: TrainingConfig) -> str:
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if multiplies_bf16(config.device) else "32-true"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step instead of returning them to the system.
-
-    Without it every large activation is mapped, zeroed and unmapped again at each step, which costs a CPU
-    training step up to a quarter of its time. Does nothing where the C library has no `mallopt`.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD

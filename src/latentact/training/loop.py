@@ -23,9 +23,10 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from latentact.device import keep_freed_memory
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
-from latentact.training.fit import TrainingConfig, keep_freed_memory, precision
+from latentact.training.fit import TrainingConfig, precision
 from latentact.training.metrics_csv import MetricsCsv
 
 log = logging.getLogger(__name__)
