@@ -128,14 +128,15 @@ class _Module(pl.LightningModule):
                 np.interp(step, [0, min(c.warmup_steps, c.steps - 1), c.steps + 1], [0.1, 1.0, 0.01])
             )
 
-        optimizer = torch.optim.AdamW(self.model.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
+        fused = c.precision != "16-mixed"  # whose loss scale a fused step undoes only after clipping
+        optimizer = torch.optim.AdamW(self.model.parameters(), c.lr, weight_decay=c.weight_decay, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        # Lightning refuses fused optimisers here, for the sake of loss scaling, which bf16 does without.
+        # Lightning's own refuses fused optimisers, for the sake of loss scaling.
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
