@@ -71,12 +71,12 @@ def _conv_with_constant(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
 
 def _upsampled(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """Return ``conv(x)`` of a transposed convolution whose stride is its kernel's size."""
-    (b, _, h, w), f = x.shape, conv.kernel_size[0]
+    (b, _, h, w), f, out = x.shape, conv.kernel_size[0], conv.out_channels
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
     assert conv.bias is not None
     blocks = F.linear(x.permute(0, 2, 3, 1), weight, conv.bias.repeat(f * f))
-    rows = blocks.view(b, h, w, f, f, -1).transpose(2, 3)
-    return rows.reshape(b, h * f, w * f, -1).permute(0, 3, 1, 2)
+    rows = blocks.view(b, h, w, f, f, out).transpose(2, 3)
+    return rows.reshape(b, h * f, w * f, out).permute(0, 3, 1, 2)
 
 
 def _flattened(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from latentact.device import multiplies_bf16, require_device
 from latentact.errors import UserError
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class TrainingConfig:
     """Steps in which the learning rate grows from 0.1 of its peak; it then falls to 0.01 of it, both
     linearly."""
     precision: str = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32; or bf16-mixed, 32-true, ..."""
+    """auto: bf16 where the hardware multiplies it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
     seed: int = 0
     """Seed of weights, batches and noise."""
     checkpoint_every: int = 500

@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ class _Progress(pl.Callback):
             logger.log_metrics(row, step)
         if not trainer.progress_bar_callback:
             rate = (step - self.began_step) / max(time.monotonic() - self.began, 1e-9)
-            left = time.strftime("%H:%M:%S", time.gmtime((self.config.steps - step) / max(rate, 1e-9)))
+            left = timedelta(seconds=round((self.config.steps - step) / max(rate, 1e-9)))
             numbers = " | ".join(f"{k} {v:.4g}" for k, v in row.items())
             log.info("step %d/%d | %s | %.1f steps/s | eta %s", step, self.config.steps, numbers, rate, left)
 
