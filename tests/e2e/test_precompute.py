@@ -432,7 +432,7 @@ def test_a_full_disk_leaves_nothing(data, lam, tmp_path):
         video = next((disk / "out/videos").rglob("*.mp4"))
         assert video.stat().st_nlink == 1  # no link leads to another disk
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def environment(**values):
