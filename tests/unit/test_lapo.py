@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.model import action_loss, floats, pairs
-from latentact.nn.unet import _conv_with_constant
+from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.quantizers.vq_ema import VqEma
 
@@ -51,6 +52,23 @@ def test_constant_channels_cost_nothing_and_change_nothing() -> None:
     conv, x, latent = nn.Conv2d(6 + 10, 5, 3, padding=1), torch.randn(2, 6, 8, 8), torch.randn(2, 10)
     plain = conv(torch.cat([x, latent[:, :, None, None].expand(-1, -1, 8, 8)], dim=1))
     torch.testing.assert_close(_conv_with_constant(conv, x, latent), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("quick", "conv", "side"),
+    [
+        (_upsampled, nn.ConvTranspose2d(5, 7, 2, 2), 3),
+        (_upsampled, nn.ConvTranspose2d(5, 7, 3, 3), 1),
+        (_flattened, nn.Conv2d(5, 7, 3), 3),
+    ],
+)
+def test_convolutions_without_overlap_are_matrix_products(quick, conv: nn.Module, side: int) -> None:
+    torch.manual_seed(0)
+    x, numbers = torch.randn(2, 5, side, side), []
+    for way in (conv, lambda x: quick(conv, x)):
+        y = way(x)
+        numbers.append((y, *torch.autograd.grad(y.square().sum(), [*conv.parameters()])))
+    torch.testing.assert_close(numbers[0], numbers[1], rtol=1e-5, atol=1e-4)
 
 
 def test_pairs_are_one_window_per_transition() -> None:
