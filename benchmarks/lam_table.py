@@ -272,7 +272,8 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "",
         "PushT's actions are places: a high probe needs no motion, so look at both columns. All models get "
         "the same few steps, which for those without labels is little: the table compares, it does not show "
-        "what each can reach.",
+        "what each can reach. LAQ and villa-X draw the whole next frame, without a shortcut from the current "
+        "one; near 0 in both columns they have not begun to use their latents.",
         "",
         "| data | model | labels | seeds | probe | motion | k labels | nuisance |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

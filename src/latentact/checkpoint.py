@@ -132,6 +132,17 @@ def load_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None
     Raises:
         UserError: names or shapes do not match those of the module.
     """
+    require_weights(module, tensors, path)
+    on_meta = any(tensor.is_meta for tensor in module.state_dict().values())
+    module.load_state_dict(tensors, assign=on_meta)
+
+
+def require_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not the weights of a module, which may be on the meta device.
+
+    Raises:
+        UserError: names, shapes or kinds of numbers do not match those of the module.
+    """
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     both = sorted(own.keys() & tensors.keys())
@@ -148,7 +159,6 @@ def load_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None
             raise UserError(
                 f"{path} {what} {names[0]!r}{more}; it belongs to another model than its settings say."
             )
-    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 class _Inert:
@@ -199,6 +209,17 @@ def read_pickled(path: Path) -> dict[str, Any]:
     broken = (*damaged, AssertionError, ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError)
     try:
         zipped = zipfile.is_zipfile(path)
+        if not zipped:
+            with path.open("rb") as file:
+                if file.read(1) == b"\x80":
+                    raise UserError(
+                        f"{path} is a bare pickle, which can run code, so it was not read; save its weights "
+                        f"again with `torch.save` of torch 1.6 or newer."
+                    )
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if member := archive.testzip():
+                    raise ValueError(f"the checksum of {member} is wrong")
         named = get_unsafe_globals_in_checkpoint(path) if zipped else []
         strange = [
             name
@@ -212,7 +233,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
             )
         with safe_globals([(_INERT_NAMES.get(name, _Inert), name) for name in named]):
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except broken as error:
+    except (*broken, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is not a whole file of `torch.save` with plain weights; download it again."
         ) from error

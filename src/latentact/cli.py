@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -534,6 +535,18 @@ def _hydra(stage: str, config: str, context: typer.Context, example: str) -> Non
     run_stage(stage, getattr(module, config), module.run, context.args, example)
 
 
+_PLACES = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+"""What is wrong with a path that was typed."""
+
+
 def main() -> None:
     """Run the command line: exit code 2 and one sentence for bad input, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -548,9 +561,11 @@ def main() -> None:
             raise
         _fail(missing_extra(name, EXTRAS[name]))
     except OSError as error:
-        if not disk_full(error):
+        if disk_full(error):
+            _fail(UserError("the disk is full; free some space and run the same command again."))
+        if error.errno not in _PLACES:
             raise
-        _fail(UserError("the disk is full; free some space and run the same command again."))
+        _fail(UserError(f"{error.filename}: {error.strerror}; give another place."))
     except SystemExit as stop:
         if stop.code == 130:  # what Typer makes of Ctrl-C
             resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"])
@@ -559,7 +574,7 @@ def main() -> None:
         raise
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 

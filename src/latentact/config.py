@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import textwrap
@@ -216,15 +217,24 @@ def _chosen(registry: Registry, values: Any, path: str) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(typing.cast(type, hint), value, path)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)) or (inner[-1] is not ... and len(value) != len(inner)):
+            raise UserError(f"{path} is {value!r}; wanted a list{_numbered(inner)}.")
+        return tuple(_convert(inner[0], v, path) for v in value)
     if isinstance(hint, types.UnionType) and value is not None:
         inner = [h for h in typing.get_args(hint) if h is not type(None)]
         return _convert(inner[0], value, path) if len(inner) == 1 else value
     value = float(value) if hint is float and type(value) is int else value
     if hint in (bool, int, float, str) and type(value) is not hint:
         raise UserError(f"{path} is {value!r}; wanted a value of type {hint.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path} is {value}; wanted a finite number.")
     return value
+
+
+def _numbered(inner: tuple[Any, ...]) -> str:
+    return "" if inner[-1] is ... else f" of {len(inner)} values"
 
 
 def _schema(cls: type, stage: str | None) -> DictConfig:

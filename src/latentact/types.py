@@ -130,8 +130,24 @@ class LatentActionSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LatentActionSpec:
-        """Return the spec that `dataclasses.asdict` made, also when json has been between."""
-        return cls(**{**values, "value_range": tuple(values["value_range"])})
+        """Return the spec that `dataclasses.asdict` made, also when json has been between.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        spec = cls(**{**values, "value_range": tuple(values["value_range"])})
+        whole = (spec.tokens, spec.token_dim, spec.frame_gap, spec.resolution)
+        if any(type(number) is not int or not 1 <= number <= 1 << 20 for number in whole):
+            raise ValueError(f"tokens, token_dim, frame_gap and resolution are {whole}")
+        times = (spec.frame_gap_s, spec.fps)
+        if any(type(number) not in (int, float) or not 0 <= number <= 1e6 for number in times):
+            raise ValueError(f"frame_gap_s and fps are {times}")
+        texts = (spec.model, spec.camera, spec.weights)
+        if any(not isinstance(text, str) or "/" in text or "\0" in text for text in texts):
+            raise ValueError(f"model, camera and weights are {texts}")
+        if spec.value_range != (0.0, 255.0):
+            raise ValueError(f"value_range is {spec.value_range}")
+        return spec
 
     @classmethod
     def load(cls, path: Path) -> LatentActionSpec:

@@ -199,10 +199,29 @@ def test_last_is_the_last_transition(model: LatentActionModel) -> None:
 
 def test_missing_context_repeats_the_first_frame(model: LatentActionModel) -> None:
     frames = clip(model).frames[:, -2:]
-    padded = torch.cat([frames[:, :1]] * model.context + [frames], dim=1)
-    valid = (torch.arange(padded.shape[1]) >= model.context).expand(len(padded), -1)
-    alone, given = encode(model.eval(), frames), encode(model, padded, valid, last=True)
-    torch.testing.assert_close(alone.continuous, given.continuous, rtol=1e-5, atol=1e-5)
+    alone = encode(model.eval(), frames)
+    for older in (frames[:, :1], frames.flip(0)[:, 1:]):  # what is masked may be anything
+        padded = torch.cat([older] * model.context + [frames], dim=1)
+        valid = (torch.arange(padded.shape[1]) >= model.context).expand(len(padded), -1)
+        given = encode(model, padded, valid, last=True)
+        torch.testing.assert_close(alone.continuous, given.continuous, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_frames_change_nothing(model: LatentActionModel) -> None:
+    frames = torch.cat([clip(model).frames[:, -3:]] * 3, dim=1)
+    valid = torch.ones(frames.shape[:2], dtype=torch.bool)
+    valid[1, 0] = valid[2, 4] = valid[3, -1] = False
+    other = torch.where(valid[..., None, None, None], frames, frames.flip(0, 1))
+    one, two = encode(model.eval(), frames, valid), encode(model, other, valid)
+    assert torch.equal(one.valid, valid[:, 1:] & valid[:, :-1])
+    torch.testing.assert_close(one.continuous[one.valid], two.continuous[two.valid], rtol=1e-5, atol=1e-5)
+    alone = encode(model, frames[2:3, 5:])
+    torch.testing.assert_close(one.continuous[2, 5:], alone.continuous[0], rtol=1e-5, atol=1e-5)
+
+
+def test_frames_of_other_channels_are_one_sentence(model: LatentActionModel) -> None:
+    with pytest.raises(UserError, match="wanted uint8"):
+        model.encode(clip(model).frames[:, :, :1])
 
 
 def test_one_frame_has_no_transition(model: LatentActionModel) -> None:

@@ -172,6 +172,29 @@ CASES = {
     "not a number": (lambda f: lam(f, "training.steps=many"), "'many'"),
     "not an override": (lambda f: lam(f, "hello"), "'hello' is not a setting"),
     "negative learning rate": (lambda f: lam(f, "training.lr=-1"), "training.lr is -1"),
+    "a learning rate of no number": (lambda f: lam(f, "training.lr=nan"), "training.lr is nan; wanted a fin"),
+    "a gap of no number": (lambda f: lam(f, "frame_gap_s=nan"), "frame_gap_s is nan"),
+    "label: a gap of no number": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.blocks, "--frame-gap-s", "nan"),
+        "--frame-gap-s is nan",
+    ),
+    "latents without numbers": (
+        lambda f: lam(f, "lam.bottleneck.kind=none", "lam.bottleneck.dim=0"),
+        "bottleneck.dim is 0",
+    ),
+    "levels of one value": (
+        lambda f: lam(f, "lam.bottleneck.kind=fsq", "lam.bottleneck.levels=[1,1]"),
+        "bottleneck.levels is [1, 1]",
+    ),
+    "a pair of three": (
+        lambda f: (
+            "train-lam",
+            f"data.path={f.blocks}",
+            "lam=villa_x",
+            "lam.random_crop_scale=[0.1,0.2,0.3]",
+        ),
+        "lam.random_crop_scale is [0.1, 0.2, 0.3]; wanted a list of 2 values",
+    ),
     "no such device": (lambda f: lam(f, "training.device=tpu"), "device is 'tpu'"),
     "negative share": (lambda f: lam(f, "held_out=1.5"), "held_out is 1.5"),
     "unknown policy": (
@@ -206,6 +229,7 @@ CASES = {
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
     # checkpoints
     "lam: a pickle": (lambda f: ("label", "--lam", f.root / "evil.pt"), "it was not loaded"),
+    "lam: a name too long": (lambda f: ("label", "--lam", "y" * 300), "File name too long"),
     "lam: missing": (lambda f: ("label", "--lam", f.root / "nowhere"), "nowhere does not exist"),
     "lam: empty folder": (lambda f: ("label", "--lam", f.root / "empty"), "holds no config.json"),
     "lam: pickled weights": (
@@ -280,6 +304,17 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
     assert not [*(tmp_path / "here").iterdir()]
     assert not [*(given.root / "empty").iterdir()]
     assert not [*given.marks.iterdir()], "a pickle was executed"
+
+
+def test_a_place_below_a_file(given, tmp_path):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "out"
+    for command in (
+        ("convert-lam", given.root / "lam", "--out", place),
+        ("inspect", given.root / "lam", "--data", given.blocks, "--out", place),
+        lam(given, f"out={place}"),
+    ):
+        assert "give another place" in sentence(cli(*command))
 
 
 def test_k_larger_than_the_episodes_in_compare(tmp_path):

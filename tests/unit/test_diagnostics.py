@@ -188,6 +188,7 @@ def numbers(**changes):
         return {"score": score, "metric": "r2", "ci95": [score - 0.05, score + 0.05]}
 
     return {
+        "transitions": 500,
         "latents": {"spread": 1.0, "future_dependence": 0.9},
         "codebook": {"size": 8, "perplexity": 6.0},
         "reconstruction": {"recon_mse": 1e-4, "copy_mse": 1e-3, "shuffled_mse": 1e-3},
@@ -224,7 +225,12 @@ SAME = {"recon_mse": 1e-3, "copy_mse": 1e-2, "shuffled_mse": 1e-3}
         (changed_probes(latent_linear=0.3, latent_mlp=0.3), "no_action"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, nuisance_linear=0.7), "nuisance"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, latent_and_present_mlp=0.5), "healthy"),
-        ({"reconstruction": SAME}, "shuffled_future"),
+        ({"reconstruction": SAME, **changed_probes(state_only=0.9)}, "no_action"),
+        (
+            {"reconstruction": SAME, **changed_probes(latent_linear=0.3, latent_mlp=0.3)},
+            "shuffled_future",
+        ),
+        ({"transitions": 7, "codebook": {"size": 8, "perplexity": 1.0}}, "too_few"),
         ({"probes": {}, "codebook": None}, "healthy"),
         ({"probes": {}, "reconstruction": SAME}, "shuffled_future"),
         ({"reconstruction": None, "prediction_change": None}, "healthy"),
@@ -246,6 +252,7 @@ def test_verdicts(changes, name):
         ({"leakage": {"centred": 0.95, "across_cuts": None}}, "leaks"),
         ({"leakage": {"centred": 0.6, "across_cuts": 0.2}}, "leaks"),
         (changed_probes(nuisance_linear=0.95), "nuisance"),
+        ({"reconstruction": SAME}, "unused"),
     ],
 )
 def test_cautions_do_not_forbid(changes, name):

@@ -135,6 +135,17 @@ def test_truncated_files_are_one_sentence(model: Lapo, tmp_path: Path) -> None:
             load_lam(path)
 
 
+@pytest.mark.usefixtures("foreign")
+def test_flipped_bytes_are_told(model: Lapo, tmp_path: Path) -> None:
+    path = saved(model, tmp_path / "idm_fdm.pt")
+    whole = bytearray(path.read_bytes())
+    at = whole.index(model.idm.fc.weight.detach().numpy().tobytes()[:64])
+    whole[at] ^= 255
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"not a whole file of `torch\.save`"):
+        load_lam(path)
+
+
 class Runs:
     """Unpickling it calls a function."""
 
@@ -260,6 +271,34 @@ def test_numbers_that_are_none_and_of_a_wrong_kind_are_refused(folder):
         save_file(tensors | {name: value}, folder / "model.safetensors")
         with pytest.raises(UserError, match=said):
             load_lam(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"frame_gap": -1},
+        {"fps": -3.0},
+        {"frame_gap_s": float("nan")},
+        {"frame_gap_s": 1e300},
+        {"camera": "../../etc/passwd"},
+        {"value_range": [0.0, 1.0]},
+    ],
+    ids=str,
+)
+def test_a_spec_that_says_nonsense_is_refused(folder, values):
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps(spec | values))
+    with pytest.raises(UserError, match="is not a latent action spec") as caught:
+        load_lam(folder)
+    assert len(str(caught.value)) < 400
+
+
+def test_settings_of_more_than_the_file_holds_cost_no_memory(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["lam"] |= {"dim": 1 << 14, "spatial_depth": 200}  # hundreds of gigabytes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"has a wrong shape for|lacks"):
+        load_lam(folder)
 
 
 def test_a_spec_of_another_model_is_refused(folder):

@@ -104,7 +104,7 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
             valid=arrays["valid"],
         )
         digest = manifest["digest"]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} does not hold whole labels ({error!r}); label the data again.") from error
     store = open_store(labels.data)
     if store.digest != digest or any(len(store.frames) != len(values) for values in arrays.values()):
@@ -217,7 +217,7 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
             tokens_kind=metadata["tokens"],
             metadata=metadata,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is no token file ({error!r}); make one with latentact precompute."
         ) from error

@@ -112,8 +112,8 @@ def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         times = recon["shuffled_mse"] / recon["recon_mse"]
         items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: latents are ignored"))
     if numbers["lags"]:
-        peak = max(numbers["lags"], key=lambda row: row["score"])["lag"]
-        items.append(("Best lag of actions", f"{peak:+d}" if peak else "0", "rows; 0 is right"))
+        shift = numbers["misaligned"]
+        items.append(("Actions are shifted by", f"{shift:+d}" if shift else "0", "rows; 0 is right"))
     dims = numbers["latents"]
     items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
     return items

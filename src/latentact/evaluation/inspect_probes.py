@@ -48,6 +48,10 @@ class Probed:
             )
         elif found:
             self._with_present()
+        else:
+            self.case.missing.append(
+                "All actions of the held-out episodes are the same: nothing is said about actions."
+            )
         self._state()
         self._nuisance()
 

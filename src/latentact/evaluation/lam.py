@@ -210,6 +210,8 @@ def _probes(
             f"No probes: {fit.sum()} transitions to fit them and {score.sum()} to score them, and each needs "
             f"{FEWEST_PROBED}; hold out more episodes."
         ]
+    if not np.ptp(actions[fit | score], axis=0).any():
+        return {}, ["No probes: all actions of the held-out episodes are the same."]
     group = bootstrap_groups(store.episode[rows], score)
 
     def data(features: np.ndarray, targets: np.ndarray, part: np.ndarray) -> ProbeData:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+FEWEST = 8  # transitions
 COLLAPSED_SPREAD = 1e-3  # deviation of latents over their size
 COLLAPSED_CODES = 1.5  # perplexity of the codes
 FEW_CODES = 0.1  # perplexity over codebook size
@@ -66,7 +67,7 @@ def judge(numbers: dict[str, Any]) -> Verdict:
             next=worst.next,
             findings=tuple(findings),
         )
-    limits = " as far as can be told without actions" if not numbers["probes"] else ""
+    limits = "" if "latent_linear" in numbers["probes"] else " as far as can be told without actions"
     return Verdict(
         go=True,
         name="healthy",
@@ -78,6 +79,15 @@ def judge(numbers: dict[str, Any]) -> Verdict:
 
 def _findings(numbers: dict[str, Any]) -> Iterator[Finding]:
     """Yield findings in the order in which one explains the next, so that the first names the cause."""
+    if numbers["transitions"] < FEWEST:
+        yield Finding(
+            name="too_few",
+            level="no-go",
+            said=f"{numbers['transitions']} held-out transition(s) are too few to judge anything by.",
+            next=f"Give data with at least {FEWEST} transitions in episodes that the model was not trained "
+            "on, or hold out more.",
+        )
+        return
     if (collapsed := _collapsed(numbers)) is not None:
         yield collapsed
         return
@@ -156,7 +166,16 @@ def _unread(numbers: dict[str, Any]) -> Iterator[Finding]:
             next="Train with the actions of a few labelled episodes (labelled_episodes=K with an action "
             "head), or weight the loss towards what the robot moves.",
         )
-    elif matters is False or (matters is None and read is False):
+    elif read and matters is False:
+        yield Finding(
+            name="unused",
+            level="caution",
+            said="latents tell the action, but the prediction is no better with the right one than with "
+            "another's.",
+            next="Train longer, give the forward model fewer past frames, or weight the loss where something "
+            "moves.",
+        )
+    elif not _tells_future(numbers) and (matters is False or (matters is None and read is False)):
         yield Finding(
             name="shuffled_future",
             level="no-go",
@@ -182,14 +201,24 @@ def _matters(numbers: dict[str, Any]) -> bool | None:
 
 
 def _read(numbers: dict[str, Any]) -> bool | None:
-    """Whether probes read from latents what controls cannot tell; None: there are no probes."""
-    return bool(_gains(numbers)) if numbers["probes"] else None
+    """Whether probes read from latents what controls cannot tell; None: there are no probes of actions."""
+    return bool(_gains(numbers)) or (False if "latent_linear" in numbers["probes"] else None)
+
+
+def _tells_future(numbers: dict[str, Any]) -> bool:
+    """Whether latents tell the action better than those of a wrong future do, whatever the present tells."""
+    probes = numbers["probes"]
+    if "latent_linear" not in probes:
+        return False
+    right = max((probes[name] for name in ("latent_linear", "latent_mlp")), key=lambda probe: probe["score"])
+    return right["ci95"][0] > max(0.0, probes["shuffled_future"]["score"]) + GAIN
 
 
 def _gains(numbers: dict[str, Any]) -> list[tuple[str, float, float]]:
     """What probes read from latents, how well, and how well without them; only what is clearly better."""
     probes, wrong, gains = numbers["probes"], "shuffled_future", []
-    measure = "of actions" if probes["latent_linear"]["metric"] == "accuracy" else "R2 for actions"
+    accuracy = "latent_linear" in probes and probes["latent_linear"]["metric"] == "accuracy"
+    measure = "of actions" if accuracy else "R2 for actions"
     sets = (
         (f"latents tell {{}} {measure}", ("latent_linear", "latent_mlp"), ("state_only", wrong)),
         (
@@ -217,7 +246,8 @@ def _gains(numbers: dict[str, Any]) -> list[tuple[str, float, float]]:
 def _tells_nuisance(numbers: dict[str, Any]) -> bool:
     probes = numbers["probes"]
     said = [probes[name]["score"] for name in ("nuisance_linear", "nuisance_mlp") if name in probes]
-    return bool(said) and max(said) > max(0.1, probes["latent_linear"]["score"])
+    action = probes["latent_linear"]["score"] if "latent_linear" in probes else 0.0
+    return bool(said) and max(said) > max(0.1, action)
 
 
 def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
@@ -276,7 +306,7 @@ def _praise(numbers: dict[str, Any]) -> str:
     if numbers["probes"] and (gains := _gains(numbers)):
         what, score, floor = gains[0]
         said.append(f"{what.format(f'{score:.2f}')} on held-out episodes, against {floor:.2f} without them")
-    if recon and recon["recon_mse"] > 0:
+    if recon and recon["recon_mse"] > 0 and _matters(numbers):
         times = recon["shuffled_mse"] / recon["recon_mse"]
         said.append(f"with another moment's latent the prediction error is {times:.1f} times as large")
     return "; ".join(said or ["latents vary, depend on the future and are used"]) + "."

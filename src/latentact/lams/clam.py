@@ -16,7 +16,15 @@ from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.model import LAMS, LatentActionModel, action_loss, batched, floats
+from latentact.lams.model import (
+    LAMS,
+    LatentActionModel,
+    action_loss,
+    at_steps,
+    batched,
+    floats,
+    window_steps,
+)
 from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
@@ -91,6 +99,8 @@ class ClamConfig:
                 f"lam.steps is {self.steps} and lam.target.kind {self.target.kind}; wanted at least 1, and 1 "
                 f"for features."
             )
+        if min((1, *self.decoder)) < 1:
+            raise UserError(f"lam.decoder is {list(self.decoder)}; wanted widths of at least 1.")
         if self.observations == "state" and self.target.kind != "pixels":
             raise UserError(f"lam.target.kind is {self.target.kind}, and states alone have no pictures.")
 
@@ -189,17 +199,13 @@ class Clam(LatentActionModel):
             UserError: the clips are too short, or the model observes states and there are none of its size.
         """
         frames, valid = batched(frames, valid, last)
-        t = frames.shape[1]
-        first = t - 2 if last else 0
-        now = torch.arange(first, t - 1, device=frames.device)[:, None]
-        steps = (now + torch.arange(-1, 2, device=frames.device)).clamp(min=0)
+        steps, real = window_steps(valid, self.context, last)
         s = self._states(state[None] if state is not None and state.ndim == 2 else state)
         seen = _Moments(
-            floats(frames[:, steps].flatten(0, 1), self.config.size) if self.sees else None,
-            None if s is None else s[:, steps].flatten(0, 1),
+            floats(at_steps(frames, steps), self.config.size) if self.sees else None,
+            None if s is None else at_steps(s, steps),
         )
-        latent, real = self._infer(seen), (valid[:, :-1] & valid[:, 1:])[:, first:]
-        return self._told(latent, real)
+        return self._told(self._infer(seen), real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

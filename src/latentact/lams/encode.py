@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -140,8 +141,10 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
         remedy: what the message advises.
 
     Raises:
-        UserError: the data has no two frames that are nearly so far apart.
+        UserError: the data has no two frames that are nearly so far apart, or `seconds` is no time.
     """
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"--frame-gap-s is {seconds:g}; wanted seconds, at least 0.")
     wanted = seconds or spec.frame_gap_s
     gap = round(wanted * fps) if wanted else spec.frame_gap
     if gap < 1 or (wanted and abs(gap / fps - wanted) > 0.25 * wanted):

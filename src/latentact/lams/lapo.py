@@ -138,13 +138,14 @@ class LapoConfig:
                     codebook_size=entries,
                 ),
             )
-            model = config.build()
+            with torch.device("meta"):
+                model = config.build()
         except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
             raise UserError(
                 f"{file} lacks networks of LAPO's shapes ({error}); give its idm_fdm.pt."
             ) from error
-        numbers = {name: model.state_dict()[name] for name in ("action_mean", "action_std")}
-        load_weights(model, weights | numbers, file)
+        none = {name: torch.zeros(0) for name in ("action_mean", "action_std")}
+        load_weights(model, weights | none, file)
         return model
 
 
@@ -216,7 +217,7 @@ class Lapo(LatentActionModel):
         last: bool = False,
     ) -> LatentActions:
         """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
-        windows, real = pairs(frames, valid, self.context, last)
+        windows, real = pairs(frames, valid, self.context, last, self.config.frame_channels)
         latent, _ = self._infer(self._pixels(windows))
         return self._told(latent, real)
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.checkpoint import (
@@ -19,6 +19,7 @@ from latentact.checkpoint import (
     load_weights,
     push_folder,
     read_json,
+    require_weights,
     resolve_path,
     save_tensors,
     weights_hash,
@@ -205,8 +206,11 @@ def _own(folder: Path, keywords: dict[str, Any]) -> LatentActionModel:
         raise UserError(f"{folder} is not a latent action model; give the folder of a train-lam run.")
     config = from_dict(LAMS.get(values["lam"]["kind"]), {**values["lam"], **keywords}, "lam")
     actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
+    tensors = load_tensors(folder / WEIGHTS)
+    with torch.device("meta"):  # settings that ask for more than the file holds are refused before memory is
+        require_weights(config.build(actions), tensors, folder / WEIGHTS)
     model = config.build(actions)
-    load_weights(model, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    load_weights(model, tensors, folder / WEIGHTS)
     spec = LatentActionSpec.load(folder / "spec.json")
     for name in ("model", "tokens", "token_dim", "codebook_size", "resolution", "robot_actions"):
         if (said := getattr(spec, name)) != (real := getattr(model.spec, name)):
@@ -244,13 +248,19 @@ def _published(path: Path, keywords: dict[str, Any]) -> LatentActionModel:
 
 
 def batched(
-    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None, last: bool
+    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None, last: bool, channels: int = 3
 ) -> tuple[UInt8[Tensor, "b t c h w"], Bool[Tensor, "b t"]]:
     """Return clips as a batch (one clip becomes a batch of one) and which frames are real (default: all).
 
     Raises:
-        UserError: there is no frame at all, or the last transition of a single frame is asked for.
+        UserError: frames are of another type or shape, there is none at all, or the last transition of a
+            single frame is asked for.
     """
+    if frames.dtype != torch.uint8 or frames.ndim not in (4, 5) or frames.shape[-3] != channels:
+        raise UserError(
+            f"frames are {str(frames.dtype).removeprefix('torch.')} {list(frames.shape)}; wanted uint8 "
+            f"[(batch,) time, {channels}, height, width]."
+        )
     if frames.ndim == 4:
         frames, valid = frames[None], None if valid is None else valid[None]
     if frames.shape[1] < 1 + last:
@@ -261,7 +271,11 @@ def batched(
 
 
 def pairs(
-    frames: UInt8[Tensor, "*b t c h w"], valid: Bool[Tensor, "*b t"] | None, context: int, last: bool = False
+    frames: UInt8[Tensor, "*b t c h w"],
+    valid: Bool[Tensor, "*b t"] | None,
+    context: int,
+    last: bool = False,
+    channels: int = 3,
 ) -> tuple[UInt8[Tensor, "n i c h w"], Bool[Tensor, "b t2"]]:
     """Cut clips into one window per transition: `context` older frames, the current one, the next one.
 
@@ -269,12 +283,31 @@ def pairs(
         Windows ``[b * (t - 1), context + 2, c, h, w]`` and whether both frames of each transition are real
         ``[b, t - 1]``; with `last`, one window per clip.
     """
-    frames, valid = batched(frames, valid, last)
-    t = frames.shape[1]
-    first = t - 2 if last else 0
-    now = torch.arange(first, t - 1, device=frames.device)[:, None]
-    steps = (now + torch.arange(-context, 2, device=frames.device)).clamp(min=0)
-    return frames[:, steps].flatten(0, 1), (valid[:, :-1] & valid[:, 1:])[:, first:]
+    frames, valid = batched(frames, valid, last, channels)
+    steps, real = window_steps(valid, context, last)
+    return at_steps(frames, steps), real
+
+
+def window_steps(
+    valid: Bool[Tensor, "b t"], context: int, last: bool
+) -> tuple[Int64[Tensor, "b t2 i"], Bool[Tensor, "b t2"]]:
+    """Return which frames of its clip make each transition's window, and whether the transition is real.
+
+    Context that is not real, or older than the clip, is the first real frame of the stretch instead.
+    """
+    t = valid.shape[1]
+    steps = torch.arange(t, device=valid.device)
+    stretch = torch.where(valid, 0, steps + 1).cummax(1).values.clamp(max=t - 1)
+    now = steps[t - 2 if last else 0 : t - 1]
+    offsets = torch.arange(-context, 2, device=valid.device)
+    places = torch.maximum(now[:, None] + offsets, stretch[:, now, None])
+    return places, valid[:, now] & valid[:, now + 1]
+
+
+def at_steps(x: Shaped[Tensor, "b t *s"], steps: Int64[Tensor, "b t2 i"]) -> Shaped[Tensor, "n i *s"]:
+    """Return what clips hold at the steps of windows, window after window."""
+    row = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[row, steps].flatten(0, 1)
 
 
 def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t c size size"]:

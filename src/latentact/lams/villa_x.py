@@ -117,6 +117,10 @@ class VillaXConfig:
             raise UserError(f"lam.d_t is {self.d_t}; a transition needs at least 2 frames.")
         if self.state_weight and not self.state_size:
             raise UserError("lam.state_weight wants lam.state_size, the numbers in the data's robot state.")
+        for name, most in (("random_crop_scale", 1.0), ("random_crop_ratio", 100.0)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                raise UserError(f"lam.{name} is {low:g} to {high:g}; wanted rising numbers in 0..{most:g}.")
         for whole, part in (
             ("resolution", "patch_size"),
             ("encoder_embed_dim", "encoder_n_heads"),
@@ -153,8 +157,9 @@ class VillaXConfig:
         if not isinstance(values, dict) or said.get("architecture") != "IgorModel":
             raise UserError(f"{folder / CONFIG} describes no villa-X model; give the folder of its `lam`.")
         if values.get("in_channels", 3) != 3:
-            raise UserError(f"{folder / CONFIG} wants {values['in_channels']} channels; only 3 are known.")
-        tensors = {name: tensor.float() for name, tensor in load_tensors(folder / WEIGHTS).items()}
+            raise UserError(f"{folder / CONFIG} wants {values['in_channels']!r} channels; only 3 are known.")
+        found = load_tensors(folder / WEIGHTS)
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
         known = {field.name for field in fields(cls)} - {*OURS}
         ours = {
             "window": window,

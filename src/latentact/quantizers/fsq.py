@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -17,12 +19,13 @@ class Fsq(Quantizer):
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
-        self.fsq = FSQ(list(config.levels))
+        with torch.device("cpu"):  # it computes while it is built, which the meta device cannot
+            self.fsq = FSQ(list(config.levels))
         # Features of a new network are so small that all would round to one code; whitened ones spread.
         self.norm = nn.BatchNorm1d(config.positions * len(config.levels), affine=False)
         self.tokens, self.token_dim = config.positions, len(config.levels)
         self.in_features = self.tokens * self.token_dim
-        self.codebook_size = int(torch.tensor(config.levels).prod())
+        self.codebook_size = math.prod(config.levels)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Round each number to its levels, with a straight-through gradient."""

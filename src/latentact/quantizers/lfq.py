@@ -26,7 +26,8 @@ class Lfq(Quantizer):
         self.in_features = self.tokens * self.token_dim
         # A new network's features may all have the same sign; whitened ones do not.
         self.norm = nn.BatchNorm1d(self.in_features, affine=False)
-        self.lfq = LFQ(dim=self.token_dim, entropy_loss_weight=config.entropy)
+        with torch.device("cpu"):  # it computes while it is built, which the meta device cannot
+            self.lfq = LFQ(dim=self.token_dim, entropy_loss_weight=config.entropy)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Take signs; the loss wants each feature decided and all codes used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -43,6 +44,16 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit."""
+        for name in ("dim", "codebooks", "positions", "codebook_size"):
+            if not 1 <= getattr(self, name) <= 1 << 20:
+                raise UserError(f"bottleneck.{name} is {getattr(self, name)}; wanted 1..{1 << 20}.")
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"bottleneck.decay is {self.decay:g}; wanted 0..1.")
+        if min(self.levels, default=0) < 2 or math.prod(self.levels) > 1 << 30:
+            raise UserError(
+                f"bottleneck.levels is {list(self.levels)}; wanted 2 or more per dimension, and at most "
+                f"{1 << 30} codes in all."
+            )
         groups = {"vq": self.positions, "nsvq": self.positions}
         groups |= dict.fromkeys(("vq_ema", "residual_vq"), self.codebooks * self.positions)
         if self.kind in groups and (groups[self.kind] < 1 or self.dim % groups[self.kind]):

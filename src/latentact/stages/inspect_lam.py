@@ -57,10 +57,10 @@ class InspectConfig:
             raise UserError(
                 f"--held-out is {self.held_out}; wanted more than 0 and at most 1 (all episodes)."
             )
-        if self.max_transitions < 1 or self.frame_gap_s < 0 or (self.seed or 0) < 0:
+        if self.max_transitions < 1 or (self.seed or 0) < 0:
             raise UserError(
-                f"--max-transitions is {self.max_transitions}, --frame-gap-s {self.frame_gap_s:g}, --seed "
-                f"{self.seed or 0}; wanted at least 1, 0 and 0."
+                f"--max-transitions is {self.max_transitions}, --seed {self.seed or 0}; wanted at least 1 "
+                f"and 0."
             )
 
 

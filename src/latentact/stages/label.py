@@ -43,8 +43,6 @@ class LabelConfig:
 def run(config: LabelConfig) -> Path:
     """Label a dataset; returns the folder of the labels."""
     out, data = Path(config.out), config.data
-    if config.frame_gap_s < 0:
-        raise UserError(f"--frame-gap-s is {config.frame_gap_s:g}; wanted at least 0.")
     options = EncodeOptions(
         batch_size=config.batch_size,
         device=config.device,

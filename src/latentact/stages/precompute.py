@@ -81,8 +81,6 @@ class PrecomputeConfig:
         ):
             if given not in known:
                 raise UserError(f"{flag} is {given!r}{did_you_mean(given, known)}")
-        if self.frame_gap_s < 0:
-            raise UserError(f"--frame-gap-s is {self.frame_gap_s:g}; wanted at least 0.")
         if not self.dataset_repo_id and not self.dataset_root:
             raise UserError(
                 "no dataset is named; give --dataset-root FOLDER or --dataset-repo-id OWNER/NAME."

@@ -164,7 +164,10 @@ def _look(file: Path) -> dict[str, Any]:
             done = done | _flat(arrays, "done").reshape(-1).astype(bool)
         action = _action(arrays) if any(name in arrays for name in _ACTIONS) else None
         if len(done) != len(obs) or (action is not None and len(action) != len(obs)):
-            return {"error": "its arrays differ in length"}
+            return {
+                "error": f"it has {len(obs)} frames, {len(done)} flags of ends and "
+                f"{'no' if action is None else len(action)} actions; wanted one class per frame"
+            }
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         return {"error": f"it is not a file of plain arrays ({error})"}
     ends = [int(i) + 1 for i in np.flatnonzero(done)]
