@@ -3,7 +3,7 @@
 Random weights of the published sizes. A training step is loss, backward pass, clipping and AdamW, on as many
 clips as --batch says; labelling is `encode` of a clip of 64 frames. The share is the work of the matrix
 products and convolutions per second, divided by what a large product of the same precision reaches here.
-The machine's section of the page is replaced, others stay.
+Each row is written at once into the machine's section of the page; other rows and sections stay.
 
     python benchmarks/lam_speed.py [--device cpu] [--models lapo laq villa_x] [--compile] [--repeats 3]
 """
@@ -65,16 +65,15 @@ def main() -> None:
         model, precision, compiled = options.row
         print(_row(model, precision, compiled, options.device, options.repeats))
         return
-    rows = []
     for model in options.models:
         for precision in PRECISIONS:
             for compiled in ("no", "yes") if options.compile else ("no",):
                 words = ["--device", options.device, "--repeats", str(options.repeats)]
                 command = [sys.executable, __file__, *words, "--row", model, precision, compiled]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows.append(done.stdout.strip().splitlines()[-1])
-                print(rows[-1], flush=True)
-    _write(Path(options.page), _machine(options.device), rows)
+                row = done.stdout.strip().splitlines()[-1]
+                print(row, flush=True)
+                _write(Path(options.page), _machine(options.device), row)
 
 
 def _row(name: str, precision: str, compiled: str, device: str, repeats: int) -> str:
@@ -110,7 +109,7 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
 
     model.train()
     step_s, step_work = _seconds(step, repeats, device), _work(lambda: model.loss(clip)[0].backward(), device)
-    model.eval()
+    model.eval().requires_grad_(False)
     label_s, label_work = (
         _seconds(label, repeats, device),
         _work(torch.no_grad()(lambda: model.encode(video)), device),
@@ -172,13 +171,16 @@ def _machine(device: str) -> str:
     return f"{said}, {flags[0] if flags else 'no native bf16'}"
 
 
-def _write(page: Path, machine: str, rows: list[str]) -> None:
-    """Replace the machine's section of the page, or add it."""
+def _write(page: Path, machine: str, row: str) -> None:
+    """Put a row into the machine's section of the page, in place of an older one of the same case."""
     names = ("model", "precision", "compiled", "clips", "step", "of peak", "labelled/s", "of peak", "memory")
-    table = [f"| {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *rows]
-    parts = re.split(r"^## ", page.read_text() if page.is_file() else HEAD, flags=re.MULTILINE)
-    others = [part for part in parts[1:] if part.splitlines()[0] != machine]
-    sections = [*others, f"{machine}\n\n" + "\n".join(table) + "\n"]
+    parts = re.split(r"^## ", page.read_text() if page.is_file() else HEAD, flags=re.MULTILINE)[1:]
+    mine = next((part for part in parts if part.splitlines()[0] == machine), "")
+    kept = [line for line in mine.splitlines() if line.startswith(tuple(f"| {name} " for name in CONFIGS))]
+    rows = {tuple(line.split(" | ")[:3]): line for line in [*kept, row]}
+    table = [f"| {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    table += rows.values()
+    sections = [part for part in parts if part != mine] + [f"{machine}\n\n" + "\n".join(table) + "\n"]
     with whole_file(page) as partial:
         partial.write_text("\n## ".join([HEAD.rstrip() + "\n", *(each.rstrip() + "\n" for each in sections)]))
 

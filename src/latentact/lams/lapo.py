@@ -144,8 +144,9 @@ class LapoConfig:
             raise UserError(
                 f"{file} lacks networks of LAPO's shapes ({error}); give its idm_fdm.pt."
             ) from error
-        none = {name: torch.zeros(0) for name in ("action_mean", "action_std")}
-        load_weights(model, weights | none, file)
+        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+        weights |= {name: torch.zeros(0) for name in ("action_mean", "action_std")}
+        load_weights(model, weights, file)
         return model
 
 
