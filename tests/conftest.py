@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ import latentact.checkpoint  # what is imported below must not be the first to i
 # Runtime type checks would refuse Typer's context, whose class is not the one Typer documents.
 with mock.patch.object(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]):
     from latentact.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to Ctrl-C
 
 
 @pytest.fixture(autouse=True, scope="session")
