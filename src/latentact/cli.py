@@ -563,7 +563,7 @@ def main() -> None:
     except OSError as error:
         if disk_full(error):
             _fail(UserError("the disk is full; free some space and run the same command again."))
-        if error.errno not in _PLACES:
+        if error.errno not in _PLACES or not error.filename:
             raise
         _fail(UserError(f"{error.filename}: {error.strerror}; give another place."))
     except SystemExit as stop:

@@ -130,6 +130,16 @@ class EncodeOptions:
             raise UserError(f"--precision is {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}")
 
 
+def require_gap(seconds: float) -> None:
+    """Refuse a frame gap that is no time, before any frame is decoded.
+
+    Raises:
+        UserError: it is negative or not finite.
+    """
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"--frame-gap-s is {seconds:g}; wanted seconds, at least 0.")
+
+
 def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float, remedy: str) -> int:
     """Return how many frames of the data a transition of the LAM spans.
 
@@ -141,10 +151,8 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
         remedy: what the message advises.
 
     Raises:
-        UserError: the data has no two frames that are nearly so far apart, or `seconds` is no time.
+        UserError: the data has no two frames that are nearly so far apart.
     """
-    if not 0 <= seconds < math.inf:
-        raise UserError(f"--frame-gap-s is {seconds:g}; wanted seconds, at least 0.")
     wanted = seconds or spec.frame_gap_s
     gap = round(wanted * fps) if wanted else spec.frame_gap
     if gap < 1 or (wanted and abs(gap / fps - wanted) > 0.25 * wanted):

@@ -22,7 +22,7 @@ from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra
 from latentact.evaluation.inspect_lam import inspect_lam
 from latentact.evaluation.inspect_page import write_page
-from latentact.lams.encode import gap_in_frames
+from latentact.lams.encode import gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def run(config: InspectConfig) -> InspectResult:
     Raises:
         UserError: the model or the data cannot be read, or have no frame gap in common.
     """
+    require_gap(config.frame_gap_s)
     require_device(config.device)
     if importlib.util.find_spec("plotly") is None:
         raise missing_extra("plotly", EXTRAS["plotly"])

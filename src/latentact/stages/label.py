@@ -14,7 +14,7 @@ from latentact.data.footage import Footage
 from latentact.data.tokens import MANIFEST, Labels, write_labels
 from latentact.device import require_device
 from latentact.errors import UserError
-from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames
+from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def run(config: LabelConfig) -> Path:
         precision=config.precision,
         cache_dir=data.cache_dir,
     )
+    require_gap(config.frame_gap_s)
     require_device(config.device)
     model = load_lam(config.lam, config.device)
     asked = {

@@ -30,7 +30,7 @@ from latentact.data.record import require_lerobot
 from latentact.data.tokens import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
-from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames
+from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def run(config: PrecomputeConfig) -> Path:
         workers=config.num_workers,
         overwrite=config.overwrite,
     )
+    require_gap(config.frame_gap_s)
     require_device(config.device)
     model = load_lam(config.lam_model_path, config.device)
     if config.tokens == "vq" and model.spec.codebook_size is None:
