@@ -262,10 +262,9 @@ class Lapo(LatentActionModel):
 
     def _infer(self, x: Tensor) -> tuple[Quantized, Tensor | None]:
         """Windows `[n, 3, c, h, w]` to latent actions and what the action head says (logits or numbers)."""
-        frames = [*x.unbind(1)]
         if gain := self.config.difference_input:
-            frames.append((x[:, -1] - x[:, -2]) * gain)
-        features = self.idm(torch.cat(frames, dim=1))
+            x = torch.cat([x, (x[:, -1:] - x[:, -2:-1]) * gain], dim=1)
+        features = self.idm(x.flatten(1, 2))
         latent = self.bottleneck(self.idm_head(features))
         if self.action_head is None or self.actions is None:
             return latent, None

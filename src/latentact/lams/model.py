@@ -306,8 +306,9 @@ def window_steps(
 
 def at_steps(x: Shaped[Tensor, "b t *s"], steps: Int64[Tensor, "b t2 i"]) -> Shaped[Tensor, "n i *s"]:
     """Return what clips hold at the steps of windows, window after window."""
-    row = torch.arange(len(x), device=x.device)[:, None, None]
-    return x[row, steps].flatten(0, 1)
+    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)[:, None, None]
+    rows = x.flatten(0, 1).index_select(0, (first + steps).flatten())
+    return rows.unflatten(0, (-1, steps.shape[2]))
 
 
 def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t c size size"]:
@@ -320,7 +321,7 @@ def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t 
             .round()
             .unflatten(0, x.shape[:2])
         )
-    return x.float().div(255).sub(0.5)
+    return x.to(torch.float32, copy=True).div_(255).sub_(0.5)
 
 
 def action_loss(predicted: Tensor, action: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class _Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv1(F.relu_(self.conv0(F.relu(x))))
+        return self.conv1(F.relu_(self.conv0(F.relu(x)))).add_(x)
 
 
 class _Stage(nn.Module):
