@@ -47,7 +47,8 @@ HEAD = """# Speed of the full-size models
 Made by `python benchmarks/lam_speed.py`, random weights of the published sizes. Step: loss, backward pass,
 clipping, AdamW. Labelling: `encode` of a clip of 64 frames (villa-X with `window=chunked`). Of peak: the work
 of matrix products and convolutions per second over what a product of two large matrices reaches on the same
-machine in the same precision. Memory: the largest that the process held, with the model.
+machine in the same precision (convolutions can be faster than that). Memory: the largest that the process
+held, with the model.
 """
 
 

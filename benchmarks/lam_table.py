@@ -155,6 +155,8 @@ def _measured(cell: Cell, path: Path, out: Path, options: argparse.Namespace) ->
 def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """The k labelled episodes and the held-out ones, as `train-lam` and `train-policy` draw them."""
     train, held_out = split_episodes(store, held_out=options.held_out, seed=seed)
+    if len(held_out) < 2:
+        raise SystemExit(f"--held-out {options.held_out} leaves {len(held_out)} episodes; wanted 2 or more.")
     return choose_labelled(train, options.k, seed), held_out
 
 

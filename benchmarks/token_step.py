@@ -176,10 +176,11 @@ def main() -> None:
         for number, rows in enumerate(draws):
             for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
                 trainees[kind].step(rows)
-        plain = trainees["unconditioned"]
+        plain, warm = trainees["unconditioned"], 2 if args.steps > 2 else 0
         for kind, one in trainees.items():
-            step, loading = statistics.median(one.seconds[2:]), statistics.median(one.loading[2:])
-            ratio = statistics.median(a / b for a, b in zip(one.seconds[2:], plain.seconds[2:], strict=True))
+            step, loading = (statistics.median(each[warm:]) for each in (one.seconds, one.loading))
+            pairs = zip(one.seconds[warm:], plain.seconds[warm:], strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
             print(f"{kind:14s} {step * 1e3:7.1f} ms/step, ratio {ratio:.3f}; reading {loading * 1e3:6.1f} ms")
         if args.memory_runs:
             print_memory(folder, args.batch_size, args.memory_runs)

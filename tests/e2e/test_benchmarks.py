@@ -1,0 +1,65 @@
+"""Benchmarks of steps run, at the smallest sizes; the numbers that they print there mean nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentact.lams.lapo import LapoConfig
+from latentact.lams.laq import LaqConfig
+from latentact.lams.villa_x import VillaXConfig
+from latentact.quantizers.quantizer import BottleneckConfig
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("lapo_step", "--steps 1 --batch-size 2", r"ratio \d"),
+        ("token_step", "--steps 1 --batch-size 2 --memory-runs 0", r"on the fly .* ratio \d"),
+    ],
+)
+def test_it_prints_what_it_measured(name: str, flags: str, said: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *flags.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout), done.stdout
+
+
+def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("lam_speed", BENCHMARKS / "lam_speed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "_peak", lambda *_: 1e11)  # measuring it takes seconds
+    shared: dict[str, Any] = {"encoder_n_heads": 2, "decoder_n_heads": 2, "map_heads": 2, "patch_size": 16}
+    small = {
+        "lapo": LapoConfig(size=32, idm_scale=1, fdm_base=4),
+        "laq": LaqConfig(
+            size=32, patch=4, dim=32, heads=2, head_dim=16, spatial_depth=1, temporal_depth=1,
+            bottleneck=BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8),
+        ),
+        "villa_x": VillaXConfig(
+            resolution=32, encoder_depth=1, decoder_depth=1, encoder_embed_dim=32, decoder_embed_dim=32,
+            window="chunked", **shared,
+        ),
+    }  # fmt: skip
+    assert small.keys() == benchmark.CONFIGS.keys()
+    monkeypatch.setattr(benchmark, "CONFIGS", small)
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n## Another machine\n\n| lapo | fp32 |\n")
+    for name in small:
+        benchmark._write(page, "This machine", benchmark._row(name, "bf16", "no", "cpu", 1))
+    text = page.read_text()
+    assert "## Another machine" in text
+    assert [name for name in small if re.search(rf"\| {name} \| bf16 \| no \|.* GiB \|", text)] == [*small]
