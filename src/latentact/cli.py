@@ -59,22 +59,10 @@ def collect(
 
     Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
     """
+    given = {**locals()}
     from latentact.stages import collect as stage
 
-    result = stage.run(
-        stage.CollectConfig(
-            env=env,
-            out=out,
-            episodes=episodes,
-            seed=seed,
-            resolution=resolution,
-            view=view,
-            workers=workers,
-            explore=explore,
-            max_steps=max_steps,
-            distract=distract,
-        )
-    )
+    result = stage.run(stage.CollectConfig(**given))
     print(
         f"{result.episodes} episodes, {result.frames} frames, {result.failed} failed attempts: {result.path}"
     )
@@ -171,8 +159,15 @@ def label(
     from latentact.data.cache import DataConfig
     from latentact.stages import label as stage
 
-    size = stage.default_resolution(lam) if resolution < 0 else resolution
-    config = DataConfig(path=data, camera=camera, resolution=size, target_fps=target_fps, strict=strict)
+    spec = stage.spec_of(lam)
+    config = DataConfig(
+        path=data,
+        camera=camera,
+        resolution=spec.resolution if resolution < 0 else resolution,
+        resize=spec.resize,
+        target_fps=target_fps,
+        strict=strict,
+    )
     print(
         stage.run(
             stage.LabelConfig(
@@ -215,25 +210,10 @@ def precompute(
 
     Example: latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens
     """
+    given = {**locals()}
     from latentact.stages import precompute as stage
 
-    config = stage.PrecomputeConfig(
-        lam_model_path=lam_model_path,
-        output_dir=output_dir,
-        dataset_repo_id=dataset_repo_id,
-        dataset_root=dataset_root,
-        camera_key=camera_key,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        tokens=tokens,
-        frame_gap_s=frame_gap_s,
-        output=output,
-        dtype=dtype,
-        num_workers=num_workers,
-        overwrite=overwrite,
-    )
-    print(stage.run(config))
+    print(stage.run(stage.PrecomputeConfig(**given)))
 
 
 @app.command(name="train-with-tokens")
@@ -312,22 +292,10 @@ def rollout(
 
     Example: latentact rollout --policy runs/ground --env babyai/GoToRedBall --out runs/rollout
     """
+    given = {**locals()}
     from latentact.stages import rollout as stage
 
-    result = stage.run(
-        stage.RolloutConfig(
-            policy=policy,
-            env=env,
-            out=out,
-            episodes=episodes,
-            seed=seed,
-            view=view,
-            distract=distract,
-            max_steps=max_steps,
-            record=record,
-            device=device,
-        )
-    )
+    result = stage.run(stage.RolloutConfig(**given))
     print(f"success {result['success']} {result['ci95']}, return {result['return']:.3g}: {out}")
 
 
@@ -366,32 +334,12 @@ def imitate(
     Example: latentact imitate --video-path demo.mp4 --lam-model-path runs/lam --policy-path runs/ground
     --env-name PushT-v0 --output-dir runs/imitate
     """
+    given = {**locals()}
     from latentact.evaluation.imitation_page import headline
     from latentact.stages import imitate as stage
 
-    result = stage.run(
-        stage.ImitateConfig(
-            output_dir=output_dir,
-            video_path=video_path,
-            latents_path=latents_path,
-            policy_path=policy_path,
-            lam_model_path=lam_model_path,
-            device=device,
-            target_fps=target_fps,
-            max_frames=max_frames,
-            lam_resolution=lam_resolution,
-            mode=mode,
-            env_name=env_name,
-            seed=seed,
-            robot_config=robot_config,
-            max_steps=max_steps,
-            control_time_s=control_time_s,
-            fps=fps,
-            time_base=time_base,
-            render=not no_render,
-            save_video=not no_save_video,
-        )
-    )
+    render, save_video = not given.pop("no_render"), not given.pop("no_save_video")
+    result = stage.run(stage.ImitateConfig(**given, render=render, save_video=save_video))
     print(f"{result['guide']['latent_actions']} latent actions: {output_dir}")
     if mode != "extract_only":
         print(headline(result))
@@ -461,21 +409,10 @@ def inspect(
 
     Example: latentact inspect runs/lam --data data/red_ball
     """
+    given = {**locals()}
     from latentact.stages import inspect_lam as stage
 
-    result = stage.run(
-        stage.InspectConfig(
-            lam=lam,
-            data=data,
-            out=out,
-            camera=camera,
-            frame_gap_s=frame_gap_s,
-            held_out=held_out,
-            seed=seed,
-            device=device,
-            max_transitions=max_transitions,
-        )
-    )
+    result = stage.run(stage.InspectConfig(**given))
     cautions = [f"Caution: {said}" for said in result.cautions]
     print(result.verdict, *cautions, result.next, result.html, sep="\n")
 
@@ -511,18 +448,10 @@ def demo(
 
     Example: latentact demo
     """
+    given = {**locals(), "overrides": tuple(overrides or ())}
     from latentact.stages import demo as stage
 
-    result = stage.run(
-        stage.DemoConfig(
-            out=out,
-            experiment=experiment,
-            episodes=episodes,
-            k=k,
-            seed=seed,
-            overrides=tuple(overrides or ()),
-        )
-    )
+    result = stage.run(stage.DemoConfig(**given))
     print(f"\n{result.verdict}\n\nThe page: {result.html.absolute()}")
 
 

@@ -123,7 +123,7 @@ class LatentActionExtractor:
         return gap_in_frames(spec, fps, Path("the demonstration"), 0.0, remedy) if fps else spec.frame_gap
 
     def _resized(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        return (resize(frame[None], self.resolution)[0] for frame in frames)
+        return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
 
     def _encode(self, frames: Iterable[np.ndarray], fps: float) -> Guide:
         """Encode frames as they come, in windows as labelling cuts them."""

@@ -81,6 +81,11 @@ class LatentActions:
     """Whether both frames of the transition are real."""
 
 
+KERNELS = ("uint8", "float", "pillow")
+"""How pictures are resized: in whole numbers throughout, the fastest; as torchvision resizes tensors; as
+Pillow resizes pictures. They differ by a grey level where rounding does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentActionSpec:
     """What a latent action means: the contract between LAM, labels and policies.
@@ -109,6 +114,8 @@ class LatentActionSpec:
     """Camera key of the training data; empty for plain video."""
     value_range: tuple[float, float] = (0.0, 255.0)
     """Values of the frames it takes."""
+    resize: str = "uint8"
+    """How frames were resized in its training, one of `KERNELS`."""
     robot_actions: bool = False
     """Whether its latent actions are robot actions (supervised inverse dynamics)."""
     weights: str = ""
@@ -145,8 +152,8 @@ class LatentActionSpec:
         texts = (spec.model, spec.camera, spec.weights)
         if any(not isinstance(text, str) or "/" in text or "\0" in text for text in texts):
             raise ValueError(f"model, camera and weights are {texts}")
-        if spec.value_range != (0.0, 255.0):
-            raise ValueError(f"value_range is {spec.value_range}")
+        if spec.value_range != (0.0, 255.0) or spec.resize not in KERNELS:
+            raise ValueError(f"value_range is {spec.value_range} and resize {spec.resize!r}")
         return spec
 
     @classmethod

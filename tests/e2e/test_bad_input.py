@@ -43,7 +43,7 @@ def given(tmp_path_factory, blocks):
     """Good and bad things that a person can name on a command line."""
     root = tmp_path_factory.mktemp("given")
     f = SimpleNamespace(root=root, blocks=blocks, marks=root / "marks")
-    for name in ("empty", "texts", "mixed", "short", "marks"):
+    for name in ("empty", "texts", "mixed", "short", "hollow", "sizes", "marks"):
         (root / name).mkdir()
     (root / "texts/a.mp4").write_text("this is not a video")
     for name in ("a", "b", "z"):
@@ -52,6 +52,10 @@ def given(tmp_path_factory, blocks):
     (root / "mixed/b.mp4").write_bytes(whole[: len(whole) // 2])
     write_video(root / "short/a.mp4", FRAMES[:3], 10)
     write_video(root / "short/b.mp4", FRAMES[:3], 10)
+    begin = whole.index(b"mdat") + 4
+    (root / "hollow/a.mp4").write_bytes(whole[:begin] + bytes(len(whole) - begin))
+    write_video(root / "sizes/a.mp4", FRAMES, 10)
+    write_video(root / "sizes/b.mp4", FRAMES[:, :48], 10)
 
     assert cli("train-lam", f"data.path={blocks}", *TINY_LAM, f"out={root}/lam").returncode == 0
     assert cli("label", "--lam", root / "lam", "--data", blocks, "--out", root / "labels").returncode == 0
@@ -140,6 +144,25 @@ CASES = {
     "label: truncated video, strict": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "mixed", "--strict"),
         "1 unreadable: b.mp4",
+    ),
+    "label: nothing can be decoded": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "hollow"),
+        "nothing is left to read: 1 unreadable: a.mp4",
+    ),
+    "label: nothing can be decoded, strict": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "hollow", "--strict"),
+        "1 unreadable: a.mp4",
+    ),
+    "precompute: nothing can be decoded": (
+        lambda f: (
+            *("precompute", "--lam-model-path", f.root / "lam", "--dataset-root", f.root / "hollow"),
+            *("--output", "file"),
+        ),
+        "nothing is left to read: 1 unreadable: a.mp4",
+    ),
+    "label: sizes that differ": (
+        lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "sizes", "--resolution", "0"),
+        "those before it are (256, 256, 3)",
     ),
     "label: rate that does not fit": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "mixed", "--target-fps", "3"),
@@ -297,6 +320,8 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
         command += [] if "--data" in command else ["--data", given.blocks]
     if command[0] in ("label", "rollout"):
         command += ["--out", out]
+    elif command[0] == "precompute":
+        command += ["--output-dir", out]
     elif command[0] != "report":
         command += [f"out={out}"]
     assert words in sentence(cli(*command))

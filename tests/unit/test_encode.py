@@ -9,10 +9,14 @@ import torch
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.footage import Footage
 from latentact.data.progress import Progress, duration
+from latentact.data.tokens import read_labels
 from latentact.errors import UserError
 from latentact.lams import encode
 from latentact.lams.encode import EncodeOptions, Share, encode_dataset
+from latentact.lams.laq import LaqConfig
 from latentact.lams.model import LatentActionModel
+from latentact.lams.villa_x import VillaXConfig
+from latentact.stages import label
 from latentact.types import LatentActions, LatentActionSpec
 
 
@@ -233,6 +237,33 @@ def test_a_damaged_video_has_no_tokens_and_harms_no_other(tmp_path):
     assert np.array_equal(found.continuous[-40:], last.continuous)
     if found.unreadable:  # else the decoder conceals the damage
         assert found.episodes.tolist() == [0, 2]
+
+
+VILLA = VillaXConfig(
+    resolution=28, d_t=4, encoder_depth=1, encoder_embed_dim=32, encoder_n_heads=2, map_heads=2, decoder=False
+)
+LAQ = LaqConfig(size=32, patch=4, dim=16, heads=2, head_dim=8, spatial_depth=1, temporal_depth=1, compat=True)
+
+
+@pytest.mark.parametrize(("config", "kernel"), [(VILLA, "float"), (LAQ, "pillow")])
+def test_labels_of_frames_of_any_size_are_what_a_published_model_says_of_them(config, kernel, tmp_path):
+    torch.manual_seed(0)
+    model = config.build().eval()
+    model.spec = replace(model.spec, resize=kernel)
+    model.save_pretrained(tmp_path / "lam")
+    done = np.arange(12) == 11
+    frames = np.random.default_rng(0).integers(256, size=(12, 45, 70, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", obs=frames, done=done)
+    size, cache = model.spec.resolution, tmp_path / "cache"
+    data = DataConfig(path=str(tmp_path / "data.npz"), resolution=size, resize=kernel, cache_dir=str(cache))
+    label.run(label.LabelConfig(lam=str(tmp_path / "lam"), data=data, out=str(tmp_path / "out")))
+    assert {path.name for path in cache.iterdir()} == {"memo", "tokens"}  # no frame was kept
+    labels, store = read_labels(tmp_path / "out")
+    with torch.inference_mode():
+        said = model.encode(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    assert store.frames.shape == (12, size, size, 3)
+    assert np.allclose(labels.continuous[:-1], said.continuous[0], atol=1e-6)
+    assert np.array_equal(labels.codes[:-1], said.codes[0])
 
 
 def test_threads_do_not_change_the_last_bit(blocks, tmp_path):

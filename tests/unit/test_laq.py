@@ -142,7 +142,9 @@ def test_files_of_lapa(file: Path, tmp_path: Path) -> None:
     torch.save(averaged | {"initted": torch.tensor(True), "step": torch.tensor(7)}, tmp_path / "vae.7.ema.pt")
     assert torch.equal(load(tmp_path / "vae.7.ema.pt").encode(clips()).codes, codes)
     load(file).save_pretrained(tmp_path / "ours")
-    assert torch.equal(load_lam(tmp_path / "ours").encode(clips()).codes, codes)
+    ours = load_lam(tmp_path / "ours")
+    assert torch.equal(ours.encode(clips()).codes, codes)
+    assert ours.spec.resize == "pillow"
 
 
 def damaged(weights: dict[str, Tensor], how: str) -> dict:

@@ -195,7 +195,9 @@ def test_without_decoder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no forward dynamics"):
         model.predict(video(2)[None], torch.zeros(1, 2, 8))
     model.save_pretrained(tmp_path / "ours")
-    assert not load_lam(tmp_path / "ours").generative
+    ours = load_lam(tmp_path / "ours")
+    assert not ours.generative
+    assert ours.spec.resize == "float"
 
 
 def test_default_size_is_the_published_one() -> None:

@@ -49,6 +49,8 @@ class Plan:
     """Rate to resample to; 0: every frame as it is."""
     resolution: int
     """0: frames keep their size."""
+    resize: str
+    """How they change it."""
     strict: bool
     """Whether a damaged episode ends the build."""
 
@@ -136,7 +138,7 @@ def _append(plan: Plan, journal: Journal, log: BinaryIO, frames: BinaryIO) -> No
             try:
                 for chunk in chunks:
                     shape = shape or chunk.frames.shape[1:]
-                    _require_shape(plan, shape, chunk.frames.shape[1:], label)
+                    require_shape(plan, shape, chunk.frames.shape[1:], label)
                     frames.write(chunk.frames.data)
                     line["times"] += chunk.times
                     line["picks"] += chunk.picks
@@ -275,7 +277,7 @@ def _chunks(plan: Plan, number: int) -> Iterator[Chunk]:
         picked = ((seconds, place, frame) for place, (seconds, frame) in enumerate(frames))
     held: list[tuple[float, int, np.ndarray]] = []
     for seconds, place, frame in picked:
-        small = resize(frame[None], plan.resolution)[0] if plan.source.resizable else frame
+        small = resize(frame[None], plan.resolution, plan.resize)[0]
         if held and (small.shape != held[0][2].shape or len(held) * small.nbytes >= _CHUNK_BYTES):
             yield _chunk(held)
             held = []
@@ -300,8 +302,7 @@ def needed_bytes(plan: Plan) -> int:
     for number in range(len(plan.source.episodes)):
         with suppress(Unreadable):
             for _, frame in plan.source.frames(number):
-                resized = plan.resolution and plan.source.resizable
-                size = plan.resolution**2 * frame.shape[-1] if resized else frame.size
+                size = plan.resolution**2 * frame.shape[-1] if plan.resolution else frame.size
                 return size * _expected_frames(plan)
     return 0
 
@@ -312,7 +313,8 @@ def _require_room(plan: Plan, partial: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial.parent))
 
 
-def _require_shape(plan: Plan, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
+def require_shape(plan: Plan, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
+    """Refuse an episode whose frames differ in size from those before it."""
     if got == wanted:
         return
     hint = (

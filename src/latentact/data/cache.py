@@ -24,8 +24,8 @@ from jaxtyping import Float32, Float64, Int64, Shaped, UInt8
 from latentact.data.build import Plan, build, needed_bytes, unreadable_message
 from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Source, open_source
-from latentact.errors import UserError
-from latentact.types import ActionSpace
+from latentact.errors import UserError, did_you_mean
+from latentact.types import KERNELS, ActionSpace
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class DataConfig:
     """Camera key; empty: the only one there is."""
     resolution: int = 64
     """Height and width in pixels to which frames are resized; 0: they keep their size, which must be one."""
+    resize: str = "uint8"
+    """How: uint8 (the fastest), float (as torchvision does to tensors, and villa-X) or pillow (as LAPA)."""
     target_fps: float = 0.0
     """Frames per second to resample to, by timestamps; 0: the data's own."""
     strict: bool = False
@@ -55,6 +57,8 @@ class DataConfig:
             raise UserError(
                 f"resolution is {self.resolution}, target_fps is {self.target_fps}; both must be at least 0."
             )
+        if self.resize not in KERNELS:
+            raise UserError(f"resize is {self.resize!r}{did_you_mean(self.resize, KERNELS)}")
 
 
 class FrameStore:
@@ -194,7 +198,13 @@ def find(config: DataConfig) -> tuple[Plan, Path, Memo]:
             "%s: videos differ in rate; all are resampled to the slowest, %g fps", path, source.fps
         )
     fps = config.target_fps or (source.fps if source.uneven else 0.0)
-    plan = Plan(source=source, fps=fps, resolution=config.resolution, strict=config.strict)
+    plan = Plan(
+        source=source,
+        fps=fps,
+        resolution=config.resolution if source.resizable else 0,
+        resize=config.resize,
+        strict=config.strict,
+    )
     return plan, cache / entry_key(plan), memo
 
 
@@ -205,7 +215,8 @@ def cache_folder(cache_dir: str = "") -> Path:
 
 def entry_key(plan: Plan) -> str:
     """Return the key of the entry that holds a plan's frames; the same for equal bytes, wherever they lie."""
-    facts = [_VERSION, plan.source.camera, plan.resolution if plan.source.resizable else 0, plan.fps]
+    facts = [_VERSION, plan.source.camera, plan.resolution, plan.fps]
+    facts += [plan.resize] if plan.resolution and plan.resize != "uint8" else []
     return blake2b(json.dumps([facts, [e.content for e in plan.source.episodes]]).encode())
 
 

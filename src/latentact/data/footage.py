@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from latentact.data.build import Chunk, decoded
+from latentact.data.build import Chunk, decoded, require_shape, unreadable_message
 from latentact.data.cache import DataConfig, find
 from latentact.data.format import Source, Unreadable
+from latentact.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
 
@@ -47,6 +48,9 @@ class Footage:
         ratio = self.fps / self.source.fps if self.source.fps else 1.0
         self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
         """Frames of each episode; near where they are resampled."""
+        self.strict = config.strict
+        """Whether an unreadable file is an error."""
+        self._shape: tuple[int, ...] | None = None
 
     def episodes(self, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:
         """Yield the named episodes in order, each as the chunks of its frames; threads decode ahead.
@@ -57,10 +61,12 @@ class Footage:
 
         Raises:
             Unreadable: by the chunks of an episode that is damaged.
+            UserError: likewise, where the data is to be read strictly; or sizes differ and stay.
         """
         if not self._folder.is_dir():
             with closing(decoded(self._plan, numbers, workers)) as episodes:
-                yield from episodes
+                for number, chunks in episodes:
+                    yield number, self._checked(self.source.episodes[number].label, chunks)
             return
         meta = json.loads((self._folder / "meta.json").read_text())
         lengths, kept, picks = (
@@ -74,6 +80,17 @@ class Footage:
                 yield number, _stored(frames, picks, ends[number] - sizes[number], ends[number])
             else:
                 yield number, _damaged(meta["unreadable"][self.source.episodes[number].label])
+
+    def _checked(self, label: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        try:
+            for chunk in chunks:
+                self._shape = self._shape or chunk.frames.shape[1:]
+                require_shape(self._plan, self._shape, chunk.frames.shape[1:], label)
+                yield chunk
+        except Unreadable as error:
+            if self.strict:
+                raise UserError(unreadable_message({label: str(error)})) from error
+            raise
 
 
 def _stored(frames: np.ndarray, picks: np.ndarray, begin: int, end: int) -> Iterator[Chunk]:

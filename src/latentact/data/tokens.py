@@ -61,8 +61,8 @@ class Labels:
     """Whether the row has a latent action."""
 
 
-def write_labels(out: Path, labels: Labels, store: FrameStore, provenance: dict[str, Any]) -> None:
-    """Write labels, whole or not at all."""
+def write_labels(out: Path, labels: Labels, digest: str, provenance: dict[str, Any]) -> None:
+    """Write labels of the frames with this content key, whole or not at all."""
     import torch
 
     arrays = {"vectors": labels.vectors, "continuous": labels.continuous, "valid": labels.valid}
@@ -74,7 +74,7 @@ def write_labels(out: Path, labels: Labels, store: FrameStore, provenance: dict[
         manifest = {
             "spec": asdict(labels.spec),
             "data": data,
-            "digest": store.digest,
+            "digest": digest,
             "rows": len(labels.valid),
         }
         write_json(folder / MANIFEST, manifest | provenance)

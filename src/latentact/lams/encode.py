@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float32, Int64
 
 from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
 from latentact.config import to_dict
+from latentact.data.build import unreadable_message
 from latentact.data.cache import cache_folder
 from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
@@ -207,7 +208,12 @@ def encode_dataset(
                 shutil.rmtree(parts, ignore_errors=True)  # the first process had all it needed
         else:
             log.info("the latent actions of %s are in the cache", footage.path)
-        return _load(entry, footage, spec) if share.rank == 0 else None
+        encoded = _load(entry, footage, spec) if share.rank == 0 else None
+    if encoded and (broken := {**footage.source.unreadable, **encoded.unreadable}):
+        if footage.strict:
+            raise UserError(unreadable_message(broken))
+        log.warning("%s: skipped %s", footage.path, unreadable_message(broken))
+    return encoded
 
 
 def _states(model: LatentActionModel, footage: Footage) -> States | None:
@@ -348,6 +354,11 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage:
             unreadable |= json.loads(str(part["unreadable"]))
     broken = {footage.source.episodes[int(number)].label: why for number, why in unreadable.items()}
     rows = int(sum(each.sum() for each in lengths))
+    if not rows:
+        shutil.rmtree(parts)
+        raise UserError(
+            f"nothing is left to read: {unreadable_message({**footage.source.unreadable, **broken})}"
+        )
     with whole_folder(entry) as folder:
         np.save(folder / "lengths.npy", np.concatenate(lengths))
         np.save(folder / "episodes.npy", np.concatenate(episodes))

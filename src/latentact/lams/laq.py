@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from latentact.checkpoint import read_pickled
+from latentact.data.resize import resize
 from latentact.errors import UserError
 from latentact.lams.model import LAMS, LatentActionModel, pairs
 from latentact.nn.cvivit import CELLS, CViViT, cells
@@ -114,6 +113,7 @@ class LaqConfig:
         counters = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in own.items() if name in _COUNTERS}
         _refuse_unless_equal({k: v for k, v in own.items() if k not in counters}, given, found)
         model.load_state_dict({k: v.float() for k, v in given.items()} | counters, assign=True)
+        model.spec = replace(model.spec, resize="pillow")
         return model
 
 
@@ -209,11 +209,10 @@ class Laq(LatentActionModel):
 
     def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
         """Frames of any size to 0..1 at the model's size, squashed by PIL as LAPA's preparation does."""
-        size, x = (self.config.size, self.config.size), frames.flatten(0, 1)
-        if x.shape[-2:] != size:
-            pictures = (Image.fromarray(each) for each in x.permute(0, 2, 3, 1).numpy(force=True))
-            resized = [np.asarray(each.resize(size, Image.Resampling.BILINEAR)) for each in pictures]
-            x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(x.device)
+        size, x = self.config.size, frames.flatten(0, 1)
+        if x.shape[-2:] != (size, size):
+            resized = resize(x.permute(0, 2, 3, 1).numpy(force=True), size, "pillow")
+            x = torch.from_numpy(resized).permute(0, 3, 1, 2).to(x.device)
         return (x.float() / 255).unflatten(0, frames.shape[:2])
 
 

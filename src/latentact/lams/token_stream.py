@@ -166,7 +166,8 @@ class TokenStream(IterableDataset):
         whole = (
             frames if frames.dtype == torch.uint8 else (frames * 255).round().clamp(0, 255).to(torch.uint8)
         )
-        return resize(whole.permute(0, 2, 3, 1).contiguous().numpy(), self.model.spec.resolution)
+        spec = self.model.spec
+        return resize(whole.permute(0, 2, 3, 1).contiguous().numpy(), spec.resolution, spec.resize)
 
     def _finished(self, item: dict[str, Any], found: tuple[bytes, bytes] | None) -> dict[str, Any]:
         spec = self.spec

@@ -9,7 +9,7 @@ robot state and a learned embodiment token to the next state and the action.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -170,6 +170,7 @@ class VillaXConfig:
         with torch.device("meta"):
             model = config.build()
         load_weights(model, tensors, folder / WEIGHTS)
+        model.spec = replace(model.spec, resize="float")
         return model
 
 

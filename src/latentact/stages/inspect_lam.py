@@ -94,7 +94,8 @@ def run(config: InspectConfig) -> InspectResult:
     if folder.is_file():
         raise UserError(f"--out is {folder}, which is a file; give a folder.")
     model = load_lam(config.lam, config.device)
-    store = open_store(DataConfig(path=config.data, camera=config.camera, resolution=model.spec.resolution))
+    size = {"resolution": model.spec.resolution, "resize": model.spec.resize}
+    store = open_store(DataConfig(path=config.data, camera=config.camera, **size))
     remedy = "give --frame-gap-s, or data at another rate"
     gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s, remedy)
     episodes, seed, chosen = _held_out(config, store)

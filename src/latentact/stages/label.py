@@ -9,13 +9,14 @@ from pathlib import Path
 
 from latentact.checkpoint import read_json
 from latentact.config import to_dict
-from latentact.data.cache import DataConfig, open_store
+from latentact.data.cache import DataConfig
 from latentact.data.footage import Footage
 from latentact.data.tokens import MANIFEST, Labels, write_labels
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
+from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ def run(config: LabelConfig) -> Path:
         return out
     if out.exists():
         raise UserError(f"{out} exists and holds no labels; give another --out.")
-    store = open_store(data)
+    footage = Footage(data)
     remedy = f"label data at a matching rate, for example with --target-fps {model.spec.fps:g}"
-    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s, remedy)
-    encoded = encode_dataset(model, Footage(data), gap, options)
+    gap = gap_in_frames(model.spec, footage.fps, footage.path, config.frame_gap_s, remedy)
+    encoded = encode_dataset(model, footage, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
     labels = Labels(
@@ -81,13 +82,13 @@ def run(config: LabelConfig) -> Path:
         codes=encoded.codes,
         valid=encoded.valid,
     )
-    write_labels(out, labels, store, {"asked": asked, "software": {"latentact": version("latentact")}})
-    log.info(
-        "labelled %d of %d frames of %d episodes", encoded.valid.sum(), len(encoded.valid), store.num_episodes
-    )
+    software = {"latentact": version("latentact")}
+    write_labels(out, labels, encoded.key, {"asked": asked, "software": software})
+    frames, episodes = len(encoded.valid), len(encoded.lengths)
+    log.info("labelled %d of %d frames of %d episodes", encoded.valid.sum(), frames, episodes)
     return out
 
 
-def default_resolution(lam: str) -> int:
-    """Return the resolution that a LAM was trained at."""
-    return load_lam(lam).spec.resolution
+def spec_of(lam: str) -> LatentActionSpec:
+    """Return the spec of a LAM, which tells how it wants frames resized."""
+    return load_lam(lam).spec

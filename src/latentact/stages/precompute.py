@@ -107,7 +107,10 @@ def run(config: PrecomputeConfig) -> Path:
     path = local_dataset(config.dataset_repo_id, config.dataset_root)
     if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
         raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")
-    footage = Footage(DataConfig(path=str(path), camera=config.camera_key, resolution=model.spec.resolution))
+    spec = model.spec
+    footage = Footage(
+        DataConfig(path=str(path), camera=config.camera_key, resolution=spec.resolution, resize=spec.resize)
+    )
     gap = gap_in_frames(
         model.spec, footage.fps, path, config.frame_gap_s, "give --frame-gap-s a multiple of that"
     )

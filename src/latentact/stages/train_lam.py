@@ -69,7 +69,12 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     torch.manual_seed(config.training.seed)
     model = _or_refuse(lambda: lam.build(store.action_space), lam.kind)
     model.spec = replace(
-        model.spec, frame_gap=gap, frame_gap_s=gap / store.fps, fps=store.fps, camera=store.camera
+        model.spec,
+        frame_gap=gap,
+        frame_gap_s=gap / store.fps,
+        fps=store.fps,
+        camera=store.camera,
+        resize=config.data.resize,
     )
     if model.actions and not len(labelled):
         raise UserError(
