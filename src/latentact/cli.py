@@ -23,6 +23,14 @@ app = typer.Typer(
 )
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
+
+def _given(param: typer.CallbackParam, value: str) -> str:
+    """Refuse an empty name, which would stand for the current folder."""
+    if not value:
+        raise UserError(f"{param.opts[0]} is empty; give a name.")
+    return value
+
+
 Resolution = Annotated[int, typer.Option(help="Height and width of frames in pixels; 0: as they are.")]
 View = Annotated[str, typer.Option(help="agent: what the agent sees; full: the whole world.")]
 Distract = Annotated[
@@ -42,8 +50,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 
 @app.command()
 def collect(
-    env: Annotated[str, typer.Argument(help="Environment with an expert: babyai/LEVEL or pusht.")],
-    out: Annotated[str, typer.Option(help="Folder of the new LeRobot v3 dataset.")],
+    env: Annotated[
+        str, typer.Argument(callback=_given, help="Environment with an expert: babyai/LEVEL or pusht.")
+    ],
+    out: Annotated[str, typer.Option(callback=_given, help="Folder of the new LeRobot v3 dataset.")],
     episodes: Annotated[int, typer.Option(help="Successful episodes to collect.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the first attempt; attempt i uses seed + i.")] = 0,
     resolution: Resolution = 0,
@@ -120,8 +130,10 @@ def train_lam(context: typer.Context) -> None:
 
 @app.command(name="convert-lam")
 def convert_lam(
-    where: Annotated[str, typer.Argument(help="Folder, file or hub id of a villa-X, LAPO or LAPA model.")],
-    out: Annotated[str, typer.Option(help="Folder for the model.")],
+    where: Annotated[
+        str, typer.Argument(callback=_given, help="Folder, file or hub id of a villa-X, LAPO or LAPA model.")
+    ],
+    out: Annotated[str, typer.Option(callback=_given, help="Folder for the model.")],
     window: Annotated[str, typer.Option(help="villa-X: sliding or chunked; empty: sliding.")] = "",
     image_size: Annotated[int, typer.Option(help="LAPA: pixels it was trained at; 0: 256.")] = 0,
     code_seq_len: Annotated[int, typer.Option(help="LAPA: codes per transition; 0: 4.")] = 0,
@@ -138,9 +150,9 @@ def convert_lam(
 
 @app.command()
 def label(
-    lam: Annotated[str, typer.Option(help="Folder or hub id of the latent action model.")],
-    data: Annotated[str, typer.Option(help="Dataset, folder of videos, or one video.")],
-    out: Annotated[str, typer.Option(help="Folder for the labels.")],
+    lam: Annotated[str, typer.Option(callback=_given, help="Folder or hub id of the latent action model.")],
+    data: Annotated[str, typer.Option(callback=_given, help="Dataset, folder of videos, or one video.")],
+    out: Annotated[str, typer.Option(callback=_given, help="Folder for the labels.")],
     camera: Camera = "",
     resolution: Annotated[
         int, typer.Option(help="Frame size in pixels; -1: the model's own; 0: the data's.")
@@ -163,7 +175,7 @@ def label(
     config = DataConfig(
         path=data,
         camera=camera,
-        resolution=spec.resolution if resolution < 0 else resolution,
+        resolution=spec.resolution if resolution == -1 else resolution,
         resize=spec.resize,
         target_fps=target_fps,
         strict=strict,
@@ -185,8 +197,12 @@ def label(
 
 @app.command()
 def precompute(
-    lam_model_path: Annotated[str, typer.Option(help="Folder or hub id of the latent action model.")],
-    output_dir: Annotated[str, typer.Option(help="Folder of the new dataset, or of the token files.")],
+    lam_model_path: Annotated[
+        str, typer.Option(callback=_given, help="Folder or hub id of the latent action model.")
+    ],
+    output_dir: Annotated[
+        str, typer.Option(callback=_given, help="Folder of the new dataset, or of the token files.")
+    ],
     dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot dataset.")] = "",
     dataset_root: Annotated[
         str, typer.Option(help="Folder of a LeRobot dataset or of videos; empty: lerobot's own place.")
@@ -218,7 +234,9 @@ def precompute(
 
 @app.command(name="train-with-tokens")
 def train_with_tokens(
-    output_dir: Annotated[str, typer.Option(help="Run folder; the same command goes on where it stopped.")],
+    output_dir: Annotated[
+        str, typer.Option(callback=_given, help="Run folder; the same command goes on where it stopped.")
+    ],
     dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot v3 dataset.")] = "",
     dataset_root: Annotated[
         str, typer.Option(help="Its folder; empty: lerobot's own place, or the hub.")
@@ -275,9 +293,11 @@ def ground(context: typer.Context) -> None:
 
 @app.command()
 def rollout(
-    policy: Annotated[str, typer.Option(help="Folder or hub id of a policy that ends in robot actions.")],
-    env: Annotated[str, typer.Option(help="babyai/LEVEL, pusht, or a Gymnasium id.")],
-    out: Annotated[str, typer.Option(help="Folder for rollout.json and videos.")],
+    policy: Annotated[
+        str, typer.Option(callback=_given, help="Folder or hub id of a policy that ends in robot actions.")
+    ],
+    env: Annotated[str, typer.Option(callback=_given, help="babyai/LEVEL, pusht, or a Gymnasium id.")],
+    out: Annotated[str, typer.Option(callback=_given, help="Folder for rollout.json and videos.")],
     episodes: Annotated[int, typer.Option(help="Episodes; episode i starts from seed + i.")] = 100,
     seed: Annotated[int, typer.Option(help="Reset seed of the first episode.")] = 100_000,
     view: View = "agent",
@@ -296,12 +316,15 @@ def rollout(
     from latentact.stages import rollout as stage
 
     result = stage.run(stage.RolloutConfig(**given))
-    print(f"success {result['success']} {result['ci95']}, return {result['return']:.3g}: {out}")
+    low, high = result["ci95"]
+    print(f"success {result['success']:.3g} ({low:.3g} to {high:.3g}), return {result['return']:.3g}: {out}")
 
 
 @app.command()
 def imitate(
-    output_dir: Annotated[str, typer.Option(help="Folder for the guide, metrics, video and page.")],
+    output_dir: Annotated[
+        str, typer.Option(callback=_given, help="Folder for the guide, metrics, video and page.")
+    ],
     video_path: Annotated[str, typer.Option(help="Video of the demonstration.")] = "",
     latents_path: Annotated[
         str, typer.Option(help="Latents that an earlier run wrote, instead of a video.")
@@ -347,9 +370,13 @@ def imitate(
 
 @app.command(name="check-guidance")
 def check_guidance(
-    policy_path: Annotated[str, typer.Option(help="Folder or hub id of a policy that follows a guide.")],
-    lam_model_path: Annotated[str, typer.Option(help="The LAM that turns demonstrations into guides.")],
-    output_dir: Annotated[str, typer.Option(help="Folder for guidance.json.")],
+    policy_path: Annotated[
+        str, typer.Option(callback=_given, help="Folder or hub id of a policy that follows a guide.")
+    ],
+    lam_model_path: Annotated[
+        str, typer.Option(callback=_given, help="The LAM that turns demonstrations into guides.")
+    ],
+    output_dir: Annotated[str, typer.Option(callback=_given, help="Folder for guidance.json.")],
     env_name: Annotated[str, typer.Option(help="Environment with an expert.")] = "pusht",
     demos: Annotated[int, typer.Option(help="Demonstrations.")] = 30,
     seed: Annotated[int, typer.Option(help="Reset seed of the first demonstration.")] = 500_000,
@@ -388,8 +415,10 @@ def compare(context: typer.Context) -> None:
 
 @app.command()
 def inspect(
-    lam: Annotated[str, typer.Argument(help="Folder, file or hub id of the latent action model.")],
-    data: Annotated[str, typer.Option(help="Dataset, folder of videos, or one video.")],
+    lam: Annotated[
+        str, typer.Argument(callback=_given, help="Folder, file or hub id of the latent action model.")
+    ],
+    data: Annotated[str, typer.Option(callback=_given, help="Dataset, folder of videos, or one video.")],
     out: Annotated[
         str, typer.Option(help="Folder for inspect.html and inspect.json; empty: the LAM's, or ./inspect.")
     ] = "",
@@ -419,7 +448,9 @@ def inspect(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a LAM run, a comparison or a demo.")],
+    run_dir: Annotated[
+        str, typer.Argument(callback=_given, help="Folder of a LAM run, a comparison or a demo.")
+    ],
 ) -> None:
     """Write report.html and report.json for a run.
 
@@ -427,7 +458,7 @@ def report(
     """
     from latentact.stages import report as stage
 
-    result = stage.run(run_dir)
+    result = stage.run(Path(run_dir))
     print(f"{result.verdict}\n{result.html}")
 
 

@@ -92,6 +92,8 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             config = _decode(cls, composed)
             single = HydraConfig.get().mode == RunMode.RUN
             out = config.out if single else HydraConfig.get().runtime.output_dir
+            if not out:
+                raise UserError("out is empty; name a folder.")
             run(config, Path(out).absolute())
         except (UserError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
             failures.append(error)

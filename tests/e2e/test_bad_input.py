@@ -235,15 +235,15 @@ CASES = {
     # k
     "k too large for train-lam": (
         lambda f: lam(f, "labelled_episodes=8"),
-        "k is 8, and there are 7 training",
+        "8 labelled episodes are asked for and there are 7 training",
     ),
     "k too large for bc": (
         lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labelled_episodes=9"),
-        "k is 9, and there are 7 training",
+        "9 labelled episodes are asked for and there are 7 training",
     ),
     "k too large for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=8"),
-        "k is 8, and there are 7 training",
+        "8 labelled episodes are asked for and there are 7 training",
     ),
     "no k for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=0"),
@@ -350,7 +350,7 @@ def test_k_larger_than_the_episodes_in_compare(tmp_path):
     np.savez(path, obs=FRAMES[rng.integers(20, size=30)], action=action, done=np.arange(30) % 10 == 9)
     out = tmp_path / "out"
     setting = ("env=babyai/GoToLocal", "data.resolution=32", "ks=[1,5]", f"out={out}")
-    assert "k is 5, and there are 2 training episodes" in sentence(
+    assert "5 labelled episodes are asked for and there are 2 training episodes" in sentence(
         cli("compare", f"data.path={path}", *setting)
     )
     assert not out.exists()

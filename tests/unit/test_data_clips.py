@@ -136,5 +136,7 @@ def test_labelled_episodes_are_nested():
         assert [len(c) for c in chosen] == list(range(7))
         assert all(a <= b for a, b in itertools.pairwise(chosen))
     assert choose_labelled(train, None, 0).tolist() == train.tolist()
-    with pytest.raises(UserError, match="k is 7, and there are 6 training episodes"):
+    with pytest.raises(
+        UserError, match="7 labelled episodes are asked for and there are 6 training episodes"
+    ):
         choose_labelled(train, 7, 0)

@@ -163,7 +163,7 @@ def test_a_lam_that_ignores_latents_is_called_out():
     numbers = evaluate_lam(Ignoring(), RollingStore(), episodes=range(12), frame_gap=1).numbers
     assert numbers["recon_mse"] == numbers["copy_mse"] == numbers["shuffled_mse"]
     assert [w.split(":")[0].split("(")[0] for w in numbers["warnings"]] == [
-        "Latents are ignored",
+        "Latents are not used",
         "Predictions are no better than copying the last frame ",
     ]
 

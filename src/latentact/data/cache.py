@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 from collections.abc import Collection
 from contextlib import suppress
@@ -53,7 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.resolution < 0 or self.target_fps < 0:
+        if self.resolution < 0 or not 0 <= self.target_fps < math.inf:
             raise UserError(
                 f"resolution is {self.resolution}, target_fps is {self.target_fps}; both must be at least 0."
             )
@@ -224,7 +225,8 @@ def _build_once(plan: Plan, folder: Path) -> None:
     """Build an entry, or wait for the process that is building it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        (path := folder.with_name(f"{folder.name}.lock")).touch()  # a lock waits where nothing can be written
+        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -236,6 +238,11 @@ def _build_once(plan: Plan, folder: Path) -> None:
         finally:
             lock.release()
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+            raise UserError(
+                f"{folder.parent} cannot be written ({error.strerror}); set cache_dir (or LATENTACT_CACHE) "
+                f"to a folder of your own."
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(

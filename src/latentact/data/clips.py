@@ -84,7 +84,8 @@ def choose_labelled(train_episodes: Sequence[int] | np.ndarray, k: int | None, s
         return episodes
     if not 0 <= k <= len(episodes):
         raise UserError(
-            f"k is {k}, and there are {len(episodes)} training episodes; choose k from 0 to {len(episodes)}."
+            f"{k} labelled episodes are asked for and there are {len(episodes)} training episodes; give 0 to "
+            f"{len(episodes)}."
         )
     return np.sort(np.random.default_rng(seed).permutation(episodes)[:k])
 

@@ -97,7 +97,9 @@ def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str,
     elif action is not None:
         for d in range(min(action.shape[1], MOST_DIMS)):
             colours[f"action {names[d] if d < len(names) else d}"] = action[shown, d]
-    colours |= {"episode": arrays["episode"][shown], "time in the episode (s)": arrays["time"][shown]}
+    if len(np.unique(arrays["episode"][shown])) > 1:
+        colours["episode"] = arrays["episode"][shown]
+    colours["time in the episode (s)"] = arrays["time"][shown]
     said = [
         f"episode {arrays['episode'][i]}, {arrays['time'][i]:.1f} s{_taken(action, int(i), names)}"
         for i in shown

@@ -83,6 +83,11 @@ def inspect_lam(
     control = controllability(case) if model.generative and case.rgb else None
     if not model.generative:
         case.missing.append("The model predicts no frames: nothing is said about reconstruction or control.")
+    if base.numbers["episodes"] == 1:
+        case.missing.append(
+            "There is one episode to judge on: probes are fitted on its beginning and scored on its end, and "
+            "intervals say nothing about others."
+        )
     if base.numbers["codebook"] is None:
         case.missing.append("The model has no codes: nothing is said about a codebook.")
     numbers: dict[str, Any] = {

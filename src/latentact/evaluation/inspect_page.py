@@ -65,17 +65,18 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
     except ImportError as error:
         raise missing_extra("plotly", "report") from error
     lam = LamRun(path=".", numbers=numbers | (numbers["reconstruction"] or {}), arrays=arrays)
+    told = numbers["verdict"]["name"] not in ("collapsed", "too_few")  # else there is no structure to show
     made = (
         _findings(numbers),
         _probes(numbers),
-        _labels(numbers),
-        _alignment(numbers),
+        _labels(numbers) if told else None,
+        _alignment(numbers) if told else None,
         _use(numbers),
         prediction_section(lam),
-        transfer_section(lam),
-        _content(numbers),
-        _map(numbers, arrays),
-        _saliency(numbers, arrays),
+        transfer_section(lam) if told and numbers["episodes"] > 1 else None,
+        _content(numbers) if told else None,
+        _map(numbers, arrays) if told else None,
+        _saliency(numbers, arrays) if told else None,
         codebook_section(lam),
         _missing(numbers),
     )
@@ -110,12 +111,13 @@ def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(("Nuisance from latent, R2", f"{worst:.2f}", "lower is better"))
     if recon and recon["recon_mse"] > 0:
         times = recon["shuffled_mse"] / recon["recon_mse"]
-        items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: latents are ignored"))
+        items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: no better than another's"))
     if numbers["lags"]:
         shift = numbers["misaligned"]
         items.append(("Actions are shifted by", f"{shift:+d}" if shift else "0", "rows; 0 is right"))
     dims = numbers["latents"]
-    items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
+    if numbers["verdict"]["name"] != "collapsed":
+        items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
     return items
 
 
@@ -148,6 +150,7 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
             parts.append(f"<h3>{title} <small>{_scale(probes[names[0]])}</small></h3>{bars(items)}")
     if not parts:
         return None
+    many = numbers["episodes"] > 1
     rows = [
         (
             text(BARS[name][0]),
@@ -162,9 +165,9 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
     return Section(
         anchor="probes",
         title="What latents tell",
-        what="A probe is fitted on half of the held-out episodes and scored on the others. Grey bars are "
-        "floors and controls: what rises above them was found in the change. Brackets are 95 % intervals "
-        "over episodes.",
+        what=("A probe is fitted on half of the episodes and scored on the others. " if many else "")
+        + "Grey bars are floors and controls: what rises above them was found in the change. Brackets are "
+        f"95 % intervals over {'episodes' if many else 'transitions'}.",
         body="".join(parts) + fold("All probes as numbers", _table(rows)),
     )
 
@@ -179,7 +182,7 @@ def _scale(probe: dict[str, Any]) -> str:
 
 def _labels(numbers: dict[str, Any]) -> Section | None:
     curve = numbers["label_efficiency"]
-    if not curve:
+    if len(curve) < 2:
         return None
     return Section(
         anchor="labels",
@@ -232,6 +235,7 @@ def _use(numbers: dict[str, Any]) -> Section | None:
     if control:
         change = f"{numbers['prediction_change']:.0%}"
         body = tiles([*items, ("Moved by another latent", change, "of what moves in the video")])
+    if control and any(control["delta_psnr"]):
         body += figure(
             chart(charts.control(control["delta_psnr"]), label="Bar chart of delta PSNR", height=240),
             "Delta PSNR in dB: by how much frames rolled out with the video's latents are nearer to it than "
@@ -317,7 +321,7 @@ def _missing(numbers: dict[str, Any]) -> Section | None:
         return None
     said = "".join(f"<li>{text(sentence)}</li>" for sentence in numbers["missing"])
     what = (
-        f"{numbers['transitions']} transitions of {numbers['episodes']} held-out episodes, "
+        f"{numbers['transitions']} transitions of {numbers['episodes']} episode(s), "
         f"{numbers['frame_gap_s']:g} s apart. Not in this report:"
     )
     return Section(anchor="absent", title="What this rests on", what=what, body=f"<ul>{said}</ul>")

@@ -284,7 +284,7 @@ def _warnings(
     if shuffled < IGNORED_BELOW * recon or shuffled == 0:
         size = f"only {shuffled / recon:.2f} times as large" if recon > 0 else "no larger"
         found.append(
-            f"Latents are ignored: with another transition's latent the prediction error is {size}. "
+            f"Latents are not used: with another transition's latent the prediction error is {size}. "
             "The model predicts from the past alone; show it fewer past frames or weight motion more."
         )
     if recon >= copy:

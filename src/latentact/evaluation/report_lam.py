@@ -41,7 +41,7 @@ def lam_section(lam: LamRun) -> Section:
         items.append(("Of the error of copying", f"{recon / copy:.1%}", "lower is better, 100 % is useless"))
     if recon > 0:
         items.append(
-            ("With a wrong latent", f"{shuffled / recon:.1f}x", "the error; 1x: latents are ignored")
+            ("With a wrong latent", f"{shuffled / recon:.1f}x", "the error; 1x: no better than another's")
         )
     health = lam.numbers.get("codebook")
     if health:
@@ -99,8 +99,8 @@ def prediction_section(lam: LamRun) -> Section | str:
         what="From what it has seen so far and the latent action, the model draws the next frame.",
         body=figure(
             f'<div class="examples">{"".join(cells)}</div>',
-            "Moments with visible motion from different held-out episodes. A good prediction moves what "
-            "really moved; blur, or a copy of the first picture, is a bad sign.",
+            "Moments with visible motion. A good prediction moves what really "
+            "moved; blur, or a copy of the first picture, is a bad sign.",
         ),
     )
 

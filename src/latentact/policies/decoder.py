@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latentact.errors import UserError
 from latentact.types import ActionSpace
 
 
@@ -22,6 +23,11 @@ class DecoderConfig:
     """Widths of the hidden layers; none makes it linear."""
     use_state: bool = False
     """Whether it sees the robot state, for latent actions that mean other actions in other states."""
+
+    def __post_init__(self) -> None:
+        """Refuse widths that no layer has."""
+        if any(width < 1 for width in self.hidden):
+            raise UserError(f"decoder.hidden is {list(self.hidden)}; wanted widths of at least 1, or none.")
 
 
 class ActionDecoder(nn.Module):

@@ -87,7 +87,11 @@ def make_robot(settings: Mapping[str, Any]) -> Robot:
     register_third_party_plugins()
     kind, known = str(settings.get("type")), lerobot.robots.RobotConfig.get_known_choices()
     if kind not in known:
-        raise UserError(f"unknown robot type {kind!r}{did_you_mean(kind, known)}")
+        listed = f"Known: {', '.join(sorted(known))}."
+        if kind == "pusht_sim":
+            listed = "It comes with: pip install plugins/lerobot_robot_latentact_sim."
+        hint = did_you_mean(kind, known).replace("See --help for all of them.", listed)
+        raise UserError(f"unknown robot type {kind!r}{hint}")
     try:
         config = draccus.decode(lerobot.robots.RobotConfig, dict(settings))
         return lerobot.robots.make_robot_from_config(config)

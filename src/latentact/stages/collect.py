@@ -76,6 +76,10 @@ class CollectConfig:
         for name in ("seed", "workers", "max_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; wanted 0 or more.")
+        if not 0 <= self.explore <= 1:
+            raise UserError(f"explore is {self.explore}; wanted a share of the steps, from 0 to 1.")
+        if self.resolution and not 16 <= self.resolution <= 2048:
+            raise UserError(f"resolution is {self.resolution}; wanted 16 to 2048 pixels, or 0.")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the data depends on."""
@@ -148,7 +152,7 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
     names = {*wanted, "distract"}
     if held is None or any(held.get(k) != wanted.get(k) for k in names):
         changed = [k for k in sorted(names) if held is not None and held.get(k) != wanted.get(k)]
-        what = f"a collection with another {', '.join(changed)}" if changed else "something else"
+        what = f"a collection with other {', '.join(changed)}" if changed else "something else"
         raise UserError(f"{out} holds {what}; choose another folder or delete it.")
     info = json.loads((out / "meta" / "info.json").read_text())
     log.info("%s is already collected; nothing to do", out)

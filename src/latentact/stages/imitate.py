@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -97,7 +98,7 @@ class ImitateConfig:
         if self.mode == "robot" and not self.robot_config:
             raise UserError("give --robot-config, the YAML file of the robot.")
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted at least 0.")
 
 
@@ -105,6 +106,8 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     """Extract the guide and let the policy follow it; returns what `metrics.json` holds."""
     require_device(config.device)
     out = Path(config.output_dir)
+    setup = RobotSetup.read(config.robot_config) if config.mode == "robot" else None
+    robot = make_robot(setup.robot) if setup else None
     extractor = None
     if config.lam_model_path:
         extractor = LatentActionExtractor(config.lam_model_path, config.lam_resolution, config.device)
@@ -113,7 +116,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         guide.save(out)
         return _about_guide(config, guide)
-    result = _simulate(config, guide) if config.mode == "simulation" else _drive(config, guide)
+    result = _drive(config, guide, setup, robot) if setup else _simulate(config, guide)
     out.mkdir(parents=True, exist_ok=True)
     for old in (METRICS, PAGE, VIDEO):
         (out / old).unlink(missing_ok=True)
@@ -281,12 +284,11 @@ def play(
     }
 
 
-def _drive(config: ImitateConfig, guide: Guide) -> Result:
-    setup = RobotSetup.read(config.robot_config)
+def _drive(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -> Result:
     inference = LatentGuidedInference(
         config.policy_path, guide, fps=config.fps, time_base=config.time_base, device=config.device
     )
-    policy, robot = inference.policy, make_robot(setup.robot)
+    policy = inference.policy
     view = RobotView(robot, setup.cameras)
     if policy.actions.discrete:
         raise UserError(f"{config.policy_path} acts by {policy.actions} and a robot takes numbers.")

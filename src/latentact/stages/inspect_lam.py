@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from latentact.checkpoint import write_json
+from latentact.checkpoint import read_json, write_json
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.clips import split_episodes
 from latentact.device import require_device
@@ -131,16 +131,29 @@ def run(config: InspectConfig) -> InspectResult:
     )
 
 
+def _training(config: InspectConfig, store: FrameStore) -> dict[str, Any]:
+    """The settings of the training that made the model, if it was on these very frames or in this place."""
+    settings, result = (Path(config.lam) / name for name in ("config.yaml", "lam.json"))
+    if not settings.is_file():
+        return {}
+    values = yaml.safe_load(settings.read_text())
+    place = Path(values.get("data", {}).get("path", "")).expanduser().resolve()
+    frames = read_json(result).get("frames") if result.is_file() else None
+    return values if store.digest == frames or place == Path(config.data).expanduser().resolve() else {}
+
+
 def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:
     """The episodes to judge on, the seed, and what must be said about the choice."""
     share, seed, notes = config.held_out, config.seed, []
-    trained = Path(config.lam) / "config.yaml"
-    if trained.is_file():
-        settings = yaml.safe_load(trained.read_text())
+    settings = _training(config, store)
+    if settings:
         share = settings.get("held_out", 1) if share is None else share
         seed = settings.get("split_seed", 0) if seed is None else seed
     elif share is None:
-        notes.append("The model does not say what it was trained on, so all episodes are judged.")
+        notes.append(
+            "The model does not say that it was trained on this data, so all episodes are judged; any that "
+            "were in its training flatter the numbers."
+        )
     if share is None or share == 1:
         return np.arange(store.num_episodes), seed or 0, notes
     return split_episodes(store, held_out=share, seed=seed or 0)[1], seed or 0, notes

@@ -128,6 +128,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         np.savez_compressed(buffer, **arrays)
         partial.write_bytes(buffer.getvalue())
     values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
+    values["frames"] = store.digest
     write_json(out / "lam.json", values | evaluation.numbers)
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import shutil
 from argparse import ArgumentError
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class TrainWithTokensConfig:
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} is {getattr(self, name)}; wanted at least 1.")
-        if self.learning_rate < 0:
+        if not 0 <= self.learning_rate < math.inf:
             raise UserError(f"--learning-rate is {self.learning_rate:g}; wanted more than 0.")
         for setting in self.overrides:
             if "=" not in setting:
@@ -120,7 +121,9 @@ def _require_plugin() -> None:
     except ModuleNotFoundError as error:
         if error.name != PLUGIN:
             raise
-        raise UserError(f"{PLUGIN} is not installed; install it with: pip install {PLUGIN}.") from error
+        raise UserError(
+            f"{PLUGIN} is not installed; in latentact's repository do: pip install plugins/{PLUGIN}."
+        ) from error
 
 
 def _settings(config: TrainWithTokensConfig, root: Path, tokens: TokenFile | None) -> Any:

@@ -58,7 +58,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no training can use."""
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; wanted at least 1.")
         if self.lr <= 0:
