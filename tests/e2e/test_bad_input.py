@@ -1,5 +1,6 @@
 """Input that cannot be used: exit code 2, one sentence that says what to do, and nothing written."""
 
+import errno
 import json
 import os
 import shutil
@@ -329,6 +330,49 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
     assert not [*(tmp_path / "here").iterdir()]
     assert not [*(given.root / "empty").iterdir()]
     assert not [*given.marks.iterdir()], "a pickle was executed"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("label --lam {lam} --data {data} --out out --target-fps nan", "target_fps is nan"),
+        ("label --lam {lam} --data {data} --out out --resolution -7", "resolution is -7"),
+        ("label --lam {lam} --data {data} --out ", "--out is empty"),
+        ("cache --data {data} --target-fps inf", "target_fps is inf"),
+        ("cache --data {data} --resolution 32 --cache-dir /dev/null", "File exists"),
+        ("imitate --mode extract_only --video-path a --lam-model-path b --output-dir c --fps nan",
+         "--fps is nan"),
+        ("imitate --mode robot --robot-config {robot} --video-path a --lam-model-path {lam} --policy-path b "
+         "--output-dir c", "unknown robot type 'so102'"),
+        ("collect pusht --out out --explore 1.5", "explore is 1.5"),
+        ("collect pusht --out out --resolution 100000", "resolution is 100000"),
+        ("train-lam data.path={data} out=", "out is empty"),
+        ("train-lam data.path={data} out=out training.devices=0", "training.devices is 0"),
+        ("ground policy={policy} labels={labels} labelled_episodes=2 decoder.hidden=[0] out=out",
+         "decoder.hidden is [0]"),
+        ("train-with-tokens --dataset-root {data} --output-dir out --learning-rate nan",
+         "--learning-rate is nan"),
+    ],
+)  # fmt: skip
+def test_values_that_no_command_takes(command, words, given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = given.root
+    robot = root / "robot.yaml"
+    robot.write_text("robot: {type: so102}\n")
+    names = {name: root / name for name in ("lam", "policy", "labels")}
+    command = command.format(data=given.blocks, robot=robot, **names).split(" ")
+    assert words in sentence(cli(*command))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_cache_that_cannot_be_written(given, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "x.lock")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentact.data.cache.Path.touch", refuse)
+        done = cli("cache", "--data", given.blocks, "--resolution", "24", "--cache-dir", tmp_path / "cache")
+    assert "cannot be written (Permission denied); set cache_dir" in sentence(done)
 
 
 def test_a_place_below_a_file(given, tmp_path):

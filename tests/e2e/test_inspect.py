@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -222,6 +223,24 @@ def test_the_command_judges_what_training_held_out_and_writes_a_page(trained, pa
     again = cli("inspect", trained, "--data", path, "--out", tmp_path / "again")
     assert again.returncode == 0
     assert json.loads((tmp_path / "again/inspect.json").read_text()) == numbers
+
+
+def test_what_was_held_out_is_known_by_the_frames_and_other_data_is_judged_whole(trained, path, tmp_path):
+    other = write_blocks(tmp_path / "other.npz", episodes=6, seed=3)
+    for data, episodes in ((shutil.copy(path, tmp_path / "copy.npz"), 8), (other, 6)):
+        assert cli("inspect", trained, "--data", data, "--out", tmp_path / "card").returncode == 0
+        numbers = json.loads((tmp_path / "card/inspect.json").read_text())
+        assert numbers["episodes"] == episodes
+        assert any("all episodes are judged" in said for said in numbers["missing"]) == (data == other)
+
+
+def test_one_episode_is_said_to_be_one(trained, tmp_path):
+    data = write_blocks(tmp_path / "one.npz", episodes=1, steps=30)
+    assert cli("inspect", trained, "--data", data, "--out", tmp_path / "card").returncode == 0
+    numbers = json.loads((tmp_path / "card/inspect.json").read_text())
+    assert any(said.startswith("There is one episode to judge on") for said in numbers["missing"])
+    page = (tmp_path / "card/inspect.html").read_text()
+    assert not any(f'id="{anchor}"' in page for anchor in ("labels", "transfer"))
 
 
 @pytest.mark.parametrize(

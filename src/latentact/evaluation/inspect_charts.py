@@ -66,7 +66,9 @@ def gaps(curve: list[dict[str, Any]]) -> dict[str, Any]:
         seconds = [round(row["seconds"], 4) for row in probed]
         scores = [_number(row["probe"]["score"]) for row in probed]
         data.insert(0, _line("action probe", seconds, scores, PALETTE[0]))
-    return {"data": data, "layout": {"xaxis": {"title": {"text": "frame gap (s)"}}, "showlegend": True}}
+    span = _range([row["moving"] for row in curve] + [row["probe"]["score"] for row in probed])
+    layout = {"xaxis": {"title": {"text": "frame gap (s)"}}, "yaxis": {"range": span}, "showlegend": True}
+    return {"data": data, "layout": layout}
 
 
 def control(delta: list[float]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ CONTROLS = (
     "nuisance_from_action",
 )
 ABSENT = "-"
+LEAST_DB = 0.01  # less is no steering that a chart should show
 
 
 def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -105,20 +106,30 @@ def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
         floor = max(probes["state_only"]["score"], probes["shuffled_future"]["score"])
         what = "accuracy" if probes["latent_linear"]["metric"] == "accuracy" else "R2"
-        items.append((f"Action from latent, {what}", f"{best:.2f}", f"{floor:.2f} without it"))
+        items.append((f"Action from latent, {what}", _short(best), f"{_short(floor)} without it"))
     if "nuisance_linear" in probes:
         worst = max(probes["nuisance_linear"]["score"], probes["nuisance_mlp"]["score"])
-        items.append(("Nuisance from latent, R2", f"{worst:.2f}", "lower is better"))
+        items.append(("Nuisance from latent, R2", _short(worst), "lower is better"))
     if recon and recon["recon_mse"] > 0:
         times = recon["shuffled_mse"] / recon["recon_mse"]
         items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: no better than another's"))
-    if numbers["lags"]:
+    if _lags(numbers):
         shift = numbers["misaligned"]
         items.append(("Actions are shifted by", f"{shift:+d}" if shift else "0", "rows; 0 is right"))
     dims = numbers["latents"]
     if numbers["verdict"]["name"] != "collapsed":
         items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
     return items
+
+
+def _short(score: float) -> str:
+    return f"{score:.2f}" if score >= 0 else "below 0"
+
+
+def _lags(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lag curve, where latents tell the action at any lag."""
+    curve = numbers["lags"]
+    return curve if any(row["score"] > 0 for row in curve) else []
 
 
 def _findings(numbers: dict[str, Any]) -> Section | None:
@@ -201,7 +212,7 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
 def _alignment(numbers: dict[str, Any]) -> Section | None:
     panels = []
     for title, curve, draw in (
-        ("Action at other rows", numbers["lags"], charts.lags),
+        ("Action at other rows", _lags(numbers), charts.lags),
         ("Other frame gaps", numbers["gaps"], charts.gaps),
     ):
         if curve:
@@ -212,9 +223,9 @@ def _alignment(numbers: dict[str, Any]) -> Section | None:
     return Section(
         anchor="time",
         title="Are actions and frames aligned?",
-        what="Left, how well latents tell the action recorded some rows earlier or later: the peak belongs "
-        "at 0, else the data is off by that many rows. Right, the same model over shorter and longer gaps, "
-        "and how much of the picture moves.",
+        what="At other rows: how well latents tell the action recorded some rows earlier or later; the peak "
+        "belongs at 0, else the data is off by that many rows. Other gaps: the same model over shorter and "
+        "longer ones, and how much of the picture moves.",
         body=f'<div class="panels">{"".join(panels)}</div>',
     )
 
@@ -235,7 +246,7 @@ def _use(numbers: dict[str, Any]) -> Section | None:
     if control:
         change = f"{numbers['prediction_change']:.0%}"
         body = tiles([*items, ("Moved by another latent", change, "of what moves in the video")])
-    if control and any(control["delta_psnr"]):
+    if control and max(map(abs, control["delta_psnr"]), default=0) >= LEAST_DB:
         body += figure(
             chart(charts.control(control["delta_psnr"]), label="Bar chart of delta PSNR", height=240),
             "Delta PSNR in dB: by how much frames rolled out with the video's latents are nearer to it than "

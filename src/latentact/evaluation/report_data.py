@@ -116,6 +116,9 @@ def find(run_dir: Path) -> Findings:
         elif path.name == "config.yaml":
             found.configs[folder] = path.read_text(errors="replace")
     found.lams.sort(key=lambda lam: lam.path.count("/"))
+    made = [name for name in ("inspect.html", "report.html") if (run_dir / name).is_file()]
+    if found.empty() and made:
+        raise UserError(f"{run_dir} holds nothing to report but its own page; open {run_dir / made[0]}.")
     if found.empty():
         raise UserError(
             f"{run_dir} holds nothing to report (no lam.json, comparison.json, metrics.csv or rollout.json); "

@@ -75,6 +75,8 @@ class LapoConfig:
             raise UserError(f"lam.backbone is {self.backbone!r}; wanted impala, patch or grid.")
         if self.backbone != "grid" and not 32 <= self.size <= 256:
             raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels.")
+        if self.patch < 1:
+            raise UserError(f"lam.patch is {self.patch}; wanted at least 1 pixel.")
         if self.fdm_context not in (0, 1):
             raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
         if self.backbone == "grid" and (self.difference_input or self.motion_weight):

@@ -49,7 +49,7 @@ class PatchEncoder(nn.Module):
         halve: bool = True,
     ) -> None:
         super().__init__()
-        _require_levels(channels)
+        _require_sizes(patch, channels)
         grain = patch * 2 ** (len(channels) - 1 if halve else 0)
         self.pad = -size % grain
         size += self.pad
@@ -83,7 +83,7 @@ class PatchUNet(nn.Module):
         self, in_channels: int, latent_dim: int, out_channels: int, patch: int, channels: tuple[int, ...]
     ) -> None:
         super().__init__()
-        _require_levels(channels)
+        _require_sizes(patch, channels)
         first = channels[0]
         self.patch = patch
         self.stem = nn.Conv2d(in_channels, first, patch, patch)
@@ -122,6 +122,8 @@ class PatchUNet(nn.Module):
         return F.pixel_shuffle(self.head(F.relu(x)), self.patch)
 
 
-def _require_levels(channels: tuple[int, ...]) -> None:
+def _require_sizes(patch: int, channels: tuple[int, ...]) -> None:
     if not 1 <= len(channels) <= 12:
         raise ValueError(f"{len(channels)} levels of channels; wanted 1..12")
+    if patch < 1:
+        raise ValueError(f"patches of {patch} pixels; wanted at least 1")
