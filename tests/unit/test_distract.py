@@ -130,5 +130,5 @@ def test_a_dataset_records_the_nuisance(tmp_path):
     assert np.array_equal(recorded[: len(frames)], nuisances)
     assert (store.frames[: len(frames)] == frames).all()
     config = CollectConfig(env="babyai/GoToRedBall", out=str(tmp_path / "data"), episodes=3)
-    with pytest.raises(UserError, match="another distract"):
+    with pytest.raises(UserError, match=r"different settings \(distract\)"):
         run(config)

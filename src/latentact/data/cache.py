@@ -224,9 +224,7 @@ def entry_key(plan: Plan) -> str:
 def _build_once(plan: Plan, folder: Path) -> None:
     """Build an entry, or wait for the process that is building it."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        (path := folder.with_name(f"{folder.name}.lock")).touch()  # a lock waits where nothing can be written
-        lock = FileLock(path)
+        lock = FileLock(writable(folder.with_name(f"{folder.name}.lock")))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -238,17 +236,27 @@ def _build_once(plan: Plan, folder: Path) -> None:
         finally:
             lock.release()
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise UserError(
-                f"{folder.parent} cannot be written ({error.strerror}); set cache_dir (or LATENTACT_CACHE) "
-                f"to a folder of your own."
-            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{folder.parent} has no room for {needed_bytes(plan)} bytes of frames; free space there, or set "
             f"cache_dir (or LATENTACT_CACHE) to a folder on another disk."
         ) from error
+
+
+def writable(file: Path) -> Path:
+    """Return `file` once it is there; a lock on one that cannot be made would wait for ever."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{file.parent} cannot be written ({error.strerror}); set cache_dir (or LATENTACT_CACHE) to a "
+            f"folder of your own."
+        ) from error
+    return file
 
 
 def _note_use(folder: Path, path: Path) -> None:

@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float32, Int64
 from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
 from latentact.config import to_dict
 from latentact.data.build import unreadable_message
-from latentact.data.cache import cache_folder
+from latentact.data.cache import cache_folder, writable
 from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
 from latentact.data.format import Unreadable
@@ -198,7 +198,7 @@ def encode_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if share.rank == 0:
-            stack.enter_context(FileLock(folder / f"{key}.lock"))
+            stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         if options.overwrite or not entry.is_dir():
             units = _units(footage.lengths, options.batch_size)
             _encode(model, footage, gap, options, units, parts, states)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 from latentact.checkpoint import disk_full, save_tensors, whole_folder
-from latentact.data.cache import FrameStore
+from latentact.data.cache import FrameStore, writable
 from latentact.data.digest import blake2b
 from latentact.data.progress import Progress
 from latentact.errors import UserError, missing_extra
@@ -63,8 +63,7 @@ def frozen_features(
     folder = store.folder.parent / "features"
     entry, partial = folder / key, folder / f"{key}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
+        with FileLock(writable(folder / f"{key}.lock")):
             if not entry.is_dir():
                 size = _compute(store, target.grid, backbone, partial)
                 with whole_folder(entry) as made:

@@ -152,7 +152,7 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
     names = {*wanted, "distract"}
     if held is None or any(held.get(k) != wanted.get(k) for k in names):
         changed = [k for k in sorted(names) if held is not None and held.get(k) != wanted.get(k)]
-        what = f"a collection with other {', '.join(changed)}" if changed else "something else"
+        what = f"a collection with different settings ({', '.join(changed)})" if changed else "something else"
         raise UserError(f"{out} holds {what}; choose another folder or delete it.")
     info = json.loads((out / "meta" / "info.json").read_text())
     log.info("%s is already collected; nothing to do", out)
