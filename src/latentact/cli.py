@@ -171,21 +171,15 @@ def label(
     from latentact.data.cache import DataConfig
     from latentact.stages import label as stage
 
-    spec = stage.spec_of(lam)
-    config = DataConfig(
-        path=data,
-        camera=camera,
-        resolution=spec.resolution if resolution == -1 else resolution,
-        resize=spec.resize,
-        target_fps=target_fps,
-        strict=strict,
-    )
+    size = 0 if resolution == -1 else resolution
+    config = DataConfig(path=data, camera=camera, resolution=size, target_fps=target_fps, strict=strict)
     print(
         stage.run(
             stage.LabelConfig(
                 lam=lam,
                 data=config,
                 out=out,
+                lam_resolution=resolution == -1,
                 frame_gap_s=frame_gap_s,
                 batch_size=batch_size,
                 device=device,

@@ -255,8 +255,9 @@ def test_labels_of_frames_of_any_size_are_what_a_published_model_says_of_them(co
     frames = np.random.default_rng(0).integers(256, size=(12, 45, 70, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", obs=frames, done=done)
     size, cache = model.spec.resolution, tmp_path / "cache"
-    data = DataConfig(path=str(tmp_path / "data.npz"), resolution=size, resize=kernel, cache_dir=str(cache))
-    label.run(label.LabelConfig(lam=str(tmp_path / "lam"), data=data, out=str(tmp_path / "out")))
+    data = DataConfig(path=str(tmp_path / "data.npz"), cache_dir=str(cache))
+    lam, out = str(tmp_path / "lam"), str(tmp_path / "out")
+    label.run(label.LabelConfig(lam=lam, data=data, out=out, lam_resolution=True))
     assert {path.name for path in cache.iterdir()} == {"memo", "tokens"}  # no frame was kept
     labels, store = read_labels(tmp_path / "out")
     with torch.inference_mode():

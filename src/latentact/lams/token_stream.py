@@ -88,7 +88,8 @@ class TokenStream(IterableDataset):
         self._window = [deltas.index(t) for t in _window(model, gap_s)]
         self._observed = [deltas.index(round(t, 9)) for t in observed]
         self._frames = len(deltas)
-        facts = ["stream", name, camera, gap_s, model.spec.weights, model.spec.resolution]
+        size = (model.spec.resolution, model.spec.resize)
+        facts = ["stream", name, camera, gap_s, model.spec.weights, *size]
         self.folder: Path = cache_folder(cache_dir) / "tokens" / blake2b(json.dumps(facts).encode())
         """Where tokens are kept."""
         self.spec = replace(model.spec, frame_gap_s=gap_s)

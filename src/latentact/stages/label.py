@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
-from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +27,11 @@ class LabelConfig:
     lam: str
     """Folder or hub id of the latent action model."""
     data: DataConfig
-    """What to label."""
+    """What to label; frames are resized as in the LAM's training, whatever `data.resize` says."""
     out: str
     """Folder for the labels."""
+    lam_resolution: bool = False
+    """Whether frames get the LAM's own resolution, whatever `data.resolution` says."""
     frame_gap_s: float = 0.0
     """Seconds between the two frames of a transition; 0: the LAM's own."""
     batch_size: int = 256
@@ -43,16 +44,18 @@ class LabelConfig:
 
 def run(config: LabelConfig) -> Path:
     """Label a dataset; returns the folder of the labels."""
-    out, data = Path(config.out), config.data
+    out = Path(config.out)
     options = EncodeOptions(
         batch_size=config.batch_size,
         device=config.device,
         precision=config.precision,
-        cache_dir=data.cache_dir,
+        cache_dir=config.data.cache_dir,
     )
     require_gap(config.frame_gap_s)
     require_device(config.device)
     model = load_lam(config.lam, config.device)
+    size = model.spec.resolution if config.lam_resolution else config.data.resolution
+    data = replace(config.data, resolution=size, resize=model.spec.resize)
     asked = {
         "lam": config.lam,
         "weights": model.spec.weights,
@@ -87,8 +90,3 @@ def run(config: LabelConfig) -> Path:
     frames, episodes = len(encoded.valid), len(encoded.lengths)
     log.info("labelled %d of %d frames of %d episodes", encoded.valid.sum(), frames, episodes)
     return out
-
-
-def spec_of(lam: str) -> LatentActionSpec:
-    """Return the spec of a LAM, which tells how it wants frames resized."""
-    return load_lam(lam).spec
