@@ -27,10 +27,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentact.checkpoint import whole_file
-from latentact.device import keep_freed_memory
+from latentact.device import keep_freed_memory, multiplies_int8
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.laq import LaqConfig
 from latentact.lams.villa_x import VillaXConfig
+from latentact.nn.int8 import int8
 from latentact.types import Clip
 
 CONFIGS: dict[str, Any] = {
@@ -40,12 +41,13 @@ CONFIGS: dict[str, Any] = {
 }
 BATCH = {"cpu": {"lapo": 32, "laq": 2, "villa_x": 1}, "cuda": {"lapo": 128, "laq": 64, "villa_x": 32}}
 """Clips of a training step."""
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FRAMES = 64
 HEAD = """# Speed of the full-size models
 
 Made by `python benchmarks/lam_speed.py`, random weights of the published sizes. Step: loss, backward pass,
-clipping, AdamW. Labelling: `encode` of a clip of 64 frames (villa-X with `window=chunked`). Of peak: the work
+clipping, AdamW. Labelling: `encode` of a clip of 64 frames (villa-X with `window=chunked`), in int8 as
+`--precision int8` does it. Of peak: the work
 of matrix products and convolutions per second over what a product of two large matrices reaches on the same
 machine in the same precision (convolutions can be faster than that). Memory: the largest that the process
 held, with the model.
@@ -68,7 +70,9 @@ def main() -> None:
         return
     for model in options.models:
         for precision in PRECISIONS:
-            for compiled in ("no", "yes") if options.compile else ("no",):
+            if precision == "int8" and not multiplies_int8(options.device):
+                continue
+            for compiled in ("no", "yes") if options.compile and precision != "int8" else ("no",):
                 words = ["--device", options.device, "--repeats", str(options.repeats)]
                 command = [sys.executable, __file__, *words, "--row", model, precision, compiled]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -93,7 +97,8 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
     video = torch.randint(0, 256, (1, FRAMES, 3, size, size), dtype=torch.uint8, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     compiling = torch.compile if compiled == "yes" else lambda function: function
-    loss, encode = compiling(model.loss), compiling(model.encode)
+    labels = int8(model) if precision == "int8" else model
+    loss, encode = compiling(model.loss), compiling(labels.encode)
     peak = _peak(device, PRECISIONS[precision])
 
     def step() -> None:
@@ -105,12 +110,17 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
         optimizer.step()
 
     def label() -> None:
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "fp32"):
             encode(video)
 
-    model.train()
-    step_s, step_work = _seconds(step, repeats, device), _work(lambda: model.loss(clip)[0].backward(), device)
+    step_cells = ("", "")
+    if precision != "int8":
+        model.train()
+        step_s = _seconds(step, repeats, device)
+        step_work = _work(lambda: model.loss(clip)[0].backward(), device)
+        step_cells = f"{step_s:.3g} s", f"{step_work / step_s / peak:.0%}"
     model.eval().requires_grad_(False)
+    labels.eval()
     label_s, label_work = (
         _seconds(label, repeats, device),
         _work(torch.no_grad()(lambda: model.encode(video)), device),
@@ -122,7 +132,7 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
         else torch.cuda.max_memory_allocated()
     )
     cells = (
-        *(name, precision, compiled, str(batch), f"{step_s:.3g} s", f"{step_work / step_s / peak:.0%}"),
+        *(name, precision, compiled, str(batch), *step_cells),
         *(f"{(FRAMES - 1) / label_s:.3g}", f"{label_work / label_s / peak:.0%}", f"{held / 2**30:.1f} GiB"),
     )
     return f"| {' | '.join(cells)} |"
@@ -150,8 +160,9 @@ def _work(call: Callable[[], Any], device: str) -> float:
 def _peak(device: str, dtype: torch.dtype) -> float:
     """Return the operations per second of a large matrix product."""
     side = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = [_seconds(lambda: a @ b, 1, device) for _ in range(20)]  # type: ignore[arg-type, return-value]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    times = [_seconds(lambda: multiply(a, b), 1, device) for _ in range(20)]  # type: ignore[arg-type, return-value]
     return 2 * side**3 / min(times)
 
 

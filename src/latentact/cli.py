@@ -43,7 +43,10 @@ FrameGap = Annotated[
 TargetFps = Annotated[float, typer.Option(help="Frames per second to resample to; 0: the data's own.")]
 Strict = Annotated[bool, typer.Option("--strict", help="An unreadable file is an error instead of skipped.")]
 Precision = Annotated[
-    str, typer.Option(help="fp32, bf16 (faster), or auto: bf16 where it pays and keeps 99 % of the codes.")
+    str,
+    typer.Option(
+        help="fp32, bf16, int8 (faster, coarser), or auto: the fastest that keeps 99 % of the codes."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 

@@ -30,6 +30,13 @@ def multiplies_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def multiplies_int8(device: str) -> bool:
+    """Return whether a device is a CPU that multiplies 8-bit integers natively, and torch can ask it to."""
+    import torch
+
+    return device == "cpu" and torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qconv_prepack")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next step instead of returning them to the system.
 

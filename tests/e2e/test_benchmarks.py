@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from latentact.device import multiplies_int8
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.laq import LaqConfig
 from latentact.lams.villa_x import VillaXConfig
@@ -58,8 +60,11 @@ def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
     monkeypatch.setattr(benchmark, "CONFIGS", small)
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n## Another machine\n\n| lapo | fp32 |\n")
-    for name in small:
-        benchmark._write(page, "This machine", benchmark._row(name, "bf16", "no", "cpu", 1))
+    precisions = ["bf16", *["int8"] * multiplies_int8("cpu")]
+    for name, precision in itertools.product(small, precisions):
+        benchmark._write(page, "This machine", benchmark._row(name, precision, "no", "cpu", 1))
     text = page.read_text()
     assert "## Another machine" in text
-    assert [name for name in small if re.search(rf"\| {name} \| bf16 \| no \|.* GiB \|", text)] == [*small]
+    for precision in precisions:
+        rows = [name for name in small if re.search(rf"\| {name} \| {precision} \| no \|.* GiB \|", text)]
+        assert rows == [*small]

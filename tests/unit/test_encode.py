@@ -147,19 +147,32 @@ class Coarse(Corner):
 
 
 @pytest.mark.parametrize(
-    ("every", "native", "bf16"), [(100, True, True), (2, True, False), (100, False, False)]
+    ("every", "native", "chosen"),
+    [
+        (100, ["bf16"], "bf16"),
+        (2, ["bf16"], "fp32"),
+        (100, [], "fp32"),
+        (100, ["int8", "bf16"], "int8"),
+        (2, ["int8", "bf16"], "fp32"),
+    ],
 )
-def test_auto_takes_bf16_where_it_is_native_and_keeps_the_codes(
-    every, native, bf16, tmp_path, monkeypatch, caplog
+def test_auto_takes_the_fastest_that_is_native_and_keeps_the_codes(
+    every, native, chosen, tmp_path, monkeypatch, caplog
 ):
     np.savez(tmp_path / "video.npz", obs=np.zeros((40, 2, 2, 3), np.uint8), done=np.arange(40) == 39, fps=10)
-    monkeypatch.setattr(encode, "multiplies_bf16", lambda device: native)
+    monkeypatch.setattr(encode, "multiplies_bf16", lambda device: "bf16" in native)
+    monkeypatch.setattr(encode, "multiplies_int8", lambda device: "int8" in native)
+    made = []
+    monkeypatch.setattr(encode, "int8", lambda model: made.append(model) or model)
     data = Footage(DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path / "c")))
     model = Coarse(every)
     with caplog.at_level(logging.INFO):
         encode_dataset(model, data, 1, EncodeOptions(cache_dir=str(tmp_path), precision="auto"))
-    assert model.narrow == native + 2 * bf16, "tried once, then used for both batches or for none"
-    assert ("bf16 keeps 100.0 % of the codes" in caplog.text) == bf16
+    tried = native if chosen == "fp32" else native[:1]
+    used = 2 * (chosen != "fp32")
+    assert model.narrow == len(tried) + used, "tried once, then used for both batches or for none"
+    assert len(made) == ("int8" in tried) + (chosen == "int8")
+    assert (f"{chosen} keeps 100.0 % of the codes of 32 transitions: it is used" in caplog.text) == bool(used)
 
 
 def test_precision_is_part_of_what_was_computed(numbered, tmp_path):
@@ -169,6 +182,8 @@ def test_precision_is_part_of_what_was_computed(numbered, tmp_path):
     assert narrow.batches
     with pytest.raises(UserError, match="--precision is 'bf1'; did you mean 'bf16'"):
         EncodeOptions(precision="bf1")
+    with pytest.raises(UserError, match="int8, which wants a CPU with VNNI and not this cuda; give auto"):
+        EncodeOptions(precision="int8", device="cuda")
 
 
 def test_frames_of_the_cache_give_the_same(numbered, tmp_path):

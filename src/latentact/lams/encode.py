@@ -36,19 +36,20 @@ from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
 from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
-from latentact.device import multiplies_bf16
+from latentact.device import multiplies_bf16, multiplies_int8
 from latentact.errors import UserError, did_you_mean
 from latentact.lams.encode_unit import Unit, encode_clip, encoders
 from latentact.lams.model import LatentActionModel
-from latentact.types import LatentActionSpec
+from latentact.nn.int8 import int8
+from latentact.types import LatentActions, LatentActionSpec
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
 type States = Callable[[int, Sequence[int]], np.ndarray]
 """Episode and rows in it -> the robot's states there."""
-PRECISIONS = ("fp32", "bf16", "auto")
-_TRIED, _KEPT = 32, 0.99  # transitions on which bf16 is tried, and what share of them it has to keep
+PRECISIONS = ("fp32", "bf16", "int8", "auto")
+_TRIED, _KEPT = 32, 0.99  # transitions on which a precision is tried, and what share of them it has to keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,8 @@ class EncodeOptions:
     device: str = "cpu"
     """cpu, cuda or mps."""
     precision: str = "fp32"
-    """fp32; bf16, faster and with other last digits; or auto: bf16 where the hardware multiplies it natively
-    and it keeps 99 % of this data's codes, else fp32."""
+    """fp32; bf16, faster and with other last digits; int8, faster still and coarser; or auto: the fastest
+    that the hardware multiplies natively and that keeps 99 % of the codes of the data's first transitions."""
     workers: int = 0
     """Decoding threads; 0: one per core."""
     cache_dir: str = ""
@@ -129,6 +130,10 @@ class EncodeOptions:
             raise UserError(f"--num-workers is {self.workers}; wanted at least 0.")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision is {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}")
+        if self.precision == "int8" and not multiplies_int8(self.device):
+            raise UserError(
+                f"--precision is int8, which wants a CPU with VNNI and not this {self.device}; give auto."
+            )
 
 
 def require_gap(seconds: float) -> None:
@@ -201,7 +206,7 @@ def encode_dataset(
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         if options.overwrite or not entry.is_dir():
             units = _units(footage.lengths, options.batch_size)
-            _encode(model, footage, gap, options, units, parts, states)
+            _encode(_ready(model, options.precision), footage, gap, options, units, parts, states)
             if share.rank == 0:
                 _join(parts, len(units), entry, spec, footage)
             elif entry.is_dir() and not options.overwrite:
@@ -237,8 +242,9 @@ def _states(model: LatentActionModel, footage: Footage) -> States | None:
 def _chosen_precision(
     model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions, states: States | None
 ) -> str:
-    """Return bf16 where it pays and says the same of the data's first transitions; else fp32."""
-    if not multiplies_bf16(options.device):
+    """Return the fastest that pays here and says the same of the data's first transitions as fp32 does."""
+    native = {"int8": multiplies_int8(options.device), "bf16": multiplies_bf16(options.device)}
+    if not any(native.values()):
         return "fp32"
     number = next(i for i, length in enumerate(footage.lengths) if length > gap)
     frames, picks = [], []
@@ -257,18 +263,28 @@ def _chosen_precision(
     if states:
         told = states(number, picks[::gap][: len(clip)])[None].astype(np.float32)
         state = torch.from_numpy(told).to(options.device)
-    exact, quick = (encode_clip(model, clip[None], wide, state=state) for wide in ("fp32", "bf16"))
+    exact = encode_clip(model, clip[None], "fp32", state=state)
+    what = "variance of the latent actions" if exact.codes is None else "codes"
+    for precision in (name for name, here in native.items() if here):
+        quick = encode_clip(_ready(model, precision), clip[None], precision, state=state)
+        share = _agreement(exact, quick)
+        verdict = f"of {len(clip) - 1} transitions: {'it is used' if share >= _KEPT else 'too few'}"
+        log.info("%s keeps %.1f %% of the %s %s", precision, 100 * share, what, verdict)
+        if share >= _KEPT:
+            return precision
+    return "fp32"
+
+
+def _agreement(exact: LatentActions, quick: LatentActions) -> float:
+    """Return the share of equal codes, or without codes that of the variance which is kept."""
     if exact.codes is not None and quick.codes is not None:
-        share = (exact.codes == quick.codes).float().mean().item()
-    else:
-        x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)
-        share = 1 - ((x - y).square().mean() / (x - x.mean(0)).square().mean().clamp(min=1e-12)).item()
-    chosen = "bf16" if share >= _KEPT else "fp32"
-    what = "codes" if exact.codes is not None else "variance of the latent actions"
-    log.info(
-        "bf16 keeps %.1f %% of the %s of %d transitions: using %s", 100 * share, what, len(clip) - 1, chosen
-    )
-    return chosen
+        return (exact.codes == quick.codes).float().mean().item()
+    x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)
+    return 1 - ((x - y).square().mean() / (x - x.mean(0)).square().mean().clamp(min=1e-12)).item()
+
+
+def _ready(model: LatentActionModel, precision: str) -> LatentActionModel:
+    return int8(model) if precision == "int8" else model
 
 
 def _units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -35,9 +35,12 @@ def encode_clip(
     last: bool = False,
     state: torch.Tensor | None = None,
 ) -> LatentActions:
-    """Return what a model says of clips, computed in fp32 or bf16; `state` is for models that observe it."""
+    """Return what a model says of clips; `state` is for models that observe it.
+
+    For int8 the model has to come from `int8`; what has no such layer is computed in bf16.
+    """
     more: dict[str, Any] = {} if state is None else {"state": state}
-    with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision != "fp32"):
         return model.encode(frames, valid, last=last, **more)
 
 

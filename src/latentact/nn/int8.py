@@ -1,0 +1,89 @@
+"""Layers that multiply 8-bit integers, for inference on a CPU with VNNI: about twice as fast as bf16 there.
+
+Weights have a scale per output channel. Activations get theirs while they pass: convolutions one for the
+batch, linear layers one for each row, since tokens of a transformer differ much in size.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SMALLEST = 1 << 14  # weights of a layer below which rounding its input costs more than it saves
+
+
+def int8[M: nn.Module](model: M) -> M:
+    """Return the model with its larger convolutions and linear layers in int8 wherever autocast is on.
+
+    Args:
+        model: on the CPU, for inference. It stays as it is; both share their weights.
+    """
+    copied = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for layer in copied.modules():
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.numel() < _SMALLEST:
+            continue
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Int8Linear
+        elif (
+            type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        ):
+            layer.__class__ = _Int8Conv2d
+    return copied
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights as int8 and their scale per output channel."""
+    rows = weight.detach().float().flatten(1)
+    scale = rows.abs().amax(1).clamp(min=1e-12) / 127
+    return (rows / scale[:, None]).round().to(torch.int8).view_as(weight), scale
+
+
+def _levels(x: Tensor, scale: float, zero: int) -> Tensor:
+    """Return `x / scale + zero` rounded to uint8, with the strides of `x`."""
+    rounded = torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8)
+    plain = torch.empty(0, dtype=torch.uint8)  # int_repr would copy
+    return plain.set_(rounded.untyped_storage(), 0, rounded.shape, rounded.stride())
+
+
+class _Int8Conv2d(nn.Conv2d):
+    @cached_property
+    def packed(self) -> tuple[tuple[Any, ...], Tensor, Tensor]:
+        weight, scale = _rounded(self.weight)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 1, *geometry, None)
+        return geometry, packed, scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        geometry, packed, scale = self.packed
+        low, high = min(input.amin().item(), 0.0), max(input.amax().item(), 0.0)
+        step = max(high - low, 1e-12) / 255
+        zero = round(-low / step)
+        return torch.ops.onednn.qconv2d_pointwise(
+            _levels(input, step, zero), step, zero, packed, scale, torch.zeros_like(scale, dtype=torch.int32),
+            self.bias, *geometry, 1.0, 0, torch.bfloat16, "none", [], "",
+        )  # fmt: skip
+
+
+class _Int8Linear(nn.Linear):
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        weight, scale = _rounded(self.weight)
+        return torch.ops.onednn.qlinear_prepack(weight, None), scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        packed, scale = self.packed
+        step = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True)).clamp(min=1e-12)
+        step = (step / 126).bfloat16()  # 126 leaves room for its own rounding
+        y = torch.ops.onednn.qlinear_pointwise(
+            _levels(input.float() / step, 1.0, 128), 1.0, 128, packed, scale,
+            torch.zeros_like(scale, dtype=torch.int32), None, 1.0, 0, torch.bfloat16, "none", [], "",
+        ).mul_(step)  # fmt: skip
+        return y if self.bias is None else y.add_(self.bias)
