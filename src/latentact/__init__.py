@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from latentact.guide import Guide
     from latentact.lams.model import LatentActionModel, load_lam
     from latentact.lams.token_stream import TokenStream, camera_deltas
+    from latentact.nn.int8 import int8
     from latentact.policies.actor import PolicyActor
     from latentact.policies.policy import Policy
     from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
@@ -35,6 +36,7 @@ _WHERE = {
     "TokenStream": "lams.token_stream",
     "UserError": "errors",
     "camera_deltas": "lams.token_stream",
+    "int8": "nn.int8",
     "load_lam": "lams.model",
     "open_store": "data.cache",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "TokenStream",
     "UserError",
     "camera_deltas",
+    "int8",
     "load_lam",
     "open_store",
 ]

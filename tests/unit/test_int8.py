@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from latentact.device import multiplies_int8
+from latentact.errors import UserError
 from latentact.lams.encode_unit import encode_clip
 from latentact.lams.lapo import LapoConfig
 from latentact.nn.int8 import int8
@@ -111,3 +112,10 @@ def test_a_lam_keeps_its_codes():
     exact, quick = encode_clip(model, frames, "fp32"), encode_clip(int8(model), frames, "int8")
     assert (exact.codes == quick.codes).float().mean() > 0.9
     assert 0 < (exact.continuous - quick.continuous).norm() < 0.03 * exact.continuous.norm()
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(
+        UserError, match="int8 wants a model on a CPU with VNNI, and not on this meta; use bf16"
+    ):
+        int8(nn.Linear(8, 8, device="meta"))

@@ -206,9 +206,12 @@ def _finish(plan: Plan, journal: Journal, partial: Path, folder: Path) -> None:
 
 def unreadable_message(files: Mapping[str, str]) -> str:
     """Return the sentence that names what cannot be read, with reasons; the first few of many."""
-    named = [f"{name} ({reason})" for name, reason in files.items()]
-    rest = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return f"{len(named)} unreadable: {', '.join(named[:8])}{rest}; replace or remove what cannot be read."
+    alike: dict[str, list[str]] = {}
+    for name, reason in list(files.items())[:8]:
+        alike.setdefault(reason, []).append(name)
+    named = ", ".join(f"{', '.join(names)} ({reason})" for reason, names in alike.items())
+    rest = f" and {len(files) - 8} more" if len(files) > 8 else ""
+    return f"{len(files)} unreadable: {named}{rest}; replace or remove what cannot be read."
 
 
 def decoded(plan: Plan, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:

@@ -26,9 +26,21 @@
     Plotly.react(node, figure.data, layout, { responsive: true, displayModeBar: false });
   }
 
+  const distinct = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"];
+
+  // A few whole numbers are kinds (actions, episodes): each gets a colour of its own.
   function paint(figure, name) {
+    const numbers = figure.colours[name], levels = [...new Set(numbers)].filter((each) => each !== null).sort((a, b) => a - b);
     const bar = { thickness: 12, outlinewidth: 0, len: 0.9 };
-    Object.assign(figure.data[0].marker, { color: figure.colours[name], colorscale: "Viridis", showscale: true, colorbar: bar });
+    const marker = { color: numbers, colorscale: "Viridis", cauto: true, showscale: true, colorbar: bar };
+    if (levels.every(Number.isInteger) && levels.length <= distinct.length) {
+      const n = Math.max(levels.length, 1), place = new Map(levels.map((level, i) => [level, i]));
+      marker.color = numbers.map((each) => place.get(each) ?? null);
+      marker.colorscale = levels.flatMap((_, i) => [[i / n, distinct[i]], [(i + 1) / n, distinct[i]]]);
+      Object.assign(marker, { cauto: false, cmin: -0.5, cmax: n - 0.5 });
+      Object.assign(bar, { tickvals: levels.map((_, i) => i), ticktext: levels.map(String) });
+    }
+    Object.assign(figure.data[0].marker, marker);
   }
 
   function choose(node) {

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentact.device import multiplies_int8
+from latentact.errors import UserError
+
 _SMALLEST = 1 << 14  # weights of a layer below which rounding its input costs more than it saves
 
 
@@ -21,7 +24,13 @@ def int8[M: nn.Module](model: M) -> M:
 
     Args:
         model: on the CPU, for inference. It stays as it is; both share their weights.
+
+    Raises:
+        UserError: the model is elsewhere, or the CPU cannot.
     """
+    device = next((each.device.type for each in model.parameters()), "cpu")
+    if not multiplies_int8(device):
+        raise UserError(f"int8 wants a model on a CPU with VNNI, and not on this {device}; use bf16.")
     copied = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for layer in copied.modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.numel() < _SMALLEST:
