@@ -191,7 +191,7 @@ def _write(page: Path, machine: str, row: str) -> None:
     kept = [line for line in mine.splitlines() if line.startswith(tuple(f"| {name} " for name in CONFIGS))]
     rows = {tuple(line.split(" | ")[:3]): line for line in [*kept, row]}
     table = [f"| {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    table += rows.values()
+    table += sorted(rows.values(), key=lambda line: [*CONFIGS].index(line.split(" | ")[0].removeprefix("| ")))
     sections = [part for part in parts if part != mine] + [f"{machine}\n\n" + "\n".join(table) + "\n"]
     with whole_file(page) as partial:
         partial.write_text("\n## ".join([HEAD.rstrip() + "\n", *(each.rstrip() + "\n" for each in sections)]))
