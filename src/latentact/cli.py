@@ -525,7 +525,7 @@ def main() -> None:
         _fail(UserError(f"{error.filename}: {error.strerror}; give another place."))
     except SystemExit as stop:
         if stop.code == 130:  # what Typer makes of Ctrl-C
-            resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"])
+            resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"], ["inspect"])
             more = "; the same command goes on where it stopped" if resumes else ""
             print(f"interrupted{more}", file=sys.stderr)
         raise

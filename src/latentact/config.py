@@ -135,7 +135,7 @@ FLAGS = (
 
 
 def _flags_last(argv: list[str]) -> list[str]:
-    """Put flags behind the overrides: Hydra refuses overrides that follow one.
+    """Put flags behind the overrides, as Hydra wants it.
 
     Raises:
         UserError: a flag that Hydra does not have.
@@ -146,7 +146,13 @@ def _flags_last(argv: list[str]) -> list[str]:
         if flag.startswith("-") and flag not in FLAGS:
             raise UserError(f"unknown flag {flag!r}; settings are KEY=VALUE{did_you_mean(flag, known)}")
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-    return [*overrides, *(word for word in argv if word not in overrides)]
+    return [*map(_quoted, overrides), *(word for word in argv if word not in overrides)]
+
+
+def _quoted(override: str) -> str:
+    """Put quotes around a plain value with an equals sign in it, which Hydra cannot read without."""
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"()[]{}$\\") else override
 
 
 def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
@@ -362,8 +368,7 @@ def _explain(error: Exception, cls: type) -> str:
     if "Invalid type assigned" in text:
         own = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
         return f"{key} holds settings of its own; give one of them, for example {own}=VALUE."
-    if "Error parsing override" in text:
-        typed = text.split("'")[1]
+    if typed := getattr(error, "override", None):
         return f"{typed!r} is not a setting; give KEY=VALUE, with quotes around values of special characters."
     if "Missing mandatory value" in text:
         return f"{key or text.rpartition(': ')[2]} is not set; give it as KEY=VALUE on the command line."

@@ -251,6 +251,20 @@ CASES = {
         "0 labelled episodes",
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
+    "no k for compare": (lambda f: compare(f, "ks=[]"), "wanted at least one method and one k"),
+    "no method for compare": (lambda f: compare(f, "methods=[]"), "wanted at least one method and one k"),
+    "labels that nothing learns from": (
+        lambda f: lam(f, "labelled_episodes=2"),
+        "learns nothing from robot actions; give lam.action_weight=1, or leave labelled_episodes 0",
+    ),
+    "a value with an equals sign": (
+        lambda f: compare(f, "distract=background=0.5,shake=2"),
+        "distractor shake is 2; wanted a number from 0 to 1",
+    ),
+    "a value that cannot be read": (
+        lambda f: compare(f, "distract=(a"),
+        "'distract=(a' is not a setting; give KEY=VALUE",
+    ),
     # checkpoints
     "lam: a pickle": (lambda f: ("label", "--lam", f.root / "evil.pt"), "it was not loaded"),
     "lam: a name too long": (lambda f: ("label", "--lam", "y" * 300), "File name too long"),

@@ -34,7 +34,7 @@ def _fast(monkeypatch):
 class Healthy(nn.Module):
     """Its latent is how far the block moves, in halves of a step; its prediction moves the block as far."""
 
-    spec, context, generative, state_size = SPEC, 0, True, 0
+    spec, context, generative, state_size, sees = SPEC, 0, True, 0, True
 
     def encode(self, frames, valid=None, last=False):
         place = self.place(frames)

@@ -234,7 +234,7 @@ def test_files_hold_the_same_and_say_what_they_are(data, lam, column, tmp_path):
         sidecar["spec"]["weights"]
         == hashlib.blake2b((lam / "model.safetensors").read_bytes(), digest_size=16).hexdigest()
     )
-    assert (sidecar["frame_gap_s"], sidecar["camera"]) == (0.1, CAMERA)
+    assert (sidecar["frame_gap_s"], sidecar["camera"], sidecar["precision"]) == (0.1, CAMERA, "fp32")
 
 
 def test_label_uses_what_precompute_computed(data, lam, column, tmp_path):

@@ -189,6 +189,7 @@ def numbers(**changes):
 
     return {
         "transitions": 500,
+        "sees": True,
         "latents": {"spread": 1.0, "future_dependence": 0.9},
         "codebook": {"size": 8, "perplexity": 6.0},
         "reconstruction": {"recon_mse": 1e-4, "copy_mse": 1e-3, "shuffled_mse": 1e-3},
@@ -259,3 +260,13 @@ def test_cautions_do_not_forbid(changes, name):
     verdict = judge(numbers(**changes))
     assert verdict.go
     assert [(finding.name, finding.level) for finding in verdict.findings] == [(name, "caution")]
+
+
+def test_a_leak_is_told_as_what_it_is():
+    (far,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": 1.01})).findings
+    (near,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": 0.4})).findings
+    (state,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": None}, sees=False)).findings
+    assert "across a cut" not in far.said, "no evidence of a picture"
+    assert "across a cut the error is 40%" in near.said
+    assert "frame" in near.next
+    assert "frame" not in state.said + state.next

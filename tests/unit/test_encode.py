@@ -167,12 +167,14 @@ def test_auto_takes_the_fastest_that_is_native_and_keeps_the_codes(
     data = Footage(DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path / "c")))
     model = Coarse(every)
     with caplog.at_level(logging.INFO):
-        encode_dataset(model, data, 1, EncodeOptions(cache_dir=str(tmp_path), precision="auto"))
+        found = encode_dataset(model, data, 1, EncodeOptions(cache_dir=str(tmp_path), precision="auto"))
+    assert found.precision == chosen
     tried = native if chosen == "fp32" else native[:1]
     used = 2 * (chosen != "fp32")
     assert model.narrow == len(tried) + used, "tried once, then used for both batches or for none"
     assert len(made) == ("int8" in tried) + (chosen == "int8")
     assert (f"{chosen} keeps 100.0 % of the codes of 32 transitions: it is used" in caplog.text) == bool(used)
+    assert ("fp32 is used" in caplog.text) == (bool(native) and not used)
 
 
 def test_precision_is_part_of_what_was_computed(numbered, tmp_path):

@@ -101,6 +101,8 @@ def test_what_wants_precision_keeps_it():
         assert torch.equal(narrow(fast[name], given), narrow(model[name], given))
     assert torch.equal(narrow(model["linear"], x), narrow(before["linear"], x))
     assert fast["linear"].weight.data_ptr() == model["linear"].weight.data_ptr()
+    again = copy.deepcopy(int8(fast))
+    assert torch.equal(narrow(again["linear"], x), narrow(fast["linear"], x))
 
 
 def test_a_lam_keeps_its_codes():

@@ -198,6 +198,8 @@ def find(config: DataConfig) -> tuple[Plan, Path, Memo]:
         logger.warning(
             "%s: videos differ in rate; all are resampled to the slowest, %g fps", path, source.fps
         )
+    if config.target_fps > 1.01 * source.fps > 0:
+        logger.warning("%s has %g fps: at %g fps frames repeat", path, source.fps, config.target_fps)
     fps = config.target_fps or (source.fps if source.uneven else 0.0)
     plan = Plan(
         source=source,

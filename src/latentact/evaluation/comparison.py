@@ -29,7 +29,7 @@ METHODS = {
     "oracle": "Oracle BC (all labels)",
 }
 COLUMNS = (
-    *("env", "method", "k", "seed", "episodes", "success", "success_low", "success_high"),
+    *("env", "distract", "method", "k", "seed", "episodes", "success", "success_low", "success_high"),
     *("return", "return_low", "return_high", "decoder_only_success", "decoder_only_return"),
 )
 
@@ -173,27 +173,33 @@ def verdict(rows: Iterable[Row]) -> str:
     return " ".join([*overall, *details, *_from_oracle(ranked[ks[-1]][0], oracle)])
 
 
-def write_comparison(folder: Path, env: str, rows: Sequence[Row]) -> dict[str, Any]:
+def write_comparison(folder: Path, env: str, rows: Sequence[Row], distract: str = "") -> dict[str, Any]:
     """Write `comparison.json`, `.csv` and `.svg` into `folder` and return the content of the first."""
-    content = {"env": env, "rows": [row.to_json() for row in rows], "verdict": verdict(rows)}
+    content = {
+        "env": env,
+        "distract": distract,
+        "rows": [row.to_json() for row in rows],
+        "verdict": verdict(rows),
+    }
     with whole_file(folder / "comparison.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(_csv_row(env, row) for row in rows)
+        writer.writerows({"env": env, "distract": distract} | _csv_row(row) for row in rows)
     with whole_file(folder / "comparison.svg") as partial:
-        partial.write_text(comparison_svg(aggregate(rows), title=env))
+        title = f"{env}, {distract}" if distract else env
+        partial.write_text(comparison_svg(aggregate(rows), title=title))
     write_json(folder / "comparison.json", content)
     return content
 
 
-def _csv_row(env: str, row: Row) -> dict[str, Any]:
+def _csv_row(row: Row) -> dict[str, Any]:
     plain = row.decoder_only or {}
     low, high = row.ci95 or (None, None)
     values = (
-        *(env, row.method, row.k, row.seed, row.episodes, row.success, low, high),
+        *(row.method, row.k, row.seed, row.episodes, row.success, low, high),
         *(row.mean_return, *row.return_ci95, plain.get("success"), plain.get("return")),
     )
-    return dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS[2:], values, strict=True))
 
 
 def _interval(values: Sequence[float | int] | None) -> Interval | None:

@@ -83,6 +83,10 @@ def inspect_lam(
     control = controllability(case) if model.generative and case.rgb else None
     if not model.generative:
         case.missing.append("The model predicts no frames: nothing is said about reconstruction or control.")
+    if not model.sees:
+        case.missing.append(
+            "The model looks at robot states alone: nothing is said about where latents look."
+        )
     if base.numbers["episodes"] == 1:
         case.missing.append(
             "There is one episode to judge on: probes are fitted on its beginning and scored on its end, and "
@@ -110,7 +114,8 @@ def inspect_lam(
         "algebra": algebra(case),
         "leakage": leakage(case, rng),
         "gaps": gap_curve(case),
-        "saliency": saliency(case, base.arrays) if case.rgb else None,
+        "saliency": saliency(case, base.arrays) if case.rgb and model.sees else None,
+        "sees": model.sees,
         "action_names": list(store.action_names),
         "transitions": len(rows),
         "episodes": base.numbers["episodes"],

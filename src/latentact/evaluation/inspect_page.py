@@ -84,7 +84,8 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
     sections = [section for section in made if isinstance(section, Section)]
     verdict, name = numbers["verdict"], Path(numbers["lam"]).name
     asset = files("latentact.evaluation").joinpath
-    page = Template(asset("report.html").read_text(encoding="utf-8")).substitute(
+    frame = asset("report.html").read_text(encoding="utf-8").replace("latentact report", "latentact inspect")
+    page = Template(frame).substitute(
         title=text(f"{name}: latentact inspect"),
         name=text(f"{name} ({numbers['model']}) on {Path(numbers['data']).name}"),
         headline=text(verdict["headline"]),
@@ -115,7 +116,11 @@ def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: no better than another's"))
     if _lags(numbers):
         shift = numbers["misaligned"]
-        items.append(("Actions are shifted by", f"{shift:+d}" if shift else "0", "rows; 0 is right"))
+        items.append(
+            ("Actions are shifted by", f"{shift:+d}", "rows; 0 is right")
+            if shift
+            else ("Actions are shifted by", "0", "rows; no other place is clearly better")
+        )
     dims = numbers["latents"]
     if numbers["verdict"]["name"] != "collapsed":
         items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
@@ -210,22 +215,28 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
 
 
 def _alignment(numbers: dict[str, Any]) -> Section | None:
-    panels = []
-    for title, curve, draw in (
-        ("Action at other rows", _lags(numbers), charts.lags),
-        ("Other frame gaps", numbers["gaps"], charts.gaps),
+    panels, said = [], []
+    for title, curve, draw, what in (
+        (
+            *("Action at other rows", _lags(numbers), charts.lags),
+            "At other rows: how well latents tell the action recorded some rows earlier or later; the peak "
+            "belongs at 0. A clearly higher one elsewhere means that the data is off by that many rows.",
+        ),
+        (
+            *("Other frame gaps", numbers["gaps"], charts.gaps),
+            "Other gaps: the same model over shorter and longer ones, and how much of the picture moves.",
+        ),
     ):
         if curve:
             drawn = chart(draw(curve), label=f"Line chart: {title}", height=260)
             panels.append(f"<figure><figcaption>{title}</figcaption>{drawn}</figure>")
+            said.append(what)
     if not panels:
         return None
     return Section(
         anchor="time",
         title="Are actions and frames aligned?",
-        what="At other rows: how well latents tell the action recorded some rows earlier or later; the peak "
-        "belongs at 0, else the data is off by that many rows. Other gaps: the same model over shorter and "
-        "longer ones, and how much of the picture moves.",
+        what=" ".join(said),
         body=f'<div class="panels">{"".join(panels)}</div>',
     )
 

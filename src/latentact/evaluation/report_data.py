@@ -165,7 +165,8 @@ def _comparison(path: Path, folder: str) -> Comparison:
         said = values.get("verdict") or verdict(rows)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a comparison ({error!r}); run `latentact compare` again.") from error
-    return Comparison(path=folder, env=str(values.get("env", "")), content=content, rows=rows, verdict=said)
+    env = ", ".join(filter(None, (str(values.get(name, "")) for name in ("env", "distract"))))
+    return Comparison(path=folder, env=env, content=content, rows=rows, verdict=said)
 
 
 def _curves(path: Path, folder: str) -> Curves:

@@ -268,14 +268,20 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
             "Take a smaller codebook, or restart dead codes.",
         )
     if leak and _mirrors(leak) and not _replaces(leak):
-        across = leak["across_cuts"]
-        cut = "" if across is None else f"; across a cut the error is {across:.0%} of that of copying"
+        cut = ""
+        if _good_across_cuts(leak):
+            cut = f"; across a cut the error is {leak['across_cuts']:.0%} of that of copying"
+        told, remedy = "the next state", "Make the bottleneck smaller"
+        if numbers["sees"]:
+            told = "what the next frame looks like"
+            remedy += (
+                ", give the model the difference of the frames, or shift and crop both of a pair together"
+            )
         yield caution(
             "leaks",
-            "latents tell what the next frame looks like rather than what moved: from its past and back "
-            f"from its future they agree ({leak['centred']:.2f}){cut}.",
-            "Make the bottleneck smaller, give the model the difference of the frames, or shift and crop "
-            "both frames of a pair together.",
+            f"latents tell {told} rather than what moved: from its past and back from its future they agree "
+            f"({leak['centred']:.2f}){cut}.",
+            f"{remedy}.",
         )
     if numbers["probes"] and _tells_nuisance(numbers):
         yield caution(
@@ -297,8 +303,11 @@ def _mirrors(leak: dict[str, Any]) -> bool:
 
     Cuts alone prove nothing: where scenes are alike, a jump across a cut is a motion too.
     """
-    cuts = leak["across_cuts"] is not None and leak["across_cuts"] < LEAKS_BELOW
-    return leak["centred"] > (MIRROR_WITH_CUTS if cuts else MIRROR_ABOVE)
+    return leak["centred"] > (MIRROR_WITH_CUTS if _good_across_cuts(leak) else MIRROR_ABOVE)
+
+
+def _good_across_cuts(leak: dict[str, Any]) -> bool:
+    return leak["across_cuts"] is not None and leak["across_cuts"] < LEAKS_BELOW
 
 
 def _praise(numbers: dict[str, Any]) -> str:

@@ -76,6 +76,8 @@ class Encoded:
     """Frames of each of them."""
     unreadable: dict[str, str]
     """Episodes that cannot be read: name -> reason."""
+    precision: str
+    """fp32, bf16 or int8, as they were computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def require_gap(seconds: float) -> None:
         raise UserError(f"--frame-gap-s is {seconds:g}; wanted seconds, at least 0.")
 
 
-def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float, remedy: str) -> int:
+def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float, remedy: str = "") -> int:
     """Return how many frames of the data a transition of the LAM spans.
 
     Args:
@@ -154,7 +156,7 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
         fps: frames per second of the data.
         data: what the message calls the data.
         seconds: gap to use; 0: that of the LAM, which is in frames where it knows no seconds.
-        remedy: what the message advises.
+        remedy: what the message advises; empty: the nearest gap that the data has.
 
     Raises:
         UserError: the data has no two frames that are nearly so far apart.
@@ -163,6 +165,7 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
     gap = round(wanted * fps) if wanted else spec.frame_gap
     if gap < 1 or (wanted and abs(gap / fps - wanted) > 0.25 * wanted):
         whose = "the frame gap asked for" if seconds else "the LAM's frame gap"
+        remedy = remedy or f"give --frame-gap-s {max(gap, 1) / fps:g}, the nearest, or data at another rate"
         raise UserError(f"{whose} is {wanted:g} s and {data} has a frame every {1 / fps:g} s; {remedy}.")
     return gap
 
@@ -213,7 +216,7 @@ def encode_dataset(
                 shutil.rmtree(parts, ignore_errors=True)  # the first process had all it needed
         else:
             log.info("the latent actions of %s are in the cache", footage.path)
-        encoded = _load(entry, footage, spec) if share.rank == 0 else None
+        encoded = _load(entry, footage, spec, options.precision) if share.rank == 0 else None
     if encoded and (broken := {**footage.source.unreadable, **encoded.unreadable}):
         if footage.strict:
             raise UserError(unreadable_message(broken))
@@ -272,6 +275,7 @@ def _chosen_precision(
         log.info("%s keeps %.1f %% of the %s %s", precision, 100 * share, what, verdict)
         if share >= _KEPT:
             return precision
+    log.info("fp32 is used")
     return "fp32"
 
 
@@ -398,7 +402,7 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage:
     shutil.rmtree(parts)
 
 
-def _load(entry: Path, footage: Footage, spec: LatentActionSpec) -> Encoded:
+def _load(entry: Path, footage: Footage, spec: LatentActionSpec, precision: str) -> Encoded:
     meta = read_json(entry / "meta.json")
     with whole_file(entry / "used") as draft:
         draft.write_text(f"{footage.path.resolve()}\n")
@@ -414,4 +418,5 @@ def _load(entry: Path, footage: Footage, spec: LatentActionSpec) -> Encoded:
         episodes=arrays["episodes"],
         lengths=arrays["lengths"],
         unreadable=meta["unreadable"],
+        precision=precision,
     )

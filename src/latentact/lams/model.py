@@ -63,6 +63,7 @@ class LatentActionModel(nn.Module, ABC):
         horizon: frames after the current one that `loss` wants; the current one is at index `context`.
         state_size: numbers of the robot state that `encode` wants of every frame as `state`; 0: it looks at
             frames alone.
+        sees: whether it looks at frames, not only at the robot's state.
         generative: whether it has forward dynamics, that is whether `predict` works.
         actions: what its joint action head predicts, or None.
     """
@@ -72,6 +73,7 @@ class LatentActionModel(nn.Module, ABC):
     stretch: int = 1
     horizon: int = 1
     state_size: int = 0
+    sees: bool = True
     generative: bool = True
     actions: ActionSpace | None = None
 

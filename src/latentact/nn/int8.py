@@ -58,7 +58,14 @@ def _levels(x: Tensor, scale: float, zero: int) -> Tensor:
     return plain.set_(rounded.untyped_storage(), 0, rounded.shape, rounded.stride())
 
 
-class _Int8Conv2d(nn.Conv2d):
+class _Packed:
+    """Has `packed`, its weights as the processor wants them, made when first used and never copied."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "packed"}
+
+
+class _Int8Conv2d(_Packed, nn.Conv2d):
     @cached_property
     def packed(self) -> tuple[tuple[Any, ...], Tensor, Tensor]:
         weight, scale = _rounded(self.weight)
@@ -79,7 +86,7 @@ class _Int8Conv2d(nn.Conv2d):
         )  # fmt: skip
 
 
-class _Int8Linear(nn.Linear):
+class _Int8Linear(_Packed, nn.Linear):
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor]:
         weight, scale = _rounded(self.weight)

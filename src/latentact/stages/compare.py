@@ -48,7 +48,7 @@ class CompareConfig:
     view: str = "agent"
     """View of the environment, as the data was collected: agent or full."""
     distract: str = ""
-    """Distractors in the environment, as for `collect`."""
+    """Distractors in the environment, as for `collect`: background=0.5,shake=0.3,correlation=0.8."""
     methods: tuple[str, ...] = METHODS
     """Rows to make."""
     ks: tuple[int, ...] = (5,)
@@ -98,6 +98,10 @@ class CompareConfig:
         for method in self.methods:
             if method not in METHODS:
                 raise UserError(f"methods has {method!r}; wanted some of {', '.join(METHODS)}.")
+        if not self.methods or (not self.ks and {*self.methods} != {"oracle"}):
+            raise UserError(
+                f"methods is {[*self.methods]} and ks {[*self.ks]}; wanted at least one method and one k."
+            )
         if any(k < 1 for k in self.ks) or not self.seeds or self.episodes < 1:
             raise UserError(
                 f"ks is {[*self.ks]}, seeds {[*self.seeds]}, episodes {self.episodes}; "
@@ -129,7 +133,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         for method, k in _rows(config):
             log.info("--- %s, k = %s, seed %d", method, "all" if k is None else k, seed)
             rows.append(_Row(config, out, method, k, seed).make())
-    comparison = write_comparison(out, config.env, rows)
+    comparison = write_comparison(out, config.env, rows, config.distract)
     log.info(comparison["verdict"])
     return comparison
 

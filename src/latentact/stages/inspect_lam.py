@@ -96,8 +96,7 @@ def run(config: InspectConfig) -> InspectResult:
     model = load_lam(config.lam, config.device)
     size = {"resolution": model.spec.resolution, "resize": model.spec.resize}
     store = open_store(DataConfig(path=config.data, camera=config.camera, **size))
-    remedy = "give --frame-gap-s, or data at another rate"
-    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s, remedy)
+    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s)
     episodes, seed, chosen = _held_out(config, store)
     log.info("%d of %d episodes, frame gap %d", len(episodes), store.num_episodes, gap)
     found = inspect_lam(

@@ -73,8 +73,7 @@ def run(config: LabelConfig) -> Path:
     if out.exists():
         raise UserError(f"{out} exists and holds no labels; give another --out.")
     footage = Footage(data)
-    remedy = f"label data at a matching rate, for example with --target-fps {model.spec.fps:g}"
-    gap = gap_in_frames(model.spec, footage.fps, footage.path, config.frame_gap_s, remedy)
+    gap = gap_in_frames(model.spec, footage.fps, footage.path, config.frame_gap_s)
     encoded = encode_dataset(model, footage, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
@@ -86,8 +85,8 @@ def run(config: LabelConfig) -> Path:
         codes=encoded.codes,
         valid=encoded.valid,
     )
-    software = {"latentact": version("latentact")}
-    write_labels(out, labels, encoded.key, {"asked": asked, "software": software})
+    made = {"precision": encoded.precision, "software": {"latentact": version("latentact")}}
+    write_labels(out, labels, encoded.key, {"asked": asked, **made})
     frames, episodes = len(encoded.valid), len(encoded.lengths)
     log.info("labelled %d of %d frames of %d episodes", encoded.valid.sum(), frames, episodes)
     return out

@@ -112,9 +112,7 @@ def run(config: PrecomputeConfig) -> Path:
     footage = Footage(
         DataConfig(path=str(path), camera=config.camera_key, resolution=spec.resolution, resize=spec.resize)
     )
-    gap = gap_in_frames(
-        model.spec, footage.fps, path, config.frame_gap_s, "give --frame-gap-s a multiple of that"
-    )
+    gap = gap_in_frames(model.spec, footage.fps, path, config.frame_gap_s)
     asked = {
         "weights": model.spec.weights,
         "frames": footage.key,
@@ -188,6 +186,7 @@ def _provenance(config: PrecomputeConfig, footage: Footage, encoded: Encoded) ->
         "frame_gap_s": encoded.spec.frame_gap_s,
         "tokens": config.tokens,
         "dtype": config.dtype,
+        "precision": encoded.precision,
         "unreadable": encoded.unreadable,
         "software": software,
     }

@@ -81,6 +81,12 @@ def run(config: TrainLamConfig, out: Path) -> Path:
             f"lam={model.spec.model} as configured learns from robot actions and labelled_episodes is 0; "
             f"give labelled_episodes=K."
         )
+    if len(labelled) and not model.actions and not model.spec.robot_actions:
+        remedy = "give lam.action_weight=1, or " if hasattr(model.config, "action_weight") else ""
+        raise UserError(
+            f"labelled_episodes is {len(labelled)} and lam={model.spec.model} as configured learns nothing "
+            f"from robot actions; {remedy}leave labelled_episodes 0."
+        )
     if model.spec.robot_actions:
         train = labelled
     clips = Clips(
