@@ -161,7 +161,7 @@ def _peak(device: str, dtype: torch.dtype) -> float:
     """Return the operations per second of a large matrix product."""
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    multiply = torch.ops.aten._int_mm if dtype == torch.int8 else torch.mm
     times = [_seconds(lambda: multiply(a, b), 1, device) for _ in range(20)]  # type: ignore[arg-type, return-value]
     return 2 * side**3 / min(times)
 
