@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from latentact.checkpoint import whole_file
-from latentact.errors import missing_extra
-from latentact.evaluation.report_html import Section, chart, figure, fold, image, table, text, tiles, video
+from latentact.evaluation.report_html import (
+    Section,
+    chart,
+    figure,
+    fold,
+    image,
+    page,
+    table,
+    text,
+    video,
+)
 
 FOLLOWS = 0.1
 """By how much a rollout must agree more with the same moment than with others, to be called following."""
@@ -36,28 +43,18 @@ def write_page(
     Raises:
         UserError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise missing_extra("plotly", "report") from error
     made = (_watch(stills, film), _agreement(metrics), _safety(metrics), _settings(metrics))
     sections = [section for section in made if section is not None]
-    asset = files("latentact.evaluation").joinpath
-    frame = asset("report.html").read_text(encoding="utf-8").replace("latentact report", "latentact imitate")
-    page = Template(frame).substitute(
-        title=text(f"{path.parent.name}: latentact imitation"),
-        name=text(path.parent.name),
-        headline=text(headline(metrics)),
+    whole = page(
+        command="imitate",
+        name=path.parent.name,
+        headline=headline(metrics),
         lead=f'<p class="lead">{text(_lead(metrics))}</p>',
-        tiles=tiles(_numbers(metrics)),
-        links="".join(f'<li><a href="#{s.anchor}">{text(s.title)}</a></li>' for s in sections),
-        sections="\n".join(section.html() for section in sections),
-        css=asset("report.css").read_text(encoding="utf-8"),
-        js=asset("report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+        numbers=_numbers(metrics),
+        sections=sections,
     )
     with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(whole, encoding="utf-8")
 
 
 def headline(metrics: dict[str, Any]) -> str:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from latentact.checkpoint import whole_file
-from latentact.errors import missing_extra
 from latentact.evaluation import inspect_charts as charts
 from latentact.evaluation.report_data import LamRun
-from latentact.evaluation.report_html import Section, bars, chart, figure, fold, image, table, text, tiles
+from latentact.evaluation.report_html import (
+    Section,
+    bars,
+    chart,
+    figure,
+    fold,
+    image,
+    page,
+    table,
+    text,
+    tiles,
+)
 from latentact.evaluation.report_lam import PROBES, codebook_section, prediction_section, transfer_section
 
 if TYPE_CHECKING:
@@ -61,10 +69,6 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
     Raises:
         UserError: plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise missing_extra("plotly", "report") from error
     lam = LamRun(path=".", numbers=numbers | (numbers["reconstruction"] or {}), arrays=arrays)
     told = numbers["verdict"]["name"] not in ("collapsed", "too_few")  # else there is no structure to show
     made = (
@@ -83,22 +87,16 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
     )
     sections = [section for section in made if isinstance(section, Section)]
     verdict, name = numbers["verdict"], Path(numbers["lam"]).name
-    asset = files("latentact.evaluation").joinpath
-    frame = asset("report.html").read_text(encoding="utf-8").replace("latentact report", "latentact inspect")
-    page = Template(frame).substitute(
-        title=text(f"{name}: latentact inspect"),
-        name=text(f"{name} ({numbers['model']}) on {Path(numbers['data']).name}"),
-        headline=text(verdict["headline"]),
+    whole = page(
+        command="inspect",
+        name=f"{name} ({numbers['model']}) on {Path(numbers['data']).name}",
+        headline=verdict["headline"],
         lead=f'<p class="lead"><b>Next.</b> {text(verdict["next"])}</p>',
-        tiles=tiles(_headline_numbers(numbers)),
-        links="".join(f'<li><a href="#{s.anchor}">{text(s.title)}</a></li>' for s in sections),
-        sections="\n".join(section.html() for section in sections),
-        css=asset("report.css").read_text(encoding="utf-8"),
-        js=asset("report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+        numbers=_headline_numbers(numbers),
+        sections=sections,
     )
     with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(whole, encoding="utf-8")
 
 
 def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from latentact.checkpoint import whole_file, write_json
-from latentact.errors import missing_extra
 from latentact.evaluation.comparison import LATENT, LIMITED, aggregate
 from latentact.evaluation.report_data import Findings, LamRun, find
-from latentact.evaluation.report_html import Section, text, tiles
+from latentact.evaluation.report_html import Section, page, text
 from latentact.evaluation.report_lam import (
     codebook_section,
     lam_section,
@@ -40,7 +37,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         UserError: the folder is missing, holds nothing to report or a damaged file; or plotly is missing.
     """
     found = find(Path(run_dir))
-    page = _page(found)
+    whole = _page(found)
     lam = found.lams[0] if found.lams else None
     content = {
         "run": found.name,
@@ -51,32 +48,23 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
     }
     with whole_file(Path(run_dir) / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(whole, encoding="utf-8")
     write_json(Path(run_dir) / "report.json", content)
     return content
 
 
 def _page(found: Findings) -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise missing_extra("plotly", "report") from error
     sections, absent = _sections(found)
     if absent:
         sections.append(Section(anchor="absent", title="Not in this report", what=" ".join(absent), body=""))
     headline, rest = _split(_verdict(found))
-    asset = files("latentact.evaluation").joinpath
-    return Template(asset("report.html").read_text(encoding="utf-8")).substitute(
-        title=text(f"{found.name}: latentact report"),
-        name=text(found.name),
-        headline=text(headline),
+    return page(
+        command="report",
+        name=found.name,
+        headline=headline,
         lead=f'<p class="lead">{text(rest)}</p>' if rest else "",
-        tiles=tiles(_headline_numbers(found)),
-        links="".join(f'<li><a href="#{s.anchor}">{text(s.title)}</a></li>' for s in sections),
-        sections="\n".join(section.html() for section in sections),
-        css=asset("report.css").read_text(encoding="utf-8"),
-        js=asset("report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs(),
+        numbers=_headline_numbers(found),
+        sections=sections,
     )
 
 

@@ -8,8 +8,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
+
+from latentact.errors import missing_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +40,47 @@ class Section:
             f'<h2 id="{self.anchor}-title">{text(self.title)}</h2>'
             f'<p class="what">{text(self.what)}</p>{self.body}</section>'
         )
+
+
+def page(
+    *,
+    command: str,
+    name: str,
+    headline: str,
+    lead: str,
+    numbers: Sequence[tuple[str, str, str]],
+    sections: Sequence[Section],
+) -> str:
+    """Return a whole page, which needs no network.
+
+    Args:
+        command: that made it.
+        name: of what it is about.
+        headline: the result in one sentence.
+        lead: HTML below it.
+        numbers: the most telling ones: what, how much, a remark.
+        sections: in order.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise missing_extra("plotly", "report") from error
+    asset = files("latentact.evaluation").joinpath
+    return Template(asset("report.html").read_text(encoding="utf-8")).substitute(
+        command=command,
+        name=text(name),
+        headline=text(headline),
+        lead=lead,
+        tiles=tiles(numbers),
+        links="".join(f'<li><a href="#{s.anchor}">{text(s.title)}</a></li>' for s in sections),
+        sections="\n".join(section.html() for section in sections),
+        css=asset("report.css").read_text(encoding="utf-8"),
+        js=asset("report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+    )
 
 
 def text(value: object) -> str:

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64
 
@@ -34,22 +33,17 @@ from latentact.data.build import unreadable_message
 from latentact.data.cache import cache_folder, writable
 from latentact.data.digest import blake2b
 from latentact.data.footage import Footage
-from latentact.data.format import Unreadable
 from latentact.data.progress import Progress
-from latentact.device import multiplies_bf16, multiplies_int8
+from latentact.device import multiplies_int8
 from latentact.errors import UserError, did_you_mean
-from latentact.lams.encode_unit import Unit, encode_clip, encoders
+from latentact.lams.encode_unit import Unit, encoders
 from latentact.lams.model import LatentActionModel
-from latentact.nn.int8 import int8
-from latentact.types import LatentActions, LatentActionSpec
+from latentact.lams.precision import PRECISIONS, States, fastest_faithful, prepared
+from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
-type States = Callable[[int, Sequence[int]], np.ndarray]
-"""Episode and rows in it -> the robot's states there."""
-PRECISIONS = ("fp32", "bf16", "int8", "auto")
-_TRIED, _KEPT = 32, 0.99  # transitions on which a precision is tried, and what share of them it has to keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +188,9 @@ def encode_dataset(
         )
     states = _states(model, footage)
     if options.precision == "auto":
-        options = replace(options, precision=_chosen_precision(model, footage, gap, options, states))
+        fastest = fastest_faithful(model, footage, gap, options.device, options.workers, states)
+        log.info("computing in %s", fastest)
+        options = replace(options, precision=fastest)
     share = options.share
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / footage.fps, fps=footage.fps)
@@ -209,7 +205,7 @@ def encode_dataset(
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         if options.overwrite or not entry.is_dir():
             units = _units(footage.lengths, options.batch_size)
-            _encode(_ready(model, options.precision), footage, gap, options, units, parts, states)
+            _encode(prepared(model, options.precision), footage, gap, options, units, parts, states)
             if share.rank == 0:
                 _join(parts, len(units), entry, spec, footage)
             elif entry.is_dir() and not options.overwrite:
@@ -240,55 +236,6 @@ def _states(model: LatentActionModel, footage: Footage) -> States | None:
         return column.reshape(len(column), -1)[footage.source.first_rows[number] + np.asarray(picks)]
 
     return at
-
-
-def _chosen_precision(
-    model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions, states: States | None
-) -> str:
-    """Return the fastest that pays here and says the same of the data's first transitions as fp32 does."""
-    native = {"int8": multiplies_int8(options.device), "bf16": multiplies_bf16(options.device)}
-    if not any(native.values()):
-        return "fp32"
-    number = next(i for i, length in enumerate(footage.lengths) if length > gap)
-    frames, picks = [], []
-    with closing(footage.episodes([number], options.workers)) as episodes:
-        _, chunks = next(episodes)
-        try:
-            for chunk in chunks:
-                frames.append(chunk.frames)
-                picks += chunk.picks
-                if sum(map(len, frames)) > _TRIED * gap:
-                    break
-        except Unreadable:
-            return "fp32"  # what cannot be tried is not risked
-    clip = torch.from_numpy(np.concatenate(frames)[::gap][: _TRIED + 1]).permute(0, 3, 1, 2)
-    clip, state = clip.to(options.device), None
-    if states:
-        told = states(number, picks[::gap][: len(clip)])[None].astype(np.float32)
-        state = torch.from_numpy(told).to(options.device)
-    exact = encode_clip(model, clip[None], "fp32", state=state)
-    what = "variance of the latent actions" if exact.codes is None else "codes"
-    for precision in (name for name, here in native.items() if here):
-        quick = encode_clip(_ready(model, precision), clip[None], precision, state=state)
-        share = _agreement(exact, quick)
-        verdict = f"of {len(clip) - 1} transitions: {'it is used' if share >= _KEPT else 'too few'}"
-        log.info("%s keeps %.1f %% of the %s %s", precision, 100 * share, what, verdict)
-        if share >= _KEPT:
-            return precision
-    log.info("fp32 is used")
-    return "fp32"
-
-
-def _agreement(exact: LatentActions, quick: LatentActions) -> float:
-    """Return the share of equal codes, or without codes that of the variance which is kept."""
-    if exact.codes is not None and quick.codes is not None:
-        return (exact.codes == quick.codes).float().mean().item()
-    x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)
-    return 1 - ((x - y).square().mean() / (x - x.mean(0)).square().mean().clamp(min=1e-12)).item()
-
-
-def _ready(model: LatentActionModel, precision: str) -> LatentActionModel:
-    return int8(model) if precision == "int8" else model
 
 
 def _units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
