@@ -365,6 +365,8 @@ def _explain(error: Exception, cls: type) -> str:
     if "could not be converted to" in text:
         wanted = text.rpartition("could not be converted to ")[2].split()[0]
         return f"{key} is {text.split(chr(39))[1]!r}; wanted a value of type {wanted}."
+    if "is not a ListConfig" in text:
+        return f"{key} is one value; wanted a list, as in {key}=[VALUE]."
     if "Invalid type assigned" in text:
         own = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
         return f"{key} holds settings of its own; give one of them, for example {own}=VALUE."

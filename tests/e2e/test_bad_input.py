@@ -251,6 +251,7 @@ CASES = {
         "0 labelled episodes",
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
+    "k without brackets": (lambda f: compare(f, "ks=5"), "ks is one value; wanted a list, as in ks=[VALUE]"),
     "no k for compare": (lambda f: compare(f, "ks=[]"), "wanted at least one method and one k"),
     "no method for compare": (lambda f: compare(f, "methods=[]"), "wanted at least one method and one k"),
     "labels that nothing learns from": (
