@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentact.checkpoint import whole_file
 from latentact.device import keep_freed_memory, multiplies_int8
+from latentact.io.atomic import atomic_write
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.laq import LaqConfig
 from latentact.lams.villa_x import VillaXConfig
@@ -193,7 +193,7 @@ def _write(page: Path, machine: str, row: str) -> None:
     table = [f"| {' | '.join(names)} |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     table += sorted(rows.values(), key=lambda line: [*CONFIGS].index(line.split(" | ")[0].removeprefix("| ")))
     sections = [part for part in parts if part != mine] + [f"{machine}\n\n" + "\n".join(table) + "\n"]
-    with whole_file(page) as partial:
+    with atomic_write(page) as partial:
         partial.write_text("\n## ".join([HEAD.rstrip() + "\n", *(each.rstrip() + "\n" for each in sections)]))
 
 

@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from latentact.checkpoint import read_json, whole_file, write_json
 from latentact.config import load_experiment
 from latentact.data.cache import DataConfig, FrameStore, open_store
-from latentact.data.clips import Clips, choose_labelled, split_episodes
 from latentact.data.samples import PolicySamples
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.windows import Clips
 from latentact.evaluation.inspect_probes import NUISANCE
 from latentact.evaluation.lam import encode_rows
 from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe
+from latentact.io.atomic import atomic_write, read_json, write_json
 from latentact.lams.model import LAMS, load_lam
 from latentact.policies.bc import BcConfig
 from latentact.policies.policy import NetworkConfig, Policy
@@ -93,7 +94,7 @@ def main() -> None:
         rows.append({**vars(cell), **_measured(cell, data[cell.data], out, options)})
         write_json(out / "lam_table.json", rows)
         text = page(rows, options)
-        with whole_file(Path(options.page) if i + 1 == len(cells) else out / "lam_table.md") as partial:
+        with atomic_write(Path(options.page) if i + 1 == len(cells) else out / "lam_table.md") as partial:
             partial.write_text(text)
     print(page(rows, options))
 
@@ -157,7 +158,7 @@ def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[n
     train, held_out = split_episodes(store, held_out=options.held_out, seed=seed)
     if len(held_out) < 2:
         raise SystemExit(f"--held-out {options.held_out} leaves {len(held_out)} episodes; wanted 2 or more.")
-    return choose_labelled(train, options.k, seed), held_out
+    return choose_labeled(train, options.k, seed), held_out
 
 
 def _train_lam(

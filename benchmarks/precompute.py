@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.convert import convert
-from latentact.data.footage import Footage
+from latentact.data.decode.stream import FrameStream
+from latentact.data.lerobot.convert import convert
 from latentact.lams.encode import EncodeOptions, encode_dataset
 from latentact.lams.lapo import LapoConfig
 
@@ -64,14 +64,14 @@ def rates(frames: int, repeats: int, device: str) -> None:
             for number in range(max(1, frames // EPISODE)):
                 write_video(data / f"{number}.mp4", 1000 * repeat + number)
             config = DataConfig(path=str(data), resolution=model.spec.resolution, cache_dir=f"{root}/frames")
-            footage = Footage(config)
-            total = sum(footage.lengths)
+            stream = FrameStream(config)
+            total = sum(stream.lengths)
 
-            def encode(name: str, footage: Footage = footage, root: str = root) -> None:
+            def encode(name: str, stream: FrameStream = stream, root: str = root) -> None:
                 options = EncodeOptions(device=device, cache_dir=f"{root}/{name}")
-                encode_dataset(model, footage, 3, options)
+                encode_dataset(model, stream, 3, options)
 
-            found["decode"].append(total / seconds(lambda footage=footage: drain(footage)))
+            found["decode"].append(total / seconds(lambda stream=stream: drain(stream)))
             found["pipeline"].append(total / seconds(lambda: encode("pipeline")))
             open_store(config)
             found["encode"].append(total / seconds(lambda: encode("encode")))
@@ -84,9 +84,9 @@ def rates(frames: int, repeats: int, device: str) -> None:
     print(f"pipeline / slower stage: {statistics.median(ratios):.3f} (median of {repeats}; wanted 0.9)")
 
 
-def drain(footage: Footage) -> None:
+def drain(stream: FrameStream) -> None:
     """Decode everything and keep nothing."""
-    for _, chunks in footage.episodes(range(len(footage.lengths))):
+    for _, chunks in stream.episodes(range(len(stream.lengths))):
         for _ in chunks:
             pass
 
@@ -106,8 +106,8 @@ def memory(rows: int) -> None:
         write_video(videos / "0000.mp4", 0, side=96)
         for number in range(1, rows // EPISODE):
             os.link(videos / "0000.mp4", videos / f"{number:04d}.mp4")
-        footage = Footage(DataConfig(path=str(videos), resolution=32, cache_dir=f"{root}/cache"))
-        convert(footage, data, list(range(len(footage.lengths))))
+        stream = FrameStream(DataConfig(path=str(videos), resolution=32, cache_dir=f"{root}/cache"))
+        convert(stream, data, list(range(len(stream.lengths))))
         small = {"backbone": "patch", "size": 32, "patch": 8, "idm_channels": (8,), "fdm_channels": (8,)}
         LapoConfig(**small).build().save_pretrained(f"{root}/lam")
         where = ("--dataset-root", data, "--lam-model-path", f"{root}/lam", "--output-dir", out)
@@ -119,9 +119,7 @@ def memory(rows: int) -> None:
         own = [file for file in out.rglob("*") if file.is_file() and file.stat().st_nlink == 1]
         size = sum(file.stat().st_size for file in own) / 1e6
         links = sum(1 for file in out.rglob("*.mp4") if file.stat().st_nlink > 1)
-        print(
-            f"column of {sum(footage.lengths)} rows: {took:.0f} s, peak memory {peak:.2f} GiB (wanted: 1.4)"
-        )
+        print(f"column of {sum(stream.lengths)} rows: {took:.0f} s, peak memory {peak:.2f} GiB (wanted: 1.4)")
         print(f"written {size:.0f} MB; {links} videos linked, none copied")
 
 

@@ -29,7 +29,7 @@ from lerobot.policies import make_policy, make_policy_config, make_pre_post_proc
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch.utils.data import default_collate
 
-from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
 
 KINDS = ("unconditioned", "precomputed", "on the fly")

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-import latentact.checkpoint  # what is imported below must not be the first to import this
+import latentact.io.atomic  # what is imported below must not be the first to import this
 
 # Runtime type checks would refuse Typer's context, whose class is not the one Typer documents.
 with mock.patch.object(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]):

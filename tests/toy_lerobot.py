@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.lams.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.types import ActionSpace

@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from latentact.checkpoint import disk_full
 from latentact.errors import EXTRAS, UserError, missing_extra
+from latentact.io.atomic import disk_full
 
 app = typer.Typer(
     help="Robot policies from video without actions.",

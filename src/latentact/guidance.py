@@ -14,16 +14,16 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from latentact.data.decode.resize import resize
+from latentact.data.decode.video import VideoInfo, at_times, decode, probe
 from latentact.data.format import Unreadable
-from latentact.data.progress import Progress
-from latentact.data.resize import resize
-from latentact.data.video import VideoInfo, at_times, decode, probe
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.guide import SAME_RATE, Guide, follow, tokens_at
 from latentact.guided_policy import GuidedPolicy, load_guided_policy
 from latentact.lams.encode import gap_in_frames
 from latentact.lams.model import load_lam
+from latentact.progress import Progress
 
 BATCH = 32
 """Transitions encoded together; with their context they are all the frames that are in memory at once."""

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
-from latentact.checkpoint import load_tensors, whole_file
 from latentact.errors import UserError, did_you_mean
+from latentact.io.atomic import atomic_write
+from latentact.io.tensors import load_tensors
 from latentact.types import LatentActionSpec
 
 TIME_BASES = ("hold", "resample")
@@ -64,9 +65,9 @@ class Guide:
         if self.codes is not None:
             tensors["codes"] = torch.from_numpy(self.codes)
         about = {"spec": asdict(self.spec), "fps": self.fps}
-        with whole_file(Path(folder) / "latents.safetensors") as partial:
+        with atomic_write(Path(folder) / "latents.safetensors") as partial:
             partial.write_bytes(save(tensors, {"latentact": json.dumps(about)}))
-        with whole_file(Path(folder) / "latents.pt") as partial:
+        with atomic_write(Path(folder) / "latents.pt") as partial:
             torch.save({**tensors, "metadata": about}, partial)
 
     @classmethod

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from latentact.checkpoint import read_json, resolve_folder
-from latentact.data.resize import resize
+from latentact.data.decode.resize import resize
 from latentact.errors import UserError, missing_extra
+from latentact.io.atomic import read_json
+from latentact.io.hub import resolve_folder
 from latentact.policies.actor import PolicyActor
 from latentact.policies.policy import GuideSpec, Policy
 from latentact.types import ActionSpace, LatentActionSpec

@@ -14,7 +14,7 @@ import pytest
 
 from latentact.data.digest import Memo
 from latentact.data.format import FORMATS, open_source
-from latentact.data.lerobot import LeRobotSource
+from latentact.data.lerobot.source import LeRobotSource
 from latentact.errors import UserError
 from latentact.types import ActionSpace
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig
-from latentact.data.footage import Footage
-from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.decode.stream import FrameStream
+from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.errors import UserError
 from latentact.lams.clam import ClamConfig
 from latentact.lams.encode import EncodeOptions, encode_dataset
@@ -310,7 +310,7 @@ def test_labels_of_an_episode_are_what_encode_gives_of_it(model: LatentActionMod
     frames = clip(model, b=11, seed=1).frames[:, 0]
     np.savez(tmp_path / "video.npz", obs=frames.permute(0, 2, 3, 1).numpy(), done=np.arange(11) == 10, fps=10)
     config = DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path))
-    found = encode_dataset(model.eval(), Footage(config), 1, EncodeOptions(cache_dir=str(tmp_path)))
+    found = encode_dataset(model.eval(), FrameStream(config), 1, EncodeOptions(cache_dir=str(tmp_path)))
     assert found is not None
     assert found.valid.tolist() == [True] * 10 + [False]
     wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
@@ -349,13 +349,13 @@ def states_in_data(tmp_path):
 def test_labels_of_a_model_that_observes_states(observed, states_in_data, tmp_path) -> None:
     data, frames = states_in_data
     model = replace(CLAM, observations=observed, state_size=3).build().eval()
-    found = encode_dataset(model, Footage(data), 1, EncodeOptions(cache_dir=str(tmp_path), batch_size=4))
+    found = encode_dataset(model, FrameStream(data), 1, EncodeOptions(cache_dir=str(tmp_path), batch_size=4))
     assert found is not None
     wanted = encode(model, frames[None]).continuous[0].numpy(force=True)
     np.testing.assert_allclose(found.continuous[:-1], wanted, rtol=1e-4, atol=1e-5)
     other = replace(CLAM, observations=observed, state_size=7).build().eval()
     with pytest.raises(UserError, match=r"observes a robot state of 7 numbers and .* has 3"):
-        encode_dataset(other, Footage(data), 1, EncodeOptions(cache_dir=str(tmp_path)))
+        encode_dataset(other, FrameStream(data), 1, EncodeOptions(cache_dir=str(tmp_path)))
 
 
 TRAINED = ("lapo joint", "villa_x", "laq", "laom", "clam labels", "lapo ema_features")

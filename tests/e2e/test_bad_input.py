@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY_LAM, TINY_POLICY, cli, latentact, write_blocks
-from latentact.evaluation.rollout import write_video
+from latentact.io.video_writer import write_video
 
 FRAMES = np.random.default_rng(0).integers(256, size=(20, 64, 64, 3), dtype=np.uint8)
 

@@ -20,13 +20,13 @@ EPISODES = 40
 
 KILLED_WHILE_WRITING = """
 import os, signal
-from latentact.data import record
-append = record.Table.append
+from latentact.data.lerobot import writer
+append = writer.Table.append
 def cut(self, columns):
     if columns["episode_index"][0] == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return append(self, columns)
-record.Table.append = cut
+writer.Table.append = cut
 """
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import cli
-from latentact.data.tokens import read_labels
+from latentact.data.latents import read_labels
 from latentact.policies.policy import Policy
 
 pytestmark = pytest.mark.slow

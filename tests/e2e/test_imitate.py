@@ -15,8 +15,8 @@ import yaml
 
 from conftest import cli
 from latentact.envs.spec import make_env
-from latentact.evaluation.rollout import write_video
 from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
+from latentact.io.video_writer import write_video
 from latentact.lams.lapo import LapoConfig
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig

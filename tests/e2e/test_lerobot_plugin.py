@@ -120,8 +120,8 @@ def test_a_token_file_trains_the_same_policy(world: Path, trained: Path, suffix:
 def test_items_with_tokens_from_a_file_are_those_of_the_column(world: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from latentact.data.token_dataset import TokenDataset
-    from latentact.data.tokens import read_token_file
+    from latentact.data.latents import read_token_file
+    from latentact.data.lerobot.token_dataset import TokenDataset
 
     for deltas in ([-2, -1, 0, 1], None):
         times = (

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from conftest import TINY_LAM, TINY_POLICY, cli, latentact
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.clips import choose_labelled, split_episodes
-from latentact.data.tokens import read_labels
+from latentact.data.latents import read_labels
+from latentact.data.splits import choose_labeled, split_episodes
 from latentact.lams.model import load_lam
 from latentact.policies.actor import PolicyActor
 from latentact.policies.policy import Policy
@@ -239,7 +239,7 @@ def test_idm_labels_train_bc(blocks, tmp_path):
     ok("label", "--lam", tmp_path / "idm", "--data", blocks, "--out", tmp_path / "labels")
     labels, store = read_labels(tmp_path / "labels")
     train, _ = split_episodes(store, held_out=0.1, seed=0)
-    labelled = choose_labelled(train, 5, 0)
+    labelled = choose_labeled(train, 5, 0)
     known = labels.valid & np.isin(store.episode, labelled)
     assert labels.codes is not None
     right = labels.codes[known, 0] == store.actions(labelled)[known]

@@ -18,7 +18,7 @@ import torch
 
 from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.tokens import read_labels, read_token_file
+from latentact.data.latents import read_labels, read_token_file
 from latentact.errors import UserError
 from latentact.lams.model import load_lam
 from latentact.types import LatentActionSpec
@@ -66,7 +66,7 @@ def pictures(episode, length, size=SIZE):
 
 
 def write_v3(root, lengths=LENGTHS, size=SIZE):
-    from latentact.data.record import Episode, RecordSpec, stage_episode, write_dataset
+    from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
     from latentact.types import ActionSpace
 
     spec = RecordSpec(
@@ -287,7 +287,7 @@ def test_the_same_command_again_changes_nothing_and_overwrite_computes_again(dat
 
 
 def test_video_folder(lam, tmp_path):
-    from latentact.data.record import _encode_video
+    from latentact.data.lerobot.writer import _encode_video
 
     (tmp_path / "videos").mkdir()
     for number, length in enumerate(LENGTHS):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from latentact.evaluation.comparison import Row, write_comparison
-from latentact.evaluation.rollout import success_interval, write_video
+from latentact.evaluation.rollout import success_interval
+from latentact.io.video_writer import write_video
 from latentact.stages.report import run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

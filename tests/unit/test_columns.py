@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentact.data import columns
-from latentact.data.columns import Column, add_columns, link
+from latentact.data.lerobot import columns
+from latentact.data.lerobot.columns import Column, add_columns, link
 
 LENGTHS = (2, 3, 1)
 VALUES = np.arange(12, dtype=np.float32).reshape(6, 2)

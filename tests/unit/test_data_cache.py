@@ -14,6 +14,7 @@ from test_data_video import write_video
 
 from latentact.data import build
 from latentact.data.cache import DataConfig, open_store
+from latentact.data.decode import pipeline
 from latentact.data.format import Unreadable
 from latentact.errors import UserError
 
@@ -21,7 +22,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 OPEN = """
 import sys, time
-from latentact.data import video
+from latentact.data.decode import video
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.formats.video_folder import VideoFolderSource
 path, cache, delay = sys.argv[1:]
@@ -175,7 +176,7 @@ def test_damage_found_while_decoding_leaves_no_frame_behind(tmp_path, cache, mon
     folder = videos(tmp_path / "v")
     break_middle(monkeypatch)
     monkeypatch.setattr(
-        build, "_CHUNK_BYTES", 1
+        pipeline, "_CHUNK_BYTES", 1
     )  # a chunk per frame: two frames are written, then taken back
     store = store_of(folder, cache)
     assert store.episode_ids == ("00.mp4", "02.mp4")
@@ -242,9 +243,11 @@ def test_a_killed_build_is_not_whole_and_is_continued(tmp_path, cache):
     with (journal.parent / "frames").open("ab") as file:
         file.write(b"half a frame")
     decoded = []
-    chunks = build._chunks
+    chunks = pipeline._chunks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_chunks", lambda plan, number: decoded.append(number) or chunks(plan, number))
+        patch.setattr(
+            pipeline, "_chunks", lambda plan, number: decoded.append(number) or chunks(plan, number)
+        )
         store = store_of(folder, cache)
     assert sorted(decoded) == list(range(complete, 12))
     assert len(store.frames) == 96
@@ -267,7 +270,7 @@ def test_frames_shorter_than_the_journal_start_over(tmp_path, cache):
     whole = store_of(folder, cache)
     want = files(whole.folder)
     partial = whole.folder.rename(cache / f"{whole.digest}.partial")
-    line = {"times": [0.0], "picks": [0], "shape": [64, 64, 3]}
+    line = {"times": [0.0], "frame_indices": [0], "shape": [64, 64, 3]}
     (partial / "journal.jsonl").write_text(json.dumps(line) + "\n")
     os.truncate(partial / "frames", 100)
     assert files(store_of(folder, cache).folder) == want

@@ -6,10 +6,10 @@ import av
 import numpy as np
 import pytest
 
-from latentact.data import video
+from latentact.data.decode import video
+from latentact.data.decode.resize import resize
+from latentact.data.decode.video import at_times, decode, probe
 from latentact.data.format import Unreadable
-from latentact.data.resize import resize
-from latentact.data.video import at_times, decode, probe
 
 
 def write_video(path, shades, *, fps=10, millis=None, size=(64, 64), codec="libx264", pix_fmt="yuv420p"):

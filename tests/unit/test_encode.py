@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.footage import Footage
-from latentact.data.progress import Progress, duration
-from latentact.data.tokens import read_labels
+from latentact.data.decode.stream import FrameStream
+from latentact.data.latents import read_labels
 from latentact.errors import UserError
 from latentact.lams import encode, precision
 from latentact.lams.encode import EncodeOptions, Share, encode_dataset
 from latentact.lams.laq import LaqConfig
 from latentact.lams.model import LatentActionModel
 from latentact.lams.villa_x import VillaXConfig
+from latentact.progress import Progress, duration
 from latentact.stages import label
 from latentact.types import LatentActions, LatentActionSpec
 
@@ -63,7 +63,7 @@ def numbered(tmp_path):
     done = np.zeros(len(frames), bool)
     done[np.cumsum(lengths) - 1] = True
     np.savez(tmp_path / "numbered.npz", obs=frames, done=done, fps=10)
-    return Footage(
+    return FrameStream(
         DataConfig(path=str(tmp_path / "numbered.npz"), resolution=0, cache_dir=str(tmp_path / "c"))
     )
 
@@ -81,7 +81,7 @@ def test_windows_by_hand(gap, batch_size, numbered, tmp_path):
     assert found.continuous[:, :, 0].tolist() == wanted.tolist()
     assert found.vectors[:, :, 0].tolist() == (-wanted).tolist()
     assert found.codes is None
-    assert found.picks.tolist() == [*range(3), *range(9), *range(1), *range(4)]
+    assert found.frame_indices.tolist() == [*range(3), *range(9), *range(1), *range(4)]
     assert found.spec.frame_gap_s == pytest.approx(gap / 10)
 
 
@@ -164,7 +164,9 @@ def test_auto_takes_the_fastest_that_is_native_and_keeps_the_codes(
     monkeypatch.setattr(precision, "multiplies_int8", lambda device: "int8" in native)
     made = []
     monkeypatch.setattr(precision, "int8", lambda model: made.append(model) or model)
-    data = Footage(DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path / "c")))
+    data = FrameStream(
+        DataConfig(path=str(tmp_path / "video.npz"), resolution=0, cache_dir=str(tmp_path / "c"))
+    )
     model = Coarse(every)
     with caplog.at_level(logging.INFO):
         found = encode_dataset(model, data, 1, EncodeOptions(cache_dir=str(tmp_path), precision="auto"))
@@ -193,7 +195,7 @@ def test_frames_of_the_cache_give_the_same(numbered, tmp_path):
     open_store(DataConfig(path=str(numbered.path), resolution=0, cache_dir=str(tmp_path / "c")))
     two = encode_dataset(Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "two")))
     assert np.array_equal(one.continuous, two.continuous)
-    assert np.array_equal(one.picks, two.picks)
+    assert np.array_equal(one.frame_indices, two.frame_indices)
 
 
 def test_short_episodes_share_a_batch_and_long_ones_are_cut():
@@ -247,9 +249,9 @@ def test_a_damaged_video_has_no_tokens_and_harms_no_other(tmp_path):
     data = (tmp_path / "1.mp4").read_bytes()
     half = len(data) // 2
     (tmp_path / "1.mp4").write_bytes(data[:half] + bytes(5000) + data[half + 5000 :])
-    footage = Footage(DataConfig(path=str(tmp_path), resolution=0, cache_dir=str(tmp_path / "c")))
-    found = encode_dataset(Corner(), footage, 1, EncodeOptions(cache_dir=str(tmp_path / "d"), batch_size=16))
-    alone = Footage(DataConfig(path=str(tmp_path / "2.mp4"), resolution=0, cache_dir=str(tmp_path / "c")))
+    stream = FrameStream(DataConfig(path=str(tmp_path), resolution=0, cache_dir=str(tmp_path / "c")))
+    found = encode_dataset(Corner(), stream, 1, EncodeOptions(cache_dir=str(tmp_path / "d"), batch_size=16))
+    alone = FrameStream(DataConfig(path=str(tmp_path / "2.mp4"), resolution=0, cache_dir=str(tmp_path / "c")))
     last = encode_dataset(Corner(), alone, 1, EncodeOptions(cache_dir=str(tmp_path / "e"), batch_size=16))
     assert np.array_equal(found.continuous[-40:], last.continuous)
     if found.unreadable:  # else the decoder conceals the damage
@@ -291,12 +293,16 @@ def test_threads_do_not_change_the_last_bit(blocks, tmp_path):
     model = (
         LapoConfig(backbone="patch", size=32, patch=4, idm_channels=(16,), fdm_channels=(16,)).build().eval()
     )
-    footage, before, found = Footage(DataConfig(path=str(blocks), resolution=32)), torch.get_num_threads(), []
+    stream, before, found = (
+        FrameStream(DataConfig(path=str(blocks), resolution=32)),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             options = EncodeOptions(cache_dir=str(tmp_path / str(threads)), batch_size=7)
-            found.append(np.array(encode_dataset(model, footage, 1, options).continuous))
+            found.append(np.array(encode_dataset(model, stream, 1, options).continuous))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -310,7 +316,7 @@ def test_too_short_episodes_are_one_sentence(numbered, tmp_path):
 
 def test_progress_off_a_terminal_says_rate_and_time_left(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("latentact.data.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("latentact.progress.time.monotonic", lambda: now[0])
     caplog.set_level(logging.INFO)
     with Progress("walking", 20, "steps") as slow:
         for _ in range(3):

@@ -13,7 +13,7 @@ import torch
 import latentact.lams.frozen_features as frozen
 from conftest import cli
 from latentact.data.cache import DataConfig, FrameStore, open_store
-from latentact.data.clips import Clips
+from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.lams.lapo import LapoConfig
 from latentact.lams.model import load_lam

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from latentact import guidance
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
-from latentact.evaluation.rollout import write_video
 from latentact.guidance import LatentActionExtractor, LatentGuidedInference
 from latentact.guide import Guide, agreement, follow, tokens_at
 from latentact.guided_policy import picture
+from latentact.io.video_writer import write_video
 from latentact.lams.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.stages import label

@@ -12,8 +12,9 @@ import pytest
 
 from conftest import write_blocks
 from latentact.data.cache import DataConfig, FrameStore, open_store
-from latentact.data.clips import Clips, choose_labelled, split_episodes
 from latentact.data.samples import PolicyBatch
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.windows import Clips
 from latentact.lams.idm import IdmConfig
 from latentact.lams.lapo import LapoConfig
 from latentact.policies.bc import BcConfig
@@ -55,7 +56,7 @@ def data(path):
 @pytest.fixture(scope="module")
 def labelled(honest):
     train, _ = split_episodes(open_store(data(honest)), held_out=0.1, seed=0)
-    return choose_labelled(train, K, 0)
+    return choose_labeled(train, K, 0)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from conftest import cli
-from latentact.checkpoint import read_pickled
 from latentact.errors import UserError
+from latentact.io.unpickle import read_pickled
 from latentact.lams.lapo import Lapo, LapoConfig
 from latentact.lams.laq import LaqConfig
 from latentact.lams.model import load_lam
@@ -174,7 +174,7 @@ def test_what_is_read_is_plain(tmp_path: Path) -> None:
     values = read_pickled(tmp_path / "a.pt")
     assert values["x"].tolist() == [0, 1, 2]
     assert (values["n"], values["list"]) == (2.5, ["a"])
-    assert type(values["cfg"]).__module__ == "latentact.checkpoint"
+    assert type(values["cfg"]).__module__ == "latentact.io.unpickle"
     assert not vars(values["cfg"])
     torch.save([1], tmp_path / "b.pt")
     with pytest.raises(UserError, match="holds a list"):

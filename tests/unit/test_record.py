@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from latentact.data.record import (
+from latentact.data.lerobot.writer import (
     Episode,
     RecordSpec,
     number_statistics,

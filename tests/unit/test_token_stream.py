@@ -5,7 +5,7 @@ import torch
 from conftest import write_blocks
 from latentact import TokenStream, camera_deltas
 from latentact.data.cache import DataConfig
-from latentact.data.footage import Footage
+from latentact.data.decode.stream import FrameStream
 from latentact.errors import UserError
 from latentact.lams.encode import EncodeOptions, encode_dataset
 from latentact.lams.lapo import LapoConfig
@@ -23,15 +23,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def footage(tmp_path_factory):
+def stream(tmp_path_factory):
     data = write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz", episodes=3, steps=9)
-    return Footage(DataConfig(path=str(data), resolution=32))
+    return FrameStream(DataConfig(path=str(data), resolution=32))
 
 
-def streamed(footage, deltas, as_float=True):
+def streamed(stream, deltas, as_float=True):
     """The items as lerobot's stream yields them, in disorder."""
     items = []
-    for episode, chunks in footage.episodes([0, 1, 2]):
+    for episode, chunks in stream.episodes([0, 1, 2]):
         frames = torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks])).permute(0, 3, 1, 2)
         for frame in range(len(frames)):
             wanted = torch.tensor([frame + round(t * FPS) for t in deltas])
@@ -49,14 +49,14 @@ def streamed(footage, deltas, as_float=True):
 
 
 @pytest.mark.parametrize("as_float", [True, False])
-def test_a_stream_has_the_numbers_of_the_whole(as_float, model, footage, tmp_path, monkeypatch):
+def test_a_stream_has_the_numbers_of_the_whole(as_float, model, stream, tmp_path, monkeypatch):
     deltas = camera_deltas(model, GAP / FPS, observed=(-0.1, 0.0))
     assert deltas == [-0.2, -0.1, 0.0, 0.2]
-    whole = encode_dataset(model, footage, GAP, EncodeOptions(cache_dir=str(tmp_path / "whole")))
+    whole = encode_dataset(model, stream, GAP, EncodeOptions(cache_dir=str(tmp_path / "whole")))
     clips, encode_clips = [], model.encode
     monkeypatch.setattr(model, "encode", lambda *a, **k: clips.append(len(a[0])) or encode_clips(*a, **k))
     stream = TokenStream(
-        streamed(footage, deltas, as_float),
+        streamed(stream, deltas, as_float),
         model,
         camera=CAMERA,
         gap_s=GAP / FPS,
@@ -79,8 +79,8 @@ def test_a_stream_has_the_numbers_of_the_whole(as_float, model, footage, tmp_pat
     assert sum(clips) == whole.valid.sum() == 3 * (9 - GAP)  # the second time nothing is encoded
 
 
-def test_items_without_the_frames_are_one_sentence(model, footage, tmp_path):
-    items = streamed(footage, [0.0])
+def test_items_without_the_frames_are_one_sentence(model, stream, tmp_path):
+    items = streamed(stream, [0.0])
     stream = TokenStream(items, model, camera=CAMERA, gap_s=0.2, name="x", cache_dir=str(tmp_path))
     with pytest.raises(UserError, match="wanted 3 frames: give the dataset the delta_timestamps"):
         list(stream)

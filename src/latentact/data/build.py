@@ -12,58 +12,22 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
-from queue import Full, Queue
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
 
-from latentact.data.format import Source, Unreadable
-from latentact.data.progress import Progress
-from latentact.data.resize import resize
-from latentact.data.video import at_times
+from latentact.data.decode.pipeline import DecodeSpec, decoded, require_shape, unreadable_message
+from latentact.data.format import Unreadable
 from latentact.errors import UserError
+from latentact.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 4 << 20
-_CHUNKS_AHEAD = 8
 _COMMIT_S = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one entry holds."""
-
-    source: Source
-    fps: float
-    """Rate to resample to; 0: every frame as it is."""
-    resolution: int
-    """0: frames keep their size."""
-    resize: str
-    """How they change it."""
-    strict: bool
-    """Whether a damaged episode ends the build."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some consecutive frames of one episode."""
-
-    frames: UInt8[np.ndarray, "n h w c"]
-    times: list[float]
-    """Seconds from the episode's first frame."""
-    picks: list[int]
-    """Number of each frame among the episode's frames before resampling."""
 
 
 @dataclass
@@ -71,7 +35,7 @@ class Journal:
     """What a partial entry holds for certain."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """One per finished episode, in order: {"times", "picks", "shape"}, or {"unreadable": reason}."""
+    """One per finished episode, in order: {"times", "frame_indices", "shape"}, or {"unreadable": reason}."""
 
     @property
     def frames(self) -> int:
@@ -84,7 +48,7 @@ class Journal:
         return next((tuple(line["shape"]) for line in self.lines if "shape" in line), None)
 
 
-def build(plan: Plan, folder: Path) -> None:
+def build(plan: DecodeSpec, folder: Path) -> None:
     """Make the cache entry `folder`, going on from what an earlier build left in `<folder>.partial`.
 
     Raises:
@@ -124,7 +88,7 @@ def _resume(log: BinaryIO, frames: BinaryIO) -> Journal:
     return journal
 
 
-def _append(plan: Plan, journal: Journal, log: BinaryIO, frames: BinaryIO) -> None:
+def _append(plan: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO) -> None:
     """Decode what the journal lacks."""
     todo = range(len(journal.lines), len(plan.source.episodes))
     shape, waiting, committed = journal.shape, [], time.monotonic()
@@ -134,14 +98,14 @@ def _append(plan: Plan, journal: Journal, log: BinaryIO, frames: BinaryIO) -> No
     ):
         for number, chunks in episodes:
             label, begin = plan.source.episodes[number].label, frames.seek(0, os.SEEK_END)
-            line: dict[str, Any] = {"times": [], "picks": []}
+            line: dict[str, Any] = {"times": [], "frame_indices": []}
             try:
                 for chunk in chunks:
                     shape = shape or chunk.frames.shape[1:]
                     require_shape(plan, shape, chunk.frames.shape[1:], label)
                     frames.write(chunk.frames.data)
                     line["times"] += chunk.times
-                    line["picks"] += chunk.picks
+                    line["frame_indices"] += chunk.frame_indices
                     progress.advance(len(chunk.times))
                 line |= {"shape": shape} if line["times"] else {"unreadable": "it has no frames"}
             except Unreadable as error:
@@ -164,7 +128,7 @@ def _commit(journal: Journal, waiting: list[dict[str, Any]], log: BinaryIO, fram
     waiting.clear()
 
 
-def _finish(plan: Plan, journal: Journal, partial: Path, folder: Path) -> None:
+def _finish(plan: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> None:
     """Turn a partial entry whose episodes are all there into a whole one."""
     episodes = plan.source.episodes
     broken = {
@@ -182,7 +146,7 @@ def _finish(plan: Plan, journal: Journal, partial: Path, folder: Path) -> None:
         "episodes": np.array(kept, np.int64),
         "lengths": np.array([len(line["times"]) for line in lines], np.int64),
         "timestamps": np.concatenate([np.array(line["times"], np.float64) for line in lines]),
-        "picks": np.concatenate([np.array(line["picks"], np.int64) for line in lines]),
+        "frame_indices": np.concatenate([np.array(line["frame_indices"], np.int64) for line in lines]),
     }
     for name, array in arrays.items():
         with (partial / f"{name}.npy").open("wb") as file:
@@ -204,103 +168,13 @@ def _finish(plan: Plan, journal: Journal, partial: Path, folder: Path) -> None:
     os.close(descriptor)
 
 
-def unreadable_message(files: Mapping[str, str]) -> str:
-    """Return the sentence that names what cannot be read, with reasons; the first few of many."""
-    alike: dict[str, list[str]] = {}
-    for name, reason in list(files.items())[:8]:
-        alike.setdefault(reason, []).append(name)
-    named = ", ".join(f"{', '.join(names)} ({reason})" for reason, names in alike.items())
-    rest = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    return f"{len(files)} unreadable: {named}{rest}; replace or remove what cannot be read."
-
-
-def decoded(plan: Plan, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:
-    """Yield each episode and its chunks, in order, while threads decode the next ones ahead.
-
-    Args:
-        plan: what is decoded, and how.
-        numbers: episodes, by their place in `plan.source.episodes`.
-        workers: threads; 0: one per core, at most 16.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(workers or min(cores, 16), len(numbers)))
-    stop = threading.Event()
-    started: deque[tuple[int, Queue[Chunk | None], Future[None]]] = deque()
-    todo = iter(numbers)
-
-    def start_next(pool: ThreadPoolExecutor) -> None:
-        if (number := next(todo, None)) is not None:
-            queue: Queue[Chunk | None] = Queue(_CHUNKS_AHEAD)
-            started.append((number, queue, pool.submit(_fill, plan, number, queue, stop)))
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for _ in range(2 * workers):
-                start_next(pool)
-            while started:
-                number, queue, future = started.popleft()
-                yield number, _drain(queue, future)
-                start_next(pool)
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def _fill(plan: Plan, number: int, queue: Queue[Chunk | None], stop: threading.Event) -> None:
-    """Put an episode's chunks into `queue`, and None at the end, also when the end is an error."""
-
-    def put(item: Chunk | None) -> bool:
-        while not stop.is_set():
-            with suppress(Full):
-                queue.put(item, timeout=0.1)
-                return True
-        return False
-
-    try:
-        for chunk in _chunks(plan, number):
-            if not put(chunk):
-                return
-    finally:
-        put(None)
-
-
-def _drain(queue: Queue[Chunk | None], future: Future[None]) -> Iterator[Chunk]:
-    """Yield what a thread puts, then raise the error that ended it, if one did."""
-    while (item := queue.get()) is not None:
-        yield item
-    future.result()
-
-
-def _chunks(plan: Plan, number: int) -> Iterator[Chunk]:
-    """Yield an episode resampled and resized."""
-    frames = plan.source.frames(number)
-    if plan.fps:
-        picked = at_times(frames, (k / plan.fps for k in count()))
-    else:
-        picked = ((seconds, place, frame) for place, (seconds, frame) in enumerate(frames))
-    held: list[tuple[float, int, np.ndarray]] = []
-    for seconds, place, frame in picked:
-        small = resize(frame[None], plan.resolution, plan.resize)[0]
-        if held and (small.shape != held[0][2].shape or len(held) * small.nbytes >= _CHUNK_BYTES):
-            yield _chunk(held)
-            held = []
-        held.append((seconds, place, small))
-    if held:
-        yield _chunk(held)
-
-
-def _chunk(held: list[tuple[float, int, np.ndarray]]) -> Chunk:
-    times, picks, frames = zip(*held, strict=True)
-    return Chunk(np.stack(frames), list(times), list(picks))
-
-
-def _expected_frames(plan: Plan) -> int:
+def _expected_frames(plan: DecodeSpec) -> int:
     """Return the number of frames of the whole entry; near where frames are resampled."""
     ratio = plan.fps / plan.source.fps if plan.fps and plan.source.fps else 1.0
     return sum(max(1, round(episode.frames * ratio)) for episode in plan.source.episodes)
 
 
-def needed_bytes(plan: Plan) -> int:
+def needed_bytes(plan: DecodeSpec) -> int:
     """Return the size of the whole entry; near where frames are resampled, 0 when no frame can be decoded."""
     for number in range(len(plan.source.episodes)):
         with suppress(Unreadable):
@@ -310,20 +184,10 @@ def needed_bytes(plan: Plan) -> int:
     return 0
 
 
-def _require_room(plan: Plan, partial: Path) -> None:
+def _require_room(plan: DecodeSpec, partial: Path) -> None:
     there = (partial / "frames").stat().st_size if (partial / "frames").exists() else 0
     if shutil.disk_usage(partial.parent).free < needed_bytes(plan) - there:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial.parent))
-
-
-def require_shape(plan: Plan, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
-    """Refuse an episode whose frames differ in size from those before it."""
-    if got == wanted:
-        return
-    hint = (
-        "set `resolution` to resize them" if plan.source.resizable else "keep grids of different sizes apart"
-    )
-    raise UserError(f"{label} has frames of {got}, those before it are {wanted}; {hint}.")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -22,7 +22,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Float32, Float64, Int64, Shaped, UInt8
 
-from latentact.data.build import Plan, build, needed_bytes, unreadable_message
+from latentact.data.build import build, needed_bytes
+from latentact.data.decode.pipeline import DecodeSpec, unreadable_message
 from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Source, open_source
 from latentact.errors import UserError, did_you_mean
@@ -87,7 +88,7 @@ class FrameStore:
         """Episode of each row."""
         self.timestamps: Float64[np.ndarray, " n"] = np.load(folder / "timestamps.npy")
         """Seconds from the episode's first frame."""
-        self.source_rows: Int64[np.ndarray, " n"] = np.load(folder / "picks.npy") + np.repeat(
+        self.source_rows: Int64[np.ndarray, " n"] = np.load(folder / "frame_indices.npy") + np.repeat(
             np.array(source.first_rows, np.int64)[kept], self.lengths
         )
         """Row of the data's tables (LeRobot's `index`) of each row here."""
@@ -164,7 +165,7 @@ def open_store(config: DataConfig) -> FrameStore:
         UserError: nothing is there to read, a file is unreadable and `strict` is set, or the disk is full.
     """
     path = Path(config.path).expanduser()
-    plan, folder, memo = find(config)
+    plan, folder, memo = resolve_source(config)
     if not folder.is_dir():
         _build_once(plan, folder)
     with suppress(
@@ -180,7 +181,7 @@ def open_store(config: DataConfig) -> FrameStore:
     return store
 
 
-def find(config: DataConfig) -> tuple[Plan, Path, Memo]:
+def resolve_source(config: DataConfig) -> tuple[DecodeSpec, Path, Memo]:
     """Return what `config` names, the cache entry that holds its frames once they are decoded, and a memo.
 
     Raises:
@@ -201,7 +202,7 @@ def find(config: DataConfig) -> tuple[Plan, Path, Memo]:
     if config.target_fps > 1.01 * source.fps > 0:
         logger.warning("%s has %g fps: at %g fps frames repeat", path, source.fps, config.target_fps)
     fps = config.target_fps or (source.fps if source.uneven else 0.0)
-    plan = Plan(
+    plan = DecodeSpec(
         source=source,
         fps=fps,
         resolution=config.resolution if source.resizable else 0,
@@ -216,14 +217,14 @@ def cache_folder(cache_dir: str = "") -> Path:
     return Path(cache_dir or os.environ.get("LATENTACT_CACHE") or "~/.cache/latentact").expanduser()
 
 
-def entry_key(plan: Plan) -> str:
+def entry_key(plan: DecodeSpec) -> str:
     """Return the key of the entry that holds a plan's frames; the same for equal bytes, wherever they lie."""
     facts = [_VERSION, plan.source.camera, plan.resolution, plan.fps]
     facts += [plan.resize] if plan.resolution and plan.resize != "uint8" else []
     return blake2b(json.dumps([facts, [e.content for e in plan.source.episodes]]).encode())
 
 
-def _build_once(plan: Plan, folder: Path) -> None:
+def _build_once(plan: DecodeSpec, folder: Path) -> None:
     """Build an entry, or wait for the process that is building it."""
     try:
         lock = FileLock(writable(folder.with_name(f"{folder.name}.lock")))

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from latentact.checkpoint import whole_file, write_json
 from latentact.evaluation.comparison_plot import comparison_svg
 from latentact.evaluation.rollout import success_interval
+from latentact.io.atomic import atomic_write, write_json
 
 LIMITED = ("latent", "latent_joint", "bc_k", "idm_k")
 LATENT = ("latent", "latent_joint")
@@ -181,11 +181,11 @@ def write_comparison(folder: Path, env: str, rows: Sequence[Row], distract: str 
         "rows": [row.to_json() for row in rows],
         "verdict": verdict(rows),
     }
-    with whole_file(folder / "comparison.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / "comparison.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows({"env": env, "distract": distract} | _csv_row(row) for row in rows)
-    with whole_file(folder / "comparison.svg") as partial:
+    with atomic_write(folder / "comparison.svg") as partial:
         title = f"{env}, {distract}" if distract else env
         partial.write_text(comparison_svg(aggregate(rows), title=title))
     write_json(folder / "comparison.json", content)

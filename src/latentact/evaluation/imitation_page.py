@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from latentact.checkpoint import whole_file
 from latentact.evaluation.report_html import (
     Section,
     chart,
@@ -21,6 +20,7 @@ from latentact.evaluation.report_html import (
     text,
     video,
 )
+from latentact.io.atomic import atomic_write
 
 FOLLOWS = 0.1
 """By how much a rollout must agree more with the same moment than with others, to be called following."""
@@ -53,7 +53,7 @@ def write_page(
         numbers=_numbers(metrics),
         sections=sections,
     )
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(whole, encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from latentact.data.clips import Clips
+from latentact.data.windows import Clips
 from latentact.evaluation import diagnostics
 from latentact.evaluation.inspect_model import Case, algebra, controllability, gap_curve, leakage, saliency
 from latentact.evaluation.inspect_probes import Probed

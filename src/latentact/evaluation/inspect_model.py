@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from latentact.data.clips import Clips
+from latentact.data.windows import Clips
 from latentact.evaluation import diagnostics
 from latentact.evaluation.lam import FEWEST_PROBED, bootstrap_groups, derangement, encode_rows, halves_of
 from latentact.evaluation.lam_pictures import resize

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.checkpoint import whole_file
 from latentact.evaluation import inspect_charts as charts
 from latentact.evaluation.report_data import LamRun
 from latentact.evaluation.report_html import (
@@ -23,6 +22,7 @@ from latentact.evaluation.report_html import (
     tiles,
 )
 from latentact.evaluation.report_lam import PROBES, codebook_section, prediction_section, transfer_section
+from latentact.io.atomic import atomic_write
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -95,7 +95,7 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
         numbers=_headline_numbers(numbers),
         sections=sections,
     )
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(whole, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from latentact.data.clips import Clips
+from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.evaluation.codebook import codebook_health
 from latentact.evaluation.lam_pictures import pictures, resize

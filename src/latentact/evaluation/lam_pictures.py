@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentact.data.cache import FrameStore
-    from latentact.data.clips import Clips
+    from latentact.data.windows import Clips
     from latentact.lams.model import LatentActionModel
 
 EXAMPLES = 8

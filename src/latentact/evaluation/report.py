@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentact.checkpoint import whole_file, write_json
 from latentact.evaluation.comparison import LATENT, LIMITED, aggregate
 from latentact.evaluation.report_data import Findings, LamRun, find
 from latentact.evaluation.report_html import Section, page, text
@@ -25,6 +24,7 @@ from latentact.evaluation.report_sections import (
     curve_section,
     rollout_section,
 )
+from latentact.io.atomic import atomic_write, write_json
 
 
 def build_report(run_dir: Path) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "lams": {run.path: run.numbers for run in found.lams},
         "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
     }
-    with whole_file(Path(run_dir) / "report.html") as partial:
+    with atomic_write(Path(run_dir) / "report.html") as partial:
         partial.write_text(whole, encoding="utf-8")
     write_json(Path(run_dir) / "report.json", content)
     return content

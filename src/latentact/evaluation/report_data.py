@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from latentact.checkpoint import read_json
 from latentact.errors import UserError
 from latentact.evaluation.comparison import Row, verdict
+from latentact.io.atomic import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

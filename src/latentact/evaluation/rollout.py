@@ -10,7 +10,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -20,13 +19,12 @@ from jaxtyping import Float32, Shaped, UInt8
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec, make_env
 from latentact.errors import UserError
+from latentact.io.video_writer import write_video
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 log = logging.getLogger(__name__)
 
-SMALLEST_VIDEO = 224
-"""Height and width in pixels below which a video is enlarged for the person who watches it."""
 RESAMPLES = 10_000
 
 
@@ -183,28 +181,6 @@ def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[
     draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     low, high = np.quantile(array[draws].mean(1), [0.025, 0.975])
     return float(low), float(high)
-
-
-def write_video(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int | float) -> None:
-    """Write an h264 video that every browser plays, whole or not at all.
-
-    Small frames are enlarged by a whole factor; an odd height or width loses its last row or column.
-    """
-    import av
-
-    factor = max(1, -(-SMALLEST_VIDEO // max(frames.shape[1:3])))
-    draft = path.with_name(path.name + ".tmp")
-    with av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        rate = Fraction(fps).limit_denominator(1000)
-        stream: Any = container.add_stream("libx264", rate, options={"crf": "18"})
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
-            large = np.ascontiguousarray(large[: large.shape[0] // 2 * 2, : large.shape[1] // 2 * 2])
-            stream.height, stream.width = large.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
-        container.mux(stream.encode())
-    draft.replace(path)
 
 
 def save_rollout(result: Rollout, folder: Path, **more: Any) -> None:

@@ -27,18 +27,18 @@ import numpy as np
 from filelock import FileLock
 from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import read_json, whole_file, whole_folder, write_json
 from latentact.config import to_dict
-from latentact.data.build import unreadable_message
 from latentact.data.cache import cache_folder, writable
+from latentact.data.decode.pipeline import unreadable_message
+from latentact.data.decode.stream import FrameStream
 from latentact.data.digest import blake2b
-from latentact.data.footage import Footage
-from latentact.data.progress import Progress
 from latentact.device import multiplies_int8
 from latentact.errors import UserError, did_you_mean
+from latentact.io.atomic import atomic_dir, atomic_write, read_json, write_json
 from latentact.lams.encode_unit import Unit, encoders
 from latentact.lams.model import LatentActionModel
 from latentact.lams.precision import PRECISIONS, States, fastest_faithful, prepared
+from latentact.progress import Progress
 from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Encoded:
     """Codebook indices, where there is a codebook."""
     valid: Bool[np.ndarray, " n"]
     """Whether the frame has a successor at the gap."""
-    picks: Int64[np.ndarray, " n"]
+    frame_indices: Int64[np.ndarray, " n"]
     """Number of the frame among the episode's rows in the data."""
     episodes: Int64[np.ndarray, " e"]
     """Place of each episode in the data's list."""
@@ -165,13 +165,13 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
 
 
 def encode_dataset(
-    model: LatentActionModel, footage: Footage, gap: int, options: EncodeOptions
+    model: LatentActionModel, stream: FrameStream, gap: int, options: EncodeOptions
 ) -> Encoded | None:
     """Return the latent actions of a dataset, computing what no earlier run has.
 
     Args:
         model: in evaluation mode, on the device.
-        footage: the data.
+        stream: the data.
         gap: frames between the two moments of a transition.
         options: how.
 
@@ -181,21 +181,21 @@ def encode_dataset(
     Raises:
         UserError: no episode is long enough for a transition, none can be read, or the disk is full.
     """
-    if max(footage.lengths) <= gap:
+    if max(stream.lengths) <= gap:
         raise UserError(
-            f"the longest of {len(footage.lengths)} episodes of {footage.path} has {max(footage.lengths)} "
+            f"the longest of {len(stream.lengths)} episodes of {stream.path} has {max(stream.lengths)} "
             f"frames, and a window needs {gap + 1} (frame gap {gap}); use a smaller gap or longer videos."
         )
-    states = _states(model, footage)
+    states = _states(model, stream)
     if options.precision == "auto":
-        fastest = fastest_faithful(model, footage, gap, options.device, options.workers, states)
+        fastest = fastest_faithful(model, stream, gap, options.device, options.workers, states)
         log.info("computing in %s", fastest)
         options = replace(options, precision=fastest)
     share = options.share
     folder = cache_folder(options.cache_dir) / "tokens"
-    spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / footage.fps, fps=footage.fps)
+    spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / stream.fps, fps=stream.fps)
     settings = to_dict(model.config)  # some, like a window, change what weights give
-    identity = [_VERSION, footage.key, spec.weights, settings, gap, options.precision]
+    identity = [_VERSION, stream.key, spec.weights, settings, gap, options.precision]
     key = blake2b(json.dumps(identity).encode())
     again = ".again" if options.overwrite else ""
     entry, parts = folder / key, folder / f"{key}.{options.batch_size}.{options.device}{again}.partial"
@@ -204,36 +204,36 @@ def encode_dataset(
         if share.rank == 0:
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         if options.overwrite or not entry.is_dir():
-            units = _units(footage.lengths, options.batch_size)
-            _encode(prepared(model, options.precision), footage, gap, options, units, parts, states)
+            units = _units(stream.lengths, options.batch_size)
+            _encode(prepared(model, options.precision), stream, gap, options, units, parts, states)
             if share.rank == 0:
-                _join(parts, len(units), entry, spec, footage)
+                _join(parts, len(units), entry, spec, stream)
             elif entry.is_dir() and not options.overwrite:
                 shutil.rmtree(parts, ignore_errors=True)  # the first process had all it needed
         else:
-            log.info("the latent actions of %s are in the cache", footage.path)
-        encoded = _load(entry, footage, spec, options.precision) if share.rank == 0 else None
-    if encoded and (broken := {**footage.source.unreadable, **encoded.unreadable}):
-        if footage.strict:
+            log.info("the latent actions of %s are in the cache", stream.path)
+        encoded = _load(entry, stream, spec, options.precision) if share.rank == 0 else None
+    if encoded and (broken := {**stream.source.unreadable, **encoded.unreadable}):
+        if stream.strict:
             raise UserError(unreadable_message(broken))
-        log.warning("%s: skipped %s", footage.path, unreadable_message(broken))
+        log.warning("%s: skipped %s", stream.path, unreadable_message(broken))
     return encoded
 
 
-def _states(model: LatentActionModel, footage: Footage) -> States | None:
+def _states(model: LatentActionModel, stream: FrameStream) -> States | None:
     """Return what tells the robot's state at rows; None for a model that does not observe it."""
     if not model.state_size:
         return None
-    column = footage.source.column("observation.state")
+    column = stream.source.column("observation.state")
     size = 0 if column is None else column.reshape(len(column), -1).shape[1]
     if column is None or size != model.state_size:
         raise UserError(
-            f"the LAM observes a robot state of {model.state_size} numbers and {footage.path} has {size}; "
+            f"the LAM observes a robot state of {model.state_size} numbers and {stream.path} has {size}; "
             f"give data with that `observation.state`."
         )
 
-    def at(number: int, picks: Sequence[int]) -> np.ndarray:
-        return column.reshape(len(column), -1)[footage.source.first_rows[number] + np.asarray(picks)]
+    def at(number: int, frame_indices: Sequence[int]) -> np.ndarray:
+        return column.reshape(len(column), -1)[stream.source.first_rows[number] + np.asarray(frame_indices)]
 
     return at
 
@@ -256,7 +256,7 @@ def _part(parts: Path, unit: int) -> Path:
 
 def _encode(
     model: LatentActionModel,
-    footage: Footage,
+    stream: FrameStream,
     gap: int,
     options: EncodeOptions,
     units: Sequence[Sequence[int]],
@@ -267,13 +267,13 @@ def _encode(
     parts.mkdir(exist_ok=True)
     mine = range(options.share.rank, len(units), options.share.world)
     missing = [unit for unit in mine if not _part(parts, unit).exists()]
-    sizes = {unit: sum(footage.lengths[number] for number in units[unit]) for unit in mine}
+    sizes = {unit: sum(stream.lengths[number] for number in units[unit]) for unit in mine}
     total = sum(sizes.values())
     done = total - sum(sizes[unit] for unit in missing)
     numbers = [number for unit in missing for number in units[unit]]
     with (
         Progress("encoding", total, "frames", done=done) as progress,
-        closing(footage.episodes(numbers, options.workers)) as episodes,
+        closing(stream.episodes(numbers, options.workers)) as episodes,
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
         encoders(options.device) as (pool, most),
     ):
@@ -299,7 +299,7 @@ def _encode(
             future.result()
 
 
-def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage: Footage) -> None:
+def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: FrameStream) -> None:
     """Put all parts together, in order, once the other processes have written theirs."""
     paths, said = [_part(parts, unit) for unit in range(count)], False
     while missing := [path for path in paths if not path.exists()]:
@@ -311,7 +311,7 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage:
     kinds: dict[str, tuple[type, tuple[int, ...]]] = {
         **dict.fromkeys(("vectors", "continuous"), (np.float32, (k, d))),
         **({"codes": (np.int64, (k,))} if codes else {}),
-        **{"valid": (np.bool_, ()), "picks": (np.int64, ())},
+        **{"valid": (np.bool_, ()), "frame_indices": (np.int64, ())},
     }
     lengths, episodes, unreadable = [], [], {}
     for path in paths:
@@ -319,14 +319,14 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage:
             lengths.append(part["lengths"])
             episodes.append(part["episodes"])
             unreadable |= json.loads(str(part["unreadable"]))
-    broken = {footage.source.episodes[int(number)].label: why for number, why in unreadable.items()}
+    broken = {stream.source.episodes[int(number)].label: why for number, why in unreadable.items()}
     rows = int(sum(each.sum() for each in lengths))
     if not rows:
         shutil.rmtree(parts)
         raise UserError(
-            f"nothing is left to read: {unreadable_message({**footage.source.unreadable, **broken})}"
+            f"nothing is left to read: {unreadable_message({**stream.source.unreadable, **broken})}"
         )
-    with whole_folder(entry) as folder:
+    with atomic_dir(entry) as folder:
         np.save(folder / "lengths.npy", np.concatenate(lengths))
         np.save(folder / "episodes.npy", np.concatenate(episodes))
         with ExitStack() as stack:
@@ -344,24 +344,24 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, footage:
                         )
         write_json(
             folder / "meta.json",
-            {"spec": asdict(spec), "camera": footage.source.camera, "rows": rows, "unreadable": broken},
+            {"spec": asdict(spec), "camera": stream.source.camera, "rows": rows, "unreadable": broken},
         )
     shutil.rmtree(parts)
 
 
-def _load(entry: Path, footage: Footage, spec: LatentActionSpec, precision: str) -> Encoded:
+def _load(entry: Path, stream: FrameStream, spec: LatentActionSpec, precision: str) -> Encoded:
     meta = read_json(entry / "meta.json")
-    with whole_file(entry / "used") as draft:
-        draft.write_text(f"{footage.path.resolve()}\n")
+    with atomic_write(entry / "used") as draft:
+        draft.write_text(f"{stream.path.resolve()}\n")
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in entry.glob("*.npy") if path.stat().st_size}
     return Encoded(
         spec=spec,
-        key=footage.key,
+        key=stream.key,
         vectors=arrays["vectors"],
         continuous=arrays["continuous"],
         codes=arrays.get("codes"),
         valid=arrays["valid"],
-        picks=arrays["picks"],
+        frame_indices=arrays["frame_indices"],
         episodes=arrays["episodes"],
         lengths=arrays["lengths"],
         unreadable=meta["unreadable"],

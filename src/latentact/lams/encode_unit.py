@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from latentact.checkpoint import whole_file
-from latentact.data.build import Chunk
+from latentact.data.decode.pipeline import Chunk
 from latentact.data.format import Unreadable
-from latentact.data.progress import Progress
 from latentact.device import keep_freed_memory
+from latentact.io.atomic import atomic_write
 from latentact.lams.model import LatentActionModel
+from latentact.progress import Progress
 from latentact.types import LatentActions
 
 _CPU_BATCH = 32  # more rows at a time are no faster there, and take more memory
@@ -96,21 +96,25 @@ class Unit:
 
     def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
         """Take in an episode; yields what the encoders have to do."""
-        start, picks = self._end, []
+        start, frame_indices = self._end, []
         self._next = start
         try:
             for chunk in chunks:
                 self._end += len(chunk.frames)
                 self._held.append(chunk.frames)
-                told = self._states(number, chunk.picks) if self._states else np.zeros((len(chunk.picks), 0))
-                self._held_states.append(told.astype(np.float32))
-                picks += chunk.picks
+                (
+                    self._states(number, chunk.frame_indices)
+                    if self._states
+                    else np.zeros((len(chunk.frame_indices), 0))
+                )
+                self._held_states.append(states.astype(np.float32))
+                frame_indices += chunk.frame_indices
                 self._queue(start, self._stretch)
                 while len(self._clips) >= self._batch_size:
                     yield self._batch(start)
                 progress.advance(len(chunk.frames))
             self._queue(start, 1)
-            self._episodes[number] = start, picks
+            self._episodes[number] = start, frame_indices
         except Unreadable as error:
             self._unreadable[number] = str(error)
             self._clips = self._clips[self._clips[:, 0] < start]
@@ -170,12 +174,16 @@ class Unit:
         return {"rows": wanted[:, self._context : -1][real], **numbers}
 
     def _save(self, path: Path) -> None:
-        kept = [np.arange(start, start + len(picks)) for start, picks in self._episodes.values()]
+        kept = [
+            np.arange(start, start + len(frame_indices)) for start, frame_indices in self._episodes.values()
+        ]
         positions = np.concatenate([np.zeros(0, np.int64), *kept])
         arrays: dict[str, Any] = {
             "episodes": np.array([*self._episodes], np.int64),
             "lengths": np.array([len(each) for each in kept], np.int64),
-            "picks": np.array([p for _, picks in self._episodes.values() for p in picks], np.int64),
+            "frame_indices": np.array(
+                [i for _, indices in self._episodes.values() for i in indices], np.int64
+            ),
             "valid": np.zeros(len(positions), bool),
             "unreadable": np.array(json.dumps(self._unreadable)),
         }
@@ -190,5 +198,5 @@ class Unit:
                 arrays[name][at] = values[inside]
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(buffer.getvalue())

@@ -21,12 +21,13 @@ from filelock import FileLock
 from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
-from latentact.checkpoint import disk_full, save_tensors, whole_folder
 from latentact.data.cache import FrameStore, writable
 from latentact.data.digest import blake2b
-from latentact.data.progress import Progress
 from latentact.errors import UserError, missing_extra
+from latentact.io.atomic import atomic_dir, disk_full
+from latentact.io.tensors import save_tensors
 from latentact.lams.targets import TargetConfig
+from latentact.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def frozen_features(
         with FileLock(writable(folder / f"{key}.lock")):
             if not entry.is_dir():
                 size = _compute(store, target.grid, backbone, partial)
-                with whole_folder(entry) as made:
+                with atomic_dir(entry) as made:
                     partial.rename(made / "features")
                     (made / "size").write_text(str(size))
     except OSError as error:

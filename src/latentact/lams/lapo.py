@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
-from latentact.checkpoint import load_weights, read_pickled
 from latentact.errors import UserError
+from latentact.io.tensors import load_weights
+from latentact.io.unpickle import read_pickled
 from latentact.lams.model import LAMS, LatentActionModel, action_loss, floats, pairs
 from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
 from latentact.nn.grid import GridDecoder, GridEncoder

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from latentact.checkpoint import read_pickled
-from latentact.data.resize import resize
+from latentact.data.decode.resize import resize
 from latentact.errors import UserError
+from latentact.io.unpickle import read_pickled
 from latentact.lams.model import LAMS, LatentActionModel, pairs
 from latentact.nn.cvivit import CELLS, CViViT, cells
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig

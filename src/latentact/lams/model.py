@@ -13,22 +13,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from latentact.checkpoint import (
-    WEIGHTS,
-    load_tensors,
-    load_weights,
-    push_folder,
-    read_json,
-    require_weights,
-    resolve_path,
-    save_tensors,
-    weights_hash,
-    whole_folder,
-    write_json,
-)
 from latentact.config import from_dict, to_dict
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
+from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.io.hub import push_folder, resolve_path
+from latentact.io.tensors import (
+    WEIGHTS,
+    load_tensors,
+    load_weights,
+    require_weights,
+    save_tensors,
+    weights_hash,
+)
 from latentact.quantizers.quantizer import Quantized
 from latentact.registry import Registry
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
@@ -145,7 +142,7 @@ class LatentActionModel(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and `spec.json`, whole or not at all."""
-        with whole_folder(Path(folder)) as partial:
+        with atomic_dir(Path(folder)) as partial:
             self.write(partial)
 
     def write(self, folder: Path) -> None:

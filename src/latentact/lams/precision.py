@@ -9,7 +9,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from latentact.data.footage import Footage
+from latentact.data.decode.stream import FrameStream
 from latentact.data.format import Unreadable
 from latentact.device import multiplies_bf16, multiplies_int8
 from latentact.lams.encode_unit import encode_clip
@@ -31,13 +31,13 @@ def prepared(model: LatentActionModel, precision: str) -> LatentActionModel:
 
 
 def fastest_faithful(
-    model: LatentActionModel, footage: Footage, gap: int, device: str, workers: int, states: States | None
+    model: LatentActionModel, stream: FrameStream, gap: int, device: str, workers: int, states: States | None
 ) -> str:
     """Return int8, bf16 or fp32: the first that the device multiplies natively and that keeps the codes.
 
     Args:
         model: in evaluation mode, on the device.
-        footage: the data, of whose first transitions 99 % have to stay the same; without a codebook, 99 % of
+        stream: the data, of whose first transitions 99 % have to stay the same; without a codebook, 99 % of
             their variance.
         gap: frames between the two moments of a transition.
         device: cpu, cuda or mps.
@@ -47,14 +47,14 @@ def fastest_faithful(
     native = {"int8": multiplies_int8(device), "bf16": multiplies_bf16(device)}
     if not any(native.values()):
         return "fp32"
-    number = next(i for i, length in enumerate(footage.lengths) if length > gap)
-    frames, picks = [], []
-    with closing(footage.episodes([number], workers)) as episodes:
+    number = next(i for i, length in enumerate(stream.lengths) if length > gap)
+    frames, frame_indices = [], []
+    with closing(stream.episodes([number], workers)) as episodes:
         _, chunks = next(episodes)
         try:
             for chunk in chunks:
                 frames.append(chunk.frames)
-                picks += chunk.picks
+                frame_indices += chunk.frame_indices
                 if sum(map(len, frames)) > _TRIED * gap:
                     break
         except Unreadable:
@@ -62,7 +62,7 @@ def fastest_faithful(
     clip = torch.from_numpy(np.concatenate(frames)[::gap][: _TRIED + 1]).permute(0, 3, 1, 2)
     clip, state = clip.to(device), None
     if states:
-        told = states(number, picks[::gap][: len(clip)])[None].astype(np.float32)
+        told = states(number, frame_indices[::gap][: len(clip)])[None].astype(np.float32)
         state = torch.from_numpy(told).to(device)
     exact = encode_clip(model, clip[None], "fp32", state=state)
     what = "variance of the latent actions" if exact.codes is None else "codes"

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from latentact.checkpoint import write_json
 from latentact.data.cache import cache_folder
+from latentact.data.decode.resize import resize
 from latentact.data.digest import blake2b
-from latentact.data.resize import resize
-from latentact.data.tokens import CODES, KINDS, TOKENS_KEY, VALID
+from latentact.data.latents import CODES, KINDS, TOKENS_KEY, VALID
 from latentact.errors import UserError
+from latentact.io.atomic import write_json
 from latentact.lams.model import LatentActionModel
 
 

@@ -19,9 +19,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from latentact.checkpoint import WEIGHTS, load_tensors, load_weights, read_json
 from latentact.config import from_dict
 from latentact.errors import UserError
+from latentact.io.atomic import read_json
+from latentact.io.tensors import WEIGHTS, load_tensors, load_weights
 from latentact.lams.model import LAMS, LatentActionModel, action_loss, batched, floats
 from latentact.nn.st_transformer import StDecoder, StEncoder
 from latentact.quantizers.quantizer import BottleneckConfig

@@ -12,19 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.checkpoint import (
-    WEIGHTS,
-    load_tensors,
-    load_weights,
-    read_json,
-    resolve_folder,
-    save_tensors,
-    whole_folder,
-    write_json,
-)
 from latentact.config import from_dict, to_dict
 from latentact.data.samples import PolicyBatch
 from latentact.errors import UserError
+from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.io.hub import resolve_folder
+from latentact.io.tensors import WEIGHTS, load_tensors, load_weights, save_tensors
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
@@ -311,7 +304,7 @@ class Policy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and where it has one `spec.json`, whole or not at all."""
-        with whole_folder(Path(folder)) as partial:
+        with atomic_dir(Path(folder)) as partial:
             self.write(partial)
 
     def write(self, folder: Path) -> None:
@@ -325,7 +318,7 @@ class Policy(nn.Module):
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
         """Upload the checkpoint to the Hugging Face hub and return its address."""
-        from latentact.checkpoint import push_folder
+        from latentact.io.hub import push_folder
 
         return push_folder(self.write, repo_id, private)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from latentact.checkpoint import write_json
-from latentact.data.progress import Progress
 from latentact.device import require_device
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.evaluation.rollout import mean_interval
 from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
 from latentact.guided_policy import GuidedPolicy, load_guided_policy
+from latentact.io.atomic import write_json
+from latentact.progress import Progress
 
 log = logging.getLogger(__name__)
 

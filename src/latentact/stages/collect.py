@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from latentact.data.progress import Progress
-from latentact.data.record import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
 from latentact.envs.distract import NUISANCE, Distraction
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
+from latentact.progress import Progress
 
 log = logging.getLogger(__name__)
 

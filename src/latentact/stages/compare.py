@@ -16,7 +16,7 @@ from typing import Any
 
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.clips import choose_labelled, split_episodes
+from latentact.data.splits import choose_labeled, split_episodes
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
@@ -119,7 +119,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         )
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
-        choose_labelled(train, max(config.ks, default=0), seed)
+        choose_labeled(train, max(config.ks, default=0), seed)
     bottleneck = getattr(config.lam, "bottleneck", None)
     if "latent_joint" in config.methods and bottleneck and bottleneck.kind not in ("none", "kl"):
         raise UserError(

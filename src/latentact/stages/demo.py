@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentact.checkpoint import read_json, write_json
 from latentact.config import load_experiment
-from latentact.data.clips import choose_labelled, split_sizes
+from latentact.data.splits import choose_labeled, split_sizes
+from latentact.io.atomic import read_json, write_json
 from latentact.stages import collect, compare, report
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run(config: DemoConfig) -> report.ReportResult:
     comparison = load_experiment(
         "compare", compare.CompareConfig, [f"experiment={config.experiment}", *fixed, *config.overrides]
     )
-    choose_labelled(range(split_sizes(config.episodes, comparison.held_out)[0]), config.k, config.seed)
+    choose_labeled(range(split_sizes(config.episodes, comparison.held_out)[0]), config.k, config.seed)
     demonstrations = collect.CollectConfig(
         env=comparison.env, out=str(data), episodes=config.episodes, seed=config.seed, view=comparison.view
     )

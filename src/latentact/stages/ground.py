@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from latentact.checkpoint import write_json
 from latentact.data.cache import FrameStore
-from latentact.data.clips import choose_labelled, split_episodes
+from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import PolicyBatch, PolicySamples
-from latentact.data.tokens import Labels, read_labels
+from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError
+from latentact.io.atomic import write_json
 from latentact.lams.model import action_loss
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.policy import Policy
@@ -77,7 +77,7 @@ def run(config: GroundConfig, out: Path) -> Path:
     if store.action_space is None:
         raise UserError(f"{store.path} has no robot actions to ground in; give labels of data that has some.")
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labelled = choose_labelled(train, config.labelled_episodes, config.split_seed)
+    labelled = choose_labeled(train, config.labelled_episodes, config.split_seed)
 
     torch.manual_seed(config.training.seed)
     policy = latent.ground(config.decoder, store.action_space)

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from latentact.checkpoint import write_json
-from latentact.data.progress import Progress
-from latentact.data.resize import resize
+from latentact.data.decode.resize import resize
 from latentact.device import require_device
 from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, did_you_mean
 from latentact.evaluation.imitation_page import write_page
-from latentact.evaluation.rollout import write_video
 from latentact.guidance import LatentActionExtractor, LatentGuidedInference, video_frames
 from latentact.guide import Guide, agreement
+from latentact.io.atomic import write_json
+from latentact.io.video_writer import write_video
+from latentact.progress import Progress
 from latentact.robots.control import ControlLog, control
 from latentact.robots.safety import Safety
 from latentact.robots.setup import RobotSetup, RobotView, make_robot

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from latentact.checkpoint import read_json, write_json
 from latentact.data.cache import DataConfig, FrameStore, open_store
-from latentact.data.clips import split_episodes
+from latentact.data.splits import split_episodes
 from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra
 from latentact.evaluation.inspect_lam import inspect_lam
 from latentact.evaluation.inspect_page import write_page
+from latentact.io.atomic import read_json, write_json
 from latentact.lams.encode import gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 

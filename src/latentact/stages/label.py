@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from latentact.checkpoint import read_json
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
-from latentact.data.footage import Footage
-from latentact.data.tokens import MANIFEST, Labels, write_labels
+from latentact.data.decode.stream import FrameStream
+from latentact.data.latents import MANIFEST, Labels, write_labels
 from latentact.device import require_device
 from latentact.errors import UserError
+from latentact.io.atomic import read_json
 from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
@@ -72,9 +72,9 @@ def run(config: LabelConfig) -> Path:
         return out
     if out.exists():
         raise UserError(f"{out} exists and holds no labels; give another --out.")
-    footage = Footage(data)
-    gap = gap_in_frames(model.spec, footage.fps, footage.path, config.frame_gap_s)
-    encoded = encode_dataset(model, footage, gap, options)
+    stream = FrameStream(data)
+    gap = gap_in_frames(model.spec, stream.fps, stream.path, config.frame_gap_s)
+    encoded = encode_dataset(model, stream, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
     labels = Labels(

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.checkpoint import read_json, whole_folder, write_json
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
-from latentact.data.columns import Column, add_columns
-from latentact.data.convert import convert
-from latentact.data.footage import Footage
+from latentact.data.decode.stream import FrameStream
 from latentact.data.format import Source
-from latentact.data.lerobot import LeRobotSource, lerobot_version, local_dataset
-from latentact.data.record import require_lerobot
-from latentact.data.tokens import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
+from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
+from latentact.data.lerobot.columns import Column, add_columns
+from latentact.data.lerobot.convert import convert
+from latentact.data.lerobot.source import LeRobotSource, lerobot_version, local_dataset
+from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
+from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
@@ -109,13 +109,13 @@ def run(config: PrecomputeConfig) -> Path:
     if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
         raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")
     spec = model.spec
-    footage = Footage(
+    stream = FrameStream(
         DataConfig(path=str(path), camera=config.camera_key, resolution=spec.resolution, resize=spec.resize)
     )
-    gap = gap_in_frames(model.spec, footage.fps, path, config.frame_gap_s)
+    gap = gap_in_frames(model.spec, stream.fps, path, config.frame_gap_s)
     asked = {
         "weights": model.spec.weights,
-        "frames": footage.key,
+        "frames": stream.key,
         "gap": gap,
         "model": to_dict(model.config),
         **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
@@ -123,14 +123,14 @@ def run(config: PrecomputeConfig) -> Path:
     if options.share.rank == 0 and _finished(out, asked, config):
         return out
     if config.output != "file":
-        _require_rows(footage)
-    encoded = encode_dataset(model, footage, gap, options)
+        _require_rows(stream)
+    encoded = encode_dataset(model, stream, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
-    sidecar = {"asked": asked, **_provenance(config, footage, encoded)}
+    sidecar = {"asked": asked, **_provenance(config, stream, encoded)}
     _clear_drafts(out)
-    with whole_folder(out) as folder:
-        _write(folder, config, footage, encoded, sidecar)
+    with atomic_dir(out) as folder:
+        _write(folder, config, stream, encoded, sidecar)
     log.info(
         "%d of %d frames of %d episodes have tokens: %s",
         encoded.valid.sum(),
@@ -160,17 +160,17 @@ def _finished(out: Path, asked: dict[str, Any], config: PrecomputeConfig) -> boo
     return True
 
 
-def _require_rows(footage: Footage) -> None:
+def _require_rows(stream: FrameStream) -> None:
     """Check that the data can get columns."""
     require_lerobot()
-    if footage.resampled:
+    if stream.resampled:
         raise UserError(
-            f"the videos of {footage.path} differ in rate, so their frames cannot be rows of one dataset; "
+            f"the videos of {stream.path} differ in rate, so their frames cannot be rows of one dataset; "
             f"use --output file."
         )
 
 
-def _provenance(config: PrecomputeConfig, footage: Footage, encoded: Encoded) -> dict[str, Any]:
+def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: Encoded) -> dict[str, Any]:
     software = {}
     for name in ("latentact", "lerobot", "torch", "av"):
         try:
@@ -180,8 +180,8 @@ def _provenance(config: PrecomputeConfig, footage: Footage, encoded: Encoded) ->
     return {
         "model": config.lam_model_path,
         "spec": asdict(encoded.spec),
-        "dataset": config.dataset_repo_id or footage.path.resolve().name,
-        "camera": footage.source.camera,
+        "dataset": config.dataset_repo_id or stream.path.resolve().name,
+        "camera": stream.source.camera,
         "digest": encoded.key,
         "frame_gap_s": encoded.spec.frame_gap_s,
         "tokens": config.tokens,
@@ -201,20 +201,20 @@ def _clear_drafts(out: Path) -> None:
 def _write(
     folder: Path,
     config: PrecomputeConfig,
-    footage: Footage,
+    stream: FrameStream,
     encoded: Encoded,
     sidecar: dict[str, Any],
 ) -> None:
     """Write the output into an empty folder."""
     if config.output == "file":
-        rows = _table_rows(footage.source, encoded)
+        rows = _table_rows(stream.source, encoded)
         write_json(folder / SIDECAR, sidecar)
-    elif lerobot_version(footage.path).startswith("v3"):
-        rows = _table_rows(footage.source, encoded)
-        add_columns(footage.path, folder, _columns(config, encoded, rows.place))
+    elif lerobot_version(stream.path).startswith("v3"):
+        rows = _table_rows(stream.source, encoded)
+        add_columns(stream.path, folder, _columns(config, encoded, rows.place))
     else:
         converted = folder / ".converted"
-        rows = _episode_rows(encoded, convert(footage, converted, encoded.episodes.tolist()))
+        rows = _episode_rows(encoded, convert(stream, converted, encoded.episodes.tolist()))
         add_columns(converted, folder, _columns(config, encoded, rows.place))
         shutil.rmtree(converted)
     if config.output != "file":
@@ -247,7 +247,7 @@ def _table_rows(source: Source, encoded: Encoded) -> _Rows:
         return _episode_rows(encoded, encoded.episodes.tolist())
     place = np.full(source.tables.rows, -1)
     first = np.array(source.first_rows)[encoded.episodes]
-    place[np.repeat(first, encoded.lengths) + encoded.picks] = np.arange(len(encoded.picks))
+    place[np.repeat(first, encoded.lengths) + encoded.frame_indices] = np.arange(len(encoded.frame_indices))
     episode, frame = source.column("episode_index"), source.column("frame_index")
     assert episode is not None
     assert frame is not None

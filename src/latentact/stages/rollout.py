@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from latentact.checkpoint import read_json
 from latentact.device import require_device
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.evaluation.rollout import rollout, save_rollout
+from latentact.io.atomic import read_json
 from latentact.policies.actor import PolicyActor
 from latentact.policies.policy import Policy
 

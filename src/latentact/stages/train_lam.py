@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from latentact.checkpoint import whole_file, write_json
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.clips import Clips, choose_labelled, frame_gap, split_episodes
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.windows import Clips, frame_gap
 from latentact.errors import UserError
 from latentact.evaluation.lam import LamEvaluation, evaluate_lam
+from latentact.io.atomic import atomic_write, write_json
 from latentact.lams.frozen_features import with_features
 from latentact.lams.model import LAMS, LatentActionModel
 from latentact.training.fit import TrainingConfig, fit
@@ -62,7 +63,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     store = open_store(config.data)
     gap = frame_gap(store, config.frame_gap_s)
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labelled = choose_labelled(train, config.labelled_episodes, config.split_seed)
+    labelled = choose_labeled(train, config.labelled_episodes, config.split_seed)
 
     cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
@@ -128,7 +129,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     for warning in evaluation.numbers["warnings"]:
         log.warning(warning)
     model.cpu().write(out)
-    with whole_file(out / "lam.npz") as partial:
+    with atomic_write(out / "lam.npz") as partial:
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {**evaluation.arrays}
         np.savez_compressed(buffer, **arrays)

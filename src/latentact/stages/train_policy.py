@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentact.checkpoint import write_json
 from latentact.config import choice
 from latentact.data.cache import DataConfig, FrameStore, open_store
-from latentact.data.clips import choose_labelled, split_episodes
+from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import PolicySamples, vocabulary
-from latentact.data.tokens import Labels, read_labels
+from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError
+from latentact.io.atomic import write_json
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
@@ -70,7 +70,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     else:
         pseudo = None if guide else labels
         if pseudo is None:
-            train = choose_labelled(train, config.labelled_episodes, config.split_seed)
+            train = choose_labeled(train, config.labelled_episodes, config.split_seed)
         target, values, exists, space = _action_targets(pseudo, store, train, held_out)
         stride = 1
 

@@ -21,16 +21,16 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
 
-from latentact.checkpoint import read_json, whole_folder, write_json
 from latentact.data.cache import DataConfig
-from latentact.data.footage import Footage
-from latentact.data.lerobot import lerobot_version, local_dataset
-from latentact.data.progress import Progress
-from latentact.data.record import require_lerobot
-from latentact.data.token_dataset import TokenDataset
-from latentact.data.tokens import TokenFile, read_token_file
+from latentact.data.decode.stream import FrameStream
+from latentact.data.latents import TokenFile, read_token_file
+from latentact.data.lerobot.source import lerobot_version, local_dataset
+from latentact.data.lerobot.token_dataset import TokenDataset
+from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
 from latentact.errors import UserError
+from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.progress import Progress
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import begin_run, finished
 
@@ -204,7 +204,7 @@ def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
     """Refuse tokens of a dataset with as many rows but other pictures."""
     camera = str(tokens.metadata.get("camera", ""))
     data = DataConfig(path=str(root), camera=camera, resolution=tokens.spec.resolution)
-    if Footage(data).key != tokens.digest:
+    if FrameStream(data).key != tokens.digest:
         raise UserError(
             f"{tokens.path} holds tokens of other pictures than those of {root}; precompute the tokens of "
             f"this dataset."
@@ -280,7 +280,7 @@ class _Trainee:
         """Write a checkpoint of LeRobot's form, whole or not at all."""
         from lerobot.common.train_utils import save_checkpoint, update_last_checkpoint
 
-        with whole_folder(folder) as partial:
+        with atomic_dir(folder) as partial:
             save_checkpoint(
                 partial,
                 step,

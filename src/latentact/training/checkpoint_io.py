@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from latentact.checkpoint import load_tensors, read_json, save_tensors, whole_folder
+from latentact.io.atomic import atomic_dir, read_json
+from latentact.io.tensors import load_tensors, save_tensors
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -20,7 +21,7 @@ class FolderCheckpointIO(CheckpointIO):
         """Write a checkpoint; the folder appears only when all of it is on disk."""
         tensors: dict[str, torch.Tensor] = {}
         structure = _pack(checkpoint, tensors, "")
-        with whole_folder(Path(path)) as folder:
+        with atomic_dir(Path(path)) as folder:
             save_tensors(folder / "state.safetensors", tensors)
             (folder / "state.json").write_text(json.dumps(structure))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from latentact.checkpoint import whole_file
+from latentact.io.atomic import atomic_write
 
 
 class MetricsCsv(Logger):
@@ -48,7 +48,7 @@ class MetricsCsv(Logger):
         assert step is not None
         self.rows.setdefault(step, {"step": step}).update({k: f"{v:.6g}" for k, v in metrics.items()})
         columns = dict.fromkeys(k for row in self.rows.values() for k in row)
-        with whole_file(self.path) as partial, partial.open("w", newline="") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*columns])
             writer.writeheader()
             writer.writerows(self.rows[s] for s in sorted(self.rows))

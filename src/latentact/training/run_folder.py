@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from latentact.checkpoint import whole_file
 from latentact.config import to_dict
 from latentact.errors import UserError
+from latentact.io.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
 
 def begin_run(out: Path, config: Any) -> None:
     """Write `config.yaml`, once everything that the config names has turned out to be usable."""
-    with whole_file(out / "config.yaml") as partial:
+    with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_asked(config), sort_keys=False))
 
 

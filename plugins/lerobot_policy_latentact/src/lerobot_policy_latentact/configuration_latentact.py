@@ -15,8 +15,8 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 
-from latentact.checkpoint import read_json
 from latentact.errors import UserError
+from latentact.io.atomic import read_json
 
 if TYPE_CHECKING:
     from latentact.lams.frozen import FrozenLam

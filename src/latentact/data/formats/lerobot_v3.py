@@ -9,8 +9,8 @@ from typing import Any
 
 from latentact.data.digest import Memo
 from latentact.data.format import FORMATS, choose_camera
-from latentact.data.lerobot import LeRobotSource, Recording, lerobot_version
-from latentact.data.tables import Tables, cameras
+from latentact.data.lerobot.source import LeRobotSource, Recording, lerobot_version
+from latentact.data.lerobot.tables import Tables, cameras
 from latentact.errors import UserError, missing_extra
 
 

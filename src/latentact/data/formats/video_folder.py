@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from latentact.data.decode.video import SUFFIXES, decode, probe
 from latentact.data.digest import Memo, file_digest
 from latentact.data.format import FORMATS, Episode, Unreadable
-from latentact.data.video import SUFFIXES, decode, probe
 from latentact.errors import UserError
 
 _SAME_RATE = 0.01

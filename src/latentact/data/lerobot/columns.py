@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from latentact.checkpoint import read_json
-from latentact.data.record import number_statistics
-from latentact.data.tables import Tables
+from latentact.data.lerobot.tables import Tables
+from latentact.data.lerobot.writer import number_statistics
 from latentact.errors import UserError
+from latentact.io.atomic import read_json
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 

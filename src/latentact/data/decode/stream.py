@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from latentact.data.build import Chunk, decoded, require_shape, unreadable_message
-from latentact.data.cache import DataConfig, find
+from latentact.data.cache import DataConfig, resolve_source
+from latentact.data.decode.pipeline import Chunk, decoded, require_shape, unreadable_message
 from latentact.data.format import Source, Unreadable
 from latentact.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
 
 
-class Footage:
+class FrameStream:
     """What `config` names, decoded as `open_store` would.
 
     Args:
@@ -32,7 +32,7 @@ class Footage:
 
     def __init__(self, config: DataConfig) -> None:
         """Look at what is there; no frame is decoded."""
-        self._plan, self._folder, memo = find(config)
+        self._plan, self._folder, memo = resolve_source(config)
         with suppress(OSError):  # on a full or read-only disk no more is lost than a note
             memo.save()
         self.path = Path(config.path)
@@ -69,15 +69,15 @@ class Footage:
                     yield number, self._checked(self.source.episodes[number].label, chunks)
             return
         meta = json.loads((self._folder / "meta.json").read_text())
-        lengths, kept, picks = (
-            np.load(self._folder / f"{name}.npy") for name in ("lengths", "episodes", "picks")
+        lengths, kept, frame_indices = (
+            np.load(self._folder / f"{name}.npy") for name in ("lengths", "episodes", "frame_indices")
         )
         frames = np.memmap(self._folder / "frames", dtype=np.uint8, mode="r", shape=tuple(meta["shape"]))
         ends = {int(n): int(end) for n, end in zip(kept, lengths.cumsum(), strict=True)}
         sizes = dict(zip(kept.tolist(), lengths.tolist(), strict=True))
         for number in numbers:
             if number in ends:
-                yield number, _stored(frames, picks, ends[number] - sizes[number], ends[number])
+                yield number, _stored(frames, frame_indices, ends[number] - sizes[number], ends[number])
             else:
                 yield number, _damaged(meta["unreadable"][self.source.episodes[number].label])
 
@@ -93,11 +93,11 @@ class Footage:
             raise
 
 
-def _stored(frames: np.ndarray, picks: np.ndarray, begin: int, end: int) -> Iterator[Chunk]:
+def _stored(frames: np.ndarray, frame_indices: np.ndarray, begin: int, end: int) -> Iterator[Chunk]:
     step = max(1, _CHUNK_BYTES // max(1, frames[0].nbytes))
     for first in range(begin, end, step):
         rows = slice(first, min(first + step, end))
-        yield Chunk(np.array(frames[rows]), [], picks[rows].tolist())
+        yield Chunk(np.array(frames[rows]), [], frame_indices[rows].tolist())
 
 
 def _damaged(reason: str) -> Iterator[Chunk]:

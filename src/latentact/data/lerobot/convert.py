@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from latentact.data.columns import link
-from latentact.data.footage import Footage
+from latentact.data.decode.stream import FrameStream
+from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
 from latentact.data.formats.video_folder import VideoFolderSource
-from latentact.data.lerobot import LeRobotSource
-from latentact.data.progress import Progress
-from latentact.data.record import EPISODES_FILE, Table, number_statistics, pixel_statistics
-from latentact.data.tables import Span
-from latentact.data.video import decode
+from latentact.data.lerobot.columns import link
+from latentact.data.lerobot.source import LeRobotSource
+from latentact.data.lerobot.tables import Span
+from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
 from latentact.errors import UserError
+from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -46,22 +46,22 @@ class _Take:
     """Returns its numbers, texts and pictures."""
 
 
-def convert(footage: Footage, out: Path, numbers: Sequence[int]) -> list[int]:
+def convert(stream: FrameStream, out: Path, numbers: Sequence[int]) -> list[int]:
     """Write episodes of a dataset as a LeRobot v3 dataset; returns those whose files are all there.
 
     Args:
-        footage: a LeRobot v2 dataset or a folder of videos.
+        stream: a LeRobot v2 dataset or a folder of videos.
         out: folder to create.
         numbers: places of the episodes in the data's list, ascending.
 
     Raises:
         UserError: the data is something else, its videos cannot be rows of one dataset, or one is damaged.
     """
-    source, fps = footage.source, footage.fps
+    source, fps = stream.source, stream.fps
     if isinstance(source, LeRobotSource):
-        info = json.loads((footage.path / "meta/info.json").read_text())
+        info = json.loads((stream.path / "meta/info.json").read_text())
         features = {k: _feature(v) for k, v in info["features"].items() if k not in _BOOKKEEPING}
-        takes = {number: _recorded(footage.path, info, source, number) for number in numbers}
+        takes = {number: _recorded(stream.path, info, source, number) for number in numbers}
         takes = {n: take for n, take in takes.items() if all(file.is_file() for file in take.videos.values())}
         robot = info.get("robot_type")
     elif isinstance(source, VideoFolderSource):
@@ -69,15 +69,15 @@ def convert(footage: Footage, out: Path, numbers: Sequence[int]) -> list[int]:
         height, width, _ = next(source.frames(numbers[0]))[1].shape
         features = {VIDEO_KEY: _feature({"dtype": "video", "shape": (height, width, 3)})}
     else:
-        raise UserError(f"{footage.path} is no LeRobot dataset and no folder of videos; use --output file.")
+        raise UserError(f"{stream.path} is no LeRobot dataset and no folder of videos; use --output file.")
     if abs(fps - round(fps)) > 1e-3:
         raise UserError(
-            f"{footage.path} has {fps:g} frames per second, and LeRobot datasets a whole number; "
+            f"{stream.path} has {fps:g} frames per second, and LeRobot datasets a whole number; "
             f"use --output file."
         )
     if not takes:
         raise UserError(
-            f"{footage.path} has no episode of which every camera's video is there; copy them too."
+            f"{stream.path} has no episode of which every camera's video is there; copy them too."
         )
     try:
         _write(out, features, round(fps), robot, list(takes.values()))

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from latentact.data.decode.video import at_times, decode
 from latentact.data.digest import Memo, blake2b, file_digest
 from latentact.data.format import Episode, Unreadable
-from latentact.data.tables import Tables, action_space
-from latentact.data.video import at_times, decode
+from latentact.data.lerobot.tables import Tables, action_space
 from latentact.errors import UserError, missing_extra
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.clips import Clips, choose_labelled, frame_gap, split_episodes
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.windows import Clips, frame_gap
 from latentact.errors import UserError
 
 
@@ -132,11 +133,11 @@ def test_a_single_episode_is_both_and_says_so(tmp_path, caplog):
 def test_labelled_episodes_are_nested():
     train = np.array([3, 5, 8, 9, 11, 20])
     for seed in range(5):
-        chosen = [set(choose_labelled(train, k, seed).tolist()) for k in range(7)]
+        chosen = [set(choose_labeled(train, k, seed).tolist()) for k in range(7)]
         assert [len(c) for c in chosen] == list(range(7))
         assert all(a <= b for a, b in itertools.pairwise(chosen))
-    assert choose_labelled(train, None, 0).tolist() == train.tolist()
+    assert choose_labeled(train, None, 0).tolist() == train.tolist()
     with pytest.raises(
         UserError, match="7 labelled episodes are asked for and there are 6 training episodes"
     ):
-        choose_labelled(train, 7, 0)
+        choose_labeled(train, 7, 0)

@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from latentact.checkpoint import (
-    load_tensors,
-    read_json,
-    read_pickled,
-    save_tensors,
-    whole_file,
-    whole_folder,
-    write_json,
-)
 from latentact.config import from_dict, to_dict
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.errors import UserError
+from latentact.io.atomic import atomic_dir, atomic_write, read_json, write_json
+from latentact.io.tensors import load_tensors, save_tensors
+from latentact.io.unpickle import read_pickled
 from latentact.types import LatentActionSpec
 
 if TYPE_CHECKING:
@@ -68,7 +62,7 @@ def write_labels(out: Path, labels: Labels, digest: str, provenance: dict[str, A
     arrays = {"vectors": labels.vectors, "continuous": labels.continuous, "valid": labels.valid}
     if labels.codes is not None:
         arrays["codes"] = labels.codes
-    with whole_folder(out) as folder:
+    with atomic_dir(out) as folder:
         save_tensors(folder / TOKENS, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         data = {**to_dict(labels.data), "path": str(Path(labels.data.path).absolute())}
         manifest = {
@@ -168,10 +162,10 @@ def write_token_files(folder: Path, arrays: Mapping[str, np.ndarray], metadata: 
 
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
     text = json.dumps(metadata)
-    with whole_file(folder / TOKENS) as partial:
+    with atomic_write(folder / TOKENS) as partial:
         save_file(tensors, partial, metadata={"latentact": text})
         partial.chmod(0o644)
-    with whole_file(folder / TOKENS_PT) as partial, partial.open("wb") as file:
+    with atomic_write(folder / TOKENS_PT) as partial, partial.open("wb") as file:
         torch.save({**tensors, "metadata": json.loads(text)}, file)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from latentact.data.record import number_statistics
-from latentact.data.tokens import VALID, TokenFile
+from latentact.data.latents import VALID, TokenFile
+from latentact.data.lerobot.writer import number_statistics
 
 
 class TokenDataset(Dataset[dict[str, Any]]):

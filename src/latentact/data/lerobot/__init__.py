@@ -1,0 +1,1 @@
+"""LeRobot datasets: read, convert, extend and write."""

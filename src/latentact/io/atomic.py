@@ -1,0 +1,84 @@
+"""Files and folders that appear complete or not at all, and JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from latentact.errors import UserError
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path` that takes its place when the block ends without an error.
+
+    Raises:
+        UserError: the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if disk_full(error):
+            raise UserError(
+                f"the disk of {path.parent} is full; free some space and run the same command again."
+            ) from error
+        raise
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a new file name beside `path` that takes its place when the block ends without an error.
+
+    Raises:
+        UserError: the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if disk_full(error):
+            raise UserError(
+                f"the disk of {path.parent} is full; free some space and run the same command again."
+            ) from error
+        raise
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that no space is left, also when a library rewrote it."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write json atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read json.
+
+    Raises:
+        UserError: the file is missing or is not json.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); give the folder of a finished run.") from error

@@ -1,0 +1,35 @@
+"""Write frames as a video that browsers play."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+SMALLEST_VIDEO = 224
+"""Height and width in pixels below which a video is enlarged for the person who watches it."""
+
+
+def write_video(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int | float) -> None:
+    """Write an h264 video that every browser plays, whole or not at all.
+
+    Small frames are enlarged by a whole factor; an odd height or width loses its last row or column.
+    """
+    import av
+
+    factor = max(1, -(-SMALLEST_VIDEO // max(frames.shape[1:3])))
+    draft = path.with_name(path.name + ".tmp")
+    with av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        rate = Fraction(fps).limit_denominator(1000)
+        stream: Any = container.add_stream("libx264", rate, options={"crf": "18"})
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            large = frame.repeat(factor, axis=0).repeat(factor, axis=1)
+            large = np.ascontiguousarray(large[: large.shape[0] // 2 * 2, : large.shape[1] // 2 * 2])
+            stream.height, stream.width = large.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
+        container.mux(stream.encode())
+    draft.replace(path)
