@@ -102,11 +102,8 @@ class Unit:
             for chunk in chunks:
                 self._end += len(chunk.frames)
                 self._held.append(chunk.frames)
-                (
-                    self._states(number, chunk.frame_indices)
-                    if self._states
-                    else np.zeros((len(chunk.frame_indices), 0))
-                )
+                states = np.zeros((len(chunk.frames), 0))
+                states = self._states(number, chunk.frame_indices) if self._states else states
                 self._held_states.append(states.astype(np.float32))
                 frame_indices += chunk.frame_indices
                 self._queue(start, self._stretch)
