@@ -24,6 +24,8 @@ class ActionSpace:
 
     kind: Literal["discrete", "continuous"]
     size: int
+    values: tuple[int, ...] = ()
+    """The number that stands for each class in the data and in the environment; empty: 0 to size - 1."""
 
     @property
     def discrete(self) -> bool:

@@ -1,0 +1,124 @@
+"""Metadata files as typed records: JSON, JSON lines and parquet are validated once, here.
+
+Whatever is wrong with a file becomes a `UserError` that names the file, the field, what it must be and what it
+is. A record is a pydantic model with the fields that are used; fields that it does not name are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from latentact.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_SHOWN = 60
+
+
+class Record(BaseModel):
+    """What a metadata file or one line of it holds; values keep their JSON type (`"3"` is not 3)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+def parse_record[R: Record](kind: type[R], values: Any, where: str) -> R:
+    """Return `values` as a record.
+
+    Args:
+        kind: the record's class.
+        values: what the file holds.
+        where: what messages call the place: the file, or the file and the line.
+
+    Raises:
+        UserError: a field is missing or is not what the record says.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first(error)}; repair the file or copy it again.") from error
+
+
+def read_record[R: Record](kind: type[R], file: Path) -> R:
+    """Return a JSON file as a record.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or does not fit.
+    """
+    return parse_record(kind, parse_json(read_text(file), str(file)), str(file))
+
+
+def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
+    """Return the lines of a JSON lines file as records; empty lines are left out.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not JSON or does not fit.
+    """
+    lines = [(n, line) for n, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
+    return [parse_record(kind, parse_json(line, f"{file}, line {n}"), f"{file}, line {n}") for n, line in lines]
+
+
+def read_text(file: Path) -> str:
+    """Return a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} must be UTF-8 text, got byte {error.start} that is not.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again.") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return what JSON text holds.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); repair the file or copy it again.") from error
+
+
+def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """Return a parquet file, or the named columns of it.
+
+    Raises:
+        UserError: the file is missing, damaged, not parquet, or lacks a column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as opened:
+            known = opened.schema_arrow.names
+            lacking = [name for name in columns or () if name not in known]
+            if lacking:
+                raise UserError(
+                    f"{file} must have the column {lacking[0]!r}, got {', '.join(known)}; copy the dataset again."
+                )
+            return opened.read(columns=None if columns is None else list(columns))
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be read as parquet ({reason}); copy the dataset again.") from error
+
+
+def _first(error: ValidationError) -> str:
+    """Describe the first problem: field, what it must be, what it is."""
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(map(str, problem["loc"])) or "the content"
+    if problem["type"] == "missing":
+        return f"{field} is missing"
+    wanted = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    got = repr(problem["input"])
+    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
+    return f"{field} must be {wanted}, got {got}"
