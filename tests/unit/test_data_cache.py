@@ -77,7 +77,8 @@ def test_a_store_of_videos(tmp_path, cache):
     assert store.lengths.tolist() == [6, 6, 6]
     assert store.episode.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert store.episode_ids == ("00.mp4", "01.mp4", "02.mp4")
-    assert store.tasks == ("", "", "")
+    assert store.task_texts == ("",)
+    assert not store.task.any()
     assert (store.fps, store.camera, store.state, store.action_space) == (10.0, "", None, None)
     np.testing.assert_allclose(store.timestamps[:6], np.arange(6) / 10)
     assert store.source_rows.tolist() == list(range(18))

@@ -48,22 +48,22 @@ class Journal:
         return next((tuple(line["shape"]) for line in self.lines if "shape" in line), None)
 
 
-def build(plan: DecodeSpec, folder: Path) -> None:
+def build(spec: DecodeSpec, folder: Path) -> None:
     """Make the cache entry `folder`, going on from what an earlier build left in `<folder>.partial`.
 
     Raises:
-        UserError: nothing is readable; something is not and the plan is strict; or sizes differ and the
+        UserError: nothing is readable; something is not and the spec is strict; or sizes differ and the
             resolution is 0. Nothing is left behind.
         OSError: the disk is full; what was decoded is kept for the next build.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:
-        _require_room(plan, partial)
+        _require_room(spec, partial)
         partial.mkdir(exist_ok=True)
         with (partial / "journal.jsonl").open("a+b") as log, (partial / "frames").open("a+b") as frames:
             journal = _resume(log, frames)
-            _append(plan, journal, log, frames)
-        _finish(plan, journal, partial, folder)
+            _append(spec, journal, log, frames)
+        _finish(spec, journal, partial, folder)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -88,21 +88,21 @@ def _resume(log: BinaryIO, frames: BinaryIO) -> Journal:
     return journal
 
 
-def _append(plan: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO) -> None:
+def _append(spec: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO) -> None:
     """Decode what the journal lacks."""
-    todo = range(len(journal.lines), len(plan.source.episodes))
+    todo = range(len(journal.lines), len(spec.source.episodes))
     shape, waiting, committed = journal.shape, [], time.monotonic()
     with (
-        Progress("decoding", _expected_frames(plan), "frames", done=journal.frames) as progress,
-        closing(decoded(plan, todo)) as episodes,
+        Progress("decoding", _expected_frames(spec), "frames", done=journal.frames) as progress,
+        closing(decoded(spec, todo)) as episodes,
     ):
         for number, chunks in episodes:
-            label, begin = plan.source.episodes[number].label, frames.seek(0, os.SEEK_END)
+            label, begin = spec.source.episodes[number].label, frames.seek(0, os.SEEK_END)
             line: dict[str, Any] = {"times": [], "frame_indices": []}
             try:
                 for chunk in chunks:
                     shape = shape or chunk.frames.shape[1:]
-                    require_shape(plan, shape, chunk.frames.shape[1:], label)
+                    require_shape(spec, shape, chunk.frames.shape[1:], label)
                     frames.write(chunk.frames.data)
                     line["times"] += chunk.times
                     line["frame_indices"] += chunk.frame_indices
@@ -111,7 +111,7 @@ def _append(plan: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO)
             except Unreadable as error:
                 frames.truncate(begin)
                 line = {"unreadable": str(error)}
-            if plan.strict and "unreadable" in line:
+            if spec.strict and "unreadable" in line:
                 raise UserError(unreadable_message({label: line["unreadable"]}))
             waiting.append(line)
             if time.monotonic() - committed > _COMMIT_S:
@@ -128,9 +128,9 @@ def _commit(journal: Journal, waiting: list[dict[str, Any]], log: BinaryIO, fram
     waiting.clear()
 
 
-def _finish(plan: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> None:
+def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> None:
     """Turn a partial entry whose episodes are all there into a whole one."""
-    episodes = plan.source.episodes
+    episodes = spec.source.episodes
     broken = {
         episodes[number].label: line["unreadable"]
         for number, line in enumerate(journal.lines)
@@ -139,13 +139,13 @@ def _finish(plan: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
     kept = [number for number, line in enumerate(journal.lines) if "unreadable" not in line]
     if journal.shape is None:
         raise UserError(
-            f"nothing is left to read: {unreadable_message({**plan.source.unreadable, **broken})}"
+            f"nothing is left to read: {unreadable_message({**spec.source.unreadable, **broken})}"
         )
     lines = [journal.lines[number] for number in kept]
     arrays = {
         "episodes": np.array(kept, np.int64),
         "lengths": np.array([len(line["times"]) for line in lines], np.int64),
-        "timestamps": np.concatenate([np.array(line["times"], np.float64) for line in lines]),
+        "frame_times": np.concatenate([np.array(line["times"], np.float64) for line in lines]),
         "frame_indices": np.concatenate([np.array(line["frame_indices"], np.int64) for line in lines]),
     }
     for name, array in arrays.items():
@@ -154,8 +154,8 @@ def _finish(plan: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
             _sync(file)
     meta = {
         "shape": [journal.frames, *journal.shape],
-        "fps": plan.fps or plan.source.fps,
-        "camera": plan.source.camera,
+        "fps": spec.fps or spec.source.fps,
+        "camera": spec.source.camera,
         "unreadable": broken,
     }
     with (partial / "meta.json").open("wb") as file:
@@ -168,25 +168,25 @@ def _finish(plan: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
     os.close(descriptor)
 
 
-def _expected_frames(plan: DecodeSpec) -> int:
+def _expected_frames(spec: DecodeSpec) -> int:
     """Return the number of frames of the whole entry; near where frames are resampled."""
-    ratio = plan.fps / plan.source.fps if plan.fps and plan.source.fps else 1.0
-    return sum(max(1, round(episode.frames * ratio)) for episode in plan.source.episodes)
+    ratio = spec.fps / spec.source.fps if spec.fps and spec.source.fps else 1.0
+    return sum(max(1, round(episode.frames * ratio)) for episode in spec.source.episodes)
 
 
-def needed_bytes(plan: DecodeSpec) -> int:
+def needed_bytes(spec: DecodeSpec) -> int:
     """Return the size of the whole entry; near where frames are resampled, 0 when no frame can be decoded."""
-    for number in range(len(plan.source.episodes)):
+    for number in range(len(spec.source.episodes)):
         with suppress(Unreadable):
-            for _, frame in plan.source.frames(number):
-                size = plan.resolution**2 * frame.shape[-1] if plan.resolution else frame.size
-                return size * _expected_frames(plan)
+            for _, frame in spec.source.frames(number):
+                size = spec.resolution**2 * frame.shape[-1] if spec.resolution else frame.size
+                return size * _expected_frames(spec)
     return 0
 
 
-def _require_room(plan: DecodeSpec, partial: Path) -> None:
+def _require_room(spec: DecodeSpec, partial: Path) -> None:
     there = (partial / "frames").stat().st_size if (partial / "frames").exists() else 0
-    if shutil.disk_usage(partial.parent).free < needed_bytes(plan) - there:
+    if shutil.disk_usage(partial.parent).free < needed_bytes(spec) - there:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial.parent))
 
 

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int64, Shaped, UInt8
 
 from latentact.data.digest import Memo
 from latentact.errors import UserError, did_you_mean
 from latentact.registry import Registry
 from latentact.types import ActionSpace
+
+_MOST_CLASSES = 4096
 
 
 class Unreadable(Exception):
@@ -44,7 +46,7 @@ class Episode:
     file: str
     """The file that holds its frames, relative to the dataset."""
     task: str
-    """Task text; empty where there is none."""
+    """Task text; empty where there is none; all of them, in order, where it changes."""
     frames: int
     """Frames in the data, before resampling."""
     content: str
@@ -68,7 +70,8 @@ class Source(Protocol):
     fps: float
     """Frames per second."""
     uneven: bool
-    """Whether its videos differ in rate; they are then resampled to `fps`, the slowest of them."""
+    """Whether the rate varies, inside a video or between videos; all are then resampled to `fps`, the
+    slowest."""
     resizable: bool
     """Whether frames are pictures; grids of integers are not resized."""
     episodes: Sequence[Episode]
@@ -76,7 +79,13 @@ class Source(Protocol):
     first_rows: Sequence[int]
     """For each episode, the row of `column` at which it begins."""
     unreadable: Mapping[str, str]
-    """Files that cannot be read: relative name -> reason."""
+    """Files and episodes that cannot be read: name -> reason."""
+    skipped: Mapping[str, str]
+    """Files that are no data of this format: relative name -> reason."""
+    notes: Sequence[str]
+    """Sentences about what the reader had to decide or repair."""
+    tasks: Sequence[str]
+    """Task texts, each once."""
     action_space: ActionSpace | None
     """What an action is; None where the data has none."""
     action_names: tuple[str, ...]
@@ -91,7 +100,18 @@ class Source(Protocol):
         ...
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return a numeric column of the data, all rows; None where there is none of this name."""
+        """Return a numeric column of the data, all rows; None where there is none of this name.
+
+        A row without a value is NaN, in integer columns too. `action` of a discrete space holds the data's
+        own numbers.
+
+        Raises:
+            UserError: it is damaged, or rows differ in size.
+        """
+        ...
+
+    def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
+        """Return which of `tasks` each frame of an episode, before resampling, belongs to; -1: none."""
         ...
 
 
@@ -134,10 +154,31 @@ def open_source(path: Path, camera: str, memo: Memo) -> Source:
             f"is claimed by the formats {', '.join(fitting)}" if fitting else "holds no data that can be read"
         )
         raise UserError(
-            f"{path} {found}; wanted a LeRobot dataset (meta/info.json of version 2 or 3), a video, or a "
-            f"folder with videos (mp4, webm, mkv, mov, gif, avi) or npz episodes."
+            f"{path} {found}; give a LeRobot dataset (meta/info.json of version 2 or 3), a video, or a "
+            f"folder with videos (mp4, webm, mkv, mov, gif, avi and others) or npz episodes."
         )
     return FORMATS.get(fitting[0]).open(path, camera, memo)
+
+
+def discrete_space(values: np.ndarray, names: tuple[str, ...] = ()) -> ActionSpace:
+    """Return the space of discrete actions: the classes that names tell, or the values that occur.
+
+    Args:
+        values: whole numbers; NaN: no action.
+        names: of the classes 0, 1, ...; empty: unknown.
+
+    Raises:
+        ValueError: there are more than 4,096 classes.
+    """
+    known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    found = np.unique(known).astype(np.int64)
+    size = max(len(names), len(found), 1)
+    if size > _MOST_CLASSES:
+        raise ValueError(f"discrete actions must have at most {_MOST_CLASSES} classes, got {size}")
+    plain = not len(found) or (found[0] >= 0 and found[-1] < max(len(names), len(found)))
+    if plain:
+        return ActionSpace(kind="discrete", size=size)
+    return ActionSpace(kind="discrete", size=len(found), values=tuple(found.tolist()))
 
 
 def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:

@@ -70,8 +70,8 @@ class PolicySamples(Dataset):
         guide: tuple[np.ndarray, np.ndarray] | None = None,
         offsets: tuple[int, ...] = (),
     ) -> None:
-        self.store, self.target, self.exists = store, target, exists
-        self.rows = np.flatnonzero(exists)
+        self.store, self.target, self.exists = store, target, exists & store.usable
+        self.rows = np.flatnonzero(self.exists)
         if not len(self.rows):
             raise UserError("no step of the data has a target to learn from; label more episodes.")
         self.past = np.arange(1 - frames, 1) * stride
@@ -81,7 +81,7 @@ class PolicySamples(Dataset):
         if guide:
             present = np.where(guide[1], np.arange(len(guide[1])), -1)
             self.last_token = np.maximum.reduceat(present, store.starts)
-        counts = [count_words(task, words) for task in store.tasks]
+        counts = [count_words(task, words) for task in store.task_texts]
         self.words = np.asarray(counts, np.float32).reshape(len(counts), len(words))
 
     def __len__(self) -> int:
@@ -104,7 +104,7 @@ class PolicySamples(Dataset):
         return PolicyBatch(
             frames=frames.permute(0, 1, 4, 2, 3),
             state=None if store.state is None else torch.from_numpy(store.state[rows]),
-            words=torch.from_numpy(self.words[episode]),
+            words=torch.from_numpy(self.words[store.task[rows]]),
             target=torch.from_numpy(self.target[inside]),
             mask=torch.from_numpy((ahead <= last) & self.exists[inside]),
             guide=None if self.guide is None else torch.from_numpy(self._tokens(self.guide, rows)),

@@ -42,12 +42,13 @@ class Clips(Dataset[Clip]):
         frame_gap: frames between two moments of a window.
         context: moments before the current one; before the episode's start its first frame is repeated, and
             marked as not valid.
-        horizon: moments after the current one; all of them lie inside the episode.
+        horizon: moments after the current one; all of them lie inside the episode, a gap apart in time.
         labelled: episodes whose robot actions are seen; those of all others are hidden.
         features: numbers known of each row of the store ``[n, f]``.
+        held_out: whether messages call the episodes held out.
 
     Raises:
-        UserError: no episode is long enough for a window.
+        UserError: no episode is long enough for a window, or no two frames are as far apart as the gap says.
     """
 
     def __init__(
@@ -60,22 +61,33 @@ class Clips(Dataset[Clip]):
         horizon: int = 1,
         labelled: Collection[int] | np.ndarray = (),
         features: np.ndarray | None = None,
+        held_out: bool = False,
     ) -> None:
         """Find the windows."""
         self.store, self.frame_gap, self.context, self.horizon = store, frame_gap, context, horizon
         self._features = features
         ahead = horizon * frame_gap
         chosen = np.unique(np.asarray(list(episodes), np.int64))
-        spans = [
-            np.arange(store.starts[e], store.starts[e] + max(0, store.lengths[e] - ahead)) for e in chosen
-        ]
-        self.rows: Int64[np.ndarray, " m"] = np.concatenate([np.zeros(0, np.int64), *spans])
-        """Every row whose future lies inside its episode."""
+        transition = store.transitions(frame_gap)
+        whole = np.isin(store.episode, chosen)
+        for step in range(horizon):
+            whole[len(whole) - step * frame_gap :] = False
+            whole[: len(whole) - step * frame_gap] &= transition[step * frame_gap :]
+        self.rows: Int64[np.ndarray, " m"] = np.flatnonzero(whole)
+        """Every row whose future lies inside its episode, each step a gap later."""
         if not len(self.rows):
-            longest = int(store.lengths[chosen].max(initial=0))
+            kind, longest = "held-out " if held_out else "", int(store.lengths[chosen].max(initial=0))
+            remedy = "a smaller gap, or longer videos"
+            remedy = f"another split_seed, a larger held_out, {remedy}" if held_out else remedy
+            if longest <= ahead:
+                raise UserError(
+                    f"a window needs {ahead + 1} frames (frame gap {frame_gap}), and the longest of "
+                    f"{len(chosen)} {kind}episodes of {store.path} has {longest} frames; use {remedy}."
+                )
             raise UserError(
-                f"the longest of {len(chosen)} episodes of {store.path} has {longest} frames, and a window "
-                f"needs {ahead + 1} (frame gap {frame_gap}); use a smaller gap or longer videos."
+                f"no two frames of the {len(chosen)} {kind}episodes of {store.path} are "
+                f"{frame_gap / store.fps:g} s apart (frame gap {frame_gap}); see their times with latentact "
+                f"check-data."
             )
         self._frames = np.asarray(store.frames)  # indexing a memmap is slower by a third
         self._offsets = np.arange(-context, horizon + 1) * frame_gap

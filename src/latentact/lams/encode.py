@@ -43,7 +43,7 @@ from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +196,8 @@ def encode_dataset(
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / stream.fps, fps=stream.fps)
     settings = to_dict(model.config)  # some, like a window, change what weights give
     identity = [_VERSION, stream.key, spec.weights, settings, gap, options.precision]
+    if not stream.usable.all():
+        identity.append(blake2b(np.packbits(stream.usable).tobytes()))
     key = blake2b(json.dumps(identity).encode())
     again = ".again" if options.overwrite else ""
     entry, parts = folder / key, folder / f"{key}.{options.batch_size}.{options.device}{again}.partial"
@@ -213,6 +215,11 @@ def encode_dataset(
         else:
             log.info("the latent actions of %s are in the cache", stream.path)
         encoded = _load(entry, stream, spec, options.precision) if share.rank == 0 else None
+    if encoded and not encoded.valid.any():
+        raise UserError(
+            f"no two frames of {stream.path} are {gap / stream.fps:g} s apart (frame gap {gap}); see their "
+            f"times with latentact check-data."
+        )
     if encoded and (broken := {**stream.source.unreadable, **encoded.unreadable}):
         if stream.strict:
             raise UserError(unreadable_message(broken))
@@ -224,8 +231,8 @@ def _states(model: LatentActionModel, stream: FrameStream) -> States | None:
     """Return what tells the robot's state at rows; None for a model that does not observe it."""
     if not model.state_size:
         return None
-    column = stream.source.column("observation.state")
-    size = 0 if column is None else column.reshape(len(column), -1).shape[1]
+    column = stream.state
+    size = 0 if column is None else column.shape[1]
     if column is None or size != model.state_size:
         raise UserError(
             f"the LAM observes a robot state of {model.state_size} numbers and {stream.path} has {size}; "
@@ -233,7 +240,7 @@ def _states(model: LatentActionModel, stream: FrameStream) -> States | None:
         )
 
     def at(number: int, frame_indices: Sequence[int]) -> np.ndarray:
-        return column.reshape(len(column), -1)[stream.source.first_rows[number] + np.asarray(frame_indices)]
+        return column[stream.source.first_rows[number] + np.asarray(frame_indices)]
 
     return at
 
@@ -287,6 +294,7 @@ def _encode(
                 device=options.device,
                 precision=options.precision,
                 states=states,
+                transitions=stream.transitions,
             )
             for _ in units[unit]:
                 number, chunks = next(episodes)

@@ -79,9 +79,11 @@ class Unit:
         device: str,
         precision: str,
         states: Callable[[int, Sequence[int]], np.ndarray] | None = None,
+        transitions: Callable[[int, Sequence[float], Sequence[int], int], np.ndarray] | None = None,
     ) -> None:
         self._model, self._gap, self._encoders = model, gap, encoders
         self._device, self._precision, self._states = device, precision, states
+        self._transitions = transitions
         self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
         most = min(batch_size, _CPU_BATCH if device == "cpu" else sys.maxsize)
         self._batch_size = max(1, most // self._stretch)
@@ -90,13 +92,13 @@ class Unit:
         self._held_states: list[Float32[np.ndarray, "m s"]] = []
         self._base = self._end = self._next = 0
         self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
-        self._episodes: dict[int, tuple[int, list[int]]] = {}
+        self._episodes: dict[int, tuple[int, list[int], np.ndarray]] = {}
         self._unreadable: dict[int, str] = {}
         self._encoded: list[Future[dict[str, np.ndarray]]] = []
 
     def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
         """Take in an episode; yields what the encoders have to do."""
-        start, frame_indices = self._end, []
+        start, frame_indices, times = self._end, [], []
         self._next = start
         try:
             for chunk in chunks:
@@ -106,12 +108,16 @@ class Unit:
                 states = self._states(number, chunk.frame_indices) if self._states else states
                 self._held_states.append(states.astype(np.float32))
                 frame_indices += chunk.frame_indices
+                times += chunk.times
                 self._queue(start, self._stretch)
                 while len(self._clips) >= self._batch_size:
                     yield self._batch(start)
                 progress.advance(len(chunk.frames))
             self._queue(start, 1)
-            self._episodes[number] = start, frame_indices
+            valid = np.ones(len(frame_indices), bool)
+            if self._transitions:
+                valid = self._transitions(number, times, frame_indices, self._gap)
+            self._episodes[number] = start, frame_indices, valid
         except Unreadable as error:
             self._unreadable[number] = str(error)
             self._clips = self._clips[self._clips[:, 0] < start]
@@ -171,22 +177,20 @@ class Unit:
         return {"rows": wanted[:, self._context : -1][real], **numbers}
 
     def _save(self, path: Path) -> None:
-        kept = [
-            np.arange(start, start + len(frame_indices)) for start, frame_indices in self._episodes.values()
-        ]
+        episodes = self._episodes.values()
+        kept = [np.arange(start, start + len(indices)) for start, indices, _ in episodes]
         positions = np.concatenate([np.zeros(0, np.int64), *kept])
+        near = np.concatenate([np.zeros(0, bool), *(valid for *_, valid in episodes)])
         arrays: dict[str, Any] = {
             "episodes": np.array([*self._episodes], np.int64),
             "lengths": np.array([len(each) for each in kept], np.int64),
-            "frame_indices": np.array(
-                [i for _, indices in self._episodes.values() for i in indices], np.int64
-            ),
+            "frame_indices": np.array([i for _, indices, _ in episodes for i in indices], np.int64),
             "valid": np.zeros(len(positions), bool),
             "unreadable": np.array(json.dumps(self._unreadable)),
         }
         for future in self._encoded:
             batch = future.result()
-            inside = np.isin(batch["rows"], positions)
+            inside = np.isin(batch["rows"], positions[near])
             at = np.searchsorted(positions, batch.pop("rows")[inside])
             arrays["valid"][at] = True
             for name, values in batch.items():

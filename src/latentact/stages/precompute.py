@@ -22,10 +22,13 @@ from latentact.config import to_dict
 from latentact.data.cache import DataConfig
 from latentact.data.decode.stream import FrameStream
 from latentact.data.format import Source
+from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.data.lerobot.columns import Column, add_columns
 from latentact.data.lerobot.convert import convert
-from latentact.data.lerobot.source import LeRobotSource, lerobot_version, local_dataset
+from latentact.data.lerobot.download import local_dataset
+from latentact.data.lerobot.source import LeRobotSource, lerobot_version
+from latentact.data.lerobot.verify import require_upright, verify_dataset
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
@@ -165,9 +168,14 @@ def _require_rows(stream: FrameStream) -> None:
     require_lerobot()
     if stream.resampled:
         raise UserError(
-            f"the videos of {stream.path} differ in rate, so their frames cannot be rows of one dataset; "
-            f"use --output file."
+            f"the frame rate of the videos of {stream.path} varies, so their frames cannot be rows of one "
+            f"dataset; use --output file."
         )
+    if isinstance(stream.source, VideoFolderSource):
+        require_upright(stream.source.files)
+    elif isinstance(stream.source, LeRobotSource):
+        numbers = range(len(stream.source.episodes))
+        require_upright({stream.source.video_file(n) for n in numbers if stream.source.recordings[n].video})
 
 
 def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: Encoded) -> dict[str, Any]:
@@ -218,6 +226,7 @@ def _write(
         add_columns(converted, folder, _columns(config, encoded, rows.place))
         shutil.rmtree(converted)
     if config.output != "file":
+        verify_dataset(folder, "use --output file")
         write_json(folder / "meta" / SIDECAR, sidecar)
     if config.output != "column":
         n = len(rows.place)

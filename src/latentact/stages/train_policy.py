@@ -21,7 +21,7 @@ from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
 from latentact.training.fit import TrainingConfig, fit
-from latentact.training.run_folder import begin_run, finished
+from latentact.training.run_folder import finished, run_folder
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         stride = 1
 
     torch.manual_seed(config.training.seed)
-    words = vocabulary(store.tasks)
+    words = vocabulary(store.task_texts)
     spec = PolicySpec(
         resolution=store.frames.shape[1],
         channels=store.frames.shape[3],
@@ -90,7 +90,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     )
     latent = labels.spec if labels and (guide or space is None) else None
     policy = Policy(config.policy, spec, latent)
-    rows = exists & np.isin(store.episode, train)
+    rows = exists & store.usable & np.isin(store.episode, train)
     network = config.policy.network
     shape: dict[str, Any] = {
         "frames": network.frames,
@@ -108,7 +108,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     log.info("%d steps of %d episodes to learn from", len(samples), len(train))
 
     def judge(_: bool = True) -> dict[str, float]:
-        unseen = exists & np.isin(store.episode, held_out)
+        unseen = exists & store.usable & np.isin(store.episode, held_out)
         if not unseen.any():
             return {}
         others = PolicySamples(store, target=values, exists=unseen, **shape)
@@ -116,10 +116,10 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         device = next(policy.parameters()).device
         return {"val/loss": policy.loss(batch.to(device))[0].item()}
 
-    begin_run(out, config)
-    fit(policy, samples, config.training, out, judge)
-    policy.cpu().write(out)
-    write_json(out / "policy.json", {"samples": len(samples), "episodes": len(train), **judge()})
+    with run_folder(out, config):
+        fit(policy, samples, config.training, out, judge)
+        policy.cpu().write(out)
+        write_json(out / "policy.json", {"samples": len(samples), "episodes": len(train), **judge()})
     return out
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from latentact.data.decode.resize import resize
-from latentact.data.decode.video import at_times
 from latentact.data.format import Source
+from latentact.data.time_base import at_times
 from latentact.errors import UserError
 
 _CHUNK_BYTES = 4 << 20
@@ -45,7 +45,7 @@ class Chunk:
 
     frames: UInt8[np.ndarray, "n h w c"]
     times: list[float]
-    """Seconds from the episode's first frame."""
+    """Seconds from the episode's first frame at which each was taken."""
     frame_indices: list[int]
     """Number of each frame among the episode's frames before resampling."""
 
@@ -60,14 +60,23 @@ def unreadable_message(files: Mapping[str, str]) -> str:
     return f"{len(files)} unreadable: {named}{rest}; replace or remove what cannot be read."
 
 
+def skipped_message(files: Mapping[str, str]) -> str:
+    """Return how many files were left out for each reason, with an example."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in files.items():
+        alike.setdefault(reason, []).append(name)
+    counts = [f"{len(names)} ({reason}: {names[0]})" for reason, names in list(alike.items())[:6]]
+    return f"{', '.join(counts)}{' and others' if len(alike) > 6 else ''}"
+
+
 def decoded(
-    plan: DecodeSpec, numbers: Sequence[int], workers: int = 0
+    spec: DecodeSpec, numbers: Sequence[int], workers: int = 0
 ) -> Generator[tuple[int, Iterator[Chunk]]]:
     """Yield each episode and its chunks, in order, while threads decode the next ones ahead.
 
     Args:
-        plan: what is decoded, and how.
-        numbers: episodes, by their place in `plan.source.episodes`.
+        spec: what is decoded, and how.
+        numbers: episodes, by their place in `spec.source.episodes`.
         workers: threads; 0: one per core, at most 16.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -79,7 +88,7 @@ def decoded(
     def start_next(pool: ThreadPoolExecutor) -> None:
         if (number := next(todo, None)) is not None:
             queue: Queue[Chunk | None] = Queue(_CHUNKS_AHEAD)
-            started.append((number, queue, pool.submit(_fill, plan, number, queue, stop)))
+            started.append((number, queue, pool.submit(_fill, spec, number, queue, stop)))
 
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
@@ -94,7 +103,7 @@ def decoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _fill(plan: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threading.Event) -> None:
+def _fill(spec: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threading.Event) -> None:
     """Put an episode's chunks into `queue`, and None at the end, also when the end is an error."""
 
     def put(item: Chunk | None) -> bool:
@@ -105,7 +114,7 @@ def _fill(plan: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threa
         return False
 
     try:
-        for chunk in _chunks(plan, number):
+        for chunk in _chunks(spec, number):
             if not put(chunk):
                 return
     finally:
@@ -119,16 +128,16 @@ def _drain(queue: Queue[Chunk | None], future: Future[None]) -> Iterator[Chunk]:
     future.result()
 
 
-def _chunks(plan: DecodeSpec, number: int) -> Iterator[Chunk]:
+def _chunks(spec: DecodeSpec, number: int) -> Iterator[Chunk]:
     """Yield an episode resampled and resized."""
-    frames = plan.source.frames(number)
-    if plan.fps:
-        sampled = at_times(frames, (k / plan.fps for k in count()))
+    frames = spec.source.frames(number)
+    if spec.fps:
+        sampled = at_times(frames, (k / spec.fps for k in count()))
     else:
         sampled = ((seconds, place, frame) for place, (seconds, frame) in enumerate(frames))
     held: list[tuple[float, int, np.ndarray]] = []
     for seconds, place, frame in sampled:
-        small = resize(frame[None], plan.resolution, plan.resize)[0]
+        small = resize(frame[None], spec.resolution, spec.resize)[0]
         if held and (small.shape != held[0][2].shape or len(held) * small.nbytes >= _CHUNK_BYTES):
             yield _chunk(held)
             held = []
@@ -142,11 +151,11 @@ def _chunk(held: list[tuple[float, int, np.ndarray]]) -> Chunk:
     return Chunk(np.stack(frames), list(times), list(frame_indices))
 
 
-def require_shape(plan: DecodeSpec, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
+def require_shape(spec: DecodeSpec, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
     """Refuse an episode whose frames differ in size from those before it."""
     if got == wanted:
         return
     hint = (
-        "set `resolution` to resize them" if plan.source.resizable else "keep grids of different sizes apart"
+        "set `resolution` to resize them" if spec.source.resizable else "keep grids of different sizes apart"
     )
     raise UserError(f"{label} has frames of {got}, those before it are {wanted}; {hint}.")

@@ -1,16 +1,10 @@
-"""Video files: what is in them, their frames with times, and frames at given times.
-
-PyAV decodes out of the box. Where torchcodec loads (it needs FFmpeg's libraries) it decodes whole files.
-"""
+"""Video files: what is in them, and their frames with times, as FFmpeg's command line decodes them."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +16,32 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import UInt8
 
+from latentact.data.decode.color import Converter, display_matrix
 from latentact.data.format import Unreadable
+from latentact.data.time_base import FrameClock, FrameRate, frame_rate
 
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".gif", ".avi"})
-TOLERANCE_S = 1e-3
-"""A frame counts as not later than a moment when it is later by less: Matroska rounds to milliseconds."""
-_BATCH = 16
+SUFFIXES = frozenset(
+    {
+        ".mp4",
+        ".m4v",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".gif",
+        ".apng",
+        ".mpg",
+        ".mpeg",
+        ".ts",
+        ".m2ts",
+        ".mts",
+    }
+    | {".wmv", ".flv", ".ogv", ".3gp"}
+)
+"""Endings of video files, lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +49,31 @@ class VideoInfo:
     """What a video file holds."""
 
     frames: int
-    """Number of frames."""
-    fps: float
-    """Average frames per second; 0 when there is a single frame and the file names no rate."""
+    """Number of frames that a player shows; a few codecs hide some that only decoding finds."""
+    rate: FrameRate
+    """How fast they follow each other."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second; 0 when there is a single frame and the file names no rate."""
+        return self.rate.fps
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoLook:
+    """What one looks at before using a video; `check-data` shows it."""
+
+    codec: str
+    pixel_format: str
+    width: int
+    """Pixels, as stored."""
+    height: int
+    matrix: str
+    """Color matrix that the stream names; empty: none, which means BT.601."""
+    orientation: tuple[int, int, int, int]
+    """Signs of the display matrix; (1, 0, 0, 1): shown as stored."""
+    streams: int
+    """Video streams in the file."""
 
 
 def probe(path: Path) -> VideoInfo:
@@ -50,10 +83,47 @@ def probe(path: Path) -> VideoInfo:
         Unreadable: it is not a video, or it is cut short.
     """
     try:
-        with closing(_quietly_open(path)) as container:
-            return _probe(container)
-    except (FFmpegError, OSError) as error:
+        with closing(_open(path)) as container:
+            return _probe(container, path)
+    except (FFmpegError, OSError, ValueError) as error:
         raise Unreadable(_reason(error)) from error
+
+
+def look(path: Path) -> VideoLook:
+    """Return codec, size, color and orientation of a video, from its first frame.
+
+    Raises:
+        Unreadable: it is not a video, or its first frame cannot be decoded.
+    """
+    try:
+        with closing(_open(path)) as container:
+            stream = _video_stream(container)
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise Unreadable("it has no frames")
+            return VideoLook(
+                codec=stream.codec_context.name,
+                pixel_format=frame.format.name,
+                width=frame.width,
+                height=frame.height,
+                matrix=_MATRIX_NAMES.get(int(frame.colorspace), ""),
+                orientation=display_matrix(frame),
+                streams=len(container.streams.video),
+            )
+    except (FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(_reason(error)) from error
+
+
+_MATRIX_NAMES = {
+    0: "RGB",
+    1: "BT.709",
+    4: "FCC",
+    5: "BT.601",
+    6: "BT.601",
+    7: "SMPTE 240M",
+    9: "BT.2020",
+    10: "BT.2020",
+}
 
 
 def decode(
@@ -61,133 +131,85 @@ def decode(
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
     """Yield (seconds, upright RGB frame) for the frames of a video with start <= seconds < stop, in order.
 
+    Of several video streams the one that FFmpeg and players choose is decoded.
+
     Raises:
         Unreadable: it is not a video, or damaged.
     """
-    whole = start == -math.inf and stop == math.inf
-    if whole and path.suffix.lower() != ".gif" and (decoders := torchcodec_decoders()):
-        yield from _decode_by_torchcodec(decoders, path)
-        return
+    convert = Converter()
     try:
-        with _quietly_open(path) as container:
-            yield from _decode(container, start, stop)
-    except (FFmpegError, OSError) as error:
+        with _open(path) as container:
+            for seconds, frame in _frames(container, start, stop):
+                yield seconds, convert(frame)
+    except (FFmpegError, OSError, ValueError) as error:
         raise Unreadable(_reason(error)) from error
 
 
-def _quietly_open(path: Path) -> InputContainer:
-    """Open a video; set at each opening, because lerobot's writers switch FFmpeg's own messages back on."""
+def _open(path: Path, **options: str) -> InputContainer:
+    """Open a video; quietly each time, because lerobot's writers switch FFmpeg's own messages back on."""
     av.logging.set_level(None)
-    return av.open(str(path))
-
-
-def at_times[F](
-    frames: Iterable[tuple[float, F]], times: Iterable[float], tolerance: float = TOLERANCE_S
-) -> Iterator[tuple[float, int, F]]:
-    """Yield (time, number of the frame, frame): for each time, the last frame that is not later.
-
-    Times after the last frame are left out: what follows it is not known. Frames and times ascend.
-
-    Args:
-        frames: (seconds, frame).
-        times: seconds; may be endless.
-        tolerance: seconds by which a frame may be later than the time for which it is taken.
-    """
-    wanted = iter(times)
-    time = next(wanted, None)
-    held: tuple[int, F] | None = None
-    seconds = -math.inf
-    for number, (seconds, frame) in enumerate(frames):
-        while held is not None and time is not None and seconds > time + tolerance:
-            yield time, *held
-            time = next(wanted, None)
-        if time is None:
-            return
-        if held is not None or seconds <= time + tolerance:
-            held = number, frame
-        else:
-            raise Unreadable(f"its first frame, at {seconds:.3f} s, is later than the first moment wanted")
-    while held is not None and time is not None and time <= seconds + tolerance:
-        yield time, *held
-        time = next(wanted, None)
-
-
-@functools.cache
-def torchcodec_decoders() -> Any:
-    """Return `torchcodec.decoders`, or None where it is not installed or finds no FFmpeg; prints nothing."""
-    if importlib.util.find_spec("torchcodec") is None:
-        return None
     try:
-        return importlib.import_module("torchcodec.decoders")
-    except (ImportError, OSError, RuntimeError):  # its message is pages long; PyAV decodes as well
-        return None
-
-
-def _decode_by_torchcodec(decoders: Any, path: Path) -> Iterator[tuple[float, np.ndarray]]:
-    try:
-        decoder = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1)
-        for begin in range(0, len(decoder), _BATCH):
-            batch = decoder.get_frames_in_range(begin, min(begin + _BATCH, len(decoder)))
-            yield from zip(batch.pts_seconds.tolist(), batch.data.numpy(), strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise Unreadable(_reason(error).partition("\n")[0]) from error
+        name = str(path).encode().decode()
+    except UnicodeEncodeError:  # PyAV takes UTF-8 names only
+        return av.open(path.open("rb"), "r", options=options)
+    return av.open(name if name.startswith("/") else f"./{name}", "r", options=options)
 
 
 def _video_stream(container: InputContainer) -> av.VideoStream:
-    if not container.streams.video:
+    stream: Any = container.streams.best("video")
+    if stream is None:
         raise Unreadable("it has no video stream")
-    return container.streams.video[0]
+    return stream
 
 
-def _probe(container: InputContainer) -> VideoInfo:
+def _probe(container: InputContainer, path: Path) -> VideoInfo:
     stream = _video_stream(container)
-    packets = [p.pts if p.pts is not None else p.dts for p in container.demux(stream) if p.size]
-    if not packets:
+    base = stream.time_base or 1
+    packets = [p for p in container.demux(stream) if p.size]
+    shown = [p for p in packets if not p.is_discard]
+    if not shown:
         raise Unreadable("it has no frames")
-    if len(packets) < stream.frames:
-        raise Unreadable(f"it is cut short: {len(packets)} of its {stream.frames} frames are there")
-    ticks = [tick for tick in packets if tick is not None]
-    named = float(stream.average_rate or 0)
-    span = float((max(ticks) - min(ticks)) * stream.time_base) if ticks and stream.time_base else 0.0
-    measured = round((len(packets) - 1) / span, 3) if span else named
-    if len(container.streams) == 1 and container.duration and measured:  # Matroska says no number of frames
-        named_s, found_s = container.duration / av.time_base, span + 1 / measured
-        if found_s < named_s - max(0.5, 3 / measured):
-            raise Unreadable(f"it is cut short: {found_s:.1f} of its {named_s:.1f} seconds are there")
-    return VideoInfo(frames=len(packets), fps=named if abs(named - measured) < 0.01 * measured else measured)
+    if len(packets) < stream.frames:  # an edit list may hide some; without it all of them must be there
+        with closing(_open(path, ignore_editlist="1")) as whole:
+            there = sum(1 for p in whole.demux(_video_stream(whole)) if p.size)
+        if there < stream.frames:
+            raise Unreadable(f"it is cut short: {there} of its {stream.frames} frames are there")
+    ticks = [p.pts if p.pts is not None else p.dts for p in shown]
+    times = np.sort([float(tick * base) for tick in ticks if tick is not None])
+    rate = frame_rate(times, float(stream.average_rate or 0))
+    if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska names no number of frames
+        last = max(shown, key=lambda p: p.pts or p.dts or 0)
+        lasts = float((last.duration or 0) * base) or 1 / rate.fps
+        named = (container.duration + (container.start_time or 0)) / av.time_base
+        if len(times) and times[-1] + lasts < named - max(0.5, 3 / rate.fps):
+            raise Unreadable(f"it is cut short: {times[-1] + lasts:.1f} of its {named:.1f} seconds are there")
+    return VideoInfo(frames=len(shown), rate=rate)
 
 
-def _decode(container: InputContainer, start: float, stop: float) -> Iterator[tuple[float, np.ndarray]]:
+def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tuple[float, av.VideoFrame]]:
     stream = _video_stream(container)
     frames: Iterator[av.VideoFrame] = container.decode(stream)
     if start > 0 and stream.time_base:
         container.seek(int(start / stream.time_base), stream=stream)
         first = next(frames, None)
-        if first is None or _seconds(first, 0, stream) > start:
+        if first is None or (_seconds(first) or 0.0) > start:
             # Seeking goes by decoding time, so with reordered frames it can land late: start over.
             container.seek(0, stream=stream)
             frames = container.decode(stream)
         else:
             frames = itertools.chain([first], frames)
-    for number, frame in enumerate(frames):
-        seconds = _seconds(frame, number, stream)
+    clock = FrameClock(float(stream.average_rate or 0))
+    for frame in frames:
+        seconds = clock(_seconds(frame))
         if seconds >= stop:
             return
         if seconds >= start:
-            yield seconds, _upright(frame)
+            yield seconds, frame
 
 
-def _seconds(frame: av.VideoFrame, number: int, stream: av.VideoStream) -> float:
+def _seconds(frame: av.VideoFrame) -> float | None:
     ticks = frame.pts if frame.pts is not None else frame.dts
-    if ticks is not None and frame.time_base:
-        return float(ticks * frame.time_base)
-    return number / float(stream.average_rate or 1)
-
-
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / 90) % 4  # counter-clockwise, from the display matrix
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+    return None if ticks is None or not frame.time_base else float(ticks * frame.time_base)
 
 
 def _reason(error: Exception) -> str:

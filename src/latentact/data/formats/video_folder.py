@@ -7,31 +7,33 @@ An optional `metadata.csv` or `metadata.jsonl` in the folder has the columns `fi
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 
 from latentact.data.decode.video import SUFFIXES, decode, probe
 from latentact.data.digest import Memo, file_digest
+from latentact.data.files import files_below, shown
 from latentact.data.format import FORMATS, Episode, Unreadable
 from latentact.errors import UserError
+from latentact.io.records import Record, parse_json, parse_record, read_text
 
 _SAME_RATE = 0.01
+_METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 @FORMATS.register("video_folder")
 class VideoFolder:
-    """Files that end in mp4, webm, mkv, mov, gif or avi; hidden files and folders are left out."""
+    """Files with a video's ending (`decode.video.SUFFIXES`); hidden files and folders are left out."""
 
     @staticmethod
     def detect(path: Path) -> bool:
         """Return whether `path` is a video file, or a folder with videos that is not a LeRobot dataset."""
-        return not (path / "meta/info.json").exists() and any(videos(path))
+        return not (path / "meta/info.json").exists() and has_videos(path)
 
     @staticmethod
     def open(path: Path, camera: str, memo: Memo) -> VideoFolderSource:
@@ -59,35 +61,49 @@ class VideoFolderSource:
     action_names = ()
 
     def __init__(self, path: Path, memo: Memo) -> None:
-        """Look at every file."""
+        """Scan every file."""
         root = path if path.is_dir() else path.parent
-        tasks = _tasks(path) if path.is_dir() else {}
+        files, self.skipped = files_below(path, SUFFIXES)
+        for name in _METADATA:
+            self.skipped.pop(name, None)
         self.unreadable: dict[str, str] = {}
         self.episodes: list[Episode] = []
         self.files: list[Path] = []
-        rates = []
-        for file in sorted(videos(path)):
-            name = file.relative_to(root).as_posix()
-            found = memo.get(file, "video", _look)
+        self.notes: list[str] = []
+        rates: list[float] = []
+        texts = _tasks(path) if path.is_dir() else {}
+        uneven: dict[str, str] = {}
+        for file in files:
+            name = shown(file.relative_to(root))
+            found = memo.get(file, "video.2", _scan)
             if "error" in found:
                 self.unreadable[name] = found["error"]
                 continue
             rates.append(found["fps"])
+            if found["uneven"]:
+                uneven[name] = f"{found['fps']:g} to {found['fastest']:g} fps"
             self.files.append(file)
             self.episodes.append(
                 Episode(
                     name=name,
                     file=name,
-                    task=tasks.get(name, ""),
+                    task=texts.get(name, ""),
                     frames=found["frames"],
                     content=found["digest"],
                 )
             )
         known = [rate for rate in rates if rate]
-        self.uneven = bool(known) and max(known) > (1 + _SAME_RATE) * min(known)
+        self.uneven = bool(uneven) or (bool(known) and max(known) > (1 + _SAME_RATE) * min(known))
         self.fps = 1.0 if not known else min(known) if self.uneven else median(known)
+        if uneven:
+            first, rate = next(iter(uneven.items()))
+            more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
+            self.notes.append(f"{first}{more}: the frame rate varies ({rate})")
+        if lost := [name for name in texts if name not in {e.name for e in self.episodes}]:
+            self.notes.append(f"the metadata names {len(lost)} files that are not read, such as {lost[0]}")
         lengths = [episode.frames for episode in self.episodes]
         self.first_rows = (np.cumsum(lengths) - lengths).tolist() if lengths else []
+        self.tasks = sorted({episode.task for episode in self.episodes if episode.task})
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds from the first frame, frame) of a video."""
@@ -99,36 +115,65 @@ class VideoFolderSource:
     def column(self, name: str) -> None:
         """Return None: video has no numeric columns."""
 
-
-def videos(path: Path) -> Iterator[Path]:
-    """Yield the video files at or below a path, by their suffix."""
-    candidates = path.rglob("*") if path.is_dir() else [path]
-    for file in candidates:
-        hidden = path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
-            yield file
+    def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
+        """Return which task each frame of a video belongs to."""
+        episode = self.episodes[number]
+        return np.full(episode.frames, self.tasks.index(episode.task) if episode.task else -1)
 
 
-def _look(file: Path) -> dict[str, Any]:
+def has_videos(path: Path) -> bool:
+    """Return whether there is a video file at or below a path."""
+    return path.suffix.lower() in SUFFIXES if path.is_file() else bool(files_below(path, SUFFIXES)[0])
+
+
+def _scan(file: Path) -> dict[str, Any]:
     try:
         info = probe(file)
     except Unreadable as error:
         return {"error": str(error)}
-    return {"digest": file_digest(file), "frames": info.frames, "fps": info.fps}
+    rate = {"fps": info.rate.fps, "fastest": info.rate.fastest, "uneven": info.rate.uneven}
+    return {"digest": file_digest(file), "frames": info.frames, **rate}
+
+
+class _Line(Record):
+    """One line of a folder's metadata."""
+
+    file_name: str
+    task: str | None = None
 
 
 def _tasks(folder: Path) -> dict[str, str]:
-    """Return the task of each file name in the folder's metadata."""
-    table, lines = folder / "metadata.csv", folder / "metadata.jsonl"
+    """Return the task of each file name in the folder's metadata.
+
+    Raises:
+        UserError: the metadata cannot be read, or lacks the column file_name.
+    """
+    table, lines = (folder / name for name in _METADATA)
+    if table.is_file():
+        rows = _csv(table)
+    elif lines.is_file():
+        numbered = enumerate(read_text(lines).splitlines(), 1)
+        rows = [(n, parse_json(line, f"{lines}, line {n}")) for n, line in numbered if line.strip()]
+        table = lines
+    else:
+        return {}
+    found = {}
+    for number, row in rows:
+        fields = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else row
+        line = parse_record(_Line, fields, f"{table}, line {number}")
+        found[line.file_name.strip().replace("\\", "/").removeprefix("./")] = (line.task or "").strip()
+    return found
+
+
+def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows of a table with commas, semicolons or tabs between its columns, numbered by line."""
+    text = read_text(file)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
     try:
-        if table.is_file():
-            with table.open(newline="") as file:
-                rows: list[dict[str, str]] = list(csv.DictReader(file))
-        elif lines.is_file():
-            rows = [json.loads(line) for line in lines.read_text().splitlines() if line.strip()]
-        else:
-            return {}
-        return {row["file_name"]: row.get("task") or "" for row in rows}
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        wanted = "wanted the columns file_name and task"
-        raise UserError(f"the metadata of {folder} cannot be read ({error!r}); {wanted}.") from error
+        reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
+        return [(reader.line_num, {k: v for k, v in row.items() if k is not None}) for row in reader]
+    except csv.Error as error:
+        raise UserError(
+            f"{file} is not a table ({error}); it must have the columns file_name and task."
+        ) from error

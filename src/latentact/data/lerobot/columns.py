@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from latentact.data.files import files_below
+from latentact.data.lerobot.metadata import read_info
 from latentact.data.lerobot.tables import Tables
 from latentact.data.lerobot.writer import number_statistics
 from latentact.errors import UserError
 from latentact.io.atomic import read_json
+from latentact.io.records import read_parquet
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
@@ -58,11 +61,14 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     """
     info = read_json(source / "meta/info.json")
     files = sorted((source / "data").glob("*/*.parquet"))
-    tables = Tables(info["features"], files)
+    tables = Tables(source, read_info(source).features, files)
+    for name in tables.missing:
+        del info["features"][name]
     info["features"] |= {name: column.feature for name, column in columns.items()}
-    for path in (*files_in(source / "videos"), *files_in(source / "images")):
-        link(path, out / path.relative_to(source))
-    for path in files_in(source / "meta"):
+    for folder in (source / "videos", source / "images"):
+        for path in files_below(folder)[0] if folder.is_dir() else ():
+            link(path, out / path.relative_to(source))
+    for path in files_below(source / "meta")[0]:
         (out / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / path.relative_to(source))
     schema = _schema(info["features"])
@@ -84,11 +90,6 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     (out / "meta/info.json").write_text(json.dumps(info, indent=4, ensure_ascii=False))
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Return the files at and below a folder, sorted; none where there is no folder."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def link(path: Path, out: Path) -> None:
     """Make `out` a second name of the file at `path`, or a copy of it; a symbolic link is followed."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,9 @@ def _schema(features: Mapping[str, Any]) -> Any:
     """Return the Arrow schema that lerobot reads tables with."""
     from lerobot.datasets.feature_utils import get_hf_features_from_features
 
-    shaped = {name: {**feature, "shape": tuple(feature["shape"])} for name, feature in features.items()}
+    shaped = {
+        name: {**feature, "shape": tuple(feature["shape"]) or (1,)} for name, feature in features.items()
+    }
     return get_hf_features_from_features(shaped).arrow_schema
 
 
@@ -147,13 +150,13 @@ def _add_episode_statistics(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(file)
-    try:
-        statistics = [per_episode[episode] for episode in table["episode_index"].to_pylist()]
-    except KeyError as error:
+    table = read_parquet(file)
+    episodes = table["episode_index"].to_pylist()
+    if absent := [episode for episode in episodes if episode not in per_episode]:
         raise UserError(
-            f"{file} lists episode {error}, of which there are no rows; copy the dataset again."
-        ) from error
+            f"{file} lists episode {absent[0]}, of which there are no rows; copy the dataset again."
+        )
+    statistics = [per_episode[episode] for episode in episodes]
     prefixes = tuple(f"stats/{name}/" for name in columns)
     table = table.drop_columns([name for name in table.column_names if name.startswith(prefixes)])
     for name in columns:
@@ -166,7 +169,7 @@ def _add_episode_statistics(
 def _add_statistics(file: Path, per_episode: list[dict[str, dict[str, np.ndarray]]]) -> None:
     from lerobot.datasets.compute_stats import aggregate_stats
 
-    statistics = json.loads(file.read_text()) if file.is_file() else {}
+    statistics = read_json(file) if file.is_file() else {}
     for name, values in aggregate_stats(per_episode).items():
         statistics[name] = {kind: value.tolist() for kind, value in sorted(values.items())}
     file.write_text(json.dumps(dict(sorted(statistics.items())), indent=4))

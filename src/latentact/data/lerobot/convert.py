@@ -2,33 +2,36 @@
 
 Each episode keeps its own video file, which v3 allows: it is hard-linked. lerobot's own converter wants every
 episode that the metadata lists, and files of statistics; here what is there is taken, numbered anew, and its
-statistics are computed.
+statistics are computed. Row i of the result shows the frame that row i of the data shows.
 """
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
+from PIL import Image
 
+from latentact.data.decode.color import image_rgb
 from latentact.data.decode.stream import FrameStream
 from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.columns import link
+from latentact.data.lerobot.metadata import Feature
 from latentact.data.lerobot.source import LeRobotSource
-from latentact.data.lerobot.tables import Span
 from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames
 from latentact.errors import UserError
 from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-_TOLERANCE_S = 1e-4  # lerobot's own, between the times of a table and of a video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,14 @@ class _Take:
 
     label: str
     """What messages call it."""
-    length: int
-    """Rows."""
-    task: str
+    times: Float64[np.ndarray, " n"] | None
+    """Seconds into the videos of each row; None: every frame of the video is a row."""
+    tasks: list[str]
+    """Task text of each row; one for all rows where there is one."""
     videos: dict[str, Path]
     """Camera -> file that holds this episode and nothing else."""
     columns: Callable[[], dict[str, Any]]
-    """Returns its numbers, texts and pictures."""
+    """Returns its numbers, texts and images."""
 
 
 def convert(stream: FrameStream, out: Path, numbers: Sequence[int]) -> list[int]:
@@ -59,26 +63,28 @@ def convert(stream: FrameStream, out: Path, numbers: Sequence[int]) -> list[int]
     """
     source, fps = stream.source, stream.fps
     if isinstance(source, LeRobotSource):
-        info = json.loads((stream.path / "meta/info.json").read_text())
-        features = {k: _feature(v) for k, v in info["features"].items() if k not in _BOOKKEEPING}
-        takes = {number: _recorded(stream.path, info, source, number) for number in numbers}
+        kept = {k: f for k, f in source.tables.features.items() if k not in _BOOKKEEPING and not f.depth}
+        features = {k: _feature(f) for k, f in kept.items()}
+        takes = {number: _recorded(stream.path, source, number) for number in numbers}
         takes = {n: take for n, take in takes.items() if all(file.is_file() for file in take.videos.values())}
-        robot = info.get("robot_type")
+        robot = source.info.robot_type
     elif isinstance(source, VideoFolderSource):
         takes, robot = {number: _plain(source, number) for number in numbers}, None
-        height, width, _ = next(source.frames(numbers[0]))[1].shape
-        features = {VIDEO_KEY: _feature({"dtype": "video", "shape": (height, width, 3)})}
+        features = {VIDEO_KEY: {"dtype": "video", "shape": (0, 0, 3), "names": None}}
     else:
         raise UserError(f"{stream.path} is no LeRobot dataset and no folder of videos; use --output file.")
     if abs(fps - round(fps)) > 1e-3:
         raise UserError(
-            f"{stream.path} has {fps:g} frames per second, and LeRobot datasets a whole number; "
+            f"{stream.path} has {fps:g} frames per second, and LeRobot datasets have a whole number; "
             f"use --output file."
         )
     if not takes:
         raise UserError(
             f"{stream.path} has no episode of which every camera's video is there; copy them too."
         )
+    first = next(iter(takes.values()))
+    for key, file in first.videos.items():  # what metadata says of a video's size may be wrong
+        features[key] |= {"shape": next(decode(file))[1].shape, "names": ["height", "width", "channels"]}
     try:
         _write(out, features, round(fps), robot, list(takes.values()))
     except Unreadable as error:
@@ -86,46 +92,37 @@ def convert(stream: FrameStream, out: Path, numbers: Sequence[int]) -> list[int]
     return list(takes)
 
 
-def _feature(feature: dict[str, Any]) -> dict[str, Any]:
+def _feature(feature: Feature) -> dict[str, Any]:
     """Return a feature as v3 has it."""
-    names = feature.get("names")
-    if feature["dtype"] in ("video", "image"):
+    names = feature.names
+    if feature.visual:
         names = ["height", "width", "channels"]
     elif isinstance(names, list) and len(names) == 1 and isinstance(names[0], list):
         names = names[0]
-    return {"dtype": feature["dtype"], "shape": tuple(feature["shape"]), "names": names}
+    shape = (*feature.hwc[:2], 3) if feature.visual else feature.shape or (1,)
+    return {"dtype": feature.dtype, "shape": shape, "names": names}
 
 
-def _recorded(path: Path, info: dict[str, Any], source: LeRobotSource, number: int) -> _Take:
+def _recorded(path: Path, source: LeRobotSource, number: int) -> _Take:
     """Return an episode of a LeRobot v2 dataset."""
-    recording, tables = source.recordings[number], source.tables
-    span = tables.spans[recording.episode]
-    where = {"episode_chunk": recording.episode // info["chunks_size"], "episode_index": recording.episode}
+    episode, tables, info = source.recordings[number].episode, source.tables, source.info
+    places = {"episode_chunk": episode // info.chunks_size, "episode_index": episode}
     videos = {
-        key: path / info["video_path"].format(**where, video_key=key)
-        for key, feature in info["features"].items()
-        if feature["dtype"] == "video"
+        key: path / info.file(path, "video_path", **places, video_key=key)
+        for key, feature in info.features.items()
+        if feature.dtype == "video" and not feature.depth
     }
+    rows = source.row_tasks(number)
+    names = [
+        k for k, f in tables.features.items() if f.dtype != "video" and k not in _BOOKKEEPING and not f.depth
+    ]
     return _Take(
         label=source.episodes[number].label,
-        length=span.end - span.begin,
-        task=recording.task,
+        times=tables.timestamps(episode) if videos else source.times(number),
+        tasks=["" if n < 0 else source.tasks[n] for n in rows],
         videos=videos,
-        columns=lambda: _table(tables.files[span.file], info["features"], span),
+        columns=lambda: {name: tables.episode_column(name, episode) for name in names},
     )
-
-
-def _table(file: Path, features: dict[str, Any], span: Span) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    names = [k for k, v in features.items() if v["dtype"] != "video" and k not in _BOOKKEEPING]
-    table = pq.ParquetFile(file).read(columns=[*names, "timestamp"]).slice(span.begin, span.end - span.begin)
-    columns = {}
-    for name in (*names, "timestamp"):
-        values = table[name].to_pylist()
-        plain = name in features and features[name]["dtype"] in ("image", "string", "language")
-        columns[name] = values if plain else np.array(values)
-    return columns
 
 
 def _plain(source: VideoFolderSource, number: int) -> _Take:
@@ -133,14 +130,7 @@ def _plain(source: VideoFolderSource, number: int) -> _Take:
     file, episode = source.files[number], source.episodes[number]
     if file.suffix.lower() != ".mp4":
         raise UserError(f"{file} is no mp4, which LeRobot's videos are; use --output file.")
-    times = np.arange(episode.frames) / source.fps
-    return _Take(
-        label=episode.name,
-        length=episode.frames,
-        task=episode.task,
-        videos={VIDEO_KEY: file},
-        columns=lambda: {"timestamp": times},
-    )
+    return _Take(label=episode.name, times=None, tasks=[episode.task], videos={VIDEO_KEY: file}, columns=dict)
 
 
 def _write(root: Path, features: dict[str, Any], fps: int, robot: str | None, takes: list[_Take]) -> None:
@@ -155,22 +145,29 @@ def _write(root: Path, features: dict[str, Any], fps: int, robot: str | None, ta
     rows, statistics, row = [], [], 0
     with Table(meta) as table, Progress("converting", len(takes), "episodes") as progress:
         for number, take in enumerate(takes):
-            meta.save_episode_tasks([take.task])
-            columns = _bookkeeping(meta, number, row, take)
-            numbers = {k: v for k, v in columns.items() if isinstance(v, np.ndarray)}
-            stats = number_statistics(numbers)
+            stats: dict[str, Any] = {}
             place: dict[str, Any] = {}
+            times = take.times
             for key, file in take.videos.items():
-                stats[key] = _video_statistics(file, take, features[key]["shape"], fps)
-                place |= _link_video(meta, key, file, number, take.length / fps)
+                if times is None:
+                    times = np.array([seconds for seconds, _ in decode(file)])
+                    _require_regular(times, fps, file)
+                stats[key] = _video_statistics(file, take.label, times, features[key]["shape"], fps)
+                place |= _link_video(meta, key, file, number, times[0], times[-1] + 1 / fps)
+            assert times is not None
+            length = len(times)
+            tasks = list(dict.fromkeys(take.tasks))
+            meta.save_episode_tasks(tasks)
+            columns = _bookkeeping(meta, number, row, take, times)
+            stats |= number_statistics({k: v for k, v in columns.items() if isinstance(v, np.ndarray)})
             stats |= {key: _image_statistics(columns[key]) for key in meta.image_keys}
-            entry = {"episode_index": number, "tasks": [take.task], "length": take.length}
-            entry |= {"dataset_from_index": row, "dataset_to_index": row + take.length}
+            entry = {"episode_index": number, "tasks": tasks, "length": length}
+            entry |= {"dataset_from_index": row, "dataset_to_index": row + length}
             rows.append(
                 {**entry, **table.append(columns), **place, **flatten_dict({"stats": stats}), **EPISODES_FILE}
             )
             statistics.append(stats)
-            row += take.length
+            row += length
             progress.advance(1)
     for key in meta.video_keys:
         meta.update_video_info(key)
@@ -183,59 +180,62 @@ def _write(root: Path, features: dict[str, Any], fps: int, robot: str | None, ta
         io_utils.write_episodes(Dataset.from_list(rows), root)
 
 
-def _bookkeeping(meta: Any, number: int, first: int, take: _Take) -> dict[str, Any]:
+def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:
+    """Refuse a video whose frames do not lie where LeRobot looks for them."""
+    off = np.abs(times - np.arange(len(times)) / fps)
+    if len(times) and off.max() > LEROBOT_TOLERANCE_S:
+        frame = int(np.argmax(off > LEROBOT_TOLERANCE_S))
+        raise Unreadable(f"frame {frame} of {file} is at {times[frame]:.4f} s instead of {frame / fps:.4f} s")
+
+
+def _bookkeeping(meta: Any, number: int, first: int, take: _Take, times: np.ndarray) -> dict[str, Any]:
     """Return an episode's columns, lerobot's own included."""
-    moment = np.arange(take.length)
+    row, seconds = np.arange(len(times)), times - times[0]
+    regular = np.abs(seconds - row / meta.fps).max() < LEROBOT_TOLERANCE_S
+    tasks = take.tasks if len(take.tasks) > 1 else take.tasks * len(times)
     return {
         **take.columns(),
-        "timestamp": (moment / meta.fps).astype(np.float32),
-        "frame_index": moment,
-        "episode_index": np.full_like(moment, number),
-        "index": first + moment,
-        "task_index": np.full_like(moment, meta.get_task_index(take.task)),
+        "timestamp": (row / meta.fps if regular else seconds).astype(np.float32),
+        "frame_index": row,
+        "episode_index": np.full_like(row, number),
+        "index": first + row,
+        "task_index": np.array([meta.get_task_index(task) for task in tasks]),
     }
 
 
-def _link_video(meta: Any, key: str, file: Path, number: int, seconds: float) -> dict[str, Any]:
+def _link_video(meta: Any, key: str, file: Path, number: int, start: float, stop: float) -> dict[str, Any]:
     chunk, place = divmod(number, meta.chunks_size)
     link(file, meta.root / meta.video_path.format(video_key=key, chunk_index=chunk, file_index=place))
-    values = {"chunk_index": chunk, "file_index": place, "from_timestamp": 0.0, "to_timestamp": seconds}
+    values = {"chunk_index": chunk, "file_index": place, "from_timestamp": start, "to_timestamp": stop}
     return {f"videos/{key}/{name}": value for name, value in values.items()}
 
 
-def _video_statistics(file: Path, take: _Take, shape: tuple[int, ...], fps: int) -> dict[str, np.ndarray]:
-    """Return lerobot's statistics of a video from the frames that it would sample; checks their times too."""
-    chosen, frames, count = set(_sampled(take.length)), [], 0
-    for count, (seconds, frame) in enumerate(decode(file), 1):
-        if count > take.length:
-            break
-        if abs(seconds - (count - 1) / fps) > _TOLERANCE_S or frame.shape != shape:
-            raise Unreadable(
-                f"{take.label}: frame {count - 1} of {file} is {frame.shape[1]}x{frame.shape[0]} at "
-                f"{seconds:.4f} s, wanted {shape[1]}x{shape[0]} at {(count - 1) / fps:.4f} s"
-            )
-        if count - 1 in chosen:
-            frames.append(_counts(frame))
-    if count < take.length:
-        raise Unreadable(f"{file} has {count} of the {take.length} frames of {take.label}")
-    return pixel_statistics(np.sum(frames, axis=0), len(frames))
-
-
-def _image_statistics(cells: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    counts = [_counts(picture) for picture in _pictures(cells)]
+def _video_statistics(
+    file: Path, label: str, times: np.ndarray, shape: tuple[int, ...], fps: int
+) -> dict[str, np.ndarray]:
+    """Return lerobot's statistics of a video from the rows that it would sample; checks all of them."""
+    chosen, counts = set(_sampled(len(times))), []
+    try:
+        for row, (_, frame) in enumerate(nearest_frames(decode(file), times, fps)):
+            if frame.shape != shape:
+                got, wanted = ("x".join(map(str, each[1::-1])) for each in (frame.shape, shape))
+                raise Unreadable(f"its frames must be {wanted} pixels as those before them, got {got}")
+            if row in chosen:
+                counts.append(_counts(frame))
+    except Unreadable as error:
+        raise Unreadable(f"{label}, {file}: {error}") from error
     return pixel_statistics(np.sum(counts, axis=0), len(counts))
 
 
-def _pictures(cells: list[dict[str, Any]]) -> Iterator[np.ndarray]:
-    import io
+def _image_statistics(cells: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    counts = [_counts(image) for image in _images(cells)]
+    return pixel_statistics(np.sum(counts, axis=0), len(counts))
 
-    from PIL import Image
 
+def _images(cells: list[dict[str, Any]]) -> Iterator[np.ndarray]:
     for place in _sampled(len(cells)):
-        if cells[place]["bytes"] is None:
-            raise Unreadable("pictures are not stored in the tables")
         with Image.open(io.BytesIO(cells[place]["bytes"])) as image:
-            yield np.asarray(image.convert("RGB"))
+            yield image_rgb(image)
 
 
 def _sampled(length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The parquet tables of a LeRobot dataset: numeric columns, pictures, and what its features mean.
+"""The parquet tables of a LeRobot dataset: numeric columns, images, and what its features mean.
 
 Shared by the LeRobot formats, whose versions differ in where things lie and not in what the tables hold.
 """
@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float64, Shaped, UInt8
+from jaxtyping import Float64, Int64, Shaped, UInt8
 from PIL import Image
 
+from latentact.data.decode.color import image_rgb
 from latentact.data.digest import Memo, blake2b
-from latentact.data.format import Unreadable
+from latentact.data.format import Unreadable, discrete_space
+from latentact.data.lerobot.metadata import Feature, flat_names
 from latentact.errors import UserError
+from latentact.io.records import parquet_columns, read_parquet
 from latentact.types import ActionSpace
 
-_VISUAL = ("image", "video")
+_DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no image."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Tables:
     """The rows of a LeRobot dataset, file by file.
 
     Args:
+        path: the dataset.
         features: `features` of `meta/info.json`.
         files: parquet files in the order of the data.
 
@@ -52,9 +58,9 @@ class Tables:
         UserError: a file is not parquet or lacks the columns that every LeRobot table has.
     """
 
-    def __init__(self, features: Mapping[str, Any], files: Sequence[Path]) -> None:
+    def __init__(self, path: Path, features: Mapping[str, Feature], files: Sequence[Path]) -> None:
         """Read which rows belong to which episode."""
-        self.features = features
+        self.path = path
         self.files = list(files)
         self.spans: dict[int, Span] = {}
         self._timestamps: list[Float64[np.ndarray, " rows"]] = []
@@ -63,11 +69,13 @@ class Tables:
         self._row_group_column = functools.lru_cache(maxsize=4)(self._read_row_group)
         row = 0
         for number, file in enumerate(self.files):
-            table = _read(file, ["episode_index", "timestamp"])
-            episodes = table["episode_index"].to_numpy()
-            self._timestamps.append(table["timestamp"].to_numpy().astype(np.float64))
-            begins = np.flatnonzero(np.diff(episodes, prepend=-1))
+            table = read_parquet(file, ["episode_index", "timestamp"])
+            episodes = _plain(table["episode_index"], file, "episode_index")
+            self._timestamps.append(_plain(table["timestamp"], file, "timestamp").astype(np.float64))
+            begins = np.flatnonzero(np.diff(episodes, prepend=np.nan))
             for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=True):
+                if not np.isfinite(episodes[begin]):
+                    raise UserError(f"{file}: episode_index must be a number in every row; rewrite the data.")
                 episode = int(episodes[begin])
                 if episode in self.spans:
                     raise UserError(
@@ -77,37 +85,76 @@ class Tables:
             row += len(episodes)
         self.rows = row
         """Rows of all files."""
+        stored = [set(parquet_columns(file)) for file in self.files]
+        self.missing = [
+            k for k, f in features.items() if f.dtype != "video" and not all(k in s for s in stored)
+        ]
+        """Features that `meta/info.json` names and a table lacks; they are left out."""
+        self.features = {k: f for k, f in features.items() if k not in self.missing}
 
     def timestamps(self, episode: int) -> Float64[np.ndarray, " n"]:
-        """Return the seconds of an episode's rows, from its first."""
+        """Return the column `timestamp` of an episode's rows."""
         span = self.spans[episode]
         return self._timestamps[span.file][span.begin : span.end]
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return a numeric column over all files: float32, integer or bool; None: there is none."""
-        feature = self.features.get(name)
-        if feature is None or feature["dtype"] in (*_VISUAL, "string", "language"):
-            return None
-        shape = () if list(feature["shape"]) == [1] else tuple(feature["shape"])
-        parts = [_numeric(_read(file, [name])[name]).reshape(-1, *shape) for file in self.files]
-        array = np.concatenate(parts)
-        return array.astype(np.float32) if array.dtype.kind == "f" else array
+        """Return a numeric column over all files: float32, integer or bool; None: there is none.
 
-    def images(self, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Yield the pictures of an episode whose camera is stored inside the table.
+        Where a row has no value it is NaN, and a column of integers float64.
 
         Raises:
-            Unreadable: a picture cannot be decoded, or only its path is stored and the file is not there.
+            UserError: a row has another number of values than the feature's shape says.
+        """
+        feature = self.features.get(name)
+        if feature is None or not feature.numeric:
+            return None
+        size = int(np.prod(feature.shape))
+        parts = [_numeric(read_parquet(file, [name])[name], size, file, name) for file in self.files]
+        array = np.concatenate(parts) if parts else np.zeros((0, size), np.float32)
+        array = array.astype(np.float32) if feature.dtype.startswith("float") else array
+        return array.reshape(-1) if feature.shape in ((), (1,)) else array.reshape(-1, *feature.shape)
+
+    def episode_column(self, name: str, episode: int) -> Any:
+        """Return a column of an episode's rows: an array of numbers, a list of texts, or of encoded images.
+
+        Raises:
+            Unreadable: a number or an image is missing.
+            UserError: a row has another number of values than the feature's shape says.
+        """
+        feature, span = self.features[name], self.spans[episode]
+        if feature.visual:
+            return [
+                {"bytes": data, "path": f"{n:06d}"} for n, data in enumerate(self._image_bytes(name, span))
+            ]
+        file = self.files[span.file]
+        column = read_parquet(file, [name])[name].slice(span.begin, span.end - span.begin)
+        if not feature.numeric:
+            return column.to_pylist()
+        values = _numeric(column, int(np.prod(feature.shape)), file, name)
+        if not feature.dtype.startswith("float") and values.dtype.kind == "f":
+            raise Unreadable(
+                f"column {name} of episode {episode} has rows without a value, and {feature.dtype} none"
+            )
+        return values.reshape(-1) if feature.shape in ((), (1,)) else values.reshape(-1, *feature.shape)
+
+    def images(self, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Yield the images of an episode whose camera is stored in the table, or beside it.
+
+        Raises:
+            Unreadable: an image cannot be decoded, or only its path is stored and the file is not there.
         """
         for data in self._image_bytes(camera, self.spans[episode]):
             try:
                 with Image.open(io.BytesIO(data)) as image:
-                    yield np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise Unreadable(f"a picture in it cannot be decoded ({error})") from error
+                    yield image_rgb(image)
+            except _DAMAGED_IMAGE as error:
+                raise Unreadable(f"an image in it cannot be decoded ({error})") from error
 
     def image_digests(self, camera: str, memo: Memo) -> dict[int, str]:
-        """Return a digest of the encoded pictures of each episode; other columns do not enter."""
+        """Return a digest of the encoded images of each episode; other columns do not enter.
+
+        An episode whose images are not there gets an empty one.
+        """
         by_file: dict[int, list[int]] = {}
         for episode, span in self.spans.items():
             by_file.setdefault(span.file, []).append(episode)
@@ -115,11 +162,17 @@ class Tables:
         for number, episodes in by_file.items():
 
             def find(_: Path, episodes: list[int] = episodes) -> list[str]:
-                return [blake2b(*self._image_bytes(camera, self.spans[e])) for e in episodes]
+                return [self._image_digest(camera, self.spans[e]) for e in episodes]
 
-            found = memo.get(self.files[number], f"images:{camera}", find)
+            found = memo.get(self.files[number], f"images.2:{camera}", find)
             digests.update(zip(episodes, found, strict=True))
         return digests
+
+    def _image_digest(self, camera: str, span: Span) -> str:
+        try:
+            return blake2b(*self._image_bytes(camera, span))
+        except Unreadable:
+            return ""
 
     def _image_bytes(self, camera: str, span: Span) -> Iterator[bytes]:
         ends = self._table(span.file)[1]
@@ -127,18 +180,30 @@ class Tables:
         for group in range(begin, last + 1):
             first = int(ends[group - 1]) if group else 0
             cells = self._row_group(span.file, group, camera)
-            for data in cells[max(0, span.begin - first) : span.end - first]:
-                if data is None:
-                    raise Unreadable("its pictures are not stored in the table")
-                yield data
+            for row, cell in enumerate(cells[max(0, span.begin - first) : span.end - first]):
+                yield self._cell(cell, f"row {row + max(span.begin, first) - span.begin}")
 
-    def _row_group(self, file: int, group: int, camera: str) -> list[bytes | None]:
+    def _cell(self, cell: bytes | str | None, where: str) -> bytes:
+        """Return the encoded image of a cell, which holds its bytes, or the name of a file in the dataset."""
+        if isinstance(cell, bytes):
+            return cell
+        if not cell:
+            raise Unreadable(f"its image of {where} is missing from the table")
+        file = self.path / cell
+        if Path(cell).is_absolute() or ".." in Path(cell).parts or not file.is_file():
+            raise Unreadable(f"its image of {where} is the file {cell}, which is not in the dataset")
+        return file.read_bytes()
+
+    def _row_group(self, file: int, group: int, camera: str) -> list[bytes | str | None]:
         with self._lock:
             return self._row_group_column(file, group, camera)
 
-    def _read_row_group(self, file: int, group: int, camera: str) -> list[bytes | None]:
-        column = self._table(file)[0].read_row_group(group, columns=[f"{camera}.bytes"])[camera]
-        return [data for chunk in column.chunks for data in chunk.field("bytes").to_pylist()]
+    def _read_row_group(self, file: int, group: int, camera: str) -> list[bytes | str | None]:
+        try:
+            column = self._table(file)[0].read_row_group(group, columns=[camera])[camera]
+        except (OSError, pa.ArrowException) as error:
+            raise Unreadable(f"its table is damaged ({error})") from error
+        return [cell for chunk in column.chunks for cell in _cells(chunk)]
 
     def _open(self, file: int) -> tuple[pq.ParquetFile, np.ndarray]:
         """Return an open file and the row at which each of its groups ends; kept, as footers can be long."""
@@ -147,50 +212,102 @@ class Tables:
         return table, np.cumsum([table.metadata.row_group(group).num_rows for group in groups])
 
 
-def cameras(features: Mapping[str, Any]) -> list[str]:
-    """Return the camera keys of a LeRobot dataset; depth is not a camera."""
+def _cells(chunk: Any) -> list[bytes | str | None]:
+    """Return the bytes of each image of a column, or its path where only that is stored."""
+    if not pa.types.is_struct(chunk.type):
+        return [value if isinstance(value, (bytes, str)) else None for value in chunk.to_pylist()]
+    fields = {field.name for field in chunk.type}
+    cells: list[Any] = chunk.field("bytes").to_pylist() if "bytes" in fields else len(chunk) * [None]
+    if None not in cells or "path" not in fields:
+        return cells
     return [
-        key
-        for key, feature in features.items()
-        if feature["dtype"] in _VISUAL and not (feature.get("info") or {}).get("video.is_depth_map", False)
+        name if data is None else data
+        for data, name in zip(cells, chunk.field("path").to_pylist(), strict=True)
     ]
 
 
-def action_space(tables: Tables) -> tuple[ActionSpace | None, tuple[str, ...]]:
-    """Return what an action is, and the names of its classes or dimensions (empty where there are none)."""
+def action_space(tables: Tables, where: Path) -> tuple[ActionSpace | None, tuple[str, ...]]:
+    """Return what an action is, and the names of its classes or dimensions (empty where there are none).
+
+    Raises:
+        UserError: discrete actions have too many classes.
+    """
     feature = tables.features.get("action")
-    if feature is None:
+    if feature is None or not feature.numeric:
         return None, ()
-    names = tuple(_flat_names(feature.get("names")))
-    size = int(np.prod(feature["shape"]))
-    if size == 1 and not feature["dtype"].startswith("float"):
+    names = tuple(flat_names(feature.names))
+    size = int(np.prod(feature.shape))
+    if size == 1 and not feature.dtype.startswith("float"):
         names = names if len(names) > 1 else ()
-        column = tables.column("action") if not names else None
-        classes = int(column.max()) + 1 if column is not None else len(names)
-        return ActionSpace(kind="discrete", size=classes), names
+        column = tables.column("action")
+        assert column is not None
+        try:
+            space = discrete_space(column.reshape(-1), names)
+        except ValueError as error:
+            raise UserError(f"{where}, column action: {error}; store numbers as float32.") from error
+        return space, names if len(names) == space.size and not space.values else ()
     return ActionSpace(kind="continuous", size=size), names if len(names) == size else ()
 
 
-def _flat_names(names: Any) -> Iterator[str]:
-    if isinstance(names, str):
-        yield names
-    elif isinstance(names, Mapping):
-        yield from _flat_names(list(names.values()))
-    elif names is not None:
-        for name in names:
-            yield from _flat_names(name)
+def column_int(tables: Tables, name: str) -> Int64[np.ndarray, " rows"] | None:
+    """Return a column of whole numbers; None where there is none, or a row has no value."""
+    column = tables.column(name)
+    if column is None or column.ndim != 1 or (column.dtype.kind == "f" and not np.isfinite(column).all()):
+        return None
+    return column.astype(np.int64)
 
 
-def _numeric(column: pa.ChunkedArray) -> np.ndarray:
-    array = column.combine_chunks()
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+def _plain(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
+    """Return a column of single numbers; a row without one is NaN."""
+    return _numeric(column, 1, file, name).reshape(-1)
+
+
+def _numeric(column: pa.ChunkedArray, size: int, file: Path, name: str) -> Shaped[np.ndarray, "rows size"]:
+    """Return the numbers of a column, nested as they may be; a row without any is NaN.
+
+    Raises:
+        UserError: a row has another number of values, or they are no numbers.
+    """
+    rows = len(column)
+    array: Any = column.combine_chunks()
+    array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
+    empty = np.zeros(rows, bool)
+    owner = np.arange(rows)  # row of each value
     while pa.types.is_nested(array.type):
+        if isinstance(array, pa.ExtensionArray):
+            array = array.storage
+            continue
+        if not _is_list(array.type):
+            raise UserError(f"{file}: column {name} must hold numbers, got {array.type}; rewrite the data.")
+        empty[owner[array.is_null().to_numpy(zero_copy_only=False)]] = True
+        lengths = pc.fill_null(pc.call_function("list_value_length", [array]), 0).to_numpy(
+            zero_copy_only=False
+        )
+        owner = np.repeat(owner, lengths)
         array = array.flatten()
-    return array.to_numpy(zero_copy_only=False)
+    if isinstance(array, pa.ExtensionArray):
+        return _numeric(pa.chunked_array([array.storage]), size, file, name)
+    if not (
+        pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)
+    ):
+        raise UserError(f"{file}: column {name} must hold numbers, got {array.type}; rewrite the data.")
+    values = array.to_numpy(zero_copy_only=False)
+    if values.dtype == object:  # booleans with nulls
+        values = np.array([np.nan if value is None else float(value) for value in values])
+    counts = np.bincount(owner, minlength=rows)
+    empty |= counts == 0
+    wrong = np.flatnonzero((counts != size) & ~empty)
+    if len(wrong):
+        raise UserError(
+            f"{file}: column {name} must have {size} values in every row, got {counts[wrong[0]]} in row "
+            f"{wrong[0]}; rewrite the data."
+        )
+    if not empty.any():
+        return values.reshape(rows, size)
+    whole = np.full((rows, size), np.nan, np.float64 if values.dtype.itemsize > 4 else np.float32)
+    whole[~empty] = values[~empty[owner]].reshape(-1, size)
+    return whole
 
 
-def _read(file: Path, columns: list[str]) -> pa.Table:
-    try:
-        return pq.ParquetFile(file).read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read ({error}); copy the dataset again.") from error
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

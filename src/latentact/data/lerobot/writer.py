@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped, UInt8
 
+from latentact.data.lerobot.verify import verify_dataset
 from latentact.errors import missing_extra
 from latentact.types import ActionSpace
 
@@ -157,6 +158,7 @@ def write_dataset(
     rows = _write(draft, spec, staged)
     for name, content in sidecars.items():
         (draft / "meta" / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    verify_dataset(draft, "collect it again")
     draft.rename(root)
     return rows
 
@@ -228,7 +230,7 @@ class Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        arrays = [pa.array(list(columns[field.name]), type=field.type) for field in self._schema]
+        arrays = [_arrow(columns[field.name], field.type) for field in self._schema]
         table = pa.Table.from_arrays(arrays, schema=self._schema)
         full = self._bytes + table.nbytes > self._meta.data_files_size_in_mb * 2**20
         if self._writer is None or full:
@@ -244,6 +246,16 @@ class Table:
     def _place(self) -> dict[str, int]:
         chunk, file = divmod(self._file, self._meta.chunks_size)
         return {"chunk_index": chunk, "file_index": file}
+
+
+def _arrow(values: Any, kind: Any) -> Any:
+    """Return a column as Arrow, also one of matrices, whose type is an extension of `datasets`."""
+    import pyarrow as pa
+
+    if not isinstance(kind, pa.ExtensionType):
+        return pa.array(list(values), type=kind)
+    storage = pa.array([value.tolist() for value in values], type=kind.storage_type)
+    return pa.ExtensionArray.from_storage(kind, storage)
 
 
 def _columns(meta: Any, number: int, first: int, task: int, episode: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -263,7 +275,13 @@ def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.
     """Return lerobot's statistics of columns of one length, all columns in one go."""
     n = len(next(iter(columns.values())))
     table = np.column_stack([column.reshape(n, -1) for column in columns.values()]).astype(np.float64)
-    values = [table.min(0), table.max(0), table.mean(0), table.std(0), *np.quantile(table, QUANTILES, axis=0)]
+    if np.isnan(table).any():  # rows without a value do not count; a column without any is zeros
+        table = np.where(np.isnan(table).all(0), 0.0, table)
+        values = [np.nanmin(table, 0), np.nanmax(table, 0), np.nanmean(table, 0), np.nanstd(table, 0)]
+        values += list(np.nanquantile(table, QUANTILES, axis=0))
+    else:
+        values = [table.min(0), table.max(0), table.mean(0), table.std(0)]
+        values += list(np.quantile(table, QUANTILES, axis=0))
     ends = np.cumsum([column.reshape(n, -1).shape[1] for column in columns.values()])
     split = zip(*(np.split(value, ends[:-1]) for value in values), strict=True)
     return {

@@ -1,0 +1,237 @@
+"""The metadata of a LeRobot dataset (`meta/`), versions 2.0 to 3.0, as validated records."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from latentact.errors import UserError
+from latentact.io.records import Record, parquet_columns, read_parquet, read_record, read_records
+
+VISUAL = ("image", "video")
+"""Values of `dtype` that are a camera's."""
+_CHANNELS = (1, 3, 4)
+
+
+class Feature(Record):
+    """One entry of `features`."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)
+    names: Any = None
+    info: dict[str, Any] | None = None
+    video_info: dict[str, Any] | None = None
+
+    @property
+    def visual(self) -> bool:
+        """Whether it is a camera."""
+        return self.dtype in VISUAL
+
+    @property
+    def numeric(self) -> bool:
+        """Whether it holds numbers."""
+        return not self.visual and self.dtype not in ("string", "language")
+
+    @property
+    def depth(self) -> bool:
+        """Whether it is a depth map."""
+        about = {**(self.video_info or {}), **(self.info or {})}
+        return any(bool(about.get(key)) for key in ("is_depth_map", "video.is_depth_map"))
+
+    @property
+    def hwc(self) -> tuple[int, int, int]:
+        """Height, width and channels of a camera, whichever order the shape has.
+
+        Raises:
+            UserError: the shape is no image's.
+        """
+        if len(self.shape) == 3:
+            names = [str(name).lower() for name in self.names] if isinstance(self.names, Sequence) else []
+            first = len(names) == 3 and names[0].startswith(("c", "rgb", "depth"))
+            last = len(names) == 3 and names[2].startswith(("c", "rgb", "depth"))
+            if first or (not last and self.shape[0] in _CHANNELS and self.shape[2] not in _CHANNELS):
+                return self.shape[1], self.shape[2], self.shape[0]
+            return self.shape[0], self.shape[1], self.shape[2]
+        if len(self.shape) == 2:
+            return self.shape[0], self.shape[1], 1
+        raise UserError(f"a camera's shape must be [height, width, channels], got {list(self.shape)}.")
+
+
+class Info(Record):
+    """`meta/info.json`."""
+
+    codebase_version: str
+    fps: Annotated[float, Field(gt=0, le=1e6)]
+    features: dict[str, Feature]
+    chunks_size: Annotated[int, Field(ge=1)] = 1000
+    total_episodes: int | None = None
+    total_frames: int | None = None
+    robot_type: str | None = None
+    data_path: str | None = None
+    video_path: str | None = None
+
+    @field_validator("data_path", "video_path")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        fields = {"episode_chunk", "episode_index", "video_key", "chunk_index", "file_index"}
+        try:
+            found = {name for _, name, _, _ in string.Formatter().parse(value or "") if name is not None}
+        except ValueError as error:
+            raise ValueError(f"a path with {{placeholders}} ({error})") from error
+        if found - fields:
+            raise ValueError(f"a path whose placeholders are among {', '.join(sorted(fields))}")
+        if value and (value.startswith("/") or ".." in Path(value).parts):
+            raise ValueError("a path inside the dataset")
+        return value
+
+    def file(self, path: Path, template: str, **values: Any) -> str:
+        """Return the name of a file, relative to the dataset at `path`.
+
+        Args:
+            path: the dataset.
+            template: name of the field that holds the template.
+            values: its placeholders.
+
+        Raises:
+            UserError: there is no template, or it has other placeholders.
+        """
+        text = getattr(self, template)
+        try:
+            if not text:
+                raise KeyError(template)
+            return text.format(**values)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{path / 'meta/info.json'}: {template} must be a path with {', '.join(sorted(values))}, got "
+                f"{text!r}; repair the file or copy it again."
+            ) from error
+
+
+def read_info(path: Path) -> Info:
+    """Return `meta/info.json` of a dataset.
+
+    Raises:
+        UserError: it cannot be read or does not fit.
+    """
+    return read_record(Info, path / "meta/info.json")
+
+
+def cameras(features: Mapping[str, Feature]) -> list[str]:
+    """Return the camera keys; depth is not a camera."""
+    return [key for key, feature in features.items() if feature.visual and not feature.depth]
+
+
+class _Task(Record):
+    task_index: int
+    task: str
+
+
+class EpisodeLine(Record):
+    """A line of `meta/episodes.jsonl` (version 2)."""
+
+    episode_index: Annotated[int, Field(ge=0)]
+    tasks: tuple[str | None, ...] = Field(default=(), strict=False)
+    length: int | None = None
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @property
+    def texts(self) -> list[str]:
+        """Its task texts."""
+        return [task for task in self.tasks if task]
+
+
+def read_episode_lines(path: Path) -> list[EpisodeLine]:
+    """Return the episodes of a version 2 dataset.
+
+    Raises:
+        UserError: `meta/episodes.jsonl` cannot be read or does not fit.
+    """
+    return read_records(EpisodeLine, path / "meta/episodes.jsonl")
+
+
+def read_tasks(path: Path) -> dict[int, str]:
+    """Return the text of each task index; empty where the dataset has no table of tasks.
+
+    Raises:
+        UserError: the table cannot be read or does not fit.
+    """
+    lines, table = path / "meta/tasks.jsonl", path / "meta/tasks.parquet"
+    if lines.is_file():
+        return {line.task_index: line.task for line in read_records(_Task, lines)}
+    if not table.is_file():
+        return {}
+    rows = read_parquet(table)
+    names = [name for name in ("task", "__index_level_0__") if name in rows.column_names]
+    texts = names or [n for n in rows.column_names if pa.types.is_string(rows.schema.field(n).type)]
+    if not texts or "task_index" not in rows.column_names:
+        raise UserError(
+            f"{table} must have the columns task_index and task, got {', '.join(rows.column_names)}; copy "
+            f"the dataset again."
+        )
+    pairs = zip(rows["task_index"].to_pylist(), rows[texts[0]].to_pylist(), strict=True)
+    return {int(index): str(text) for index, text in pairs if index is not None and text is not None}
+
+
+def read_episode_table(path: Path, camera: str) -> pa.Table:
+    """Return `meta/episodes` of a version 3 dataset: what places its episodes, without their statistics.
+
+    Args:
+        path: the dataset.
+        camera: key of the video whose place is read; empty: none.
+
+    Raises:
+        UserError: there is no such table, a file is damaged, or a column that is needed is missing or holds
+            something else.
+    """
+    files = sorted((path / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        raise UserError(
+            f"{path} has no meta/episodes/*/*.parquet; copy the dataset again, or finalize its recording."
+        )
+    needed = (
+        [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        if camera
+        else []
+    )
+    parts = []
+    for file in files:
+        optional = {"tasks"} & set(parquet_columns(file))
+        table = read_parquet(file, ["episode_index", *needed, *optional])
+        for name in ("episode_index", *needed):
+            kind = table.schema.field(name).type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)) or table[name].null_count:
+                raise UserError(
+                    f"{file}: {name} must be numbers without gaps, got {kind}; copy the dataset again."
+                )
+        parts.append(table)
+    try:
+        return pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"the files of {path / 'meta/episodes'} do not fit together ({error}).") from error
+
+
+def flat_names(names: Any) -> list[str]:
+    """Return the names of a feature's numbers, however they are nested."""
+    if isinstance(names, str):
+        return [names]
+    if isinstance(names, Mapping):
+        names = list(names.values())
+    return [] if not isinstance(names, Sequence) else [text for name in names for text in flat_names(name)]
+
+
+def task_list(value: Any) -> list[str]:
+    """Return the task texts of a cell: a list of texts, a text, or nothing."""
+    values = (
+        [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, np.ndarray)) else []
+    )
+    return [text for text in values if isinstance(text, str) and text]

@@ -1,0 +1,131 @@
+"""Open a dataset that was just written with LeRobot itself, before it gets its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from latentact.data.decode.video import look
+from latentact.data.format import Unreadable
+from latentact.data.lerobot.metadata import cameras, read_info
+from latentact.errors import UserError
+from latentact.progress import Progress
+
+_FAILURES = (
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    ArithmeticError,
+)
+"""What LeRobot raises for a dataset that it cannot read."""
+
+
+def verify_dataset(root: Path, remedy: str) -> None:
+    """Check files, counts, shapes, and each episode's first and last row as LeRobot shows them.
+
+    Args:
+        root: a LeRobot v3 dataset.
+        remedy: what messages advise.
+
+    Raises:
+        UserError: it does not.
+    """
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+    from lerobot.datasets.dataset_reader import DatasetReader
+
+    where = "what was written"
+    try:
+        meta = LeRobotDatasetMetadata("local/dataset", root=root)
+        _check_files(meta, root)
+        with _own_cache(root):
+            reader = DatasetReader(meta, root, None, 1e-4, "pyav", None, None, return_uint8=True)
+            if not reader.try_load() or reader.hf_dataset is None:
+                raise ValueError("episodes or their files are missing")
+            _check_counts(meta, len(reader.hf_dataset))
+            features = read_info(root).features
+            kept = cameras(features)
+            with Progress("verifying", meta.total_episodes, "episodes") as progress:
+                episodes: Any = meta.episodes
+                for episode in range(meta.total_episodes):
+                    row = episodes[episode]
+                    for place in {row["dataset_from_index"], row["dataset_to_index"] - 1}:
+                        where = f"row {place} of what was written"
+                        _check_item(reader.get_item(place), features, kept, episode)
+                    progress.advance(1)
+    except _FAILURES as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"LeRobot cannot show {where} ({reason}); {remedy}.") from error
+
+
+def require_upright(videos: Iterable[Path]) -> None:
+    """Check that LeRobot's decoders, some of which ignore it, find no display matrix in videos.
+
+    Raises:
+        UserError: one is rotated or mirrored.
+    """
+    for file in sorted(videos):
+        try:
+            upright = look(file).orientation == (1, 0, 0, 1)
+        except Unreadable:
+            continue
+        if not upright:
+            raise UserError(
+                f"{file} is rotated or mirrored by its display matrix, which LeRobot's decoders ignore; use "
+                f"--output file, or encode it upright: ffmpeg -i IN.mp4 OUT.mp4."
+            )
+
+
+@contextmanager
+def _own_cache(root: Path) -> Iterator[None]:
+    """Let `datasets` keep its copy of the tables beside the dataset, for as long as it is looked at."""
+    from datasets import config
+
+    before = config.HF_DATASETS_CACHE
+    with TemporaryDirectory(prefix=".verify.", dir=root.parent, ignore_cleanup_errors=True) as folder:
+        config.HF_DATASETS_CACHE = Path(folder)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = before
+
+
+def _check_files(meta: Any, root: Path) -> None:
+    for episode in range(meta.total_episodes):
+        files = [meta.get_data_file_path(episode)]
+        files += [meta.get_video_file_path(episode, key) for key in meta.video_keys]
+        for file in files:
+            if not (root / file).is_file():
+                raise ValueError(f"{file} is missing")
+    require_upright(
+        {root / meta.get_video_file_path(e, k) for e in range(meta.total_episodes) for k in meta.video_keys}
+    )
+
+
+def _check_counts(meta: Any, rows: int) -> None:
+    lengths = np.array(meta.episodes["length"][:])
+    ends = np.array(meta.episodes["dataset_to_index"][:])
+    if not rows == meta.total_frames == lengths.sum() == ends[-1] or (np.cumsum(lengths) != ends).any():
+        raise ValueError(
+            f"{rows} rows are there, {meta.total_frames} are announced, episodes have {lengths.sum()}"
+        )
+
+
+def _check_item(item: dict[str, Any], features: Any, kept: list[str], episode: int) -> None:
+    if int(item["episode_index"]) != episode:
+        raise ValueError(f"it belongs to episode {int(item['episode_index'])} instead of {episode}")
+    for key, feature in features.items():
+        if feature.numeric or key in kept:
+            got = tuple(item[key].shape)
+            height, width, channels = feature.hwc if feature.visual else (0, 0, 0)
+            wanted = (channels, height, width) if feature.visual else feature.shape
+            if got != wanted and not (wanted == (1,) and got == ()):
+                raise ValueError(f"{key} must have the shape {list(wanted)}, got {list(got)}")
