@@ -175,7 +175,8 @@ class FrameStore:
         """Return the robot actions of the named episodes, all others hidden.
 
         Returns:
-            int64 `[n]`, -1 where hidden, if the action is discrete; else float32 `[n, a]`, NaN where hidden.
+            int64 `[n]`, -1 where hidden, if the action is discrete; else float32 `[n, a]`, NaN where hidden. An
+            episode's last action, which is never taken, is hidden too where it is not a finite number.
 
         Raises:
             UserError: the data has no actions, or no episode of such a number; or an action that is shown is
@@ -195,8 +196,12 @@ class FrameStore:
         if shown.any():
             column = self._source.column("action")
             assert column is not None
-            shown &= self.usable
             values = column.reshape(len(column), -1)[self.source_rows]
+            taken = np.ones(rows, bool)
+            taken[self.starts + self.lengths - 1] = (
+                False  # an episode's last action; many recorders leave it out
+            )
+            shown &= self.usable & (taken | np.isfinite(values).all(1))
             values = self._finite(values, "action", shown)[shown].reshape(-1, *hidden.shape[1:])
             hidden[shown] = self._classes(values) if discrete else values
         return hidden
@@ -238,7 +243,7 @@ def usable_rows(source: Source) -> Bool[np.ndarray, " rows"]:
     for name in ("observation.state", "action"):
         column = source.column(name)
         if column is not None:
-            usable = usable & np.isfinite(column.reshape(len(column), -1)).all(1)[: len(usable)]
+            usable &= np.all(np.isfinite(column.reshape(len(column), -1)), axis=1)[: len(usable)]
     return usable
 
 
