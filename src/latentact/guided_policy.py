@@ -20,7 +20,7 @@ from latentact.data.decode.resize import resize
 from latentact.errors import UserError, missing_extra
 from latentact.io.atomic import read_json
 from latentact.io.hub import resolve_folder
-from latentact.policies.actor import PolicyActor
+from latentact.policies.actor import PolicyActor, action_values
 from latentact.policies.policy import GuideSpec, Policy
 from latentact.types import ActionSpace, LatentActionSpec
 
@@ -68,7 +68,7 @@ class GuidedPolicy(Protocol):
         ...
 
     def act(self, batch: dict[str, Any]) -> np.ndarray:
-        """Return one robot action: float32 `[a]` or an int64 class."""
+        """Return one robot action: float32 `[a]`, or an int64 class by its `ActionSpace.values`."""
         ...
 
 
@@ -165,8 +165,13 @@ class Decoded:
         if not self._plan:
             state = None if batch["state"] is None else self._policy.normal_state(batch["state"])
             scores = self._decoder(batch["latent"], state)[0]
+            if not scores.isfinite().all():
+                raise UserError(
+                    "the actions of the policy must be finite, got NaN or infinity. Train it again, with a "
+                    "smaller learning rate."
+                )
             chosen = scores.argmax(-1) if self.actions.discrete else self._decoder.unnormalise(scores)
-            self._plan = [*chosen.numpy(force=True)]
+            self._plan = [*action_values(self.actions, chosen.numpy(force=True))]
         return np.asarray(self._plan.pop(0))
 
 

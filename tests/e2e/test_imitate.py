@@ -327,7 +327,7 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
                 *("--latents-path", "{root}/latents", "--policy-path", "{root}/ground"),
                 *("--env-name", "babyai/GoToLocal"),
             ),
-            "acts by 2 numbers and babyai/GoToLocal takes 7 classes",
+            "has a 2-D continuous action, but babyai/GoToLocal expects one of 7 discrete actions",
         ),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--fps", "5"),
@@ -379,7 +379,10 @@ def test_check_guidance_sees_that_nothing_was_learned(made, tmp_path):
     ("arguments", "message"),
     [
         (("--env-name", "FrozenLake-v1"), "FrozenLake-v1 tells no place of the agent"),
-        (("--env-name", "babyai/GoToLocal"), "acts by 2 numbers and babyai/GoToLocal takes 7 classes"),
+        (
+            ("--env-name", "babyai/GoToLocal"),
+            "has a 2-D continuous action, but babyai/GoToLocal expects one of 7 discrete actions",
+        ),
         (("--policy-path", "{root}/latent"), "ground it first"),
         (("--lam-model-path", "{tmp}/other"), "hold different latent actions: weights"),
         (("--lam-model-path", "{tmp}/slow"), "the LAM's frame gap is 0.04 s"),

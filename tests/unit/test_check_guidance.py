@@ -56,5 +56,5 @@ def test_the_verdict_names_what_was_found(matching, wrong, said):
 
 
 def test_one_demonstration_has_no_wrong_guide():
-    with pytest.raises(UserError, match="--demos is 1"):
+    with pytest.raises(UserError, match="demos must be between 2 and 1000000, got 1"):
         stage.CheckGuidanceConfig(policy="p", lam="l", out="o", demos=1)

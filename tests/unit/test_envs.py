@@ -1,8 +1,18 @@
+import sys
+
+import gymnasium
 import numpy as np
 import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from PIL import Image
 
-from latentact.envs.spec import ExpertStuckError, env_spec, make_env, make_expert
+from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
+from latentact.envs.frames import is_image, to_rgb
+from latentact.envs.spec import EnvError, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
+from latentact.types import ActionSpace
+from toy_env import FRAME, IMAGE, VECTOR, Toy, toy
 
 
 def test_unknown_level_names_the_nearest():
@@ -130,3 +140,456 @@ def test_gymnasium_environments_of_every_image_kind(monkeypatch):
 
 def test_gymnasiums_name_of_pusht_is_pusht():
     assert env_spec("gym_pusht/PushT-v0") == env_spec("PushT-v0") == env_spec("pusht")
+
+
+# --- frames
+
+GRADIENT = np.arange(32 * 40, dtype=np.int64).reshape(32, 40) % 256
+COLOR = np.stack([GRADIENT, 255 - GRADIENT, GRADIENT // 2], -1)
+RGB = COLOR.astype(np.uint8)
+GRAY = np.repeat(GRADIENT.astype(np.uint8)[..., None], 3, -1)
+
+
+@pytest.mark.parametrize(
+    ("value", "frame"),
+    [
+        (RGB, RGB),
+        (RGB / 255, RGB),
+        ((RGB / 255).astype(np.float32) + 1e-6, RGB),
+        (RGB.astype(np.float64), RGB),
+        (COLOR, RGB),
+        (COLOR.astype(np.uint16), RGB),
+        (RGB > 100, np.where(RGB > 100, 255, 0)),
+        (GRADIENT.astype(np.uint8), GRAY),
+        (GRADIENT[..., None] / 255, GRAY),
+        (GRADIENT[None].astype(np.uint8), GRAY),
+        (np.dstack([RGB, GRADIENT]).astype(np.uint8), RGB),
+        (np.dstack([RGB, GRADIENT]) / 255, RGB),
+        (RGB.transpose(2, 0, 1), RGB),
+        (torch.from_numpy(RGB).permute(2, 0, 1), RGB),
+        (torch.from_numpy(RGB / 255).requires_grad_(), RGB),
+        (torch.from_numpy(RGB > 100).bfloat16(), np.where(RGB > 100, 255, 0)),
+        ([GRAY, RGB], RGB),
+        ((RGB / 255,), RGB),
+        (np.stack([GRAY, RGB]), RGB),
+        (COLOR.tolist(), RGB),
+        (Image.fromarray(RGB), RGB),
+        (Image.fromarray(GRADIENT.astype(np.uint8)), GRAY),
+        (np.asfortranarray(RGB), RGB),
+    ],
+)
+def test_a_frame_of_any_kind_is_rgb(value, frame):
+    read = to_rgb(value, "render()")
+    assert (read.dtype, read.shape) == (np.uint8, frame.shape)
+    np.testing.assert_array_equal(read, frame)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (None, "got None"),
+        ([], "got a list of 0"),
+        ("picture", "got a str"),
+        ({"top": RGB}, "got a dict"),
+        (7, "got a int"),
+        (np.zeros((0, 32, 3), np.uint8), r"shape \(0, 32, 3\)"),
+        (np.zeros((32, 32, 2), np.uint8), r"shape \(32, 32, 2\) and dtype uint8"),
+        (np.zeros((2, 2, 32, 32, 3), np.uint8), "got ndarray of shape"),
+        (np.array([["a"]]), "dtype <U1"),
+        ([[1, 2], [3]], "got a list of 2"),
+        (RGB / 127.5 - 1, "got -1 to 1"),
+        (COLOR * 257, "got 0 to 65535"),
+        (np.full((32, 32), np.nan), "got nan to nan"),
+    ],
+)
+def test_what_is_no_frame_is_described(value, got):
+    with pytest.raises(UserError, match=r"^render\(\) of Toy must return .*" + got + r".* Wrap the env"):
+        to_rgb(value, "render() of Toy")
+
+
+@pytest.mark.parametrize(
+    ("space", "expected"),
+    [
+        (IMAGE, True),
+        (Box(0, 255, (3, 40, 32), np.uint8), True),
+        (Box(0, 255, (84, 84), np.uint8), True),
+        (Box(0, 255, (84, 84, 1), np.uint8), True),
+        (Box(0, 1, (32, 32, 3), np.float32), True),
+        (Box(0, 255, (32, 32, 4), np.float32), True),
+        (Box(0, 255, (7, 7, 3), np.uint8), False),
+        (Box(0, 255, (4, 84, 84), np.uint8), False),
+        (Box(-1, 1, (32, 32, 3), np.float32), False),
+        (Box(0, 1, (32, 32), np.float32), False),
+        (VECTOR, False),
+        (Discrete(3), False),
+        (Text(5), False),
+        (MultiDiscrete(np.full((32, 32, 3), 256)), False),
+    ],
+)
+def test_which_spaces_are_images(space, expected):
+    assert is_image(space) is expected
+
+
+@pytest.mark.parametrize(
+    "value", [FRAME / 255, [FRAME, FRAME], FRAME[..., 0], FRAME.transpose(2, 0, 1), torch.from_numpy(FRAME)]
+)
+def test_what_render_draws_is_the_frame(value):
+    env = make_env(toy("ToyDraws-v0", observation=VECTOR, render=lambda _: value))
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(observation["pixels"], FRAME)
+    assert observation["agent_pos"].tolist() == [0, 0]
+    np.testing.assert_array_equal(env.step(0)[0]["pixels"], FRAME)
+
+
+def test_an_environment_that_renders_lists():
+    parts = {"observe": lambda _: 0, "render": lambda _: [FRAME], "modes": ["rgb_array_list"]}
+    env = make_env(toy("ToyList-v0", observation=Discrete(4), **parts))
+    assert env.reset(seed=0)[0].keys() == {"pixels"}
+
+
+def test_render_without_a_frame_says_so():
+    with pytest.raises(EnvError, match=r"render\(\) of ToyNone-v0 must return an image .*got None"):
+        make_env(toy("ToyNone-v0", observation=VECTOR, render=lambda _: None))
+
+
+def test_a_frame_is_not_the_environments_own_buffer():
+    buffer = np.zeros((32, 32, 3), np.uint8)
+
+    def observe(env):
+        buffer[:] = env.steps
+        return buffer
+
+    env = make_env(toy("ToyBuffer-v0", observe=observe))
+    first = env.reset(seed=0)[0]["pixels"]
+    env.step(0)
+    assert first.max() == 0
+
+
+def test_frames_that_change_their_size_are_refused():
+    env = make_env(toy("ToySize-v0", observe=lambda env: np.zeros((32 + env.steps, 32, 3), np.uint8)))
+    env.reset(seed=0)
+    with pytest.raises(EnvError, match=r"first one's size \(32, 32\), got \(33, 32\) at step 1"):
+        env.step(0)
+    assert make_env("ToySize-v0", resolution=48).step(0)[0]["pixels"].shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("space", "value"),
+    [
+        (Dict(pixels=Dict(top=IMAGE), agent_pos=VECTOR), {"pixels": {"top": FRAME}, "agent_pos": np.ones(2)}),
+        (Dict(rgb=IMAGE, state=VECTOR), {"rgb": FRAME, "state": np.ones(2)}),
+        (Dict(wrist=IMAGE, image=IMAGE), {"wrist": FRAME * 0, "image": FRAME}),
+        (Box(0, 1, (3, 32, 32), np.float32), FRAME.transpose(2, 0, 1) / 255),
+    ],
+)
+def test_the_image_of_an_observation(space, value):
+    env = make_env(toy("ToyDict-v0", observation=space, observe=lambda _: value))
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(observation["pixels"], FRAME)
+    assert observation.get("agent_pos", np.ones(2)).tolist() == [1, 1]
+
+
+def test_of_several_images_one_must_be_called_pixels():
+    space = Dict(cameras=Dict(top=IMAGE, wrist=IMAGE))
+    with pytest.raises(
+        UserError, match=r"one camera, got cameras\.top, cameras\.wrist.*calls the one to use 'pix"
+    ):
+        env_spec(toy("ToyTwo-v0", observation=space))
+
+
+@pytest.mark.parametrize(
+    "space", [Tuple([Discrete(3), VECTOR]), Discrete(5), MultiBinary(4), Dict(a=Discrete(2), b=Text(9))]
+)
+def test_any_observation_will_do_where_render_draws(space):
+    name = toy("ToySpace-v0", observation=space, observe=lambda _: space.sample(), render=lambda _: FRAME)
+    assert env_spec(name).state_names == ()
+    assert make_env(name).reset(seed=0)[0].keys() == {"pixels"}
+
+
+# --- actions
+
+
+@pytest.mark.parametrize(
+    "space", [MultiDiscrete([2, 3]), MultiBinary(3), Tuple([Discrete(2)]), Dict(a=VECTOR), Box(-1, 1, (2, 3))]
+)
+def test_other_action_spaces_are_one_sentence(space):
+    with pytest.raises(UserError, match=r"the action of ToyAction-v0 must be a Discrete or .* Box, got"):
+        env_spec(toy("ToyAction-v0", action=space))
+
+
+def test_a_choice_may_start_anywhere():
+    spec = env_spec(toy("ToyStart-v0", action=Discrete(3, start=-1)))
+    assert spec.action_space == ActionSpace(kind="discrete", size=3, values=(-1, 0, 1))
+    assert spec.action_names == ("action_-1", "action_0", "action_1")
+    assert env_spec(toy("ToyZero-v0")).action_space == ActionSpace(kind="discrete", size=2)
+
+
+@pytest.mark.parametrize("action", [1, 3, np.int64(2), np.array([3]), np.uint8(1)])
+def test_a_discrete_action_is_taken_as_it_is(action):
+    env = make_env(toy("ToyStart-v0", action=Discrete(3, start=1)))
+    env.reset(seed=0)
+    env.step(action)
+    assert Toy.taken == [int(np.ravel(action)[0])]
+    assert type(Toy.taken[0]) is int
+
+
+@pytest.mark.parametrize(
+    "action", [0, 4, -1, 1.0, np.array([1, 2]), np.float32(1), True, None, "1", [0.5, 0.1]]
+)
+def test_a_discrete_action_of_another_kind_is_refused(action):
+    env = make_env(toy("ToyStart-v0", action=Discrete(3, start=1)))
+    env.reset(seed=0)
+    with pytest.raises(
+        UserError, match="action of step 1 in ToyStart-v0 must be an integer from 1 to 3, got"
+    ):
+        env.step(action)
+    assert Toy.taken == []
+
+
+def test_a_continuous_action_is_clipped(caplog):
+    env = make_env(toy("ToyBox-v0", action=Box(np.array([-1, 0]), np.array([1, np.inf]), dtype=np.float32)))
+    env.reset(seed=0)
+    for action in ([0.5, 7], np.array([-3.0, -1e9]), np.array([2, 10**6])):
+        env.step(np.asarray(action))
+    np.testing.assert_array_equal(Toy.taken, [[0.5, 7], [-1, 0], [1, 10**6]])
+    assert all(action.dtype == np.float32 for action in Toy.taken)
+    assert caplog.text.count("actions outside its bounds are clipped") <= 1
+    env = make_env(toy("ToyWhole-v0", action=Box(0, 9, (2,), np.int64)))
+    env.reset(seed=0)
+    env.step(np.array([2.6, 11.2], np.float32))
+    assert (Toy.taken[0].tolist(), Toy.taken[0].dtype) == ([3, 9], np.int64)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ([np.nan, 0], r"must be finite, got \[nan, 0.0\]. Train the policy again"),
+        ([0, np.inf], "must be finite"),
+        ([0.0], r"must be numbers of shape \(2,\), got \[0.0\]"),
+        ([[0.0, 0.0]], r"must be numbers of shape \(2,\)"),
+        (1, r"must be numbers of shape \(2,\), got 1"),
+        (["a", "b"], r"must be numbers of shape \(2,\)"),
+    ],
+)
+def test_a_continuous_action_of_another_kind_is_refused(action, message):
+    env = make_env(toy("ToyBox2-v0", action=VECTOR))
+    env.reset(seed=0)
+    env.step(np.zeros(2))
+    with pytest.raises(UserError, match="the action of step 2 in ToyBox2-v0 " + message):
+        env.step(action)
+    assert len(Toy.taken) == 1
+
+
+# --- what an environment does wrong
+
+
+def raises(error):
+    def part(*_):
+        raise error
+
+    return part
+
+
+def replaced(place, value):
+    return lambda _, default: (*default[:place], value, *default[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"step": raises(RuntimeError("jammed\nat x."))}, "failed at step 1 of the episode with reset "
+         "seed 7: RuntimeError: jammed at x. Mend"),
+        ({"step": raises(AssertionError())}, "failed at step 1 of .* seed 7: AssertionError. Mend"),
+        ({"step": replaced(1, np.nan)}, "must return a finite reward, got nan at step 1 of .* seed 7"),
+        ({"step": replaced(1, np.array([1.0, 2.0]))}, "failed at step 1 of .*: ValueError"),
+        ({"step": replaced(1, None)}, "failed at step 1 of .*: TypeError"),
+        ({"step": lambda _, default: default[:4]}, "failed at step 1 of .*: ValueError: not enough values"),
+        ({"step": replaced(0, None)}, "the image observation of ToyWrong-v0 must return an image .*got None"),
+    ],
+)  # fmt: skip
+def test_what_a_step_does_wrong_names_environment_and_step(parts, message):
+    env = make_env(toy("ToyWrong-v0", **parts))
+    env.reset(seed=7)
+    with pytest.raises(EnvError, match=message):
+        env.step(0)
+
+
+def test_a_state_that_is_not_finite_is_refused():
+    space = Dict(image=IMAGE, state=VECTOR)
+    for bad, got in ((np.nan, r"\[nan, 0.0\]"), (np.inf, r"\[inf, 0.0\]")):
+        name = toy(
+            "ToyState-v0",
+            observation=space,
+            observe=lambda env, bad=bad: {"image": FRAME, "state": np.array([bad if env.steps else 0, 0])},
+        )
+        env = make_env(name)
+        env.reset(seed=0)
+        with pytest.raises(EnvError, match=f"must return a finite state of 2 numbers, got {got} at step 1"):
+            env.step(0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"reset": raises(OSError("no display"))}, "ToyReset-v0 failed at reset: OSError: no display"),
+        ({"reset": lambda _: FRAME}, "ToyReset-v0 failed at reset: "),
+        (
+            {"observation": Box(0, 255, (8,), np.uint8)},
+            "gives no RGB image .* and cannot draw one|must return an",
+        ),
+    ],
+)
+def test_what_fails_at_reset_is_one_sentence(parts, message):
+    parts = {"render": lambda _: None, **parts}
+    with pytest.raises(UserError, match=message):
+        make_env(toy("ToyReset-v0", **parts))
+
+
+def test_an_environment_that_cannot_be_made_or_closed(caplog):
+    gymnasium.registry.pop("ToyMade-v0", None)
+    gymnasium.register("ToyMade-v0", entry_point=raises(ImportError("no simulator")))
+    with pytest.raises(EnvError, match="ToyMade-v0 failed to be made: ImportError: no simulator"):
+        make_env("ToyMade-v0")
+    make_env(toy("ToyClose-v0", close=raises(RuntimeError("gone")))).close()
+    assert "ToyClose-v0 failed to close: RuntimeError: gone" in caplog.text
+
+
+def test_numbers_of_any_kind_are_read():
+    kinds = (np.array([2.5]), np.array([True]), np.bool_(False), None)
+    env = make_env(toy("ToyKinds-v0", step=lambda _, default: (default[0], *kinds)))
+    env.reset(seed=0)
+    _, reward, terminated, truncated, info = env.step(0)
+    assert (reward, terminated, truncated) == (2.5, True, False)
+    assert all(
+        type(value) is kind for value, kind in ((reward, float), (terminated, bool), (truncated, bool))
+    )
+    assert "is_success" not in info
+
+
+@pytest.mark.parametrize(
+    ("info", "success"),
+    [
+        ({}, None),
+        ({"is_success": None}, None),
+        ({"is_success": np.bool_(True)}, True),
+        ({"success": 0.0}, False),
+        ({"success": torch.tensor([True])}, True),
+        ({"final_info": {"is_success": 1}}, True),
+        ({"final_info": {"success": False}}, False),
+        ({"final_info": None, "is_success": False}, False),
+    ],
+)
+def test_success_by_its_usual_names(info, success):
+    env = make_env(toy("ToySuccess-v0", step=replaced(4, info)))
+    env.reset(seed=0)
+    assert env.step(0)[4].get("is_success") is success
+
+
+# --- names
+
+
+def test_packages_are_imported_as_gymnasium_does(tmp_path, monkeypatch):
+    code = "import gymnasium\nfrom toy_env import toy\ntoy('{0}/Toy-v0')\n"
+    for package in ("toypack_a", "toypack_b"):
+        (tmp_path / f"{package}.py").write_text(code.format(package))
+    (tmp_path / "toypack_bad.py").write_text("raise RuntimeError('no license')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert env_spec("toypack_a/Toy-v0").time_limit
+    assert make_env("toypack_a/Toy-v0").step(0)[1] == 1
+    assert env_spec("toypack_b:toypack_b/Toy-v0").fps == 20
+    with pytest.raises(UserError, match="unknown environment 'toypack_a/Other-v0'"):
+        env_spec("toypack_a/Other-v0")
+    for name in ("toypack_bad/Toy-v0", "toypack_bad:Toy-v0"):
+        with pytest.raises(UserError, match=f"{name} failed to be imported: RuntimeError: no license"):
+            env_spec(name)
+        sys.modules.pop("toypack_bad", None)
+
+
+@pytest.mark.parametrize(
+    "name", ["nopackage/Toy-v0", "nopackage:nopackage/Toy-v0", "a b/Toy-v0", "/", ":", ".", ".a:b", "a.b:c"]
+)
+def test_packages_that_do_not_exist(name):
+    with pytest.raises(UserError):
+        env_spec(name)
+
+
+# --- what must hold before a policy acts
+
+
+def test_an_episode_must_end():
+    endless = env_spec(toy("ToyEndless-v0", limit=None))
+    with pytest.raises(UserError, match=r"ToyEndless-v0 must have a time limit, .* with --max-steps"):
+        check_step_limit(endless, 0)
+    check_step_limit(endless, 3)
+    for name in (toy("ToyLimit-v0"), "babyai/GoToLocal", "pusht"):
+        check_step_limit(env_spec(name), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "good"),
+    [
+        ("episodes", 0, 1),
+        ("episodes", 10**12, 10**6),
+        ("record", -1, 0),
+        ("max_steps", -1, 0),
+        ("max_steps", 2**31, 2**31 - 1),
+        ("seed", -1, 0),
+        ("seed", 10**30, 2**31 - 1),
+        ("demos", 1, 2),
+    ],
+)
+def test_ranges(name, value, good):
+    check_ranges(**{name: good})
+    with pytest.raises(UserError, match=f"{name} must be between .* got {value}"):
+        check_ranges(**{name: value})
+
+
+def classes(size, *values):
+    return ActionSpace(kind="discrete", size=size, values=values)
+
+
+@pytest.mark.parametrize(
+    ("policy", "env", "fits"),
+    [
+        (classes(3), Discrete(3), True),
+        (classes(2), Discrete(3), False),
+        (classes(4), Discrete(3), False),
+        (classes(2, 0, 2), Discrete(3), True),
+        (classes(2, 0, 3), Discrete(3), False),
+        (classes(3), Discrete(3, start=1), False),
+        (classes(3, 1, 2, 3), Discrete(3, start=1), True),
+        (classes(1, 3), Discrete(3, start=1), True),
+        (classes(2), Discrete(3, start=-1), False),
+        (ActionSpace(kind="continuous", size=2), VECTOR, True),
+        (ActionSpace(kind="continuous", size=3), VECTOR, False),
+        (ActionSpace(kind="continuous", size=2), Discrete(2), False),
+        (classes(2), VECTOR, False),
+    ],
+)
+def test_which_actions_fit(policy, env, fits):
+    spec = env_spec(toy("ToyFits-v0", action=env))
+    if fits:
+        check_compatible(spec, "runs/bc", actions=policy, cameras=())
+    else:
+        with pytest.raises(UserError, match=r"runs/bc has .* but ToyFits-v0 expects .* it was trained for"):
+            check_compatible(spec, "runs/bc", actions=policy, cameras=())
+
+
+def test_one_camera_on_both_sides_may_have_any_name():
+    pusht, level = env_spec("pusht"), env_spec("babyai/GoToLocal")
+
+    def check(env, *cameras, **more):
+        check_compatible(env, "runs/bc", actions=env.action_space, cameras=cameras, **more)
+
+    for camera in ("", "observation.image", "observation.images.agent", "observation.images.top"):
+        check(pusht, camera)
+    check(level, "observation.images.top")
+    with pytest.raises(UserError, match=r"trained on observation\.images\.full, .* Use --view full"):
+        check(level, "observation.images.full")
+    check(env_spec("babyai/GoToLocal", view="full"), "observation.images.full")
+    with pytest.raises(UserError, match=r"one camera, as pusht has only observation\.images\.top, got a, b"):
+        check(pusht, "a", "b")
+    with pytest.raises(UserError, match="needs a robot state of 7 numbers, but pusht has 2"):
+        check(pusht, "", state_size=7)
+    with pytest.raises(UserError, match="needs frames of 1 channels"):
+        check(pusht, "", channels=1)

@@ -119,7 +119,7 @@ def test_an_environment_that_cannot_tell_has_no_success(monkeypatch, tmp_path):
 
 
 def test_no_episode_is_a_user_error():
-    with pytest.raises(UserError, match="episodes is 0"):
+    with pytest.raises(UserError, match="episodes must be between 1 and 1000000, got 0"):
         rollout(Wanderer(), ENV, episodes=0, seed=0)
 
 

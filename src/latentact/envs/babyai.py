@@ -67,6 +67,7 @@ class BabyAI:
         wrap = RGBImgPartialObsWrapper if view == "agent" else RGBImgObsWrapper
         return adapt(
             wrap(base, tile_size=tile),
+            name=name,
             pixels=lambda observation: observation["image"],
             resolution=resolution,
             state=lambda _: _state(grid),

@@ -1,17 +1,21 @@
 """Any Gymnasium id whose observation is an image, holds one, or that can render itself; no expert.
 
-The frame is the observation where that is an RGB image, its entry `pixels` or `image`, or else what
-`render()` draws. The state is the entry `agent_pos` or `state`, or the whole observation where that is a
-vector. Success is `info["is_success"]` or `info["success"]`, where an environment gives one.
+The frame is the observation's one image, or of several the entry `pixels` or `image`, or else what `render()`
+draws. The state is the entry `agent_pos` or `state`, or the whole observation where that is a vector. Success
+is `is_success` or `success` in `info` or `info["final_info"]`, where an environment gives one.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, import_gymnasium
+from latentact.envs.adapt import adapt, env_errors, import_gymnasium
+from latentact.envs.frames import is_image, to_rgb
 from latentact.envs.spec import ENVS, EnvSpec, Expert
 from latentact.errors import UserError, did_you_mean
 from latentact.types import ActionSpace
@@ -28,16 +32,18 @@ class Gymnasium:
     """Environments registered with Gymnasium."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError where Gymnasium knows no such id."""
+        """Raise a UserError where Gymnasium knows no such id, once its package was imported."""
         gymnasium = import_gymnasium()
-        try:
-            gymnasium.spec(name)
-        except (gymnasium.error.Error, ModuleNotFoundError) as error:
-            suites = [suite for suite in ENVS.names() if suite != "gymnasium"]
-            known = did_you_mean(name, suites).removesuffix(".")
-            raise UserError(
-                f"unknown environment {name!r}{known}, or a Gymnasium id ({_first_line(error)})."
-            ) from error
+        with env_errors(name, "to be imported"):
+            try:
+                gymnasium.spec(_registered(name))
+            except (gymnasium.error.Error, ModuleNotFoundError) as error:
+                suites = [suite for suite in ENVS.names() if suite != "gymnasium"]
+                known = did_you_mean(name, suites).removesuffix(".")
+                said = str(error).splitlines()[0].rstrip(".")
+                raise UserError(
+                    f"unknown environment {name!r}{known}, or a Gymnasium id ({said})."
+                ) from error
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
         """Return the environment.
@@ -51,16 +57,19 @@ class Gymnasium:
 
         def pixels(observation: Any) -> np.ndarray:
             if image is None:
-                return np.asarray(env.render(), np.uint8)
-            return observation[image] if image else observation
+                return to_rgb(env.render(), f"render() of {name}")
+            for part in image:
+                observation = observation[part]
+            return to_rgb(observation, f"the image observation of {name}")
 
         return adapt(
             env,
+            name=name,
             pixels=pixels,
             resolution=resolution,
             state=None if space is None else lambda o: np.ravel(o[key] if key else o),
             state_range=None if space is None else (np.ravel(space.low), np.ravel(space.high)),
-            success=lambda reward, terminated, info: info.get("is_success", info.get("success")),
+            success=lambda reward, terminated, info: _success(info),
         )
 
     def spec(self, name: str, view: str) -> EnvSpec:
@@ -68,17 +77,17 @@ class Gymnasium:
         env, _ = _make(name)
         action = _action_space(name, env)
         _, space = _state_space(env)
-        fps = int(env.metadata.get("render_fps") or FPS)
+        fps = (env.metadata or {}).get("render_fps")
         env.close()
+        numbers = range(0 if space is None else int(np.prod(space.shape)))
         return EnvSpec(
             name=name,
-            fps=fps,
+            fps=int(fps) if isinstance(fps, int | float) and 1 <= fps < 10_000 else FPS,
             camera="observation.images.camera",
             action_space=action,
-            action_names=tuple(f"action_{i}" for i in range(action.size)),
-            state_names=()
-            if space is None
-            else tuple(f"state_{i}" for i in range(int(np.prod(space.shape)))),
+            action_names=tuple(f"action_{i}" for i in action.values or range(action.size)),
+            state_names=tuple(f"state_{i}" for i in numbers),
+            time_limit=import_gymnasium().spec(_registered(name)).max_episode_steps is not None,
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
@@ -88,31 +97,62 @@ class Gymnasium:
         )
 
 
-def _make(name: str) -> tuple[gym.Env, str | None]:
-    """Return the environment and its image's key ("": the observation is the image; None: draw it)."""
+def _registered(name: str) -> str:
+    """Return the id of `PACKAGE:ID`, `PACKAGE/NAME` or an id, once the package that registers it is imported.
+
+    Raises:
+        ModuleNotFoundError: PACKAGE of `PACKAGE:ID` does not exist.
+    """
+    module, colon, registered = name.rpartition(":")
+    if colon:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"there is no package {module!r}")
+        importlib.import_module(module)
+        return registered
+    package = name.partition("/")[0]
+    known = name in import_gymnasium().registry or "/" not in name
+    if not known and package.isidentifier() and importlib.util.find_spec(package):
+        importlib.import_module(package)
+    return name
+
+
+def _make(name: str) -> tuple[gym.Env, tuple[str, ...] | None]:
+    """Return the environment and its image's keys ((): the observation is the image; None: draw it)."""
     gymnasium = import_gymnasium()
-    env = gymnasium.make(name, disable_env_checker=True)
-    if _is_image(env.observation_space):
-        return env, ""
-    for key in ("pixels", "image"):
-        if isinstance(env.observation_space, gymnasium.spaces.Dict) and _is_image(
-            env.observation_space.get(key)
-        ):
-            return env, key
-    if "rgb_array" not in env.metadata.get("render_modes", ()):
+    with env_errors(name, "to be made"):
+        env = gymnasium.make(name, disable_env_checker=True)
+        image = _image(name, env.observation_space)
+        if image is not None:
+            return env, image
+        modes = (env.metadata or {}).get("render_modes") or ()
+        mode = next((mode for mode in ("rgb_array", "rgb_array_list") if mode in modes), None)
+        env.close()
+        if mode is None:
+            raise UserError(
+                f"{name} gives no RGB image (its observation is {env.observation_space}) and cannot draw "
+                "one; choose an environment with image observations."
+            )
+        return gymnasium.make(name, render_mode=mode, disable_env_checker=True), None
+
+
+def _image(name: str, space: Any) -> tuple[str, ...] | None:
+    """Return the keys of the one image in an observation; None where there is none."""
+    found = [keys for keys, leaf in _leaves(space) if is_image(leaf)]
+    chosen = [keys for keys in (("pixels",), ("image",)) if keys in found] or found
+    if len(found) > 1 and chosen is found:
         raise UserError(
-            f"{name} gives no RGB image (its observation is {env.observation_space}) and cannot draw one; "
-            "choose an environment with image observations."
+            f"{name} must have one camera, got {', '.join('.'.join(keys) for keys in found)}. Register a "
+            "version of it whose observation holds one image, or calls the one to use 'pixels'."
         )
-    env.close()
-    return gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True), None
+    return chosen[0] if chosen else None
 
 
-def _is_image(space: Any) -> bool:
-    shape = getattr(space, "shape", None)
-    return (
-        getattr(space, "dtype", None) == np.uint8 and shape is not None and len(shape) == 3 and shape[2] == 3
-    )
+def _leaves(space: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(space, import_gymnasium().spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from _leaves(part, (*keys, key))
+    else:
+        yield keys, space
 
 
 def _state_space(env: gym.Env) -> tuple[str, Any]:
@@ -134,14 +174,21 @@ def _state_space(env: gym.Env) -> tuple[str, Any]:
 def _action_space(name: str, env: gym.Env) -> ActionSpace:
     gymnasium = import_gymnasium()
     space: Any = env.action_space
-    if isinstance(space, gymnasium.spaces.Discrete) and space.start == 0:
-        return ActionSpace(kind="discrete", size=int(space.n))
+    if isinstance(space, gymnasium.spaces.Discrete):
+        start, size = int(space.start), int(space.n)
+        values = tuple(range(start, start + size)) if start else ()
+        return ActionSpace(kind="discrete", size=size, values=values)
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
         return ActionSpace(kind="continuous", size=space.shape[0])
     raise UserError(
-        f"{name} takes actions of {space}; wanted a choice that starts at 0 or a vector of numbers."
+        f"the action of {name} must be a Discrete or a one-dimensional Box, got {space}. Choose another "
+        "environment, or register a version of it with such an action."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+def _success(info: dict[str, Any]) -> bool | None:
+    for source in (info, info.get("final_info")):
+        for key in ("is_success", "success"):
+            if isinstance(source, dict) and source.get(key) is not None:
+                return bool(np.asarray(source[key]).all())
+    return None

@@ -64,6 +64,7 @@ class PushT:
         )
         return adapt(
             env,
+            name=name,
             pixels=lambda observation: observation["pixels"],
             resolution=size,
             state=lambda observation: np.clip(observation["agent_pos"], 0, WORLD),

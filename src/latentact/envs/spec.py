@@ -39,6 +39,12 @@ class EnvSpec:
     """Names of the numbers in `agent_pos`; empty where the environment has no state."""
     hold: int | None = None
     """Discrete action that changes nothing, for an episode's last row; None: the last action is repeated."""
+    time_limit: bool = True
+    """Whether the environment ends every episode after some number of steps."""
+
+
+class EnvError(UserError):
+    """An environment raised an exception, or returned what cannot be used."""
 
 
 class ExpertStuckError(Exception):
@@ -50,7 +56,7 @@ class Expert(Protocol):
     """A scripted policy for one episode that may look at the environment's internals."""
 
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
-        """Return the action for the environment's present state: a class, or float32 `[a]`.
+        """Return the action for the environment's present state: the environment's integer, or float32 `[a]`.
 
         With `explore` it is a random action (BabyAI) or the expert's with noise (PushT) from that generator.
 
@@ -84,7 +90,11 @@ class Suite(Protocol):
 ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs")
 
 VIEWS = ("agent", "full")
-ALIASES = {"PushT-v0": "pusht", "gym_pusht/PushT-v0": "pusht"}
+ALIASES = {
+    "PushT-v0": "pusht",
+    "gym_pusht/PushT-v0": "pusht",
+    "gym_pusht:gym_pusht/PushT-v0": "pusht",
+}
 """Gymnasium's names of environments that have a suite here."""
 
 
@@ -97,15 +107,20 @@ def make_env(
     float32 `[s]`. `info` holds `task` (text, may be empty) after `reset`, and `is_success` after every `step`
     of an environment that can tell. With distractors it holds `nuisance`: float32 `[4]`.
 
+    `step` takes one of the environment's integers where its action is discrete (`ActionSpace.values`), else
+    finite numbers `[a]`, which are clipped to its bounds.
+
     Args:
-        name: `babyai/<Level>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium id with image
-            observations.
+        name: `babyai/<Level>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium id, also
+            `PACKAGE:ID` and `PACKAGE/NAME`, whose package is imported.
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: "agent" (what the agent sees) or "full" (the whole world), where an environment has both.
         distract: distractors in the frames; the environments of babyai and pusht can have them.
 
     Raises:
-        UserError: unknown name or view, no distractors there, or a package is missing.
+        UserError: unknown name or view, no distractors there, or a package is missing; an action of another
+            kind or size, or not finite.
+        EnvError: the environment itself fails, here or in `reset` and `step`.
     """
     if resolution < 0:
         raise UserError(

@@ -6,7 +6,6 @@ Wilson's for the success rate, a percentile bootstrap for a mean.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
+from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
-from latentact.envs.spec import env_spec, make_env
+from latentact.envs.spec import EnvError, env_spec, make_env
 from latentact.errors import UserError
+from latentact.io.atomic import write_json
 from latentact.io.video_writer import write_video
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESAMPLES = 10_000
+PARTIAL = "partial.json"
+"""The episodes before an error, in the form of `rollout.json`."""
 
 
 @runtime_checkable
@@ -42,7 +45,7 @@ class Actor(Protocol):
         state: Float32[np.ndarray, "b s"] | None,
         tasks: list[str],
     ) -> Shaped[np.ndarray, " b *a"]:
-        """Return int64 classes `[b]` or float32 actions `[b, a]`.
+        """Return the environment's integers, int64 `[b]`, or float32 actions `[b, a]`.
 
         Row j is the same episode from call to call; the action of an episode that has ended is not used.
         """
@@ -60,7 +63,7 @@ class Rollout:
     fps: int
     """Steps per second."""
     successes: np.ndarray | None
-    """bool `[e]`: the task was done at some step; None where the environment cannot tell."""
+    """bool `[e]`: the task was done at some step; None where the environment reports it in no episode."""
     returns: np.ndarray
     """float64 `[e]`: sum of rewards."""
     lengths: np.ndarray
@@ -72,6 +75,14 @@ class Rollout:
     def success(self) -> float | None:
         """Share of successful episodes."""
         return None if self.successes is None else float(self.successes.mean())
+
+
+class RolloutStoppedError(EnvError):
+    """The environment failed in an episode; `finished` holds those before it, None where there are none."""
+
+    def __init__(self, message: str, finished: Rollout | None) -> None:
+        super().__init__(message)
+        self.finished = finished
 
 
 def rollout(
@@ -102,25 +113,40 @@ def rollout(
         num_envs: episodes played side by side; changes the speed only.
 
     Raises:
-        UserError: unknown environment, or no episode asked for.
+        UserError: unknown environment, a number out of range, or nothing that ends an episode.
+        RolloutStoppedError: the environment failed; the episodes before are in it.
     """
-    if episodes < 1 or num_envs < 1:
-        raise UserError(f"episodes is {episodes} and num_envs {num_envs}; wanted at least 1 of each.")
+    check_ranges(episodes=episodes, seed=seed, max_steps=max_steps, record=record)
+    if num_envs < 1:
+        raise UserError(f"num_envs must be at least 1, got {num_envs}. Give such a number.")
     spec = env_spec(env_name, view=view)
+    check_step_limit(spec, max_steps)
     groups = np.array_split(np.arange(episodes), -(-episodes // num_envs))
     envs = [make_env(env_name, resolution=resolution, view=view, distract=distract) for _ in groups[0]]
     played: list[_Episode] = []
+    error = None
     for group in groups:
-        played += _play(actor, envs[: len(group)], seed + group, max_steps, record - len(played))
+        finished, error = _play(actor, envs[: len(group)], seed + group, max_steps, record - len(played))
+        played += finished
         log.info("%s: %d/%d episodes", env_name, len(played), episodes)
+        if error:
+            break
     for env in envs:
         env.close()
-    told = all(episode.success is not None for episode in played)
+    result = _result(env_name, seed, spec.fps, played, record) if played else None
+    if error:
+        raise RolloutStoppedError(str(error), result) from error
+    assert result is not None
+    return result
+
+
+def _result(env_name: str, seed: int, fps: int, played: list[_Episode], record: int) -> Rollout:
+    reported = any(episode.success is not None for episode in played)
     return Rollout(
         env=env_name,
         seed=seed,
-        fps=spec.fps,
-        successes=np.array([bool(episode.success) for episode in played]) if told else None,
+        fps=fps,
+        successes=np.array([bool(episode.success) for episode in played]) if reported else None,
         returns=np.array([episode.reward for episode in played]),
         lengths=np.array([episode.length for episode in played]),
         videos=[np.stack(episode.frames) for episode in played[:record]],
@@ -140,30 +166,44 @@ class _Episode:
     ended: bool = False
 
 
-def _play(actor: Actor, envs: list[Any], seeds: np.ndarray, max_steps: int, record: int) -> list[_Episode]:
-    """Play one episode in each environment, side by side; keep the frames of the first `record`."""
-    running = []
+def _play(
+    actor: Actor, envs: list[Any], seeds: np.ndarray, max_steps: int, record: int
+) -> tuple[list[_Episode], EnvError | None]:
+    """Play one episode in each environment, side by side; keep the frames of the first `record`.
+
+    Where an environment fails, the episodes before it are played to their end and returned with its error.
+    """
+    running: list[_Episode] = []
+    error: EnvError | None = None
     for env, seed in zip(envs, seeds, strict=True):
-        observation, info = env.reset(seed=int(seed))
+        try:
+            observation, info = env.reset(seed=int(seed))
+        except EnvError as failed:
+            error = failed
+            break
         running.append(_Episode(observation=observation, task=info["task"], frames=[observation["pixels"]]))
-    actor.reset(len(envs))
-    while not all(episode.ended for episode in running):
+    actor.reset(len(running))
+    kept = len(running)
+    while not all(episode.ended for episode in running[:kept]):
         observations = [episode.observation for episode in running]
         state = np.stack([o["agent_pos"] for o in observations]) if "agent_pos" in observations[0] else None
         actions = actor.act(np.stack([o["pixels"] for o in observations]), state, [e.task for e in running])
-        for i, (env, episode) in enumerate(zip(envs, running, strict=True)):
+        for i, episode in enumerate(running[:kept]):
             if episode.ended:
                 continue
-            action = int(actions[i]) if actions.ndim == 1 else actions[i]
-            episode.observation, reward, terminated, truncated, info = env.step(action)
-            episode.reward += float(reward)
+            try:
+                episode.observation, reward, terminated, truncated, info = envs[i].step(actions[i])
+            except EnvError as failed:
+                kept, error = i, failed
+                break
+            episode.reward += reward
             episode.length += 1
             if "is_success" in info:
-                episode.success = bool(episode.success or info["is_success"])
+                episode.success = episode.success or info["is_success"]
             if i < record:
                 episode.frames.append(episode.observation["pixels"])
             episode.ended = terminated or truncated or episode.length == max_steps
-    return running
+    return running[:kept], error
 
 
 def success_interval(successes: Sequence[bool] | np.ndarray) -> tuple[float, float]:
@@ -183,18 +223,18 @@ def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
-def save_rollout(result: Rollout, folder: Path, **more: Any) -> None:
+def save_rollout(result: Rollout, folder: Path, *, name: str = "rollout.json", **more: Any) -> None:
     """Write `episode_*.mp4` and then `rollout.json`, whose presence says that the rollout is whole.
 
     Args:
         result: the rollout.
         folder: where; an older rollout there is replaced.
-        more: further entries of `rollout.json`.
+        name: of the json file; `PARTIAL` where an error ended the rollout early.
+        more: further entries of the json file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rollout.json").unlink(missing_ok=True)
-    for old in folder.glob("episode_*.mp4"):
-        old.unlink()
+    for old in [folder / "rollout.json", folder / PARTIAL, *folder.glob("episode_*.mp4")]:
+        old.unlink(missing_ok=True)
     for i, frames in enumerate(result.videos):
         write_video(folder / f"episode_{i:03d}.mp4", frames, result.fps)
     successes = result.successes
@@ -211,6 +251,4 @@ def save_rollout(result: Rollout, folder: Path, **more: Any) -> None:
         "lengths": result.lengths.tolist(),
         **more,
     }
-    draft = folder / "rollout.json.tmp"
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(folder / "rollout.json")
+    write_json(folder / name, content)

@@ -9,6 +9,12 @@ import torch
 
 from latentact.data.samples import PolicyBatch, count_words
 from latentact.policies.policy import Policy
+from latentact.types import ActionSpace
+
+
+def action_values(space: ActionSpace | None, actions: np.ndarray) -> np.ndarray:
+    """Return the numbers that stand for classes in data and environments; continuous actions as they are."""
+    return np.array(space.values)[actions] if space and space.values else actions
 
 
 class PolicyActor:
@@ -38,7 +44,7 @@ class PolicyActor:
         tasks: list[str],
         guide: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Return one robot action per environment; see `latentact.evaluation.rollout.Actor`.
+        """Return one robot action per environment: float32 `[b, a]`, or int64 `[b]` by `ActionSpace.values`.
 
         A guided policy takes `guide`, float32 ``[b, len(offsets), k * d]``; NaN or None: no guide.
         """
@@ -60,6 +66,7 @@ class PolicyActor:
                 guide=None if guide is None else torch.from_numpy(guide),
             ).to(self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-                self.plan, self.used = self.policy.actions(batch), 0
+                actions = self.policy.actions(batch)
+            self.plan, self.used = action_values(spec.action_space, actions), 0
         self.used += 1
         return self.plan[:, self.used - 1]

@@ -182,6 +182,11 @@ class Policy(nn.Module):
                 nn.Linear(256 + tokens + 1, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
             )
 
+    @property
+    def uses_state(self) -> bool:
+        """Whether the network or the decoder takes the robot state."""
+        return self.config.network.use_state or (self.decoder is not None and self.decoder.config.use_state)
+
     def _build_decoder(self, config: DecoderConfig) -> ActionDecoder:
         assert self.spec.action_space is not None
         state = self.spec.state_size if config.use_state else 0
@@ -291,11 +296,20 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def actions(self, batch: PolicyBatch) -> np.ndarray:
-        """Return robot actions, int64 ``[b, l]`` or float32 ``[b, l, a]``."""
+        """Return robot actions: classes, int64 ``[b, l]``, or float32 ``[b, l, a]``.
+
+        Raises:
+            UserError: it is not grounded, or its outputs are not finite.
+        """
         space = self.spec.action_space
         if space is None:
             raise UserError("this policy predicts latent actions; ground it first: latentact ground --help.")
         scores = self.action_scores(batch)
+        if not scores.isfinite().all():
+            raise UserError(
+                "the actions of the policy must be finite, got NaN or infinity. Train it again, with a "
+                "smaller learning rate."
+            )
         if space.discrete:
             return scores.argmax(-1).numpy(force=True)
         if self.decoder is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from latentact.device import require_device
+from latentact.envs.checks import check_compatible, check_ranges
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.evaluation.rollout import mean_interval
@@ -51,9 +52,8 @@ class CheckGuidanceConfig:
     """cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
-        if self.demos < 2:
-            raise UserError(f"--demos is {self.demos}; a wrong guide wants at least 2 demonstrations.")
+        """Validate the configuration."""
+        check_ranges(demos=self.demos, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +111,13 @@ def _refuse_unless_fits(
     config: CheckGuidanceConfig, spec: EnvSpec, policy: GuidedPolicy, extractor: LatentActionExtractor
 ) -> None:
     """Take one action after a guide in which nothing moves, so that what does not fit fails at once."""
-    if policy.actions != spec.action_space:
-        raise UserError(
-            f"{config.policy} acts by {policy.actions} and {config.env} takes {spec.action_space}; give the "
-            "environment it was trained for."
-        )
+    check_compatible(
+        spec,
+        config.policy,
+        actions=policy.actions,
+        cameras=policy.cameras,
+        state_size=policy.state_size,
+    )
     env = make_env(config.env)
     observation, info = env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)

@@ -19,6 +19,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import NUISANCE, Distraction
-from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
+from latentact.envs.spec import EnvError, EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.progress import Progress
 
@@ -71,11 +73,9 @@ class CollectConfig:
     def __post_init__(self) -> None:
         """Check the numbers."""
         Distraction.parse(self.distract)
-        if self.episodes < 1:
-            raise UserError(f"episodes is {self.episodes}; wanted at least 1.")
-        for name in ("seed", "workers", "max_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; wanted 0 or more.")
+        check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps)
+        if self.workers < 0:
+            raise UserError(f"workers must be 0 or more, got {self.workers}. Give 0 for one per core.")
         if not 0 <= self.explore <= 1:
             raise UserError(f"explore is {self.explore}; wanted a share of the steps, from 0 to 1.")
         if self.resolution and not 16 <= self.resolution <= 2048:
@@ -112,8 +112,8 @@ def run(config: CollectConfig) -> CollectResult:
     """Collect demonstrations, or go on with a collection that was killed.
 
     Raises:
-        UserError: unknown environment, no expert, an expert that hardly ever succeeds, a folder that holds
-            something else, another process at work on it, or a full disk.
+        UserError: unknown environment, no expert, an expert that hardly ever succeeds, an environment that
+            fails, a folder that holds something else, another process at work on it, or a full disk.
     """
     out = Path(config.out).absolute()
     if out.exists():
@@ -123,6 +123,7 @@ def run(config: CollectConfig) -> CollectResult:
     env = make_env(config.env, resolution=config.resolution, view=config.view, distract=config.distraction)
     env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)
+    check_step_limit(spec, config.max_steps)
     height, width, _ = env.observation_space["pixels"].shape  # type: ignore[index]
     record = _record_spec(config, spec, height, width)
     staging = out.with_name(out.name + ".partial")
@@ -134,6 +135,11 @@ def run(config: CollectConfig) -> CollectResult:
             sidecar = {**config.identity(), "failed": failed}
             rows = write_dataset(out, record, staged, sidecars={SIDECAR: sidecar})
             shutil.rmtree(staging)
+    except (EnvError, BrokenProcessPool) as error:
+        said = error if isinstance(error, EnvError) else f"a process that played {config.env} died."
+        raise UserError(
+            f"{said} The attempts so far are kept in {staging}; the same command again resumes."
+        ) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(
@@ -332,7 +338,7 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
         observations.append(observation)
         actions.append(action)
         rewards.append(reward)
-        successes.append(outcome["is_success"])
+        successes.append(outcome.get("is_success", False))
         nuisances.append(outcome.get("nuisance"))
         ended = terminated or truncated
     if not successes[-1]:

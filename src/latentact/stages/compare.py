@@ -17,6 +17,7 @@ from typing import Any
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
@@ -59,6 +60,8 @@ class CompareConfig:
     """Evaluation episodes per row."""
     eval_seed: int = 100_000
     """Reset seed of the first evaluation episode."""
+    max_steps: int = 0
+    """Steps after which an evaluation episode ends; 0: the environment's own limit, where it has one."""
     record: int = 2
     """Evaluation episodes per row whose video is kept."""
     frame_gap_s: float = 0.0
@@ -102,21 +105,32 @@ class CompareConfig:
             raise UserError(
                 f"methods is {[*self.methods]} and ks {[*self.ks]}; wanted at least one method and one k."
             )
-        if any(k < 1 for k in self.ks) or not self.seeds or self.episodes < 1:
+        if any(k < 1 for k in self.ks) or not self.seeds:
             raise UserError(
-                f"ks is {[*self.ks]}, seeds {[*self.seeds]}, episodes {self.episodes}; "
-                f"wanted every k and episodes at least 1, and at least one seed."
+                f"ks is {[*self.ks]} and seeds {[*self.seeds]}; every k must be at least 1, and there must "
+                "be at least one seed."
             )
+        for seed in (*self.seeds, self.eval_seed):
+            check_ranges(seed=seed)
+        check_ranges(episodes=self.episodes, record=self.record, max_steps=self.max_steps)
 
 
 def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     """Make every row, write the comparison and return it."""
-    env, store = env_spec(config.env, view=config.view), open_store(config.data)
-    if store.action_space != env.action_space:
-        raise UserError(
-            f"{config.data.path} has {store.action_space or 'no actions'} and {config.env} takes "
-            f"{env.action_space}; give demonstrations of that environment."
-        )
+    env = env_spec(config.env, view=config.view)
+    check_step_limit(env, config.max_steps)
+    store = open_store(config.data)
+    if store.action_space is None:
+        raise UserError(f"{config.data.path} has no actions; give demonstrations of {config.env}.")
+    uses_state = config.policy.network.use_state or config.decoder.use_state
+    check_compatible(
+        env,
+        config.data.path,
+        actions=store.action_space,
+        cameras=(store.camera,),
+        channels=store.frames.shape[3],
+        state_size=store.state.shape[1] if uses_state and store.state is not None else 0,
+    )
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
         choose_labeled(train, max(config.ks, default=0), seed)
@@ -245,6 +259,7 @@ class _Row:
             seed=c.eval_seed,
             view=c.view,
             distract=c.distract,
+            max_steps=c.max_steps,
             record=c.record,
         )
         return rollout.run(settings)

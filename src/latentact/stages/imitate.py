@@ -6,8 +6,6 @@ video `imitation.mp4` (demonstration beside rollout) and the page `report.html`.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import math
 import tempfile
@@ -21,7 +19,8 @@ from jaxtyping import UInt8
 
 from latentact.data.decode.resize import resize
 from latentact.device import require_device
-from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
+from latentact.envs.checks import check_compatible, check_ranges
+from latentact.envs.spec import VIEWS, EnvError, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, did_you_mean
 from latentact.evaluation.imitation_page import write_page
 from latentact.guidance import LatentActionExtractor, LatentGuidedInference, video_frames
@@ -67,7 +66,8 @@ class ImitateConfig:
     mode: str = "simulation"
     """extract_only, simulation or robot."""
     env_name: str = "PushT-v0"
-    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id with pictures."""
+    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id, also PACKAGE:ID and PACKAGE/NAME. Its own time
+    limit is not needed, since the guide ends."""
     seed: int = 0
     """simulation: reset seed of the environment."""
     robot_config: str = ""
@@ -100,6 +100,7 @@ class ImitateConfig:
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted at least 0.")
+        check_ranges(seed=self.seed, max_steps=self.max_steps)
 
 
 def run(config: ImitateConfig) -> dict[str, Any]:
@@ -207,9 +208,6 @@ class Result:
 
 def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     name = config.env_name
-    package = name.partition("/")[0]
-    if "/" in name and package not in ENVS.names() and importlib.util.find_spec(package):
-        importlib.import_module(package)  # which registers its environments
     spec = env_spec(name)
     inference = LatentGuidedInference(
         config.policy_path,
@@ -222,32 +220,34 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     view = camera.rpartition(".")[2]
     view = view if view in VIEWS else "agent"
     spec = env_spec(name, view=view)
-    wanted = inference.policy.actions
-    if wanted != spec.action_space:
-        raise UserError(
-            f"{config.policy_path} acts by {wanted} and {config.env_name} takes "
-            f"{spec.action_space}; give the environment it was trained for."
-        )
+    policy = inference.policy
+    check_compatible(
+        spec,
+        config.policy_path,
+        actions=policy.actions,
+        cameras=policy.cameras,
+        state_size=policy.state_size,
+    )
     env = make_env(name, view=view)
     try:
         film = Film()
-        metrics = play(inference, env, spec, film, seed=config.seed, max_steps=_steps(config, inference))
+        metrics, error = _play(inference, env, spec, film, config.seed, _steps(config, inference))
     finally:
         env.close()
-    return Result(metrics=metrics, film=film, fps=inference.fps, position=inference.position)
+    return Result(metrics=metrics, film=film, fps=inference.fps, position=inference.position, error=error)
 
 
-def play(
-    inference: LatentGuidedInference, env: Any, spec: EnvSpec, film: Film, *, seed: int, max_steps: int
-) -> dict[str, Any]:
-    """Let a policy follow its guide in an environment from a reset seed; returns what came of it.
+def _play(
+    inference: LatentGuidedInference, env: Any, spec: EnvSpec, film: Film, seed: int, max_steps: int
+) -> tuple[dict[str, Any], EnvError | None]:
+    """Let a policy follow its guide in an environment from a reset seed; returns metrics, and why it failed.
 
     Raises:
-        UserError: the policy gives numbers that are none.
+        UserError: an action is not finite, or the environment fails before its first step.
     """
     observation, info = env.reset(seed=seed)
     inference.reset()
-    task, success, rewards, ended = info["task"], None, [], "the guide is over"
+    task, success, rewards, ended, error = info["task"], None, [], "the guide is over", None
     film.append(observation["pixels"])
     with Progress("following the guide", max_steps, "steps") as progress:
         while len(rewards) < max_steps:
@@ -257,14 +257,14 @@ def play(
             action = inference.predict_action(seen)
             if action is None:
                 break
-            if not np.isfinite(action).all():
-                raise UserError(
-                    f"the policy's action at step {len(rewards)} is {action.tolist()}; train it again, with "
-                    "a smaller learning rate."
-                )
-            discrete = spec.action_space.discrete
-            observation, reward, terminated, truncated, info = env.step(int(action) if discrete else action)
-            rewards.append(float(reward))
+            try:
+                observation, reward, terminated, truncated, info = env.step(action)
+            except EnvError as failed:
+                if not rewards:
+                    raise
+                ended, error = str(failed), failed
+                break
+            rewards.append(reward)
             film.append(observation["pixels"])
             progress.advance(1)
             if "is_success" in info:
@@ -274,7 +274,7 @@ def play(
                 break
     if ended == "the guide is over" and len(rewards) < len(inference):
         ended = "the last step was taken"
-    return {
+    metrics = {
         "ended": ended,
         "success": success,
         "return": sum(rewards),
@@ -282,6 +282,7 @@ def play(
         "steps": len(rewards),
         "fps": inference.fps,
     }
+    return metrics, error
 
 
 def _drive(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -> Result:

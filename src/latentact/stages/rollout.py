@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from latentact.device import require_device
+from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
-from latentact.evaluation.rollout import rollout, save_rollout
+from latentact.evaluation.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
 from latentact.io.atomic import read_json
 from latentact.policies.actor import PolicyActor
 from latentact.policies.policy import Policy
@@ -26,9 +27,10 @@ class RolloutConfig:
     policy: str
     """Folder or hub id of a policy that ends in robot actions."""
     env: str
-    """Environment: `babyai/<Level>`, `pusht`, or a Gymnasium id."""
+    """Environment: `babyai/<Level>`, `pusht`, or a Gymnasium id, also `PACKAGE:ID` and `PACKAGE/NAME`."""
     out: str
-    """Folder for `rollout.json` and the videos."""
+    """Folder for `rollout.json` and the videos; where the environment fails, the episodes before that are in
+    `partial.json`."""
     episodes: int = 100
     """Episodes; episode i starts from reset seed `seed + i`."""
     seed: int = 100_000
@@ -38,15 +40,24 @@ class RolloutConfig:
     distract: str = ""
     """Distractors in the frames, as for `collect`."""
     max_steps: int = 0
-    """Steps after which an episode ends; 0: the environment's own limit."""
+    """Steps after which an episode ends; 0: the environment's own limit. An environment that has none
+    (`max_episode_steps` None) needs it."""
     record: int = 3
     """Episodes whose video is kept."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps, record=self.record)
+
 
 def run(config: RolloutConfig) -> dict[str, Any]:
-    """Roll a policy out and return what `rollout.json` holds; a finished rollout is returned as it is."""
+    """Roll a policy out and return what `rollout.json` holds; a finished rollout is returned as it is.
+
+    Raises:
+        UserError: the policy cannot act there, or the environment failed.
+    """
     out, distraction = Path(config.out), Distraction.parse(config.distract)
     asked = asdict(config)
     if (out / "rollout.json").exists():
@@ -57,34 +68,46 @@ def run(config: RolloutConfig) -> dict[str, Any]:
     require_device(config.device)
     policy = Policy.from_pretrained(config.policy, config.device)
     spec = env_spec(config.env, view=config.view)
+    check_step_limit(spec, config.max_steps)
     if policy.spec.action_space is None:
         raise UserError(f"{config.policy} predicts latent actions; ground it first: latentact ground --help.")
-    if policy.spec.action_space != spec.action_space:
-        raise UserError(
-            f"{config.policy} acts by {_describe(policy.spec.action_space)} and {config.env} takes "
-            f"{_describe(spec.action_space)}; give the environment it was grounded for."
-        )
-    if policy.spec.camera and policy.spec.camera != spec.camera:
-        raise UserError(
-            f"{config.policy} was trained on {policy.spec.camera} and {config.env} shows {spec.camera}; "
-            f"give another --view."
-        )
-    actor = PolicyActor(policy, config.device)
-    result = rollout(
-        actor,
-        config.env,
-        episodes=config.episodes,
-        seed=config.seed,
-        view=config.view,
-        distract=distraction,
-        max_steps=config.max_steps,
-        record=config.record,
+    check_compatible(
+        spec,
+        config.policy,
+        actions=policy.spec.action_space,
+        cameras=(policy.spec.camera,),
+        channels=policy.spec.channels,
+        state_size=policy.spec.state_size if policy.uses_state else 0,
     )
+    actor = PolicyActor(policy, config.device)
+    try:
+        result = rollout(
+            actor,
+            config.env,
+            episodes=config.episodes,
+            seed=config.seed,
+            view=config.view,
+            distract=distraction,
+            max_steps=config.max_steps,
+            record=config.record,
+        )
+    except RolloutStoppedError as error:
+        if error.finished is None:
+            raise
+        save_rollout(error.finished, out, name=PARTIAL, config=asked, error=str(error))
+        count = len(error.finished.returns)
+        raise UserError(f"{error} The episodes before it ({count}) are in {out / PARTIAL}.") from error
     save_rollout(result, out, config=asked)
     written = read_json(out / "rollout.json")
-    log.info("%s: success %s, return %.3g", config.env, written["success"], written["return"])
+    log.info("%s: %s", config.env, summary(written))
     return written
 
 
-def _describe(space: Any) -> str:
-    return f"{space.size} {'classes' if space.discrete else 'numbers'}"
+def summary(result: dict[str, Any]) -> str:
+    """Return the success, where the environment reports one, and the return of a `rollout.json` in words."""
+    mean = f"return {result['return']:.3g}"
+    if result["success"] is None:
+        low, high = result["return_ci95"]
+        return f"{mean} ({low:.3g} to {high:.3g})"
+    low, high = result["ci95"]
+    return f"success {result['success']:.3g} ({low:.3g} to {high:.3g}), {mean}"
