@@ -32,9 +32,9 @@ from latentact.types import KERNELS, ActionSpace
 
 logger = logging.getLogger(__name__)
 
-_RULES = ("2", "pyav", "FFmpeg's colors", "display matrix", "nearest row")
+_RULES = ("2", "pyav", "FFmpeg's colors", "display matrix", "EXIF orientation", "nearest row")
 """Rules by which frames are decoded; another rule is another entry."""
-_LARGEST = 8192
+_LARGEST = 4096
 _FASTEST = 10_000
 
 

@@ -142,15 +142,15 @@ def nearest_frames[F](
     iterator = iter(frames)
     held, ahead, last = next(iterator, None), next(iterator, None), None
     if held is None:
-        raise Unreadable("its video has no frames")
+        raise Unreadable(f"column timestamp, row 0: its video has no frame near {times[0]:.9g} s")
     for row, (time, tolerance) in enumerate(zip(times, lookup_tolerance(times, fps), strict=True)):
         while ahead is not None and abs(ahead[0] - time) < abs(held[0] - time):
             held, ahead = ahead, next(iterator, None)
         if abs(held[0] - time) > tolerance:
             if ahead is None and held[0] < time:
                 raise Unreadable(
-                    f"its video has {row} of the {len(times)} frames of its table: row {row} is at "
-                    f"{time:.6g} s and the last frame at {held[0]:.6g} s"
+                    f"column timestamp, row {row} of {len(times)}: it is at {time:.6g} s and the last frame "
+                    f"of its video at {held[0]:.6g} s"
                 )
             raise Unreadable(
                 f"column timestamp, row {row}: its video has no frame at {time:.6g} s, the nearest is at "
@@ -166,6 +166,24 @@ def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np
     """Return how far the frame of each row may lie from the row's time, in seconds."""
     rounding = 2 * np.finfo(np.float32).eps * np.abs(times)  # LeRobot compares in float32
     return np.maximum(LEROBOT_TOLERANCE_S + rounding, _JITTER / fps)
+
+
+def first_unmatched(
+    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float
+) -> int | None:
+    """Return the first row for which `nearest_frames` would find no frame; None: there is none.
+
+    Args:
+        shown: seconds at which the video shows frames, ascending.
+        times: seconds at which rows look into the video, ascending.
+        fps: rows per second.
+    """
+    padded = np.concatenate([[-np.inf], shown, [np.inf]])
+    after = np.searchsorted(padded, times).clip(1, len(padded) - 1)
+    nearest = np.where(times - padded[after - 1] <= padded[after] - times, after - 1, after)
+    wrong = np.abs(padded[nearest] - times) > lookup_tolerance(times, fps)
+    wrong[1:] |= np.diff(nearest) == 0
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def at_times[F](

@@ -2,7 +2,7 @@
 
 Video follows FFmpeg's command line: the matrix and range that the stream names (BT.601 where it names none,
 whatever its size), bicubic chroma, alpha dropped, and the display matrix applied, mirroring included. Images
-in tables follow LeRobot, which shows them as Pillow decodes them.
+in tables follow LeRobot, which shows them as Pillow decodes them, turned by their EXIF orientation.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from av import VideoFrame
 from av.sidedata.sidedata import Type
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latentact.data.format import Unreadable
 
 _BT601, _BT709 = 5, 1
+_BICUBIC = int(Interpolation.BICUBIC)
 _MATRICES = (1, 4, 5, 6, 7, 9, 10)  # AVColorSpace values that swscale has coefficients for
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
@@ -28,6 +29,9 @@ class Converter:
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
+        self._kind: tuple[int, ...] | None = None
+        self._colors: dict[str, int] = {}
+        self._matrix = (1, 0, 0, 1)
 
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         """Return a decoded frame as upright RGB, values 0..255.
@@ -35,9 +39,12 @@ class Converter:
         Raises:
             Unreadable: its display matrix is no multiple of a quarter turn.
         """
-        colors = {} if frame.format.is_rgb else _colors(frame)
-        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", **colors)
-        return _upright(rgb.to_ndarray(), display_matrix(frame))
+        kind = (frame.width, frame.height, frame.colorspace, frame.color_range)
+        if kind != self._kind:
+            self._kind, self._matrix = kind, display_matrix(frame)
+            self._colors = {} if frame.format.is_rgb else _colors(frame)
+        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_BICUBIC, **self._colors)
+        return _upright(rgb.to_ndarray(), self._matrix)
 
 
 def _colors(frame: VideoFrame) -> dict[str, int]:
@@ -86,7 +93,7 @@ def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
 
 
 def image_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an image as RGB, values 0..255; alpha is dropped, gray is repeated, palettes are looked up.
+    """Return an image as upright RGB, values 0..255; alpha is dropped, gray repeated, palettes looked up.
 
     Raises:
         Unreadable: it has more than 8 bits per value, as depth and infrared images have.
@@ -96,4 +103,4 @@ def image_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
             f"its images must have 8 bits per value, got mode {image.mode}, which depth and infrared cameras "
             f"write; convert them to 8 bits, or name another camera"
         )
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
