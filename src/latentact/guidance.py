@@ -15,8 +15,9 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from latentact.data.decode.resize import resize
-from latentact.data.decode.video import VideoInfo, at_times, decode, probe
+from latentact.data.decode.video import VideoInfo, decode, probe
 from latentact.data.format import Unreadable
+from latentact.data.time_base import at_times
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.guide import SAME_RATE, Guide, follow, tokens_at

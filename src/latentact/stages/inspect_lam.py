@@ -10,18 +10,20 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import yaml
+from pydantic import Field
 
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.splits import split_episodes
 from latentact.device import require_device
-from latentact.errors import EXTRAS, UserError, missing_extra
+from latentact.errors import EXTRAS, UserError, missing_extra, require_between
 from latentact.evaluation.inspect_lam import inspect_lam
 from latentact.evaluation.inspect_page import write_page
-from latentact.io.atomic import read_json, write_json
+from latentact.io.atomic import write_json
+from latentact.io.records import Record, parse_record, read_record, read_yaml
+from latentact.io.specs import Text
 from latentact.lams.encode import gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
@@ -50,6 +52,8 @@ class InspectConfig:
     """cpu, cuda or mps."""
     max_transitions: int = 2048
     """Transitions looked at, drawn at random where there are more."""
+    drop_nonfinite: bool = False
+    """Whether rows whose state or action is missing, NaN or infinite are left out."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -57,11 +61,8 @@ class InspectConfig:
             raise UserError(
                 f"--held-out is {self.held_out}; wanted more than 0 and at most 1 (all episodes)."
             )
-        if self.max_transitions < 1 or (self.seed or 0) < 0:
-            raise UserError(
-                f"--max-transitions is {self.max_transitions}, --seed {self.seed or 0}; wanted at least 1 "
-                f"and 0."
-            )
+        require_between("--max-transitions", self.max_transitions, 1, 10**9)
+        require_between("--seed", self.seed, 0, 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,8 @@ def run(config: InspectConfig) -> InspectResult:
         raise UserError(f"--out is {folder}, which is a file; give a folder.")
     model = load_lam(config.lam, config.device)
     size = {"resolution": model.spec.resolution, "resize": model.spec.resize}
-    store = open_store(DataConfig(path=config.data, camera=config.camera, **size))
+    drop = config.drop_nonfinite
+    store = open_store(DataConfig(path=config.data, camera=config.camera, drop_nonfinite=drop, **size))
     gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s)
     episodes, seed, chosen = _held_out(config, store)
     log.info("%d of %d episodes, frame gap %d", len(episodes), store.num_episodes, gap)
@@ -130,24 +132,42 @@ def run(config: InspectConfig) -> InspectResult:
     )
 
 
-def _training(config: InspectConfig, store: FrameStore) -> dict[str, Any]:
+class _Data(Record):
+    path: Text = ""
+
+
+class _Training(Record):
+    """What `config.yaml` of a LAM says about its training."""
+
+    data: _Data = _Data()
+    held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
+    split_seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+
+
+class _Result(Record):
+    """What `lam.json` says about the frames that a LAM was trained on."""
+
+    frames: str = ""
+
+
+def _training(config: InspectConfig, store: FrameStore) -> _Training | None:
     """The settings of the training that made the model, if it was on these very frames or in this place."""
     settings, result = (Path(config.lam) / name for name in ("config.yaml", "lam.json"))
     if not settings.is_file():
-        return {}
-    values = yaml.safe_load(settings.read_text())
-    place = Path(values.get("data", {}).get("path", "")).expanduser().resolve()
-    frames = read_json(result).get("frames") if result.is_file() else None
-    return values if store.digest == frames or place == Path(config.data).expanduser().resolve() else {}
+        return None
+    values = parse_record(_Training, read_yaml(settings), str(settings))
+    place = Path(values.data.path).expanduser().resolve()
+    frames = read_record(_Result, result).frames if result.is_file() else None
+    same = store.digest == frames or place == Path(config.data).expanduser().resolve()
+    return values if same else None
 
 
 def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:
     """The episodes to judge on, the seed, and what must be said about the choice."""
     share, seed, notes = config.held_out, config.seed, []
-    settings = _training(config, store)
-    if settings:
-        share = settings.get("held_out", 1) if share is None else share
-        seed = settings.get("split_seed", 0) if seed is None else seed
+    if settings := _training(config, store):
+        share = settings.held_out if share is None else share
+        seed = settings.split_seed if seed is None else seed
     elif share is None:
         notes.append(
             "The model does not say that it was trained on this data, so all episodes are judged; any that "

@@ -73,6 +73,8 @@ class PrecomputeConfig:
     machine multiplies and that keeps 99 % of the codes."""
     num_workers: int = 0
     """Decoding threads; 0: one per core."""
+    drop_nonfinite: bool = False
+    """Whether rows whose state or action is missing, NaN or infinite get no tokens."""
     overwrite: bool = False
     """Whether to compute again and replace what is there."""
 
@@ -113,7 +115,13 @@ def run(config: PrecomputeConfig) -> Path:
         raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")
     spec = model.spec
     stream = FrameStream(
-        DataConfig(path=str(path), camera=config.camera_key, resolution=spec.resolution, resize=spec.resize)
+        DataConfig(
+            path=str(path),
+            camera=config.camera_key,
+            resolution=spec.resolution,
+            resize=spec.resize,
+            drop_nonfinite=config.drop_nonfinite,
+        )
     )
     gap = gap_in_frames(model.spec, stream.fps, path, config.frame_gap_s)
     asked = {
@@ -121,7 +129,7 @@ def run(config: PrecomputeConfig) -> Path:
         "frames": stream.key,
         "gap": gap,
         "model": to_dict(model.config),
-        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
+        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision", "drop_nonfinite")},
     }
     if options.share.rank == 0 and _finished(out, asked, config):
         return out

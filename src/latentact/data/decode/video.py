@@ -14,7 +14,7 @@ import av
 import av.logging
 import numpy as np
 from av.error import FFmpegError
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
 from latentact.data.decode.color import Converter, display_matrix
 from latentact.data.format import Unreadable
@@ -85,6 +85,20 @@ def probe(path: Path) -> VideoInfo:
     try:
         with closing(_open(path)) as container:
             return _probe(container, path)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(_reason(error)) from error
+
+
+def frame_times(path: Path) -> Float64[np.ndarray, " n"]:
+    """Return the seconds at which a video's frames are shown, ascending, from its packets.
+
+    Raises:
+        Unreadable: it is not a video.
+    """
+    try:
+        with closing(_open(path)) as container:
+            stream = _video_stream(container)
+            return _times([p for p in container.demux(stream) if p.size and not p.is_discard], stream)
     except (FFmpegError, OSError, ValueError) as error:
         raise Unreadable(_reason(error)) from error
 
@@ -174,8 +188,7 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
             there = sum(1 for p in whole.demux(_video_stream(whole)) if p.size)
         if there < stream.frames:
             raise Unreadable(f"it is cut short: {there} of its {stream.frames} frames are there")
-    ticks = [p.pts if p.pts is not None else p.dts for p in shown]
-    times = np.sort([float(tick * base) for tick in ticks if tick is not None])
+    times = _times(shown, stream)
     rate = frame_rate(times, float(stream.average_rate or 0))
     if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska names no number of frames
         last = max(shown, key=lambda p: p.pts or p.dts or 0)
@@ -184,6 +197,11 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
         if len(times) and times[-1] + lasts < named - max(0.5, 3 / rate.fps):
             raise Unreadable(f"it is cut short: {times[-1] + lasts:.1f} of its {named:.1f} seconds are there")
     return VideoInfo(frames=len(shown), rate=rate)
+
+
+def _times(packets: list[av.Packet], stream: av.VideoStream) -> Float64[np.ndarray, " n"]:
+    ticks = [p.pts if p.pts is not None else p.dts for p in packets]
+    return np.sort(np.array([float(tick * (stream.time_base or 1)) for tick in ticks if tick is not None]))
 
 
 def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tuple[float, av.VideoFrame]]:

@@ -1,0 +1,368 @@
+"""What there is to know about a dataset before hours are spent on it: `latentact check-data`.
+
+Tables and video packets are read, and of the frames as many as asked for are decoded, small. Whatever a
+reader refuses, leaves out or repairs later is found here first, by the same functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+
+from latentact.data.cache import cache_folder
+from latentact.data.decode.pipeline import DecodeSpec, decoded
+from latentact.data.decode.video import VideoLook, frame_times, look
+from latentact.data.digest import Memo
+from latentact.data.format import Source, Unreadable, open_source
+from latentact.data.formats.npz import NpzSource
+from latentact.data.formats.video_folder import VideoFolderSource
+from latentact.data.lerobot.metadata import cameras, read_info
+from latentact.data.lerobot.source import LeRobotSource, lerobot_version
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem, first_unmatched
+from latentact.errors import UserError
+from latentact.progress import Progress
+
+SIZE = 96
+"""Height and width in pixels at which frames are compared and shown."""
+STILL_S = 1.0
+"""Seconds without a change that count as a still span."""
+_STILL_LEVELS = 0.5
+_SHOWN = 8
+
+
+@dataclass(kw_only=True)
+class DataCheck:
+    """What was found; plain values throughout."""
+
+    path: str
+    kind: str = ""
+    """Such as "LeRobot v2.1" or "folder of videos"."""
+    cameras: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per camera: key, size, codec, color, orientation."""
+    episodes: dict[str, Any] = field(default_factory=dict)
+    """How many, how long."""
+    rate: dict[str, Any] = field(default_factory=dict)
+    """Frames per second, and whether they vary."""
+    clocks: dict[str, int] = field(default_factory=dict)
+    """Episodes by what their column `timestamp` is: regular, offset, gaps, jitter, impossible."""
+    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Numeric columns: shape, rows without finite numbers, the first of them."""
+    tasks: list[str] = field(default_factory=list)
+    actions: str = ""
+    """What an action is; empty: there are none."""
+    decoded_frames: int = 0
+    """Frames that were looked at."""
+    still: list[dict[str, Any]] = field(default_factory=list)
+    """Spans without a change: episode, seconds from and to."""
+    duplicates: list[list[str]] = field(default_factory=list)
+    """Episodes that show the same."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Files that are not read: name -> reason."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Files and episodes that cannot be read: name -> reason."""
+    errors: list[str] = field(default_factory=list)
+    """Why the data cannot be used."""
+    warnings: list[str] = field(default_factory=list)
+    """What is left out, repaired or doubtful."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether anything can be trained on it."""
+        return not self.errors
+
+    @property
+    def verdict(self) -> str:
+        """The result in one sentence."""
+        if self.errors:
+            return f"Not usable: {self.errors[0]}"
+        many, frames = self.episodes["count"], self.episodes["frames"]
+        size, count = f"{many} episodes, {frames} frames at {self.rate['fps']:g} fps", len(self.warnings)
+        return f"Ready: {size}." if not count else f"Usable with care ({count} to look at): {size}."
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, the verdict included."""
+        return {"verdict": self.verdict, "usable": self.usable, **asdict(self)}
+
+
+@dataclass(kw_only=True)
+class Sheet:
+    """Some frames of an episode."""
+
+    camera: str
+    episode: str
+    frames: list[UInt8[np.ndarray, "h w c"]]
+    """First, middle and last of those that were decoded."""
+
+
+def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[DataCheck, list[Sheet]]:
+    """Look at a dataset.
+
+    Args:
+        path: as `data.path`.
+        camera: key of the camera; empty: all of them.
+        max_frames: frames to decode of each camera, of episodes spread over the data; 0: none.
+
+    Returns:
+        What was found, and frames for a contact sheet.
+    """
+    check, sheets = DataCheck(path=str(path)), []
+    try:
+        keys = [camera] if camera else _camera_keys(path)
+        for key in keys or [""]:
+            memo = Memo(cache_folder() / "memo", path)
+            source = open_source(path, key, memo)
+            if key == (keys or [""])[0]:
+                _describe(check, path, source)
+            _check_camera(check, path, source)
+            sheets += _check_frames(check, path, key, source, max_frames)
+        if not check.episodes.get("count"):
+            reasons = [*check.unreadable.values(), *check.skipped.values(), "it has no episodes"]
+            check.errors.append(f"{path} holds nothing that can be read ({reasons[0]}).")
+    except UserError as error:
+        check.errors.append(str(error))
+    return check, sheets
+
+
+def _camera_keys(path: Path) -> list[str]:
+    """Return the cameras of a LeRobot dataset; empty for other data."""
+    if not path.exists() or not lerobot_version(path):
+        return []
+    found = cameras(read_info(path).features)
+    if not found:
+        raise UserError(f"{path} has no camera; give a dataset with images or videos.")
+    return found
+
+
+def _describe(check: DataCheck, path: Path, source: Source) -> None:
+    """Fill in what all cameras share."""
+    kinds = {VideoFolderSource: "video" if path.is_file() else "folder of videos", NpzSource: "npz episodes"}
+    version = lerobot_version(path) if path.is_dir() else ""
+    check.kind = f"LeRobot {version}" if version else kinds.get(type(source), "dataset")
+    frames = [episode.frames for episode in source.episodes]
+    check.episodes = {
+        "count": len(frames),
+        "frames": sum(frames),
+        "seconds": round(sum(frames) / source.fps, 3),
+        "shortest": min(frames, default=0),
+        "longest": max(frames, default=0),
+    }
+    check.rate = {"fps": source.fps, "varies": source.uneven}
+    check.tasks = list(source.tasks)
+    check.actions = "" if source.action_space is None else str(source.action_space)
+    check.skipped = dict(source.skipped)
+    check.warnings += source.notes
+    if source.uneven:
+        check.warnings.append(f"frame rates vary: frames are resampled by time to {source.fps:g} fps")
+    _check_columns(check, source)
+    if isinstance(source, LeRobotSource):
+        _check_totals(check, source)
+        _check_clocks(check, source)
+    alike = defaultdict(list)
+    for episode in source.episodes:
+        alike[episode.content].append(episode.name)
+    _add_duplicates(check, [names for names in alike.values() if len(names) > 1])
+
+
+def _check_totals(check: DataCheck, source: LeRobotSource) -> None:
+    for name, there in (("total_frames", source.tables.rows), ("total_episodes", len(source.tables.spans))):
+        said = getattr(source.info, name)
+        if said is not None and said != there:
+            check.warnings.append(f"meta/info.json says {name} {said}, and {there} are there")
+
+
+def _check_columns(check: DataCheck, source: Source) -> None:
+    """Look at numeric columns: those that are used, and of LeRobot data all."""
+    names = {"observation.state", "action"}
+    if isinstance(source, LeRobotSource):
+        names |= {name for name, feature in source.tables.features.items() if feature.numeric}
+    for name in sorted(names):
+        column = source.column(name)
+        if column is None:
+            continue
+        wrong = np.flatnonzero(~np.isfinite(column.reshape(len(column), -1).astype(np.float64)).all(1))
+        check.columns[name] = {"shape": list(column.shape[1:]), "rows": len(column), "nonfinite": len(wrong)}
+        if len(wrong):
+            check.columns[name]["first"] = int(wrong[0])
+            used = name in ("observation.state", "action")
+            check.warnings.append(
+                f"column {name}: {len(wrong)} of {len(column)} rows are missing, NaN or infinite, the first "
+                f"is row {wrong[0]}{'; leave them out with --drop-nonfinite' if used else ''}"
+            )
+
+
+def _check_clocks(check: DataCheck, source: LeRobotSource) -> None:
+    found: Counter[str] = Counter()
+    worst, holes = 0.0, 0
+    for recording in source.recordings:
+        kind, size = _clock(source.tables.timestamps(recording.episode), source.fps)
+        found[kind] += 1
+        worst = max(worst, size if kind == "jitter" else 0.0)
+        holes += int(size) if kind == "gaps" else 0
+    found["impossible"] += sum("column timestamp" in reason for reason in source.unreadable.values())
+    check.clocks = {kind: number for kind, number in found.items() if number}
+    if found["gaps"]:
+        check.warnings.append(
+            f"{found['gaps']} episodes have gaps in their timestamps ({holes} in all): no transition "
+            f"crosses one"
+        )
+    if found["jitter"]:
+        check.warnings.append(
+            f"{found['jitter']} episodes have timestamps up to {1000 * worst:.3g} ms off row / fps, which "
+            f"LeRobot reads with a larger tolerance_s only"
+        )
+
+
+def _clock(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[str, float]:
+    """Return what a column `timestamp` is, and how many gaps it has or how many seconds it is off."""
+    if clock_problem(timestamps):
+        return "impossible", 0.0
+    off = np.abs(timestamps - timestamps[0] - np.arange(len(timestamps)) / fps)
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(timestamps)
+    if (off <= LEROBOT_TOLERANCE_S + rounding).all():
+        return ("regular" if abs(timestamps[0]) <= LEROBOT_TOLERANCE_S else "offset"), 0.0
+    steps = np.diff(timestamps) * fps
+    if (np.abs(steps - steps.round()) < 0.1).all():
+        return "gaps", float((steps.round() > 1).sum())
+    return "jitter", float(off.max())
+
+
+def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
+    """Look at the videos of one camera: codec, color and orientation, and whether rows find their frames."""
+    check.unreadable |= source.unreadable
+    files: dict[Path, list[int]] = defaultdict(list)
+    if isinstance(source, VideoFolderSource):
+        files |= {file: [] for file in source.files}
+    elif isinstance(source, LeRobotSource):
+        for number, recording in enumerate(source.recordings):
+            if recording.video:
+                files[source.video_file(number)].append(number)
+    looks: list[VideoLook] = []
+    turned = []
+    for file, numbers in files.items():
+        try:
+            looks.append(look(file))
+            if looks[-1].orientation != (1, 0, 0, 1):
+                turned.append(file.name)
+            if isinstance(source, LeRobotSource):
+                _check_rows(check, source, file, numbers)
+        except Unreadable as error:
+            check.unreadable[file.relative_to(path).as_posix() if path.is_dir() else file.name] = str(error)
+    entry: dict[str, Any] = {"key": source.camera, "files": len(files)}
+    for name in ("codec", "pixel_format", "matrix", "streams"):
+        entry[name] = sorted({str(getattr(seen, name)) or "unspecified" for seen in looks})
+    entry["size"] = sorted({f"{seen.width}x{seen.height}" for seen in looks})
+    entry["rotated_or_mirrored"] = len(turned)
+    check.cameras.append(entry)
+    if turned:
+        check.warnings.append(
+            f"{len(turned)} videos are rotated or mirrored by a display matrix, such as {turned[0]}: they "
+            f"are shown upright, and precompute --output column refuses them"
+        )
+
+
+def _check_rows(check: DataCheck, source: LeRobotSource, file: Path, numbers: list[int]) -> None:
+    """Find the episodes of a video that have a row without a frame, from the video's packets."""
+    shown = frame_times(file)
+    for number in numbers:
+        recording, episode = source.recordings[number], source.episodes[number]
+        lookup = recording.start + source.tables.timestamps(recording.episode)
+        row = first_unmatched(shown, lookup, source.fps)
+        if row is not None:
+            check.unreadable[episode.label] = (
+                f"column timestamp, row {row}: its video has no frame of its own at {lookup[row]:.6g} s"
+            )
+
+
+def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max_frames: int) -> list[Sheet]:
+    """Decode frames, small, and find still spans, episodes that show the same, and damage."""
+    if not source.episodes or not max_frames:
+        return []
+    order = np.argsort(np.arange(len(source.episodes)) * 0.618034 % 1)  # spread over the data
+    ends = np.cumsum([source.episodes[n].frames for n in order])
+    chosen = sorted(int(n) for n in order[: max(1, int((ends <= max_frames).sum()))])
+    spec = DecodeSpec(
+        source=source, fps=0.0, resolution=SIZE if source.resizable else 0, resize="uint8", strict=False
+    )
+    sheets: list[Sheet] = []
+    alike: dict[str, list[str]] = defaultdict(list)
+    still: list[dict[str, Any]] = []
+    total = sum(source.episodes[n].frames for n in chosen)
+    with (
+        Progress(f"checking {camera or 'frames'}", total, "frames") as progress,
+        closing(decoded(spec, chosen)) as episodes,
+    ):
+        for number, chunks in episodes:
+            episode, seen = source.episodes[number], _Seen(source.episodes[number].frames)
+            try:
+                for chunk in chunks:
+                    seen.add(chunk.frames, chunk.times)
+                    progress.advance(len(chunk.frames))
+            except Unreadable as error:
+                check.unreadable.setdefault(episode.label, str(error))
+                continue
+            check.decoded_frames += seen.frames
+            alike[seen.digest].append(episode.name)
+            for begin, end in still_spans(np.array(seen.changes), np.array(seen.times)):
+                still.append({"camera": camera, "episode": episode.name, "from_s": begin, "to_s": end})
+            if len(sheets) < _SHOWN:
+                sheets.append(Sheet(camera=camera, episode=episode.name, frames=seen.kept))
+    if still:
+        check.still += still
+        check.warnings.append(
+            f"{len(still)} spans of {STILL_S:g} s or more show no change, such as {still[0]['episode']} from "
+            f"{still[0]['from_s']:.1f} to {still[0]['to_s']:.1f} s"
+        )
+    _add_duplicates(check, [names for names in alike.values() if len(names) > 1])
+    return sheets
+
+
+class _Seen:
+    """What is kept of an episode's frames while they go by."""
+
+    def __init__(self, expected: int) -> None:
+        self.frames = 0
+        self.times: list[float] = []
+        self.changes: list[float] = []
+        self.kept: list[np.ndarray] = []
+        self._places = {0, expected // 2, max(expected - 1, 0)}
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._last: np.ndarray | None = None
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, frames: UInt8[np.ndarray, "n h w c"], times: list[float]) -> None:
+        self._hash.update(np.ascontiguousarray(frames))
+        whole = frames if self._last is None else np.concatenate([self._last[None], frames])
+        self.changes += np.abs(np.diff(whole.astype(np.int16), axis=0)).mean((1, 2, 3)).tolist()
+        self.kept += [frame for n, frame in enumerate(frames, self.frames) if n in self._places]
+        self._last, self.times, self.frames = frames[-1], self.times + times, self.frames + len(frames)
+
+
+def still_spans(
+    changes: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"]
+) -> list[tuple[float, float]]:
+    """Return (from, to) in seconds of every span of at least `STILL_S` in which nothing changes.
+
+    Args:
+        changes: mean difference of neighboring frames in gray levels, one fewer than frames.
+        times: seconds of the frames.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], (changes < _STILL_LEVELS).astype(int), [0]])))
+    spans = [(float(times[begin]), float(times[end])) for begin, end in edges.reshape(-1, 2)]
+    return [(begin, end) for begin, end in spans if end - begin >= STILL_S]
+
+
+def _add_duplicates(check: DataCheck, groups: list[list[str]]) -> None:
+    new = [names for names in groups if names not in check.duplicates]
+    if new:
+        check.duplicates += new
+        check.warnings.append(f"{len(new)} groups of episodes show the same, such as {', '.join(new[0][:3])}")
