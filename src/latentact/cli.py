@@ -7,11 +7,34 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from latentact.errors import EXTRAS, UserError, missing_extra
+from latentact.flags import (
+    ARGUMENT,
+    BATCH,
+    COUNT,
+    LIMIT,
+    NAME,
+    PIXELS,
+    RATE,
+    SECONDS,
+    SEED,
+    WORKERS,
+    Camera,
+    Device,
+    Distract,
+    DropNonfinite,
+    FrameGap,
+    Precision,
+    Resolution,
+    Strict,
+    TargetFps,
+    View,
+    between,
+)
 from latentact.io.atomic import disk_full
 
 app = typer.Typer(
@@ -21,51 +44,22 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode="rich",
 )
+
+
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-
-def _given(param: typer.CallbackParam, value: str) -> str:
-    """Refuse an empty name, which would stand for the current folder."""
-    if not value:
-        raise UserError(f"{param.opts[0]} is empty; give a name.")
-    return value
-
-
-Resolution = Annotated[int, typer.Option(help="Height and width of frames in pixels; 0: as they are.")]
-View = Annotated[str, typer.Option(help="agent: what the agent sees; full: the whole world.")]
-Distract = Annotated[
-    str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
-]
-Camera = Annotated[str, typer.Option(help="Camera key; empty: the only one there is.")]
-FrameGap = Annotated[
-    float, typer.Option(help="Seconds between the frames of a transition; 0: the LAM's own.")
-]
-TargetFps = Annotated[float, typer.Option(help="Frames per second to resample to; 0: the data's own.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An unreadable file is an error instead of skipped.")]
-Precision = Annotated[
-    str,
-    typer.Option(
-        help="fp32, bf16, int8 (faster, coarser), or auto: the fastest that keeps 99 % of the codes."
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 
 
 @app.command()
 def collect(
-    env: Annotated[
-        str, typer.Argument(callback=_given, help="Environment with an expert: babyai/LEVEL or pusht.")
-    ],
-    out: Annotated[str, typer.Option(callback=_given, help="Folder of the new LeRobot v3 dataset.")],
-    episodes: Annotated[int, typer.Option(help="Successful episodes to collect.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the first attempt; attempt i uses seed + i.")] = 0,
+    env: Annotated[str, ARGUMENT("Environment with an expert: babyai/LEVEL or pusht.")],
+    out: Annotated[str, NAME("Folder of the new LeRobot v3 dataset.")],
+    episodes: Annotated[int, COUNT("Successful episodes to collect.")] = 100,
+    seed: Annotated[int, SEED("Seed of the first attempt; attempt i uses seed + i.")] = 0,
     resolution: Resolution = 0,
     view: View = "agent",
-    workers: Annotated[
-        int, typer.Option(help="Processes; 0: one per core. Changes nothing in the data.")
-    ] = 0,
-    explore: Annotated[float, typer.Option(help="Share of steps with an exploring action.")] = 0.0,
-    max_steps: Annotated[int, typer.Option(help="Steps after which an attempt failed; 0: the limit.")] = 0,
+    workers: Annotated[int, WORKERS("Processes; 0: one per core. Changes nothing in the data.")] = 0,
+    explore: Annotated[float, between(0.0, 1.0)("Share of steps with an exploring action.")] = 0.0,
+    max_steps: Annotated[int, LIMIT("Steps after which an attempt failed; 0: the limit.")] = 0,
     distract: Distract = "",
 ) -> None:
     """Play a scripted expert and keep its successful episodes.
@@ -120,6 +114,39 @@ def cache(
     print(f"{found.folder}: {len(found.entries)} entries, {found.bytes / 1e6:.1f} MB")
 
 
+@app.command(name="check-data")
+def check_data(
+    path: Annotated[str, ARGUMENT("Dataset, folder of videos, or one file.")],
+    camera: Annotated[str, typer.Option(help="Camera key; empty: all of them.")] = "",
+    max_frames: Annotated[
+        int, LIMIT("Frames to decode of each camera, spread over episodes; 0: none.")
+    ] = 20_000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[str, typer.Option(help="File of a page with a contact sheet; empty: none.")] = "",
+) -> None:
+    """Say what a dataset is, what readers refuse, skip or repair, and whether to train on it.
+
+    Example: latentact check-data data/red_ball --html check.html
+    """
+    import json
+
+    from latentact.evaluation.data_page import summary
+    from latentact.stages import check_data as stage
+
+    config = stage.CheckDataConfig(path=path, camera=camera, max_frames=max_frames, html=html)
+    found = stage.run(config)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        files = [f"unreadable: {name}: {why}" for name, why in list(found.unreadable.items())[:20]]
+        files += [f"skipped: {name}: {why}" for name, why in list(found.skipped.items())[:20]]
+        print(
+            summary(found), *(f"warning: {line}" for line in found.warnings), *files, found.verdict, sep="\n"
+        )
+    if not found.usable:
+        raise typer.Exit(2)
+
+
 @app.command(name="train-lam", context_settings=HYDRA)
 def train_lam(context: typer.Context) -> None:
     """Learn a latent action model from video. Takes Hydra overrides; see --help."""
@@ -134,12 +161,13 @@ def train_lam(context: typer.Context) -> None:
 @app.command(name="convert-lam")
 def convert_lam(
     where: Annotated[
-        str, typer.Argument(callback=_given, help="Folder, file or hub id of a villa-X, LAPO or LAPA model.")
+        str,
+        ARGUMENT("Folder, file or hub id of a villa-X, LAPO or LAPA model."),
     ],
-    out: Annotated[str, typer.Option(callback=_given, help="Folder for the model.")],
+    out: Annotated[str, NAME("Folder for the model.")],
     window: Annotated[str, typer.Option(help="villa-X: sliding or chunked; empty: sliding.")] = "",
-    image_size: Annotated[int, typer.Option(help="LAPA: pixels it was trained at; 0: 256.")] = 0,
-    code_seq_len: Annotated[int, typer.Option(help="LAPA: codes per transition; 0: 4.")] = 0,
+    image_size: Annotated[int, PIXELS("LAPA: pixels it was trained at; 0: 256.")] = 0,
+    code_seq_len: Annotated[int, between(0, 1 << 20)("LAPA: codes per transition; 0: 4.")] = 0,
 ) -> None:
     """Write a published latent action model in our format; it gives the same numbers.
 
@@ -153,17 +181,19 @@ def convert_lam(
 
 @app.command()
 def label(
-    lam: Annotated[str, typer.Option(callback=_given, help="Folder or hub id of the latent action model.")],
-    data: Annotated[str, typer.Option(callback=_given, help="Dataset, folder of videos, or one video.")],
-    out: Annotated[str, typer.Option(callback=_given, help="Folder for the labels.")],
+    lam: Annotated[str, NAME("Folder or hub id of the latent action model.")],
+    data: Annotated[str, NAME("Dataset, folder of videos, or one video.")],
+    out: Annotated[str, NAME("Folder for the labels.")],
     camera: Camera = "",
     resolution: Annotated[
-        int, typer.Option(help="Frame size in pixels; -1: the model's own; 0: the data's.")
+        int,
+        between(-1, 4096)("Frame size in pixels; -1: the model's own; 0: the data's."),
     ] = -1,
     target_fps: TargetFps = 0.0,
     frame_gap_s: FrameGap = 0.0,
     strict: Strict = False,
-    batch_size: Annotated[int, typer.Option(help="Transitions encoded together.")] = 256,
+    drop_nonfinite: DropNonfinite = False,
+    batch_size: Annotated[int, BATCH("Transitions encoded together.")] = 256,
     device: Device = "cpu",
     precision: Precision = "fp32",
 ) -> None:
@@ -175,7 +205,14 @@ def label(
     from latentact.stages import label as stage
 
     size = 0 if resolution == -1 else resolution
-    config = DataConfig(path=data, camera=camera, resolution=size, target_fps=target_fps, strict=strict)
+    config = DataConfig(
+        path=data,
+        camera=camera,
+        resolution=size,
+        target_fps=target_fps,
+        strict=strict,
+        drop_nonfinite=drop_nonfinite,
+    )
     print(
         stage.run(
             stage.LabelConfig(
@@ -194,18 +231,14 @@ def label(
 
 @app.command()
 def precompute(
-    lam_model_path: Annotated[
-        str, typer.Option(callback=_given, help="Folder or hub id of the latent action model.")
-    ],
-    output_dir: Annotated[
-        str, typer.Option(callback=_given, help="Folder of the new dataset, or of the token files.")
-    ],
+    lam_model_path: Annotated[str, NAME("Folder or hub id of the latent action model.")],
+    output_dir: Annotated[str, NAME("Folder of the new dataset, or of the token files.")],
     dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot dataset.")] = "",
     dataset_root: Annotated[
         str, typer.Option(help="Folder of a LeRobot dataset or of videos; empty: lerobot's own place.")
     ] = "",
     camera_key: Camera = "",
-    batch_size: Annotated[int, typer.Option(help="Transitions encoded together.")] = 256,
+    batch_size: Annotated[int, BATCH("Transitions encoded together.")] = 256,
     device: Device = "cpu",
     precision: Precision = "fp32",
     tokens: Annotated[
@@ -216,7 +249,8 @@ def precompute(
         str, typer.Option(help="column: a LeRobot v3 dataset; file: .safetensors and .pt; both.")
     ] = "column",
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    num_workers: Annotated[int, typer.Option(help="Decoding threads; 0: one per core.")] = 0,
+    num_workers: Annotated[int, WORKERS("Decoding threads; 0: one per core.")] = 0,
+    drop_nonfinite: DropNonfinite = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute again, and replace.")] = False,
 ) -> None:
     """Write the LAM tokens of a dataset once, for every later run; torchrun shares the work.
@@ -231,9 +265,7 @@ def precompute(
 
 @app.command(name="train-with-tokens")
 def train_with_tokens(
-    output_dir: Annotated[
-        str, typer.Option(callback=_given, help="Run folder; the same command goes on where it stopped.")
-    ],
+    output_dir: Annotated[str, NAME("Run folder; the same command goes on where it stopped.")],
     dataset_repo_id: Annotated[str, typer.Option(help="Hub id of a LeRobot v3 dataset.")] = "",
     dataset_root: Annotated[
         str, typer.Option(help="Its folder; empty: lerobot's own place, or the hub.")
@@ -242,12 +274,12 @@ def train_with_tokens(
         str, typer.Option(help="Token file of precompute; empty: the dataset has the column.")
     ] = "",
     policy: Annotated[str, typer.Option(help="lam_diffusion or lam_act.")] = "lam_diffusion",
-    num_epochs: Annotated[int, typer.Option(help="Passes over the dataset.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; 0: the policy's own.")] = 0.0,
+    num_epochs: Annotated[int, COUNT("Passes over the dataset.")] = 100,
+    batch_size: Annotated[int, BATCH("Samples per step.")] = 8,
+    learning_rate: Annotated[float, between(0.0, 100.0)("Peak learning rate; 0: the policy's own.")] = 0.0,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 1000,
-    num_workers: Annotated[int, typer.Option(help="Processes that load data; 0: none besides this.")] = 0,
+    seed: Annotated[int, SEED("Seed of weights, order and noise.")] = 1000,
+    num_workers: Annotated[int, WORKERS("Processes that load data; 0: none besides this.")] = 0,
     policy_override: Annotated[
         list[str] | None, typer.Option(help="Setting of the policy as KEY=VALUE; may be repeated.")
     ] = None,
@@ -290,19 +322,15 @@ def ground(context: typer.Context) -> None:
 
 @app.command()
 def rollout(
-    policy: Annotated[
-        str, typer.Option(callback=_given, help="Folder or hub id of a policy that ends in robot actions.")
-    ],
-    env: Annotated[str, typer.Option(callback=_given, help="babyai/LEVEL, pusht, or a Gymnasium id.")],
-    out: Annotated[str, typer.Option(callback=_given, help="Folder for rollout.json and videos.")],
-    episodes: Annotated[int, typer.Option(help="Episodes; episode i starts from seed + i.")] = 100,
-    seed: Annotated[int, typer.Option(help="Reset seed of the first episode.")] = 100_000,
+    policy: Annotated[str, NAME("Folder or hub id of a policy that ends in robot actions.")],
+    env: Annotated[str, NAME("babyai/LEVEL, pusht, or a Gymnasium id.")],
+    out: Annotated[str, NAME("Folder for rollout.json and videos.")],
+    episodes: Annotated[int, COUNT("Episodes; episode i starts from seed + i.")] = 100,
+    seed: Annotated[int, SEED("Reset seed of the first episode.")] = 100_000,
     view: View = "agent",
     distract: Distract = "",
-    max_steps: Annotated[
-        int, typer.Option(help="Steps that end an episode; 0: the environment's limit.")
-    ] = 0,
-    record: Annotated[int, typer.Option(help="Episodes whose video is kept.")] = 3,
+    max_steps: Annotated[int, LIMIT("Steps that end an episode; 0: the environment's limit.")] = 0,
+    record: Annotated[int, LIMIT("Episodes whose video is kept.")] = 3,
     device: Device = "cpu",
 ) -> None:
     """Run a policy in an environment and keep success, return and videos.
@@ -313,15 +341,12 @@ def rollout(
     from latentact.stages import rollout as stage
 
     result = stage.run(stage.RolloutConfig(**given))
-    low, high = result["ci95"]
-    print(f"success {result['success']:.3g} ({low:.3g} to {high:.3g}), return {result['return']:.3g}: {out}")
+    print(f"{stage.summary(result)}: {out}")
 
 
 @app.command()
 def imitate(
-    output_dir: Annotated[
-        str, typer.Option(callback=_given, help="Folder for the guide, metrics, video and page.")
-    ],
+    output_dir: Annotated[str, NAME("Folder for the guide, metrics, video and page.")],
     video_path: Annotated[str, typer.Option(help="Video of the demonstration.")] = "",
     latents_path: Annotated[
         str, typer.Option(help="Latents that an earlier run wrote, instead of a video.")
@@ -329,20 +354,20 @@ def imitate(
     policy_path: Annotated[str, typer.Option(help="Policy that follows latent actions.")] = "",
     lam_model_path: Annotated[str, typer.Option(help="LAM that the policy was trained with.")] = "",
     device: Device = "cpu",
-    target_fps: Annotated[float, typer.Option(help="Frames per second of the guide; 0: the LAM's.")] = 0.0,
-    max_frames: Annotated[int, typer.Option(help="Frames of the video to use; 0: all.")] = 0,
+    target_fps: Annotated[float, RATE("Frames per second of the guide; 0: the LAM's.")] = 0.0,
+    max_frames: Annotated[int, LIMIT("Frames of the video to use; 0: all.")] = 0,
     lam_resolution: Annotated[
-        int, typer.Option(help="Size to which frames are resized before the LAM; 0: as they are.")
+        int, PIXELS("Size to which frames are resized before the LAM; 0: as they are.")
     ] = 224,
     mode: Annotated[str, typer.Option(help="extract_only, simulation or robot.")] = "simulation",
     env_name: Annotated[
         str, typer.Option(help="simulation: PushT-v0, babyai/LEVEL or any Gymnasium id.")
     ] = "PushT-v0",
-    seed: Annotated[int, typer.Option(help="simulation: reset seed of the environment.")] = 0,
+    seed: Annotated[int, SEED("simulation: reset seed of the environment.")] = 0,
     robot_config: Annotated[str, typer.Option(help="robot: YAML file of the robot and its limits.")] = "",
-    max_steps: Annotated[int, typer.Option(help="Actions after which it ends; 0: the guide's end.")] = 0,
-    control_time_s: Annotated[float, typer.Option(help="Seconds after which it ends; 0: likewise.")] = 0.0,
-    fps: Annotated[float, typer.Option(help="Control steps per second; 0: what the policy knows.")] = 0.0,
+    max_steps: Annotated[int, LIMIT("Actions after which it ends; 0: the guide's end.")] = 0,
+    control_time_s: Annotated[float, SECONDS("Seconds after which it ends; 0: likewise.")] = 0.0,
+    fps: Annotated[float, RATE("Control steps per second; 0: what the policy knows.")] = 0.0,
     time_base: Annotated[
         str, typer.Option(help="Guide and control at different rates: hold or resample.")
     ] = "hold",
@@ -367,16 +392,12 @@ def imitate(
 
 @app.command(name="check-guidance")
 def check_guidance(
-    policy_path: Annotated[
-        str, typer.Option(callback=_given, help="Folder or hub id of a policy that follows a guide.")
-    ],
-    lam_model_path: Annotated[
-        str, typer.Option(callback=_given, help="The LAM that turns demonstrations into guides.")
-    ],
-    output_dir: Annotated[str, typer.Option(callback=_given, help="Folder for guidance.json.")],
+    policy_path: Annotated[str, NAME("Folder or hub id of a policy that follows a guide.")],
+    lam_model_path: Annotated[str, NAME("The LAM that turns demonstrations into guides.")],
+    output_dir: Annotated[str, NAME("Folder for guidance.json.")],
     env_name: Annotated[str, typer.Option(help="Environment with an expert.")] = "pusht",
-    demos: Annotated[int, typer.Option(help="Demonstrations.")] = 30,
-    seed: Annotated[int, typer.Option(help="Reset seed of the first demonstration.")] = 500_000,
+    demos: Annotated[int, COUNT("Demonstrations.")] = 30,
+    seed: Annotated[int, SEED("Reset seed of the first demonstration.")] = 500_000,
     device: Device = "cpu",
 ) -> None:
     """Roll a guided policy out with the matching demonstration, a wrong one and none.
@@ -412,10 +433,8 @@ def compare(context: typer.Context) -> None:
 
 @app.command()
 def inspect(
-    lam: Annotated[
-        str, typer.Argument(callback=_given, help="Folder, file or hub id of the latent action model.")
-    ],
-    data: Annotated[str, typer.Option(callback=_given, help="Dataset, folder of videos, or one video.")],
+    lam: Annotated[str, ARGUMENT("Folder, file or hub id of the latent action model.")],
+    data: Annotated[str, NAME("Dataset, folder of videos, or one video.")],
     out: Annotated[
         str, typer.Option(help="Folder for inspect.html and inspect.json; empty: the LAM's, or ./inspect.")
     ] = "",
@@ -423,13 +442,15 @@ def inspect(
     frame_gap_s: FrameGap = 0.0,
     held_out: Annotated[
         float | None,
-        typer.Option(help="Share of the episodes to judge on; empty: what its training held out, else all."),
+        between(0.0, 1.0)("Share of the episodes to judge on; empty: what its training held out, else all."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of that choice and of all draws; empty: its training's.")
+        int | None,
+        SEED("Seed of that choice and of all draws; empty: its training's."),
     ] = None,
     device: Device = "cpu",
-    max_transitions: Annotated[int, typer.Option(help="Transitions looked at.")] = 2048,
+    max_transitions: Annotated[int, COUNT("Transitions looked at.")] = 2048,
+    drop_nonfinite: DropNonfinite = False,
 ) -> None:
     """Say whether a latent action model is any good: go or no-go, why, and what to try next.
 
@@ -445,9 +466,7 @@ def inspect(
 
 @app.command()
 def report(
-    run_dir: Annotated[
-        str, typer.Argument(callback=_given, help="Folder of a LAM run, a comparison or a demo.")
-    ],
+    run_dir: Annotated[str, ARGUMENT("Folder of a LAM run, a comparison or a demo.")],
 ) -> None:
     """Write report.html and report.json for a run.
 
@@ -465,9 +484,9 @@ def demo(
         str, typer.Option(help="Run folder; the same command goes on where it stopped.")
     ] = "runs/demo",
     experiment: Annotated[str, typer.Option(help="Experiment of `compare`.")] = "babyai",
-    episodes: Annotated[int, typer.Option(help="Demonstrations to collect.")] = 1500,
-    k: Annotated[int, typer.Option(help="Labelled episodes.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    episodes: Annotated[int, COUNT("Demonstrations to collect.")] = 1500,
+    k: Annotated[int, COUNT("Labelled episodes.")] = 5,
+    seed: Annotated[int, SEED("Seed of everything.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of `compare`, as KEY=VALUE.")
     ] = None,
@@ -509,9 +528,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet()
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         _fail(error)
+    except _USAGE as error:
+        if not str(error):  # without arguments: the help has been shown
+            sys.exit(2)
+        _fail(UserError(_misused(error)))
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in EXTRAS:
@@ -523,17 +546,39 @@ def main() -> None:
         if error.errno not in _PLACES or not error.filename:
             raise
         _fail(UserError(f"{error.filename}: {error.strerror}; give another place."))
-    except SystemExit as stop:
-        if stop.code == 130:  # what Typer makes of Ctrl-C
-            resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"], ["inspect"])
-            more = "; the same command goes on where it stopped" if resumes else ""
-            print(f"interrupted{more}", file=sys.stderr)
-        raise
+    if code == 130:  # what Typer makes of Ctrl-C
+        resumes = sys.argv[1:2] not in (["imitate"], ["check-guidance"], ["rollout"], ["inspect"])
+        more = "; the same command goes on where it stopped" if resumes else ""
+        print(f"interrupted{more}", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+_USAGE: type[Exception] = typer.BadParameter.__mro__[1]
+"""What Typer raises for flags and arguments that a command does not have or take."""
+
+
+def _misused(error: Any) -> str:
+    """Describe an unknown command or flag, or a value that is not of the flag's type."""
+    command = error.ctx.info_name if error.ctx and error.ctx.parent else ""
+    said, typed = error.format_message(), getattr(error, "param", None)
+    if typed and error.message:
+        wanted = error.message.partition(", unable")[0].removeprefix("Input should be ")
+        said = f"{typed.opts[0]} must be {wanted}, got another value"
+    return (
+        f"{' '.join(said.split()).rstrip('.')}; see {' '.join(filter(None, ('latentact', command)))} --help."
+    )
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    """Print one line, without the middle of what was given where that is long, and exit."""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= _LONGEST else f"{said[: _LONGEST - 300]} [...] {said[-290:]}"
+    print(f"error: {said}", file=sys.stderr)
     sys.exit(2)
+
+
+_LONGEST = 1000
+"""Characters of a message."""
 
 
 def _quiet() -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import sys
 import textwrap
 import types
@@ -21,11 +22,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, did_you_mean, require_between
 from latentact.registry import Registry
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+LARGEST = 2**31 - 1
+"""Largest size of a number in settings and flags."""
 
 
 def choice(registry: Registry, default: str) -> Any:
@@ -48,6 +53,8 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
     Raises:
         UserError: a key is unknown or a value does not fit; the message names the field.
     """
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the content'} must be settings by name, got {values!r}.")
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     built = {}
@@ -138,13 +145,15 @@ def _flags_last(argv: list[str]) -> list[str]:
     """Put flags behind the overrides, as Hydra wants it.
 
     Raises:
-        UserError: a flag that Hydra does not have.
+        UserError: a flag that Hydra does not have, or a number that Python does not read.
     """
     known = [flag for flag in FLAGS if flag.startswith("--")]
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
             raise UserError(f"unknown flag {flag!r}; settings are KEY=VALUE{did_you_mean(flag, known)}")
+        if re.search(r"\d{1000}", word):
+            raise UserError(f"{flag} must be a number of fewer than 1000 digits, got {len(word)} characters.")
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
     return [*map(_quoted, overrides), *(word for word in argv if word not in overrides)]
 
@@ -219,25 +228,34 @@ def _chosen(registry: Registry, values: Any, path: str) -> Any:
         raise UserError(
             f"{path} is {values!r}; wanted a {registry.kind}{did_you_mean(str(values), registry.names())}"
         )
-    return from_dict(registry.get(values["kind"]), values, path)
+    return from_dict(registry.get(str(values["kind"])), values, path)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if isinstance(hint, types.UnionType):  # X | None
+        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        if not isinstance(value, dict):
+            raise UserError(f"{path} must be settings by name, got {value!r}.")
         return from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         if not isinstance(value, (list, tuple)) or (inner[-1] is not ... and len(value) != len(inner)):
-            raise UserError(f"{path} is {value!r}; wanted a list{_numbered(inner)}.")
+            raise UserError(f"{path} must be a list{_numbered(inner)}, got {value!r}.")
         return tuple(_convert(inner[0], v, path) for v in value)
-    if isinstance(hint, types.UnionType) and value is not None:
-        inner = [h for h in typing.get_args(hint) if h is not type(None)]
-        return _convert(inner[0], value, path) if len(inner) == 1 else value
-    value = float(value) if hint is float and type(value) is int else value
+    if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+        raise UserError(f"{path} must be {' or '.join(map(str, typing.get_args(hint)))}, got {value!r}.")
+    if type(value) in (int, float) and hint in (int, float):
+        if math.isnan(value):
+            raise UserError(f"{path} must be a finite number, got nan.")
+        require_between(path, value, -LARGEST, LARGEST)
+        value = float(value) if hint is float else value
     if hint in (bool, int, float, str) and type(value) is not hint:
-        raise UserError(f"{path} is {value!r}; wanted a value of type {hint.__name__}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path} is {value}; wanted a finite number.")
+        raise UserError(f"{path} must be of type {hint.__name__}, got {value!r}.")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{path} must be text without NUL, got {value!r}.")
     return value
 
 
@@ -364,9 +382,9 @@ def _explain(error: Exception, cls: type) -> str:
         return f"unknown setting {name!r}{did_you_mean(name, map('.'.join, siblings))}"
     if "could not be converted to" in text:
         wanted = text.rpartition("could not be converted to ")[2].split()[0]
-        return f"{key} is {text.split(chr(39))[1]!r}; wanted a value of type {wanted}."
+        return f"{key} must be of type {wanted}, got {text.split(chr(39))[1]!r}."
     if "is not a ListConfig" in text:
-        return f"{key} is one value; wanted a list, as in {key}=[VALUE]."
+        return f"{key} must be a list, as in {key}=[VALUE], got one value."
     if "Invalid type assigned" in text:
         own = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
         return f"{key} holds settings of its own; give one of them, for example {own}=VALUE."

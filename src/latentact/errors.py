@@ -14,6 +14,12 @@ class UserError(Exception):
     """
 
 
+def require_between(name: str, value: int | float | None, low: int | float, high: int | float) -> None:
+    """Raise a UserError unless `value` is None or a number from `low` to `high`; NaN is not."""
+    if value is not None and not low <= value <= high:
+        raise UserError(f"{name} must be between {low:.10g} and {high:.10g}, got {value}.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? Known: ..."`` for an unknown name, nearest match first."""
     names = sorted(known)

@@ -11,17 +11,18 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
-from torch import Tensor
 
+from latentact.data.latents import load_described, require_codes
 from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_write
-from latentact.io.tensors import load_tensors
+from latentact.io.records import Record, parse_record
+from latentact.io.specs import Rate, SpecRecord
+from latentact.io.tensors import require_array, to_arrays
 from latentact.types import LatentActionSpec
 
 TIME_BASES = ("hold", "resample")
@@ -79,50 +80,32 @@ class Guide:
         """
         path = Path(path)
         path = path / "latents.safetensors" if path.is_dir() else path
-        tensors, about = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
-        try:
-            arrays = {key: value.numpy() for key, value in tensors.items()}
-            guide = cls(
-                spec=LatentActionSpec.from_dict(about["spec"]),
-                fps=float(about["fps"]),
-                vectors=arrays["vectors"],
-                continuous=arrays["latent_actions"],
-                codes=arrays.get("codes"),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        tensors, metadata = load_described(path)
+        if metadata is None:
             raise UserError(
-                f"{path} holds no guide ({error!r}); extract it again with: "
-                "latentact imitate --mode extract_only."
-            ) from error
-        shape = (len(guide), guide.spec.tokens, guide.spec.token_dim)
-        lengths = {len(guide.continuous), len(guide if guide.codes is None else guide.codes)}
-        if guide.vectors.shape != shape or lengths != {len(guide)}:
-            raise UserError(
-                f"{path} holds latents of shape {list(guide.vectors.shape)} and its spec says {list(shape)}; "
-                "extract it again with: latentact imitate --mode extract_only."
+                f"{path} holds no guide; extract one with: latentact imitate --mode extract_only."
             )
-        return guide
+        about = parse_record(_GuideRecord, metadata, str(path))
+        spec, arrays = about.spec.spec(), to_arrays(tensors, path)
+        n = len(tensors.get("timestamps", ()))
+        if n == 0:
+            raise UserError(f"{path} must hold at least one latent action, got none; extract it again.")
+        for name in ("vectors", "latent_actions"):
+            require_array(path, name, arrays.get(name), (n, spec.tokens, spec.token_dim), ("float32",))
+        return cls(
+            spec=spec,
+            fps=about.fps,
+            vectors=arrays["vectors"],
+            continuous=arrays["latent_actions"],
+            codes=require_codes(path, arrays, spec, n),
+        )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open
+class _GuideRecord(Record):
+    """What a guide's file says about it."""
 
-    tensors = load_tensors(path)
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-    return tensors, json.loads(about.get("latentact", "{}"))
-
-
-def _read_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        values = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"{path} is missing or no whole file of latents; extract it again with: "
-            "latentact imitate --mode extract_only."
-        ) from error
-    values = values if isinstance(values, dict) else {}
-    return {k: v for k, v in values.items() if isinstance(v, Tensor)}, values.get("metadata", {})
+    spec: SpecRecord
+    fps: Rate
 
 
 def follow(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from latentact.errors import UserError
 
@@ -136,41 +136,3 @@ class LatentActionSpec:
     def save(self, path: Path) -> None:
         """Write the spec as json."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LatentActionSpec:
-        """Return the spec that `dataclasses.asdict` made, also when json has been between.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
-        spec = cls(**{**values, "value_range": tuple(values["value_range"])})
-        whole = (spec.tokens, spec.token_dim, spec.frame_gap, spec.resolution)
-        if any(type(number) is not int or not 1 <= number <= 1 << 20 for number in whole):
-            raise ValueError(f"tokens, token_dim, frame_gap and resolution are {whole}")
-        times = (spec.frame_gap_s, spec.fps)
-        if any(type(number) not in (int, float) or not 0 <= number <= 1e6 for number in times):
-            raise ValueError(f"frame_gap_s and fps are {times}")
-        texts = (spec.model, spec.camera, spec.weights)
-        if any(not isinstance(text, str) or "/" in text or "\0" in text for text in texts):
-            raise ValueError(f"model, camera and weights are {texts}")
-        if spec.value_range != (0.0, 255.0) or spec.resize not in KERNELS:
-            raise ValueError(f"value_range is {spec.value_range} and resize {spec.resize!r}")
-        return spec
-
-    @classmethod
-    def load(cls, path: Path) -> LatentActionSpec:
-        """Read a spec that `save` wrote.
-
-        Raises:
-            UserError: the file is missing or is not a spec.
-        """
-        try:
-            values = json.loads(path.read_text())
-            if not isinstance(values, dict):
-                raise TypeError("it is no json object")
-            return cls.from_dict(values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path} is not a latent action spec ({error}); re-create the artifact it lies in."
-            ) from error

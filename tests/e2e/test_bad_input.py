@@ -129,7 +129,7 @@ CASES = {
     "truncated video, strict": (lambda f: lam(f, "data.strict=true", data="mixed"), "1 unreadable: b.mp4"),
     "videos shorter than the gap": (
         lambda f: lam(f, "frame_gap_s=1", data="short"),
-        "has 3 frames, and a window needs 11",
+        "a window needs 11 frames (frame gap 10)",
     ),
     "gap below a frame": (lambda f: lam(f, "frame_gap_s=0.01"), "less than half a frame"),
     "unknown camera": (lambda f: lam(f, "data.camera=top"), "no camera 'top'"),
@@ -195,12 +195,44 @@ CASES = {
     ),
     "not a number": (lambda f: lam(f, "training.steps=many"), "'many'"),
     "not an override": (lambda f: lam(f, "hello"), "'hello' is not a setting"),
-    "negative learning rate": (lambda f: lam(f, "training.lr=-1"), "training.lr is -1"),
-    "a learning rate of no number": (lambda f: lam(f, "training.lr=nan"), "training.lr is nan; wanted a fin"),
-    "a gap of no number": (lambda f: lam(f, "frame_gap_s=nan"), "frame_gap_s is nan"),
+    "negative learning rate": (
+        lambda f: lam(f, "training.lr=-1"),
+        "training.lr must be between 0 and 100, got -1",
+    ),
+    "a learning rate of no number": (
+        lambda f: lam(f, "training.lr=nan"),
+        "training.lr must be a finite number, got nan",
+    ),
+    "a gap of no number": (
+        lambda f: lam(f, "frame_gap_s=nan"),
+        "frame_gap_s must be a finite number, got nan",
+    ),
+    "a gap of centuries": (lambda f: lam(f, "frame_gap_s=1e300"), "frame_gap_s must be between"),
+    "a gap shorter than light": (lambda f: lam(f, "frame_gap_s=1e-300"), "less than half a frame"),
+    "a learning rate of no use": (
+        lambda f: lam(f, "training.lr=1e300"),
+        "training.lr must be between",
+    ),
+    "a learning rate that diverges": (
+        lambda f: lam(f, "training.lr=100", "lam.motion_weight=2e9", "training.steps=40"),
+        "lower training.lr",
+    ),
+    "a model that no memory holds": (
+        lambda f: lam(f, "lam.idm_channels=[65537,65537]"),
+        "must have at most 2,000,000,000 parameters",
+    ),
+    "label: a resolution of letters": (
+        lambda f: ("label", "--lam", f.root / "lam", "--resolution", "X"),
+        "--resolution must be a valid integer",
+    ),
+    "label: a resolution beyond memory": (
+        lambda f: ("label", "--lam", f.root / "lam", "--resolution", 10**30),
+        "--resolution must be between -1 and 4096",
+    ),
+    "label: an unknown flag": (lambda f: ("label", "--lam", f.root / "lam", "--size", "3"), "--size"),
     "label: a gap of no number": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.blocks, "--frame-gap-s", "nan"),
-        "--frame-gap-s is nan",
+        "--frame-gap-s must be between 0 and 1000000, got nan",
     ),
     "latents without numbers": (
         lambda f: lam(f, "lam.bottleneck.kind=none", "lam.bottleneck.dim=0"),
@@ -217,7 +249,7 @@ CASES = {
             "lam=villa_x",
             "lam.random_crop_scale=[0.1,0.2,0.3]",
         ),
-        "lam.random_crop_scale is [0.1, 0.2, 0.3]; wanted a list of 2 values",
+        "lam.random_crop_scale must be a list of 2 values, got [0.1, 0.2, 0.3]",
     ),
     "no such device": (lambda f: lam(f, "training.device=tpu"), "device is 'tpu'"),
     "negative share": (lambda f: lam(f, "held_out=1.5"), "held_out is 1.5"),
@@ -251,7 +283,10 @@ CASES = {
         "0 labelled episodes",
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
-    "k without brackets": (lambda f: compare(f, "ks=5"), "ks is one value; wanted a list, as in ks=[VALUE]"),
+    "k without brackets": (
+        lambda f: compare(f, "ks=5"),
+        "ks must be a list, as in ks=[VALUE], got one value",
+    ),
     "no k for compare": (lambda f: compare(f, "ks=[]"), "wanted at least one method and one k"),
     "no method for compare": (lambda f: compare(f, "methods=[]"), "wanted at least one method and one k"),
     "labels that nothing learns from": (
@@ -286,14 +321,17 @@ CASES = {
     "lam: config not json": (lambda f: ("label", "--lam", f.root / "not_json"), "cannot read"),
     "lam: unknown kind": (lambda f: ("label", "--lam", f.root / "unknown"), "did you mean 'lapo'?"),
     "lam: a policy": (lambda f: ("label", "--lam", f.root / "policy"), "is not a latent action model"),
-    "lam: no spec": (lambda f: ("label", "--lam", f.root / "no_spec"), "is not a latent action spec"),
+    "lam: no spec": (
+        lambda f: ("label", "--lam", f.root / "no_spec"),
+        "spec.json: the content must be a valid dictionary",
+    ),
     "label: no such device": (
         lambda f: ("label", "--lam", f.root / "lam", "--device", "tpu"),
         "device is 'tpu'",
     ),
     "label: empty batches": (
         lambda f: ("label", "--lam", f.root / "lam", "--batch-size", "0"),
-        "--batch-size is 0",
+        "--batch-size must be between 1 and 65536, got 0",
     ),
     "policy: a LAM": (
         lambda f: ("ground", f"policy={f.root}/lam", f"labels={f.root}/labels"),
@@ -310,7 +348,10 @@ CASES = {
     # labels
     "labels: missing": (lambda f: policy(f"labels={f.root}/nowhere"), "holds no latent labels"),
     "labels: truncated": (lambda f: policy(f"labels={f.root}/cut_labels"), "not a whole safetensors file"),
-    "labels: strange": (lambda f: policy(f"labels={f.root}/odd_labels"), "does not hold whole labels"),
+    "labels: strange": (
+        lambda f: policy(f"labels={f.root}/odd_labels"),
+        "manifest.json: spec.surprise is not a known field",
+    ),
     "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "label it again"),
     "labels: of another LAM": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/other_labels"),
@@ -350,23 +391,27 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("label --lam {lam} --data {data} --out out --target-fps nan", "target_fps is nan"),
-        ("label --lam {lam} --data {data} --out out --resolution -7", "resolution is -7"),
+        ("label --lam {lam} --data {data} --out out --target-fps nan",
+         "--target-fps must be between 0 and 1000000, got nan"),
+        ("label --lam {lam} --data {data} --out out --resolution -7",
+         "--resolution must be between -1 and 4096, got -7"),
         ("label --lam {lam} --data {data} --out ", "--out is empty"),
-        ("cache --data {data} --target-fps inf", "target_fps is inf"),
+        ("cache --data {data} --target-fps inf", "--target-fps must be between 0 and 1000000, got inf"),
         ("cache --data {data} --resolution 32 --cache-dir /dev/null", "File exists"),
         ("imitate --mode extract_only --video-path a --lam-model-path b --output-dir c --fps nan",
-         "--fps is nan"),
+         "--fps must be between 0 and 1000000, got nan"),
         ("imitate --mode robot --robot-config {robot} --video-path a --lam-model-path {lam} --policy-path b "
          "--output-dir c", "unknown robot type 'so102'"),
-        ("collect pusht --out out --explore 1.5", "explore is 1.5"),
-        ("collect pusht --out out --resolution 100000", "resolution is 100000"),
+        ("collect pusht --out out --explore 1.5", "--explore must be between 0 and 1, got 1.5"),
+        ("collect pusht --out out --resolution 100000",
+         "--resolution must be between 0 and 4096, got 100000"),
         ("train-lam data.path={data} out=", "out is empty"),
-        ("train-lam data.path={data} out=out training.devices=0", "training.devices is 0"),
+        ("train-lam data.path={data} out=out training.devices=0",
+         "training.devices must be between 1 and 1024, got 0"),
         ("ground policy={policy} labels={labels} labelled_episodes=2 decoder.hidden=[0] out=out",
          "decoder.hidden is [0]"),
         ("train-with-tokens --dataset-root {data} --output-dir out --learning-rate nan",
-         "--learning-rate is nan"),
+         "--learning-rate must be between 0 and 100, got nan"),
     ],
 )  # fmt: skip
 def test_values_that_no_command_takes(command, words, given, tmp_path, monkeypatch):

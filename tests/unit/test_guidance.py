@@ -14,6 +14,7 @@ from latentact.errors import UserError
 from latentact.guidance import LatentActionExtractor, LatentGuidedInference
 from latentact.guide import Guide, agreement, follow, tokens_at
 from latentact.guided_policy import picture
+from latentact.io.specs import parse_spec
 from latentact.io.video_writer import write_video
 from latentact.lams.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
@@ -194,7 +195,7 @@ def test_a_guide_survives_saving(tmp_path, codes):
     values = torch.load(tmp_path / "latents.pt", weights_only=True)
     assert values["latent_actions"].shape == (5, 1, 2)
     np.testing.assert_allclose(values["timestamps"], np.arange(5) / 20)
-    assert LatentActionSpec.from_dict(values["metadata"]["spec"]) == saved.spec
+    assert parse_spec(values["metadata"]["spec"], "the guide") == saved.spec
 
 
 def test_what_is_no_guide_is_refused(tmp_path):
@@ -207,12 +208,14 @@ def test_what_is_no_guide_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"missing|cannot be read"):
             Guide.load(tmp_path / f"no_{name}")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds no guide"):
+    with pytest.raises(UserError, match="holds a list"):
         Guide.load(tmp_path / "list.pt")
-    strange = {"latent_actions": torch.zeros(3, 1, 5), "vectors": torch.zeros(3, 1, 5)}
+    strange = dict.fromkeys(("latent_actions", "vectors"), torch.zeros(3, 1, 5)) | {
+        "timestamps": torch.zeros(3)
+    }
     about = {"spec": json.loads(json.dumps(vars(SPEC))), "fps": 10.0}
     torch.save({**strange, "metadata": about}, tmp_path / "shape.pt")
-    with pytest.raises(UserError, match=r"shape \[3, 1, 5\] and its spec says \[3, 1, 2\]"):
+    with pytest.raises(UserError, match=r"'vectors' of float32 \[3, 1, 2\], got float32 \[3, 1, 5\]"):
         Guide.load(tmp_path / "shape.pt")
 
 

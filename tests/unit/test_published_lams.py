@@ -232,12 +232,15 @@ def test_only_the_model_is_downloaded(
 
 
 BROKEN = {
-    "no kind": (lambda c: c["lam"].update(kind=None), "is damaged, or its settings make no model"),
-    "a list as kind": (lambda c: c["lam"].update(kind=["laq"]), "is damaged, or its settings make no model"),
-    "actions that are none": (lambda c: c.update(actions="all"), "is damaged, or its settings make no model"),
+    "no kind": (lambda c: c["lam"].update(kind=None), "config.json: unknown lam 'None'"),
+    "a list as kind": (lambda c: c["lam"].update(kind=["laq"]), r"config.json: unknown lam .*laq"),
+    "actions that are none": (
+        lambda c: c.update(actions="all"),
+        "actions must be settings by name, got 'all'",
+    ),
     "a size that nobody has": (
         lambda c: c["lam"].update(spatial_depth=10**15),
-        "wanted a whole number from 1",
+        "lam.spatial_depth must be between",
     ),
 }
 
@@ -280,7 +283,7 @@ def test_numbers_that_are_none_and_of_a_wrong_kind_are_refused(folder):
         {"fps": -3.0},
         {"frame_gap_s": float("nan")},
         {"frame_gap_s": 1e300},
-        {"camera": "../../etc/passwd"},
+        {"camera": "a\0b"},
         {"value_range": [0.0, 1.0]},
     ],
     ids=str,
@@ -288,7 +291,7 @@ def test_numbers_that_are_none_and_of_a_wrong_kind_are_refused(folder):
 def test_a_spec_that_says_nonsense_is_refused(folder, values):
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps(spec | values))
-    with pytest.raises(UserError, match="is not a latent action spec") as caught:
+    with pytest.raises(UserError, match=r"spec.json: ") as caught:
         load_lam(folder)
     assert len(str(caught.value)) < 400
 

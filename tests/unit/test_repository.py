@@ -282,7 +282,7 @@ def test_settings_reach_the_stage(tmp_path: Path) -> None:
         (["experiment=babyia"], r"unknown experiment 'babyia'; did you mean 'babyai'\?"),
         (["trainin.steps=3"], r"unknown setting 'trainin'; did you mean 'training'\?"),
         (["lam.botleneck.kind=kl"], r"unknown setting 'lam.botleneck'; did you mean 'lam.bottleneck'\?"),
-        (["training.steps=many"], r"^training\.steps is 'many'; wanted a value of type Integer\.$"),
+        (["training.steps=many"], r"^training\.steps must be of type Integer, got 'many'\.$"),
         (["data.strict=maybe"], r"maybe.*data\.strict"),
         (
             ["training=3"],

@@ -166,7 +166,7 @@ def test_diverged_training_is_a_user_error(tmp_path):
     model = Noisy()
     nn.init.constant_(model.net[0].weight, float("nan"))
     config = TrainingConfig(steps=3, batch_size=8, device="cpu")
-    with pytest.raises(UserError, match=r"the loss is nan at step 1; lower training.lr"):
+    with pytest.raises(UserError, match=r"the loss must be finite, got nan at step 1; lower training.lr"):
         fit(model, Positions(), config, tmp_path)
     assert not [*(tmp_path / "checkpoints").glob("*")]
 

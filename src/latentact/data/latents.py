@@ -11,16 +11,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
+from pydantic import Field
 
 from latentact.config import from_dict, to_dict
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.errors import UserError
-from latentact.io.atomic import atomic_dir, atomic_write, read_json, write_json
-from latentact.io.tensors import load_tensors, save_tensors
+from latentact.io.atomic import atomic_dir, atomic_write, write_json
+from latentact.io.records import Record, naming, parse_record, read_record
+from latentact.io.specs import SpecRecord, Text
+from latentact.io.tensors import load_about, load_tensors, require_array, save_tensors, to_arrays
 from latentact.io.unpickle import read_pickled
 from latentact.types import LatentActionSpec
 
@@ -35,6 +38,25 @@ TOKENS_KEY, CODES, VALID = "observation.lam_tokens", "observation.lam_codes", "o
 """Columns of a dataset."""
 KINDS = {"continuous": "continuous", "vq": "vectors"}
 """What `--tokens` names -> field of `LatentActions`."""
+
+
+class Manifest(Record):
+    """`manifest.json` of labels."""
+
+    spec: SpecRecord
+    data: dict[str, Any]
+    digest: str
+    rows: Annotated[int, Field(ge=0)]
+    asked: dict[str, Any] = Field(default_factory=dict)
+
+
+class TokensRecord(Record):
+    """What a token file, and the sidecar of a dataset with tokens, say about the tokens."""
+
+    spec: SpecRecord
+    digest: str
+    tokens: Literal["continuous", "vq"]
+    camera: Text = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +108,48 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
             f"{folder} holds no latent labels; "
             f"make them with: latentact label --lam LAM --data DATA --out DIR."
         )
-    manifest = read_json(folder / MANIFEST)
-    arrays = {k: v.numpy() for k, v in load_tensors(folder / TOKENS).items()}
-    try:
-        labels = Labels(
-            spec=LatentActionSpec.from_dict(manifest["spec"]),
-            data=from_dict(DataConfig, manifest["data"], "data"),
-            vectors=arrays["vectors"],
-            continuous=arrays["continuous"],
-            codes=arrays.get("codes"),
-            valid=arrays["valid"],
-        )
-        digest = manifest["digest"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} does not hold whole labels ({error!r}); label the data again.") from error
+    file = folder / TOKENS
+    manifest = read_record(Manifest, folder / MANIFEST)
+    with naming(folder / MANIFEST):
+        data = from_dict(DataConfig, manifest.data, "data")
+    spec, arrays = manifest.spec.spec(), to_arrays(load_tensors(file), file)
+    n, shape = manifest.rows, (manifest.rows, spec.tokens, spec.token_dim)
+    for name in ("vectors", "continuous"):
+        require_array(file, name, arrays.get(name), shape, ("float32",))
+    require_array(file, "valid", arrays.get("valid"), (n,), ("bool",))
+    labels = Labels(
+        spec=spec,
+        data=data,
+        vectors=arrays["vectors"],
+        continuous=arrays["continuous"],
+        codes=require_codes(file, arrays, spec, n),
+        valid=arrays["valid"],
+    )
     store = open_store(labels.data)
-    if store.digest != digest or any(len(store.frames) != len(values) for values in arrays.values()):
+    if store.digest != manifest.digest or len(store.frames) != n:
         raise UserError(f"{labels.data.path} is not the data that {folder} labels any more; label it again.")
     return labels, store
+
+
+def require_codes(
+    path: Path, arrays: Mapping[str, np.ndarray], spec: LatentActionSpec, rows: int
+) -> Int64[np.ndarray, "n k"] | None:
+    """Return the codes that a file holds; None where latent actions have none.
+
+    Raises:
+        UserError: they are missing, of another shape, or no entries of the codebook.
+    """
+    if spec.codebook_size is None:
+        return None
+    codes = arrays.get("codes")
+    require_array(path, "codes", codes, (rows, spec.tokens), ("int64",))
+    assert codes is not None
+    if codes.size and not 0 <= codes.min() <= codes.max() < spec.codebook_size:
+        raise UserError(
+            f"{path} must hold codes from 0 to {spec.codebook_size - 1}, got {codes.min()} to {codes.max()}; "
+            f"make the file again."
+        )
+    return codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,73 +232,46 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
         raise UserError(
             f"{file} is missing; make it with: latentact precompute --output file --output-dir {file.parent}."
         )
-    tensors, metadata = _read_pt(file) if file.suffix == ".pt" else _read_safetensors(file)
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    try:
-        found = LatentActionSpec.from_dict(metadata["spec"])
-        tokens, valid = arrays["latent_actions"], arrays["valid"]
-        n, k, d = len(valid), found.tokens, found.token_dim
-        wanted = {"latent_actions": ((n, k, d), DTYPES), "valid": ((n,), ("bool",))}
-        wanted |= dict.fromkeys(("episode_index", "frame_index"), ((n,), ("int64",)))
-        wanted |= {"codes": ((n, k), ("int64",))} if found.codebook_size else {}
-        for name, (shape, dtypes) in wanted.items():
-            _require_array(file, name, arrays[name], shape, dtypes)
-        if spec is not None:
-            spec.refuse_unless_equal(found, "the LAM that is wanted", str(file))
-        return TokenFile(
-            path=file,
-            tokens=tokens.astype(np.float32).reshape(n, -1),
-            codes=arrays.get("codes"),
-            valid=valid,
-            episode_index=arrays["episode_index"],
-            frame_index=arrays["frame_index"],
-            spec=found,
-            digest=metadata["digest"],
-            tokens_kind=metadata["tokens"],
-            metadata=metadata,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is no token file ({error!r}); make one with latentact precompute."
-        ) from error
-
-
-def _require_array(
-    file: Path, name: str, array: np.ndarray, shape: tuple[int, ...], dtypes: tuple[str, ...]
-) -> None:
-    if array.shape != shape or str(array.dtype) not in dtypes:
-        raise UserError(
-            f"{file} has {name!r} of {array.dtype}{list(array.shape)}; wanted {' or '.join(dtypes)}"
-            f"{list(shape)}, as its spec says; run latentact precompute again."
-        )
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import safe_open
-
-    tensors = load_tensors(file)
-    with safe_open(file, framework="pt") as opened:
-        said = opened.metadata() or {}
-    try:
-        return tensors, json.loads(said["latentact"])
-    except (KeyError, ValueError) as error:
+    tensors, metadata = load_described(file)
+    if metadata is None:
         raise UserError(
             f"{file} does not say what its tokens mean; make a token file with latentact precompute."
-        ) from error
+        )
+    about = parse_record(TokensRecord, metadata, str(file))
+    found, arrays = about.spec.spec(), to_arrays(tensors, file)
+    n, k, d = len(tensors.get("valid", ())), found.tokens, found.token_dim
+    require_array(file, "valid", arrays.get("valid"), (n,), ("bool",))
+    require_array(file, "latent_actions", arrays.get("latent_actions"), (n, k, d), DTYPES)
+    for name in ("episode_index", "frame_index"):
+        require_array(file, name, arrays.get(name), (n,), ("int64",))
+    if spec is not None:
+        spec.refuse_unless_equal(found, "the LAM that is wanted", str(file))
+    return TokenFile(
+        path=file,
+        tokens=arrays["latent_actions"].astype(np.float32).reshape(n, -1),
+        codes=require_codes(file, arrays, found, n),
+        valid=arrays["valid"],
+        episode_index=arrays["episode_index"],
+        frame_index=arrays["frame_index"],
+        spec=found,
+        digest=about.digest,
+        tokens_kind=about.tokens,
+        metadata=metadata,
+    )
 
 
-def _read_pt(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_described(file: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors of a `.safetensors` or `.pt` file and what it says about them; None: nothing.
+
+    Raises:
+        UserError: the file is missing, truncated or something else; nothing in it is executed.
+    """
     import torch
 
-    try:
-        values = read_pickled(file)
-    except UserError as error:
-        raise UserError(
-            f"{file} is not a whole token file; make it again with: latentact precompute --output file."
-        ) from error
-    if not isinstance(values.get("metadata"), dict):
-        raise UserError(
-            f"{file} does not say what its tokens mean; make a token file with latentact precompute."
-        )
-    metadata = values.pop("metadata")
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, metadata
+    if file.suffix != ".pt":
+        return load_tensors(file), load_about(file)
+    if not file.is_file():
+        raise UserError(f"{file} is missing; give the file that an earlier command wrote.")
+    values = read_pickled(file)
+    tensors = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return tensors, values.get("metadata")

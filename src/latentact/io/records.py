@@ -1,13 +1,14 @@
 """Metadata files as typed records: JSON, JSON lines and parquet are validated once, here.
 
-Whatever is wrong with a file becomes a `UserError` that names the file, the field, what it must be and what it
-is. A record is a pydantic model with the fields that are used; fields that it does not name are ignored.
+Whatever is wrong with a file becomes a `UserError` that names the file, the field, what it must be and what
+it is. A record is a pydantic model with the fields that are used; fields that it does not name are ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,9 @@ def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
         UserError: the file cannot be read, or a line is not JSON or does not fit.
     """
     lines = [(n, line) for n, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
-    return [parse_record(kind, parse_json(line, f"{file}, line {n}"), f"{file}, line {n}") for n, line in lines]
+    return [
+        parse_record(kind, parse_json(line, f"{file}, line {n}"), f"{file}, line {n}") for n, line in lines
+    ]
 
 
 def read_text(file: Path) -> str:
@@ -89,6 +92,31 @@ def parse_json(text: str, where: str) -> Any:
         raise UserError(f"{where} is not JSON ({error}); repair the file or copy it again.") from error
 
 
+def read_yaml(file: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        UserError: the file cannot be read or is not YAML of plain values.
+    """
+    import yaml
+
+    odd = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of values with a tag
+    try:
+        return yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, *odd) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is not YAML ({reason}); repair the file or copy it again.") from error
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Put the name of the file that is read before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
 def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table:
     """Return a parquet file, or the named columns of it.
 
@@ -104,12 +132,32 @@ def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table
             lacking = [name for name in columns or () if name not in known]
             if lacking:
                 raise UserError(
-                    f"{file} must have the column {lacking[0]!r}, got {', '.join(known)}; copy the dataset again."
+                    f"{file} must have the column {lacking[0]!r}, got {', '.join(known)}; copy the dataset "
+                    f"again."
                 )
             return opened.read(columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read as parquet ({reason}); copy the dataset again.") from error
+        raise _not_parquet(file, error) from error
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """Return the names of the columns of a parquet file.
+
+    Raises:
+        UserError: the file is missing, damaged or not parquet.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file).names
+    except (OSError, pa.ArrowException) as error:
+        raise _not_parquet(file, error) from error
+
+
+def _not_parquet(file: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return UserError(f"{file} cannot be read as parquet ({reason}); copy the dataset again.")
 
 
 def _first(error: ValidationError) -> str:
@@ -118,7 +166,12 @@ def _first(error: ValidationError) -> str:
     field = ".".join(map(str, problem["loc"])) or "the content"
     if problem["type"] == "missing":
         return f"{field} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is not a known field"
     wanted = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = wanted.replace("greater than or equal to", "at least").replace(
+        "less than or equal to", "at most"
+    )
     got = repr(problem["input"])
     got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
     return f"{field} must be {wanted}, got {got}"

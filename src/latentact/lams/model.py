@@ -18,12 +18,15 @@ from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.io.hub import push_folder, resolve_path
+from latentact.io.records import naming
+from latentact.io.specs import load_spec
 from latentact.io.tensors import (
     WEIGHTS,
     load_tensors,
     load_weights,
     require_weights,
     save_tensors,
+    settings_of,
     weights_hash,
 )
 from latentact.quantizers.quantizer import Quantized
@@ -163,7 +166,6 @@ class LatentActionModel(nn.Module, ABC):
         return load_lam(where)
 
 
-_BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 HUB_FILES = {
     "microsoft/villa-x": ("lam/*",),
     "latent-action-pretraining/LAPA-7B-openx": ("laq_openx.pt",),
@@ -185,14 +187,8 @@ def load_lam(where: str | Path, device: str = "cpu", **keywords: Any) -> LatentA
     """
     require_device(device)
     path = resolve_path(where, *([HUB_FILES[str(where)]] if str(where) in HUB_FILES else []))
-    try:
+    with settings_of(path):
         model = _own(path, keywords) if (path / "config.json").is_file() else _published(path, keywords)
-    except _BROKEN as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path} is damaged, or its settings make no model ({type(error).__name__}: {first}); give the "
-            f"folder of a finished run, or download it again."
-        ) from error
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{path} is damaged: {name!r} holds numbers that are not finite.")
@@ -203,14 +199,15 @@ def _own(folder: Path, keywords: dict[str, Any]) -> LatentActionModel:
     values = read_json(folder / "config.json")
     if not isinstance(values, dict) or not isinstance(values.get("lam"), dict) or "kind" not in values["lam"]:
         raise UserError(f"{folder} is not a latent action model; give the folder of a train-lam run.")
-    config = from_dict(LAMS.get(values["lam"]["kind"]), {**values["lam"], **keywords}, "lam")
-    actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
+    with naming(folder / "config.json"):
+        config = from_dict(LAMS.get(str(values["lam"]["kind"])), {**values["lam"], **keywords}, "lam")
+        actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None
     tensors = load_tensors(folder / WEIGHTS)
     with torch.device("meta"):  # settings that ask for more than the file holds are refused before memory is
         require_weights(config.build(actions), tensors, folder / WEIGHTS)
     model = config.build(actions)
     load_weights(model, tensors, folder / WEIGHTS)
-    spec = LatentActionSpec.load(folder / "spec.json")
+    spec = load_spec(folder / "spec.json")
     for name in ("model", "tokens", "token_dim", "codebook_size", "resolution", "robot_actions"):
         if (said := getattr(spec, name)) != (real := getattr(model.spec, name)):
             raise UserError(

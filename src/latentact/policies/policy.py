@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,10 +14,19 @@ from torch import Tensor, nn
 
 from latentact.config import from_dict, to_dict
 from latentact.data.samples import PolicyBatch
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.io.hub import resolve_folder
-from latentact.io.tensors import WEIGHTS, load_tensors, load_weights, save_tensors
+from latentact.io.records import naming
+from latentact.io.specs import load_spec
+from latentact.io.tensors import (
+    WEIGHTS,
+    load_tensors,
+    load_weights,
+    require_weights,
+    save_tensors,
+    settings_of,
+)
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
@@ -52,15 +61,16 @@ class NetworkConfig:
         """Refuse values that no network can be built from."""
         if self.backbone not in ("impala", "patch"):
             raise UserError(f"network.backbone is {self.backbone!r}; wanted impala or patch.")
-        if not 1 <= self.execute <= self.chunk:
-            raise UserError(f"network.execute is {self.execute}; wanted 1..network.chunk = {self.chunk}.")
+        for name, high in (("impala_scale", 256), ("patch", 1 << 14), ("frames", 256), ("chunk", 1 << 14)):
+            require_between(f"network.{name}", getattr(self, name), 1, high)
+        require_between("network.execute (at most network.chunk)", self.execute, 1, self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What a policy predicts per step: `groups` choices among `size` classes, or `size` numbers."""
 
-    kind: str
+    kind: Literal["classes", "numbers"]
     """classes or numbers."""
     size: int
     """Classes per choice, or numbers."""
@@ -81,7 +91,7 @@ class GuideSpec:
     """Steps ahead whose tokens it sees; 0 is the transition that starts now."""
     size: int
     """Numbers of one step's tokens, k x d."""
-    tokens: str = "continuous"
+    tokens: Literal["continuous", "vectors"] = "continuous"
     """continuous: before the quantiser; vectors: after it."""
     dropout: float = 0.0
     """Share of training samples whose guide is hidden, so that the policy also works without one."""
@@ -111,6 +121,13 @@ class PolicySpec:
     """Camera key of the training data."""
     guide: GuideSpec | None = None
     """How LAM tokens of a demonstration guide it; None where nothing does."""
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        require_between("spec.resolution", self.resolution, 1, 1 << 14)
+        require_between("spec.state_size", self.state_size, 0, 1 << 20)
+        require_between("spec.stride", self.stride, 1, 1 << 14)
+        require_between("spec.fps", self.fps, 0, 1e6)
 
 
 @runtime_checkable
@@ -348,9 +365,15 @@ class Policy(nn.Module):
         known = isinstance(values, dict) and {"policy", "spec", "decoder"} <= values.keys()
         if not known or not isinstance(values["policy"], dict):
             raise UserError(f"{folder} is not a policy; give the folder of a train-policy or ground run.")
-        config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
-        decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
-        latent = LatentActionSpec.load(folder / "spec.json") if (folder / "spec.json").exists() else None
-        policy = cls(config, from_dict(PolicySpec, values["spec"], "spec"), latent, decoder)
-        load_weights(policy, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
+        with naming(folder / "config.json"):
+            config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
+            decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
+            spec = from_dict(PolicySpec, values["spec"], "spec")
+        latent = load_spec(folder / "spec.json") if (folder / "spec.json").exists() else None
+        tensors = load_tensors(folder / WEIGHTS)
+        with settings_of(folder):
+            with torch.device("meta"):  # sizes that the file does not hold are refused before memory is taken
+                require_weights(cls(config, spec, latent, decoder), tensors, folder / WEIGHTS)
+            policy = cls(config, spec, latent, decoder)
+        load_weights(policy, tensors, folder / WEIGHTS)
         return policy.eval().to(device)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from latentact.config import load_experiment
 from latentact.data.splits import choose_labeled, split_sizes
-from latentact.io.atomic import read_json, write_json
+from latentact.evaluation.report_data import DemoRecord
+from latentact.io.atomic import write_json
+from latentact.io.records import read_record
 from latentact.stages import collect, compare, report
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class DemoConfig:
 def run(config: DemoConfig) -> report.ReportResult:
     """Run every stage that is not finished and return the report."""
     out, begun = Path(config.out), time.monotonic()
-    spent = read_json(out / "demo.json")["wall_s"] if (out / "demo.json").exists() else 0.0
+    spent = read_record(DemoRecord, out / "demo.json").wall_s if (out / "demo.json").exists() else 0.0
     data = out / "data"
     fixed = [f"data.path={data}", f"ks=[{config.k}]", f"seeds=[{config.seed}]", f"out={out / 'compare'}"]
     comparison = load_experiment(

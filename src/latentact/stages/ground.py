@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from latentact.config import LARGEST
 from latentact.data.cache import FrameStore
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.lams.model import action_loss
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.policy import Policy
 from latentact.training.fit import TrainingConfig, fit
-from latentact.training.run_folder import begin_run, finished
+from latentact.training.run_folder import finished, run_folder
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,12 @@ class GroundConfig:
     split_seed: int = 0
     """Seed of the choice of held-out and labelled episodes; as in train-lam and train-policy."""
 
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        require_between("split_seed", self.split_seed, 0, LARGEST)
+        require_between("finetune_steps", self.finetune_steps, 0, 10**9)
+        require_between("finetune_lr", self.finetune_lr, 1e-12, 100)
+
 
 def run(config: GroundConfig, out: Path) -> Path:
     """Ground a policy; returns its folder."""
@@ -90,14 +97,14 @@ def run(config: GroundConfig, out: Path) -> Path:
     policy.decoder.normalise_by(store.actions(labelled)[steps])
     pairs = _Pairs(policy, store, labels, steps, labelled)
     log.info("%d labelled steps of %d episodes", len(pairs), len(labelled))
-    begin_run(out, config)
-    fit(_Decoding(policy), pairs, config.training, out)
-    judged = _Pairs(policy, store, labels, _labelled_steps(store, labels, held_out), held_out)
-    result = {"labelled_steps": len(pairs), "held_out_score": judged.score(policy)}
-    policy.write(out)
-    if config.finetune_steps:
-        result["finetuned"] = str(_finetune(config, policy, store, train, labelled, out / "finetuned"))
-    write_json(out / "ground.json", result)
+    with run_folder(out, config):
+        fit(_Decoding(policy), pairs, config.training, out)
+        judged = _Pairs(policy, store, labels, _labelled_steps(store, labels, held_out), held_out)
+        result = {"labelled_steps": len(pairs), "held_out_score": judged.score(policy)}
+        policy.write(out)
+        if config.finetune_steps:
+            result["finetuned"] = str(_finetune(config, policy, store, train, labelled, out / "finetuned"))
+        write_json(out / "ground.json", result)
     return out
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
 from latentact.data.decode.stream import FrameStream
-from latentact.data.latents import MANIFEST, Labels, write_labels
+from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
 from latentact.device import require_device
 from latentact.errors import UserError
-from latentact.io.atomic import read_json
+from latentact.io.records import read_record
 from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
@@ -66,7 +66,7 @@ def run(config: LabelConfig) -> Path:
         "precision": config.precision,
     }
     if (out / MANIFEST).is_file():
-        if read_json(out / MANIFEST).get("asked") != asked:
+        if read_record(Manifest, out / MANIFEST).asked != asked:
             raise UserError(f"{out} holds other labels; give another --out, or delete the folder.")
         log.info("%s is already finished", out)
         return out

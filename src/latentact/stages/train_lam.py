@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from latentact.config import choice
+from latentact.config import LARGEST, choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips, frame_gap
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.evaluation.lam import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
 from latentact.lams.frozen_features import with_features
 from latentact.lams.model import LAMS, LatentActionModel
-from latentact.training.fit import TrainingConfig, fit
-from latentact.training.run_folder import begin_run, finished
-from latentact.types import Clip
+from latentact.training.fit import TrainingConfig, fit, require_trainable_size
+from latentact.training.run_folder import finished, run_folder
+from latentact.types import ActionSpace, Clip
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ class TrainLamConfig:
     probe_transitions: int = 1024
     """Held-out transitions that evaluations during training look at."""
 
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        require_between("frame_gap_s", self.frame_gap_s, 0, 86_400)
+        require_between("split_seed", self.split_seed, 0, LARGEST)
+        require_between("labelled_share", self.labelled_share, 0, 1)
+        require_between("probe_transitions", self.probe_transitions, 1, 10**9)
+
 
 def run(config: TrainLamConfig, out: Path) -> Path:
     """Train, judge and save a LAM; returns its folder."""
@@ -68,7 +75,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
     torch.manual_seed(config.training.seed)
-    model = _or_refuse(lambda: lam.build(store.action_space), lam.kind)
+    model = _or_refuse(lambda: _built(lam, store.action_space), lam.kind)
     model.spec = replace(
         model.spec,
         frame_gap=gap,
@@ -102,7 +109,9 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     if model.actions is not None:
         seen = store.actions(labelled)[clips.rows[np.isin(store.episode[clips.rows], labelled)]]
         model.normalise_by(torch.from_numpy(seen))
-    Clips(store, episodes=held_out, frame_gap=gap)  # refuses ones too short to judge on before training does
+    Clips(
+        store, episodes=held_out, frame_gap=gap, held_out=True
+    )  # refuses ones too short to judge on before training does
     log.info(
         "%d transitions of %d episodes, %d of them labelled; %d held out; %d parameters",
         *(len(clips), len(train), len(labelled), len(held_out), sum(p.numel() for p in model.parameters())),
@@ -121,23 +130,28 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     data = _Mixed(clips, labelled, config.labelled_share) if len(labelled) < len(train) else clips
     if not out.exists():
         _or_refuse(lambda: _try(model, data), lam.kind)
-    begin_run(out, config)
-    fit(model, data, config.training, out, judge)
-    if not judged:  # the run was killed after its last step
-        judge(True)
-    evaluation = judged[0]
-    for warning in evaluation.numbers["warnings"]:
-        log.warning(warning)
-    model.cpu().write(out)
-    with atomic_write(out / "lam.npz") as partial:
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {**evaluation.arrays}
-        np.savez_compressed(buffer, **arrays)
-        partial.write_bytes(buffer.getvalue())
-    values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
-    values["frames"] = store.digest
-    write_json(out / "lam.json", values | evaluation.numbers)
+    with run_folder(out, config):
+        fit(model, data, config.training, out, judge)
+        if not judged:  # the run was killed after its last step
+            judge(True)
+        evaluation = judged[0]
+        for warning in evaluation.numbers["warnings"]:
+            log.warning(warning)
+        model.cpu().write(out)
+        with atomic_write(out / "lam.npz") as partial:
+            buffer = io.BytesIO()
+            arrays: dict[str, Any] = {**evaluation.arrays}
+            np.savez_compressed(buffer, **arrays)
+            partial.write_bytes(buffer.getvalue())
+        values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
+        values["frames"] = store.digest
+        write_json(out / "lam.json", values | evaluation.numbers)
     return out
+
+
+def _built(lam: Any, actions: ActionSpace | None) -> LatentActionModel:
+    require_trainable_size(lambda: lam.build(actions), f"lam={lam.kind}")
+    return lam.build(actions)
 
 
 def _or_refuse[T](work: Callable[[], T], kind: str) -> T:

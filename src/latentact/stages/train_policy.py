@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentact.config import choice
+from latentact.config import LARGEST, choice
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
-from latentact.training.fit import TrainingConfig, fit
+from latentact.training.fit import TrainingConfig, fit, require_trainable_size
 from latentact.training.run_folder import finished, run_folder
 from latentact.types import ActionSpace
 
@@ -47,6 +47,10 @@ class TrainPolicyConfig:
     """Seed of the choice of held-out and labelled episodes."""
     labelled_episodes: int | None = None
     """k: training episodes that policy=bc and policy=guided learn from; empty: all."""
+
+    def __post_init__(self) -> None:
+        """Validate the numbers."""
+        require_between("split_seed", self.split_seed, 0, LARGEST)
 
 
 def run(config: TrainPolicyConfig, out: Path) -> Path:
@@ -89,7 +93,14 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         guide=guide,
     )
     latent = labels.spec if labels and (guide or space is None) else None
-    policy = Policy(config.policy, spec, latent)
+    try:
+        require_trainable_size(lambda: Policy(config.policy, spec, latent), f"policy={config.policy.kind}")
+        policy = Policy(config.policy, spec, latent)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"policy={config.policy.kind} cannot be built with these settings: {first}."
+        ) from error
     rows = exists & store.usable & np.isin(store.episode, train)
     network = config.policy.network
     shape: dict[str, Any] = {

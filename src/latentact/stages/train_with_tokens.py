@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import shutil
 from argparse import ArgumentError
 from dataclasses import dataclass
@@ -23,16 +22,19 @@ from torch.utils.data import DataLoader
 
 from latentact.data.cache import DataConfig
 from latentact.data.decode.stream import FrameStream
-from latentact.data.latents import TokenFile, read_token_file
-from latentact.data.lerobot.source import lerobot_version, local_dataset
+from latentact.data.latents import TokenFile, TokensRecord, read_token_file
+from latentact.data.lerobot.download import local_dataset
+from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.token_dataset import TokenDataset
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
-from latentact.errors import UserError
-from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.errors import UserError, require_between
+from latentact.io.atomic import atomic_dir, write_json
+from latentact.io.records import read_record
 from latentact.progress import Progress
 from latentact.training.metrics_csv import MetricsCsv
-from latentact.training.run_folder import begin_run, finished
+from latentact.training.run_folder import Busy, finished, run_folder
+from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +76,14 @@ class TrainWithTokensConfig:
         """Refuse what no training can use."""
         if self.policy not in POLICIES:
             raise UserError(f"--policy is {self.policy!r}; wanted one of {', '.join(POLICIES)}.")
-        for name in ("num_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} is {getattr(self, name)}; wanted at least 1.")
-        if not 0 <= self.learning_rate < math.inf:
-            raise UserError(f"--learning-rate is {self.learning_rate:g}; wanted more than 0.")
+        for name, low, high in (
+            ("num_epochs", 1, 10**9),
+            ("batch_size", 1, 1 << 16),
+            ("learning_rate", 0, 100),
+            ("seed", 0, 2**31 - 1),
+            ("num_workers", 0, 1024),
+        ):
+            require_between(f"--{name.replace('_', '-')}", getattr(self, name), low, high)
         for setting in self.overrides:
             if "=" not in setting:
                 raise UserError(f"--policy-override is {setting!r}; wanted KEY=VALUE, as lam_dropout=0.1.")
@@ -101,15 +105,15 @@ def run(config: TrainWithTokensConfig) -> Path:
     set_seed(config.seed)
     dataset = _dataset(train, tokens)
     trainee = _Trainee(train, dataset, config.num_epochs)
-    begin_run(out, config)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            _run_epochs(trainee, out, config.num_epochs)
-    except Timeout as error:
-        raise UserError(
-            f"another process is training in {out}; wait for it, or give another --output-dir."
-        ) from error
-    write_json(out / RESULT, {"epochs": config.num_epochs, "steps": train.steps})
+    with run_folder(out, config):
+        try:
+            with FileLock(out / ".lock", timeout=0):
+                _run_epochs(trainee, out, config.num_epochs)
+        except Timeout as error:
+            raise Busy(
+                f"another process is training in {out}; wait for it, or give another --output-dir."
+            ) from error
+        write_json(out / RESULT, {"epochs": config.num_epochs, "steps": train.steps})
     return last
 
 
@@ -138,9 +142,10 @@ def _settings(config: TrainWithTokensConfig, root: Path, tokens: TokenFile | Non
         known["optimizer_lr"] = config.learning_rate
     sidecar = root / "meta" / "lam_tokens.json"
     if tokens is not None:
-        known |= _shape(vars(tokens.spec), tokens.tokens_kind)
+        known |= _shape(tokens.spec, tokens.tokens_kind)
     elif sidecar.is_file():
-        known |= _shape(**{key: read_json(sidecar)[key] for key in ("spec", "tokens")})
+        about = read_record(TokensRecord, sidecar)
+        known |= _shape(about.spec.spec(), about.tokens)
     known |= dict(setting.split("=", 1) for setting in config.overrides)
     try:
         policy: Any = draccus.parse(
@@ -169,10 +174,10 @@ def _settings(config: TrainWithTokensConfig, root: Path, tokens: TokenFile | Non
     )
 
 
-def _shape(spec: dict[str, Any], tokens: str) -> dict[str, Any]:
+def _shape(spec: LatentActionSpec, tokens: str) -> dict[str, Any]:
     return {
-        "lam_num_learned_tokens": spec["tokens"],
-        "lam_action_latent_dim": spec["token_dim"],
+        "lam_num_learned_tokens": spec.tokens,
+        "lam_action_latent_dim": spec.token_dim,
         "lam_use_vq_tokens": str(tokens == "vq").lower(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from latentact.io.atomic import atomic_dir, read_json
-from latentact.io.tensors import load_tensors, save_tensors
+from latentact.errors import UserError
+from latentact.io.atomic import atomic_dir
+from latentact.io.records import parse_json, read_text
+from latentact.io.tensors import load_tensors, save_tensors, weights_hash
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -22,18 +25,36 @@ class FolderCheckpointIO(CheckpointIO):
         tensors: dict[str, torch.Tensor] = {}
         structure = _pack(checkpoint, tensors, "")
         with atomic_dir(Path(path)) as folder:
-            save_tensors(folder / "state.safetensors", tensors)
-            (folder / "state.json").write_text(json.dumps(structure))
+            weights = save_tensors(folder / "state.safetensors", tensors)
+            values = {"digest": _digest(structure, weights), "state": structure}
+            (folder / "state.json").write_text(json.dumps(values))
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU."""
-        return _unpack(read_json(Path(path) / "state.json"), load_tensors(Path(path) / "state.safetensors"))
+        """Read a checkpoint onto the CPU.
+
+        Raises:
+            UserError: it is not what `save_checkpoint` wrote.
+        """
+        folder = Path(path)
+        tensors = load_tensors(folder / "state.safetensors")
+        values = parse_json(read_text(folder / "state.json"), str(folder / "state.json"))
+        weights = weights_hash(folder / "state.safetensors")
+        if not isinstance(values, dict) or values.get("digest") != _digest(values.get("state"), weights):
+            raise UserError(
+                f"{folder} is not a whole training checkpoint; delete it, and the same command starts again."
+            )
+        return _unpack(values["state"], tensors)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(structure: Any, weights: str) -> str:
+    """Return the hash of a checkpoint, whose damage Lightning would not notice, or only half-way."""
+    return hashlib.blake2b(json.dumps([structure, weights]).encode(), digest_size=16).hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:

@@ -7,13 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from latentact.device import multiplies_bf16, require_device
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+_MOST_STEPS = 10**9
+RANGES = {
+    **dict.fromkeys(("steps", "checkpoint_every", "log_every"), (1, _MOST_STEPS)),
+    **dict.fromkeys(("warmup_steps", "eval_every"), (0, _MOST_STEPS)),
+    "batch_size": (1, 1 << 16),
+    "lr": (0, 100),
+    "weight_decay": (0, 100),
+    "grad_clip": (0, 1e9),
+    "seed": (0, 2**31 - 1),
+    "devices": (1, 1024),
+    "num_nodes": (1, 4096),
+    "num_workers": (0, 1024),
+}
+"""Smallest and largest value of each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +72,11 @@ class TrainingConfig:
     """Whether to log to Weights & Biases beside TensorBoard and metrics.csv."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no training can use."""
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "devices", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}; wanted at least 1.")
-        if self.lr <= 0:
-            raise UserError(f"training.lr is {self.lr:g}; wanted more than 0.")
+        """Validate the configuration."""
+        for name, (low, high) in RANGES.items():
+            require_between(f"training.{name}", getattr(self, name), low, high)
+        if not self.lr:
+            raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
         if self.precision not in PRECISIONS:
             raise UserError(
                 f"training.precision is {self.precision!r}; wanted one of {', '.join(PRECISIONS)}."
@@ -100,6 +114,23 @@ def fit(
     from latentact.training.loop import train  # Lightning takes seconds to import
 
     train(model, data, config, out, evaluate)
+
+
+MOST_PARAMETERS = 2 * 10**9
+"""Of a model that is trained: 8 GB of weights, and three times that with gradients and AdamW's averages."""
+
+
+def require_trainable_size(build: Callable[[], nn.Module], name: str) -> None:
+    """Raise a UserError if a model is too large to be trained, before memory is taken for it.
+
+    Args:
+        build: makes the model; called with torch's meta device as the default.
+        name: what messages call it.
+    """
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build().parameters())
+    if count > MOST_PARAMETERS:
+        raise UserError(f"{name} must have at most {MOST_PARAMETERS:,} parameters, got {count:,}.")
 
 
 def precision(config: TrainingConfig) -> str:

@@ -29,6 +29,7 @@ from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.fit import TrainingConfig, precision
 from latentact.training.metrics_csv import MetricsCsv
+from latentact.training.run_folder import Busy, saved_steps
 
 log = logging.getLogger(__name__)
 for _name in ("lightning.pytorch", "lightning.fabric"):  # greetings; what matters is raised or logged here
@@ -44,7 +45,7 @@ def train(
 ) -> None:
     """Do what `training.fit.fit` promises."""
     checkpoints = out / "checkpoints"
-    newest = max(checkpoints.glob("step=*"), default=None, key=_step_of)
+    newest = max(saved_steps(out), default=None, key=_step_of)
     start = _step_of(newest) if newest else 0
     if newest:
         log.info("going on from step %d of %s", start, out)
@@ -86,9 +87,7 @@ def train(
                 shutil.rmtree(leftover)
             trainer.fit(_Module(model, config), loader, ckpt_path=newest)  # loads it also when all is done
     except Timeout as error:
-        raise UserError(
-            f"another process is training in {out}; wait for it, or give another out=."
-        ) from error
+        raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stopped
     model.eval()
@@ -180,8 +179,12 @@ class _Progress(pl.Callback):
             row |= {f"train/{k}": v.item() for k, v in outputs["metrics"].items()}
             if not np.isfinite(row["train/loss"]):
                 raise UserError(
-                    f"the loss is {row['train/loss']} at step {step}; lower training.lr and run again."
+                    f"the loss must be finite, got {row['train/loss']} at step {step}; lower training.lr and "
+                    f"run again."
                 )
+        saves = last or step % self.config.checkpoint_every == 0
+        if saves:
+            _require_finite(pl_module.model, step)
         if self.evaluate and (last or (self.config.eval_every and step % self.config.eval_every == 0)):
             pl_module.eval()
             with torch.no_grad():
@@ -189,8 +192,8 @@ class _Progress(pl.Callback):
             pl_module.train()
         if row:
             self._report(trainer, row, step)
-        if step % self.config.checkpoint_every == 0 or last:
-            older = [*self.folder.glob("step=*")]
+        if saves:
+            older = saved_steps(self.folder.parent)
             trainer.save_checkpoint(self.folder / f"step={step:08d}", weights_only=False)
             for path in older:
                 trainer.strategy.remove_checkpoint(path)
@@ -203,6 +206,16 @@ class _Progress(pl.Callback):
             left = timedelta(seconds=round((self.config.steps - step) / max(rate, 1e-9)))
             numbers = " | ".join(f"{k} {v:.4g}" for k, v in row.items())
             log.info("step %d/%d | %s | %.1f steps/s | eta %s", step, self.config.steps, numbers, rate, left)
+
+
+def _require_finite(model: nn.Module, step: int) -> None:
+    """Raise a UserError if training has diverged."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"the weights must be finite, got others in {name!r} at step {step}; lower training.lr and "
+                f"run again."
+            )
 
 
 def _step_of(path: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from latentact.errors import UserError
 from latentact.io.atomic import atomic_write
 
 
@@ -25,10 +26,7 @@ class MetricsCsv(Logger):
         self.path = out / "metrics.csv"
         self.rows: dict[int, dict[str, Any]] = {}
         if start and self.path.exists():
-            with self.path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if int(row["step"]) <= start:
-                        self.rows[int(row["step"])] = {k: v for k, v in row.items() if v}
+            self.rows = {step: row for step, row in _read(self.path) if step <= start}
 
     @property
     def name(self) -> str:
@@ -52,3 +50,14 @@ class MetricsCsv(Logger):
             writer = csv.DictWriter(file, [*columns])
             writer.writeheader()
             writer.writerows(self.rows[s] for s in sorted(self.rows))
+
+
+def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+        return [(int(row["step"]), row) for row in rows]
+    except (OSError, ValueError, LookupError, csv.Error) as error:
+        raise UserError(
+            f"{path} is not the table of the run so far ({error}); delete the file, and the run goes on."
+        ) from error

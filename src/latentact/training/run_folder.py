@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,13 @@ import yaml
 from latentact.config import to_dict
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_write
+from latentact.io.records import read_yaml
 
 log = logging.getLogger(__name__)
+
+
+class Busy(UserError):
+    """Another process works in the run folder."""
 
 
 def finished(out: Path, config: Any, result: str) -> bool:
@@ -23,7 +31,9 @@ def finished(out: Path, config: Any, result: str) -> bool:
     """
     path = out / "config.yaml"
     if path.exists():
-        found = yaml.safe_load(path.read_text())
+        found = read_yaml(path)
+        if not isinstance(found, dict):
+            raise UserError(f"{path} must hold the settings of a run, got {found!r}; delete the folder.")
         if different := _first_difference(found, _asked(config)):
             key, old, new = different
             raise UserError(
@@ -42,6 +52,30 @@ def begin_run(out: Path, config: Any) -> None:
     """Write `config.yaml`, once everything that the config names has turned out to be usable."""
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_asked(config), sort_keys=False))
+
+
+@contextmanager
+def run_folder(out: Path, config: Any) -> Iterator[None]:
+    """Begin a run, and let its body train and write the results.
+
+    Where the run fails on its input after all, before the first checkpoint (as with a learning rate at which
+    it diverges), a folder that it made is removed.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        begin_run(out, config)
+        yield
+    except Busy:
+        raise
+    except UserError:
+        if made and not saved_steps(out):
+            shutil.rmtree(made[-1])
+        raise
+
+
+def saved_steps(out: Path) -> list[Path]:
+    """Return the training checkpoints of a run folder."""
+    return [path for path in out.glob("checkpoints/step=*") if path.name.removeprefix("step=").isdecimal()]
 
 
 def _asked(config: Any) -> dict[str, Any]:

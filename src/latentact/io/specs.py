@@ -1,0 +1,74 @@
+"""The spec of latent actions as it stands in files: `spec.json`, manifests, token files and guides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from latentact.io.records import Record, parse_record, read_record
+from latentact.types import KERNELS, LatentActionSpec
+
+
+def _rate(value: float) -> float:
+    if value and not 1e-6 <= value <= 1e6:
+        raise ValueError("0 or between 1e-6 and 1e6")
+    return value
+
+
+def _text(value: str) -> str:
+    if "\0" in value or len(value) > 1000:
+        raise ValueError("text of at most 1000 characters without NUL")
+    return value
+
+
+Whole = Annotated[int, Field(ge=1, le=1 << 20)]
+Rate = Annotated[float, AfterValidator(_rate)]
+Text = Annotated[str, AfterValidator(_text)]
+
+
+class SpecRecord(Record):
+    """`LatentActionSpec` in JSON; an unknown field would change what latent actions mean."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Text
+    tokens: Whole
+    token_dim: Whole
+    codebook_size: Annotated[int, Field(ge=1, le=1 << 40)] | None
+    frame_gap: Whole
+    frame_gap_s: Rate
+    fps: Rate
+    resolution: Whole
+    camera: Text
+    value_range: tuple[Literal[0], Literal[255]] = Field(strict=False)
+    resize: Literal[KERNELS]  # type: ignore[valid-type]
+    robot_actions: bool
+    weights: Text
+
+    def spec(self) -> LatentActionSpec:
+        """Return the spec."""
+        return LatentActionSpec(**{**self.model_dump(), "value_range": (0.0, 255.0)})
+
+
+def parse_spec(values: Any, where: str) -> LatentActionSpec:
+    """Return the spec that `dataclasses.asdict` made, also when JSON has been between.
+
+    Args:
+        values: what was saved.
+        where: what messages call the place, such as the file.
+
+    Raises:
+        UserError: a field is missing, unknown or of another kind.
+    """
+    return parse_record(SpecRecord, values, where).spec()
+
+
+def load_spec(path: Path) -> LatentActionSpec:
+    """Return the spec that `LatentActionSpec.save` wrote.
+
+    Raises:
+        UserError: the file is missing or is not a spec.
+    """
+    return read_record(SpecRecord, path).spec()
