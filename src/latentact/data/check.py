@@ -18,6 +18,7 @@ from jaxtyping import Float64, UInt8
 
 from latentact.data.cache import cache_folder
 from latentact.data.decode.pipeline import DecodeSpec, decoded
+from latentact.data.decode.resize import resize
 from latentact.data.decode.video import VideoLook, frame_times, look
 from latentact.data.digest import Memo
 from latentact.data.format import Source, Unreadable, open_source
@@ -30,7 +31,7 @@ from latentact.errors import UserError
 from latentact.progress import Progress
 
 SIZE = 96
-"""Height and width in pixels at which frames are compared and shown."""
+"""Height and width in pixels at which frames are compared."""
 STILL_S = 1.0
 """Seconds without a change that count as a still span."""
 _STILL_LEVELS = 0.5
@@ -98,7 +99,7 @@ class Sheet:
     camera: str
     episode: str
     frames: list[UInt8[np.ndarray, "h w c"]]
-    """First, middle and last of those that were decoded."""
+    """First, middle and last, in their own size."""
 
 
 def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[DataCheck, list[Sheet]]:
@@ -287,9 +288,7 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
     order = np.argsort(np.arange(len(source.episodes)) * 0.618034 % 1)  # spread over the data
     ends = np.cumsum([source.episodes[n].frames for n in order])
     chosen = sorted(int(n) for n in order[: max(1, int((ends <= max_frames).sum()))])
-    spec = DecodeSpec(
-        source=source, fps=0.0, resolution=SIZE if source.resizable else 0, resize="uint8", strict=False
-    )
+    spec = DecodeSpec(source=source, fps=0.0, resolution=0, resize="uint8", strict=False)
     sheets: list[Sheet] = []
     alike: dict[str, list[str]] = defaultdict(list)
     still: list[dict[str, Any]] = []
@@ -299,7 +298,7 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
         closing(decoded(spec, chosen)) as episodes,
     ):
         for number, chunks in episodes:
-            episode, seen = source.episodes[number], _Seen(source.episodes[number].frames)
+            episode, seen = source.episodes[number], _Seen(source.episodes[number].frames, source.resizable)
             try:
                 for chunk in chunks:
                     seen.add(chunk.frames, chunk.times)
@@ -326,7 +325,8 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
 class _Seen:
     """What is kept of an episode's frames while they go by."""
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self, expected: int, resizable: bool) -> None:
+        self._size = SIZE if resizable else 0
         self.frames = 0
         self.times: list[float] = []
         self.changes: list[float] = []
@@ -340,11 +340,12 @@ class _Seen:
         return self._hash.hexdigest()
 
     def add(self, frames: UInt8[np.ndarray, "n h w c"], times: list[float]) -> None:
-        self._hash.update(np.ascontiguousarray(frames))
-        whole = frames if self._last is None else np.concatenate([self._last[None], frames])
-        self.changes += np.abs(np.diff(whole.astype(np.int16), axis=0)).mean((1, 2, 3)).tolist()
         self.kept += [frame for n, frame in enumerate(frames, self.frames) if n in self._places]
-        self._last, self.times, self.frames = frames[-1], self.times + times, self.frames + len(frames)
+        small = resize(frames, self._size)
+        self._hash.update(np.ascontiguousarray(small))
+        whole = small if self._last is None else np.concatenate([self._last[None], small])
+        self.changes += np.abs(np.diff(whole.astype(np.int16), axis=0)).mean((1, 2, 3)).tolist()
+        self._last, self.times, self.frames = small[-1], self.times + times, self.frames + len(frames)
 
 
 def still_spans(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
 from latentact.evaluation.report_html import Section, figure, fold, image, page, table, text
 from latentact.io.atomic import atomic_write
 
@@ -12,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from latentact.data.check import DataCheck, Sheet
+
+
+_HEIGHT = 160
 
 
 def write_page(path: Path, check: DataCheck, sheets: Sequence[Sheet]) -> None:
@@ -43,9 +50,10 @@ def summary(check: DataCheck) -> str:
     if not check.episodes:
         return f"{check.path} cannot be opened."
     names = [camera["key"] for camera in check.cameras if camera["key"]]
-    parts = [check.kind, f"{len(names)} cameras: {', '.join(names)}" if names else ""]
-    parts += [f"actions: {check.actions}" if check.actions else "no actions"]
-    parts += [f"{len(check.tasks)} task texts" if check.tasks else "no task texts"]
+    parts = [check.kind, f"camera{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else ""]
+    parts += [f"actions of {check.actions}" if check.actions else "no actions"]
+    tasks = check.tasks
+    parts += [f"task {tasks[0]!r}" if len(tasks) == 1 else f"{len(tasks) or 'no'} task texts"]
     return f"{'; '.join(part for part in parts if part)}."
 
 
@@ -87,15 +95,23 @@ def _sheet(sheets: Sequence[Sheet]) -> Section | None:
         frames = [
             frame if frame.shape[2] == 3 else frame[..., :1].repeat(3, axis=2) for frame in sheet.frames
         ]
-        shown = "".join(image(frame, f"frame of {sheet.episode}") for frame in frames)
-        figures.append(figure(shown, f"{sheet.episode} {sheet.camera}".strip()))
+        shown = np.concatenate([_thumbnail(frame) for frame in frames], axis=1)
+        name = f"{sheet.episode} {sheet.camera}"
+        figures.append(figure(image(shown, f"frames of {name}"), name))
     return Section(
         anchor="sheet",
         title="Contact sheet",
-        what="First, middle and last frame of some episodes, square as models get them. Check that they are "
-        "upright and that their colors are right.",
-        body="".join(figures),
+        what="First, middle and last frame of some episodes. Check that they are upright and that their colors "
+        "are right.",
+        body=f'<div class="sheet">{"".join(figures)}</div>',
     )
+
+
+def _thumbnail(frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Return a frame at a height of `_HEIGHT` pixels."""
+    width = max(1, round(frame.shape[1] * _HEIGHT / frame.shape[0]))
+    kind = Image.Resampling.NEAREST if frame.shape[0] < _HEIGHT else Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(frame).resize((width, _HEIGHT), kind))
 
 
 def _cameras(check: DataCheck) -> Section | None:
