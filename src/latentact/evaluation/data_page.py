@@ -101,8 +101,8 @@ def _sheet(sheets: Sequence[Sheet]) -> Section | None:
     return Section(
         anchor="sheet",
         title="Contact sheet",
-        what="First, middle and last frame of some episodes. Check that they are upright and that their colors "
-        "are right.",
+        what="First, middle and last frame of some episodes. Check that they are upright and that their "
+        "colors are right.",
         body=f'<div class="sheet">{"".join(figures)}</div>',
     )
 
