@@ -229,8 +229,9 @@ def _clock(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[str, floa
     if (off <= LEROBOT_TOLERANCE_S + rounding).all():
         return ("regular" if abs(timestamps[0]) <= LEROBOT_TOLERANCE_S else "offset"), 0.0
     steps = np.diff(timestamps) * fps
-    if (np.abs(steps - steps.round()) < 0.1).all():
-        return "gaps", float((steps.round() > 1).sum())
+    holes = int((steps.round() > 1).sum())
+    if holes and (np.abs(steps - steps.round()) < 0.1).all():
+        return "gaps", float(holes)
     return "jitter", float(off.max())
 
 
