@@ -201,7 +201,12 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
 
 def _times(packets: list[av.Packet], stream: av.VideoStream) -> Float64[np.ndarray, " n"]:
     ticks = [p.pts if p.pts is not None else p.dts for p in packets]
-    return np.sort(np.array([float(tick * (stream.time_base or 1)) for tick in ticks if tick is not None]))
+    known = np.sort(np.array([tick for tick in ticks if tick is not None], np.float64))
+    return (
+        known
+        if stream.time_base is None
+        else known * stream.time_base.numerator / stream.time_base.denominator
+    )
 
 
 def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tuple[float, av.VideoFrame]]:
