@@ -307,9 +307,10 @@ def write_lines(file: Path, lines: Iterable[Any]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def change_tables(root: Path, change: Callable[[pa.Table], pa.Table], below: str = "data") -> Path:
-    """Apply a change to every table at or below a folder of a dataset."""
-    for file in sorted((root / below).rglob("*.parquet")):
+def change_tables(root: Path, change: Callable[[pa.Table], pa.Table], below: str | Path = "data") -> Path:
+    """Apply a change to a table, or to every table below a folder of a dataset."""
+    place = root / below
+    for file in sorted(place.rglob("*.parquet")) if place.is_dir() else [place]:
         pq.write_table(change(pq.read_table(file)), file)
     return root
 

@@ -226,7 +226,7 @@ def test_a_video_longer_than_its_table_shows_its_first_frames(tmp_path):
 
 def test_a_video_of_another_rate_than_its_table_is_unreadable(tmp_path):
     root = lerobot(tmp_path / "d", 2, lengths=(8,), video={"millis": [*range(0, 8 * 133, 133)]})
-    with pytest.raises(UserError, match="row 1: its video has no frame at 0.1 s"):
+    with pytest.raises(UserError, match="row 1: its video has no frame at"):
         store(root)
 
 

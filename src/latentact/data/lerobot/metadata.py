@@ -172,14 +172,15 @@ def read_tasks(path: Path) -> dict[int, str]:
         return {}
     rows = read_parquet(table)
     names = [name for name in ("task", "__index_level_0__") if name in rows.column_names]
-    texts = names or [n for n in rows.column_names if pa.types.is_string(rows.schema.field(n).type)]
+    texts = names or [n for n in rows.column_names if _is_text(rows[n].type)]
     if not texts or "task_index" not in rows.column_names:
         raise UserError(
             f"{table} must have the columns task_index and task, got {', '.join(rows.column_names)}; copy "
             f"the dataset again."
         )
+    _require_numbers(rows, ["task_index"], table)
     pairs = zip(rows["task_index"].to_pylist(), rows[texts[0]].to_pylist(), strict=True)
-    return {int(index): str(text) for index, text in pairs if index is not None and text is not None}
+    return {int(index): str(text) for index, text in pairs if text is not None}
 
 
 def read_episode_table(path: Path, camera: str) -> pa.Table:
@@ -207,17 +208,29 @@ def read_episode_table(path: Path, camera: str) -> pa.Table:
     for file in files:
         optional = {"tasks"} & set(parquet_columns(file))
         table = read_parquet(file, ["episode_index", *needed, *optional])
-        for name in ("episode_index", *needed):
-            kind = table.schema.field(name).type
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)) or table[name].null_count:
-                raise UserError(
-                    f"{file}: {name} must be numbers without gaps, got {kind}; copy the dataset again."
-                )
+        _require_numbers(table, ["episode_index", *needed], file)
         parts.append(table)
     try:
         return pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
         raise UserError(f"the files of {path / 'meta/episodes'} do not fit together ({error}).") from error
+
+
+def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:
+    """Check that columns hold a finite number in every row."""
+    for name in names if len(table) else ():
+        kind = table[name].type
+        number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if not number or table[name].null_count or not np.isfinite(table[name].to_numpy()).all():
+            raise UserError(
+                f"{file}: column {name} must hold a number in every row, got {kind} with "
+                f"{table[name].null_count} nulls; copy the dataset again."
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def flat_names(names: Any) -> list[str]:

@@ -92,6 +92,7 @@ class LeRobotSource:
                 f"{path} names the camera {camera!r}, which its tables lack; copy the dataset again."
             )
         self.notes = [f"column {name} is missing from the tables and left out" for name in tables.missing]
+        recordings = list({r.episode: r for r in recordings}.values())  # one that is listed twice counts once
         present = [r for r in recordings if self._is_here(r)]
         if not present:
             raise UserError(

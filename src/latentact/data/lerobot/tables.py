@@ -73,7 +73,7 @@ class Tables:
             episodes = _plain(table["episode_index"], file, "episode_index")
             self._timestamps.append(_plain(table["timestamp"], file, "timestamp").astype(np.float64))
             begins = np.flatnonzero(np.diff(episodes, prepend=np.nan))
-            for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=True):
+            for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=False):  # no row, no begin
                 if not np.isfinite(episodes[begin]):
                     raise UserError(f"{file}: episode_index must be a number in every row; rewrite the data.")
                 episode = int(episodes[begin])
@@ -161,27 +161,39 @@ class Tables:
         digests: dict[int, str] = {}
         for number, episodes in by_file.items():
 
-            def find(_: Path, episodes: list[int] = episodes) -> list[str]:
+            def find(_: Path, episodes: list[int] = episodes) -> list[str | None]:
                 return [self._image_digest(camera, self.spans[e]) for e in episodes]
 
-            found = memo.get(self.files[number], f"images.2:{camera}", find)
-            digests.update(zip(episodes, found, strict=True))
+            found = memo.get(self.files[number], f"images.3:{camera}", find)
+            for episode, digest in zip(episodes, found, strict=True):
+                beside = digest is None  # the memo does not notice when files beside the table change
+                digests[episode] = (
+                    self._image_digest(camera, self.spans[episode], beside) if beside else digest
+                )
         return digests
 
-    def _image_digest(self, camera: str, span: Span) -> str:
+    def _image_digest(self, camera: str, span: Span, beside: bool = False) -> str | None:
+        """Return the digest of an episode's images; None unless `beside` where the table lacks some."""
         try:
-            return blake2b(*self._image_bytes(camera, span))
+            cells = list(self._image_cells(camera, span))
+            if not beside and not all(isinstance(cell, bytes) for cell in cells):
+                return None
+            return blake2b(*(self._cell(cell, f"row {row}") for row, cell in enumerate(cells)))
         except Unreadable:
             return ""
 
     def _image_bytes(self, camera: str, span: Span) -> Iterator[bytes]:
+        for row, cell in enumerate(self._image_cells(camera, span)):
+            yield self._cell(cell, f"row {row}")
+
+    def _image_cells(self, camera: str, span: Span) -> Iterator[bytes | str | None]:
         ends = self._table(span.file)[1]
         begin, last = np.searchsorted(ends, [span.begin, span.end - 1], side="right")
         for group in range(begin, last + 1):
             first = int(ends[group - 1]) if group else 0
-            cells = self._row_group(span.file, group, camera)
-            for row, cell in enumerate(cells[max(0, span.begin - first) : span.end - first]):
-                yield self._cell(cell, f"row {row + max(span.begin, first) - span.begin}")
+            yield from self._row_group(span.file, group, camera)[
+                max(0, span.begin - first) : span.end - first
+            ]
 
     def _cell(self, cell: bytes | str | None, where: str) -> bytes:
         """Return the encoded image of a cell, which holds its bytes, or the name of a file in the dataset."""
@@ -203,6 +215,20 @@ class Tables:
             column = self._table(file)[0].read_row_group(group, columns=[camera])[camera]
         except (OSError, pa.ArrowException) as error:
             raise Unreadable(f"its table is damaged ({error})") from error
+        kind = column.type
+        if not any(
+            is_kind(kind)
+            for is_kind in (
+                pa.types.is_struct,
+                pa.types.is_binary,
+                pa.types.is_large_binary,
+                pa.types.is_string,
+            )
+        ):
+            raise UserError(
+                f"{self.files[file]}: column {camera} must be encoded images (PNG or JPEG), got {kind}; "
+                f"rewrite the data."
+            )
         return [cell for chunk in column.chunks for cell in _cells(chunk)]
 
     def _open(self, file: int) -> tuple[pq.ParquetFile, np.ndarray]:
