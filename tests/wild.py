@@ -327,6 +327,31 @@ def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, pa.array(values))
 
 
+def without_first_rows(root, count):
+    """Drop the first rows of each episode as an editor does: counters are made anew, timestamps are kept."""
+
+    def cut(table):
+        table = table.filter(pa.array(table["frame_index"].to_numpy() >= count))
+        frame = table["frame_index"].to_numpy() - count
+        table = with_column(table, "frame_index", frame)
+        return with_column(table, "index", np.arange(len(table)))
+
+    def shorten(table):
+        length = table["length"].to_numpy() - count
+        ends = np.cumsum(length)
+        for name, values in (("length", length), ("dataset_from_index", ends - length)):
+            table = with_column(table, name, values)
+        return with_column(table, "dataset_to_index", ends)
+
+    change_tables(root, cut)
+    change_tables(root, shorten, "meta/episodes")
+    file = root / "meta/info.json"
+    info = json.loads(file.read_text())
+    info["total_frames"] -= count * info["total_episodes"]
+    file.write_text(json.dumps(info))
+    return root
+
+
 @contextmanager
 def lerobot_dataset(root: Path, cache: Path) -> Iterator[Any]:
     """Open a dataset with LeRobot, whose copies of tables go to `cache`."""

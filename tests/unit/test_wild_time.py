@@ -1,6 +1,5 @@
 """Clocks as datasets really have them: which frame a row shows, and how far apart frames lie."""
 
-import json
 import logging
 
 import numpy as np
@@ -27,38 +26,13 @@ from wild import (
     numbered,
     numbers,
     store,
-    with_column,
+    without_first_rows,
     write_video,
 )
 
 pytest.importorskip("lerobot")
 ROWS = [*range(8), *range(20, 26)]
 """Numbers that the frames of `lerobot()` carry, row by row."""
-
-
-def without_first_rows(root, count):
-    """Drop the first rows of each episode as an editor does: counters are made anew, timestamps are kept."""
-
-    def cut(table):
-        table = table.filter(pa.array(table["frame_index"].to_numpy() >= count))
-        frame = table["frame_index"].to_numpy() - count
-        table = with_column(table, "frame_index", frame)
-        return with_column(table, "index", np.arange(len(table)))
-
-    def shorten(table):
-        length = table["length"].to_numpy() - count
-        ends = np.cumsum(length)
-        for name, values in (("length", length), ("dataset_from_index", ends - length)):
-            table = with_column(table, name, values)
-        return with_column(table, "dataset_to_index", ends)
-
-    change_tables(root, cut)
-    change_tables(root, shorten, "meta/episodes")
-    file = root / "meta/info.json"
-    info = json.loads(file.read_text())
-    info["total_frames"] -= count * info["total_episodes"]
-    file.write_text(json.dumps(info))
-    return root
 
 
 def same_as_lerobot(root, cache, camera=TOP):

@@ -129,7 +129,10 @@ def run(config: PrecomputeConfig) -> Path:
         "frames": stream.key,
         "gap": gap,
         "model": to_dict(model.config),
-        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision", "drop_nonfinite")},
+        **{
+            name: getattr(config, name)
+            for name in ("tokens", "output", "dtype", "precision", "drop_nonfinite")
+        },
     }
     if options.share.rank == 0 and _finished(out, asked, config):
         return out
@@ -203,7 +206,7 @@ def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: Encoded)
         "tokens": config.tokens,
         "dtype": config.dtype,
         "precision": encoded.precision,
-        "unreadable": encoded.unreadable,
+        "unreadable": {**stream.source.unreadable, **encoded.unreadable},
         "software": software,
     }
 

@@ -64,6 +64,8 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     tables = Tables(source, read_info(source).features, files)
     for name in tables.missing:
         del info["features"][name]
+    for feature in info["features"].values():
+        feature["shape"] = feature["shape"] or [1]  # LeRobot has no shape []
     info["features"] |= {name: column.feature for name, column in columns.items()}
     for folder in (source / "videos", source / "images"):
         for path in files_below(folder)[0] if folder.is_dir() else ():
@@ -170,6 +172,10 @@ def _add_statistics(file: Path, per_episode: list[dict[str, dict[str, np.ndarray
     from lerobot.datasets.compute_stats import aggregate_stats
 
     statistics = read_json(file) if file.is_file() else {}
+    if not isinstance(statistics, dict):
+        raise UserError(
+            f"{file} must hold an object, got {type(statistics).__name__}; copy the dataset again."
+        )
     for name, values in aggregate_stats(per_episode).items():
         statistics[name] = {kind: value.tolist() for kind, value in sorted(values.items())}
     file.write_text(json.dumps(dict(sorted(statistics.items())), indent=4))

@@ -216,7 +216,7 @@ def _video_statistics(
     """Return lerobot's statistics of a video from the rows that it would sample; checks all of them."""
     chosen, counts = set(_sampled(len(times))), []
     try:
-        for row, (_, frame) in enumerate(nearest_frames(decode(file), times, fps)):
+        for row, (_, frame) in enumerate(nearest_frames(decode(file), times, float(fps))):
             if frame.shape != shape:
                 got, wanted = ("x".join(map(str, each[1::-1])) for each in (frame.shape, shape))
                 raise Unreadable(f"its frames must be {wanted} pixels as those before them, got {got}")

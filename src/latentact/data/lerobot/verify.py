@@ -44,6 +44,9 @@ def verify_dataset(root: Path, remedy: str) -> None:
 
     where = "what was written"
     try:
+        for name in ("meta/info.json", "meta/tasks.parquet"):  # LeRobot would look for them on the hub
+            if not (root / name).is_file():
+                raise ValueError(f"{name} is missing")
         meta = LeRobotDatasetMetadata("local/dataset", root=root)
         _check_files(meta, root)
         with _own_cache(root):
@@ -124,6 +127,8 @@ def _check_item(item: dict[str, Any], features: Any, kept: list[str], episode: i
         raise ValueError(f"it belongs to episode {int(item['episode_index'])} instead of {episode}")
     for key, feature in features.items():
         if feature.numeric or key in kept:
+            if item[key] is None:
+                raise ValueError(f"{key} is null, which LeRobot cannot put into a batch")
             got = tuple(item[key].shape)
             height, width, channels = feature.hwc if feature.visual else (0, 0, 0)
             wanted = (channels, height, width) if feature.visual else feature.shape

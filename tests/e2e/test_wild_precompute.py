@@ -1,0 +1,408 @@
+"""`latentact precompute` on data as people have it: LeRobot shows the frames that the tokens belong to."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from conftest import cli
+from latentact.data.cache import DataConfig, open_store
+from latentact.lams.model import load_lam
+from wild import (
+    ACTION,
+    HEIGHT,
+    TOP,
+    WIDTH,
+    change_info,
+    change_tables,
+    ffmpeg_frames,
+    floats,
+    image_cell,
+    lerobot,
+    lerobot_dataset,
+    lerobot_frames,
+    number,
+    numbered,
+    numbers,
+    small_lam,
+    store,
+    trim,
+    turn,
+    with_column,
+    without_first_rows,
+    write_lines,
+    write_video,
+)
+
+pytest.importorskip("lerobot")
+TOKENS, VALID = "observation.lam_tokens", "observation.lam_valid"
+VIDEO = "observation.images.video"
+ROWS = [*range(8), *range(20, 26)]
+EITHER = pytest.mark.parametrize("version", [2, 3])
+
+
+@pytest.fixture(scope="module")
+def lam(tmp_path_factory):
+    """A LAM of random weights that looks two frames ahead at 10 fps."""
+    return small_lam(tmp_path_factory.mktemp("lam") / "lam")
+
+
+def precompute(data, lam, out, *more):
+    return cli("precompute", "--dataset-root", data, "--lam-model-path", lam, "--output-dir", out, *more)
+
+
+def written(data, lam, out, *more):
+    done = precompute(data, lam, out, *more)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def refused(data, lam, out, *more):
+    """Check that precompute refuses the data in one sentence and leaves nothing; returns the sentence."""
+    before = sorted(out.parent.iterdir())
+    done = precompute(data, lam, out, *more)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(out.parent.iterdir()) == before
+    return done.stderr.splitlines()[-1]
+
+
+def tokens_of(lam, frames, lengths, gap=2):
+    """Return the tokens of frames by the model itself; zeros where the gap leaves the episode."""
+    from latentact.data.decode.resize import resize
+
+    model = load_lam(lam)
+    found, row = np.zeros((len(frames), model.spec.tokens * model.spec.token_dim), np.float32), 0
+    for n in lengths:
+        small = torch.from_numpy(resize(np.array(frames[row : row + n]), 32, model.spec.resize))
+        for first in range(min(gap, n - gap)):  # frames a gap apart, as the model looks at them
+            with torch.inference_mode():
+                part = model.encode(small[first::gap].permute(0, 3, 1, 2)[None]).continuous[0].flatten(1)
+            found[row + first : row + n - gap : gap] = part.numpy()
+        row += n
+    return found
+
+
+def opened(out, cache, camera=TOP):
+    """Return the numbers of the frames that LeRobot shows of an output, and its tokens."""
+    with lerobot_dataset(out, cache) as read:
+        tokens = np.stack([np.asarray(row) for row in read.hf_dataset[TOKENS]])
+    return numbers(lerobot_frames(out, cache, camera)), tokens
+
+
+# --- LeRobot datasets in, LeRobot datasets out
+
+ODD = {
+    "plain": {},
+    "images": {"cell": image_cell},
+    "channels_first": {"shape": (3, HEIGHT, WIDTH), "names": ("channels", "height", "width")},
+    "channels_first_images": {
+        "cell": image_cell,
+        "shape": (3, HEIGHT, WIDTH),
+        "names": ("rgb", "height", "width"),
+    },
+    "no_names": {"names": None},
+    "wrong_size": {"shape": (480, 640, 3)},
+    "two_cameras": {"cameras": (TOP, f"{TOP}_2")},
+    "one_row": {"lengths": (8, 1, 5)},
+    "scalar": {
+        "columns": {
+            "next.reward": (
+                {"dtype": "float32", "shape": [], "names": None},
+                lambda e, n: np.zeros(n, np.float32),
+            )
+        }
+    },
+    "lacking": {"columns": {"next.success": ({"dtype": "bool", "shape": [1], "names": None}, None)}},
+    "text": {"columns": {"note": ({"dtype": "string", "shape": [1], "names": None}, lambda e, n: ["x"] * n)}},
+    "nulls": {
+        "columns": {
+            ACTION: (
+                floats(2),
+                lambda e, n: pa.array([*[[1.0, 2.0]] * (n - 1), None], pa.list_(pa.float32())),
+            )
+        }
+    },
+    "fps_float": {"fps": 10.0},
+    "no_tasks": {"tasks": lambda e, n: [], "texts": ("",)},
+}
+VERSION_2 = {"late": {"times": lambda e, n: 0.4 + np.arange(n) / 10, "video_frames": lambda e, n: n + 4}}
+VERSION_2 |= {
+    "longer_video": {"video_frames": lambda e, n: n + 3},
+    "float64": {"times": lambda e, n: pa.array(np.arange(n) / 10)},
+}
+
+
+@pytest.mark.parametrize("kind", [*ODD, *VERSION_2])
+def test_version_2_becomes_a_dataset_whose_rows_show_the_frames_of_the_tokens(tmp_path, lam, kind):
+    given = {**ODD, **VERSION_2}[kind]
+    root = lerobot(tmp_path / "d", 2, **given)
+    out = written(root, lam, tmp_path / "out", *(("--camera-key", TOP) if kind == "two_cameras" else ()))
+    ours, lengths = store(root, camera=TOP).frames, given.get("lengths", (8, 6))
+    shown, tokens = opened(out, tmp_path)
+    start = 4 if kind == "late" else 0
+    assert shown == numbers(ours) == [20 * e + i + start for e, n in enumerate(lengths) for i in range(n)]
+    np.testing.assert_allclose(tokens, tokens_of(lam, ours, lengths), atol=1e-5)
+    feature = json.loads((out / "meta/info.json").read_text())["features"][TOP]
+    assert feature["shape"] == [HEIGHT, WIDTH, 3] or kind == "wrong_size"
+
+
+@pytest.mark.parametrize("kind", [k for k in ODD if k not in ("no_names", "text")])
+def test_version_3_keeps_its_rows(tmp_path, lam, kind):
+    given = ODD[kind]
+    root = lerobot(tmp_path / "d", 3, **given)
+    out = tmp_path / "out"
+    more = ("--camera-key", TOP) if kind == "two_cameras" else ()
+    if kind in ("wrong_size", "nulls"):  # LeRobot itself shows other frames than announced, or cannot
+        assert "LeRobot cannot show row" in refused(root, lam, out, *more)
+        return
+    written(root, lam, out, *more)
+    ours, lengths = store(root, camera=TOP).frames, given.get("lengths", (8, 6))
+    shown, tokens = opened(out, tmp_path)
+    assert shown == numbers(ours) == [20 * e + i for e, n in enumerate(lengths) for i in range(n)]
+    np.testing.assert_allclose(tokens, tokens_of(lam, ours, lengths), atol=1e-5)
+
+
+def test_policies_see_channels_first_whatever_the_data_said(tmp_path, lam):
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    root = lerobot(tmp_path / "d", 2, shape=(3, HEIGHT, WIDTH), names=("channels", "height", "width"))
+    with lerobot_dataset(written(root, lam, tmp_path / "out"), tmp_path) as read:
+        assert dataset_to_policy_features(read.meta.features)[TOP].shape == (3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("folder", [f"videos/{TOP}", "videos", "meta/episodes", "data"])
+def test_linked_folders_are_part_of_the_output(tmp_path, lam, folder):
+    root = lerobot(tmp_path / "d", 3)
+    shutil.move(root / folder, tmp_path / "disk")
+    (root / folder).symlink_to(tmp_path / "disk")
+    shown, _ = opened(written(root, lam, tmp_path / "out"), tmp_path)
+    assert shown == ROWS
+
+
+@EITHER
+def test_tasks_of_rows_are_those_of_the_output(tmp_path, lam, version):
+    listed = {"tasks": lambda e, n: ["reach", "push"], "texts": ("reach", "push")}
+    root = lerobot(tmp_path / "d", version, lengths=(6, 6), **listed)
+    change_tables(root, lambda t: with_column(t, "task_index", np.arange(len(t)) % 6 // 3))
+    with lerobot_dataset(written(root, lam, tmp_path / "out"), tmp_path) as read:
+        assert [read[row]["task"] for row in range(12)] == [*["reach"] * 3, *["push"] * 3] * 2
+
+
+def test_an_index_of_episodes_without_tasks_is_kept(tmp_path, lam):
+    root = lerobot(tmp_path / "d", 3)
+    change_tables(root, lambda t: t.drop_columns(["tasks"]), "meta/episodes")
+    with lerobot_dataset(written(root, lam, tmp_path / "out"), tmp_path) as read:
+        assert read[9]["task"] == "push"
+
+
+@EITHER
+def test_an_episode_whose_clock_is_none_leaves_the_others_aligned(tmp_path, lam, version):
+    def times(e, n):
+        return np.arange(n) % 3 / 10 if e == 1 else np.arange(n) / 10
+
+    root = lerobot(tmp_path / "d", version, lengths=(5, 6, 7), times=times)
+    out = written(root, lam, tmp_path / "out", "--output", "both")
+    sidecar = json.loads((out / "meta/lam_tokens.json").read_text())
+    assert [name.split(" in ")[0] for name in sidecar["unreadable"]] == ["episode 1"]
+    ours = store(root).frames
+    want = tokens_of(lam, ours, (5, 7))
+    with lerobot_dataset(out, tmp_path) as read:
+        tokens = np.stack([np.asarray(row) for row in read.hf_dataset[TOKENS]])
+        valid = np.array([float(row) for row in read.hf_dataset[VALID]])
+        last = number((read[len(read) - 1][TOP].numpy().transpose(1, 2, 0) * 255).astype(np.uint8))
+    assert last == 46
+    if version == 3:  # its rows stay, without tokens
+        assert not tokens[5:11].any()
+        assert not valid[5:11].any()
+        tokens = np.delete(tokens, np.s_[5:11], axis=0)
+    np.testing.assert_allclose(tokens, want, atol=1e-5)
+
+
+def test_rows_edited_away_keep_tokens_and_frames_together(tmp_path, lam):
+    root = without_first_rows(lerobot(tmp_path / "d", 3), 2)
+    out = written(root, lam, tmp_path / "out")
+    shown, tokens = opened(out, tmp_path)
+    assert shown == [*range(2, 8), *range(22, 26)]
+    np.testing.assert_allclose(tokens, tokens_of(lam, lerobot_frames(root, tmp_path), (6, 4)), atol=2e-2)
+
+
+def test_lerobots_edit_tools_keep_tokens_with_their_rows(tmp_path, lam):
+    from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets, split_dataset
+
+    lengths = (5, 6, 7)
+    for version in (2, 3):
+        base = tmp_path / str(version)
+        root = lerobot(base / "d", version, lengths=lengths, cell=image_cell)
+        out = written(root, lam, base / "out")
+        with lerobot_dataset(out, base / "hf") as read:
+            tokens = np.stack([np.asarray(row) for row in read.hf_dataset[TOKENS]])
+            fewer = delete_episodes(read, [1], output_dir=base / "fewer", repo_id="local/fewer")
+            parts = split_dataset(read, {"a": [0, 1], "b": [2]}, output_dir=base / "split")
+            whole = merge_datasets([parts["b"], parts["a"]], "local/merged", output_dir=base / "merged")
+            for edited, rows in ((fewer, [*range(5), *range(11, 18)]), (whole, [*range(11, 18), *range(11)])):
+                found = np.stack([np.asarray(row) for row in edited.hf_dataset[TOKENS]])
+                np.testing.assert_array_equal(found, tokens[rows])
+                want = [[*range(5), *range(20, 26), *range(40, 47)][row] for row in rows]
+                frames = [edited[row][TOP].numpy().transpose(1, 2, 0) * 255 for row in range(len(edited))]
+                assert numbers(frames) == want
+
+
+# --- folders of videos
+
+
+def test_videos_become_rows(tmp_path, lam):
+    write_video(tmp_path / "v/a.mp4", 8)
+    write_video(tmp_path / "v/x/b.mp4", 6, start=20)
+    shown, tokens = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
+    assert shown == ROWS
+    np.testing.assert_allclose(tokens, tokens_of(lam, store(tmp_path / "v").frames, (8, 6)), atol=1e-5)
+
+
+@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1), (0, 1, 1, 0)])
+def test_turned_and_mirrored_videos_are_refused_as_columns_and_taken_as_files(tmp_path, lam, matrix):
+    turn(write_video(tmp_path / "v/a.mp4", 6), *matrix)
+    said = refused(tmp_path / "v", lam, tmp_path / "out")
+    assert "is rotated or mirrored" in said
+    assert "--output file" in said
+    written(tmp_path / "v", lam, tmp_path / "out", "--output", "file")
+
+
+@EITHER
+def test_turned_videos_of_a_dataset_are_refused_before_anything_is_encoded(tmp_path, lam, version):
+    root = lerobot(tmp_path / "d", version)
+    turn(next(root.rglob("*.mp4")), 0, 1, -1, 0)
+    done = precompute(root, lam, tmp_path / "out")
+    assert done.returncode == 2
+    assert "encoding" not in done.stderr
+
+
+def test_a_turned_video_of_another_camera_is_refused(tmp_path, lam):
+    root = lerobot(tmp_path / "d", 3, cameras=(TOP, f"{TOP}_2"))
+    turn(next((root / f"videos/{TOP}_2").rglob("*.mp4")), 0, 1, -1, 0)
+    assert "is rotated or mirrored" in refused(root, lam, tmp_path / "out", "--camera-key", TOP)
+
+
+UNFIT = {
+    "mkv": lambda v: write_video(v / "a.mkv", 6),
+    "variable_rate": lambda v: write_video(v / "a.mp4", 8, millis=[0, 30, 60, 90, 200, 300, 400, 500]),
+    "late_start": lambda v: write_video(v / "a.mp4", 6, millis=[500 + 100 * i for i in range(6)]),
+    "jitter": lambda v: write_video(v / "a.mp4", 6, millis=[0, 100, 203, 300, 400, 500]),
+    "odd_rate": lambda v: write_video(v / "a.mp4", 6, fps=12.5),
+    "two_rates": lambda v: [write_video(v / "a.mp4", 6), write_video(v / "b.mp4", 6, fps=20)],
+    "two_sizes": lambda v: [write_video(v / "a.mp4", 6), write_video(v / "b.mp4", 6, size=(48, 64))],
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_videos_that_cannot_be_rows_are_refused_as_columns_and_taken_as_files(tmp_path, lam, kind):
+    UNFIT[kind](tmp_path / "v")
+    gap = ("--frame-gap-s", "0.4")
+    assert "--output file" in refused(tmp_path / "v", lam, tmp_path / "out", *gap)
+    done = precompute(tmp_path / "v", lam, tmp_path / "out", *gap, "--output", "file")
+    assert done.returncode == 0 or "error: " in done.stderr
+
+
+@pytest.mark.parametrize("bframes", [0, 3])
+@pytest.mark.parametrize(("keep_ms", "skip", "shown"), [(600, 0.0, range(6)), (900, 0.3, range(3, 12))])
+def test_trimmed_videos_become_the_rows_that_a_player_shows(tmp_path, lam, bframes, keep_ms, skip, shown):
+    path = write_video(tmp_path / "v/a.mp4", 12, options={"bf": str(bframes), "g": "12"})
+    trim(path, keep_ms=keep_ms, skip=skip)
+    got, tokens = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
+    assert got == [*shown]
+    np.testing.assert_allclose(tokens, tokens_of(lam, store(tmp_path / "v").frames, (len(shown),)), atol=1e-5)
+
+
+def test_a_cut_without_encoding_again_becomes_rows(tmp_path, lam):
+    program = shutil.which("ffmpeg")
+    if program is None:
+        pytest.skip("needs FFmpeg's command line; the edit lists above are of the same kind")
+    import subprocess
+
+    whole = write_video(tmp_path / "a.mp4", 24, options={"bf": "3", "g": "12"})
+    (tmp_path / "v").mkdir()
+    cut = [
+        program,
+        "-loglevel",
+        "error",
+        "-ss",
+        "0.7",
+        "-i",
+        str(whole),
+        "-c",
+        "copy",
+        str(tmp_path / "v/a.mp4"),
+    ]
+    subprocess.run(cut, check=True)
+    frames = ffmpeg_frames(tmp_path / "v/a.mp4")
+    ours = store(tmp_path / "v").frames
+    assert numbers(ours) == numbers(frames) == [*range(7, 24)]
+    got, _ = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
+    assert got == [*range(7, 24)]
+
+
+def test_damaged_videos_leave_nothing_behind(tmp_path, lam):
+    write_video(tmp_path / "v/a.mp4", 6)
+    (tmp_path / "v/b.mp4").write_bytes(b"hello")
+    out = written(tmp_path / "v", lam, tmp_path / "out")
+    assert list(json.loads((out / "meta/lam_tokens.json").read_text())["unreadable"]) == ["b.mp4"]
+    (tmp_path / "v/a.mp4").write_bytes(b"")
+    shutil.rmtree(out)
+    assert "2 unreadable" in refused(tmp_path / "v", lam, out)
+
+
+# --- data that LeRobot itself cannot open
+
+BROKEN = {
+    "rows_missing": lambda r: change_tables(r, lambda t: t.slice(0, 10)),
+    "counts_wrong": lambda r: change_info(r, total_frames=99),
+    "index_wrong": lambda r: change_tables(
+        r, lambda t: with_column(t, "dataset_to_index", [3, 7]), "meta/episodes"
+    ),
+    "table_cut": lambda r: [p.write_bytes(p.read_bytes()[:-40]) for p in (r / "data").rglob("*.parquet")],
+    "episodes_cut": lambda r: [
+        p.write_bytes(p.read_bytes()[:-40]) for p in (r / "meta/episodes").rglob("*.parquet")
+    ],
+    "tasks_cut": lambda r: (r / "meta/tasks.parquet").write_bytes(b"x"),
+    "stats_cut": lambda r: (r / "meta/stats.json").write_text('{"a"'),
+    "stats_list": lambda r: (r / "meta/stats.json").write_text("[]"),
+    "no_video": lambda r: [p.unlink() for p in r.rglob("*.mp4")],
+    "no_tasks_table": lambda r: (r / "meta/tasks.parquet").unlink(),
+    "no_video_path": lambda r: change_info(r, video_path=None),
+    "dataset_index_missing": lambda r: change_tables(
+        r, lambda t: t.drop_columns(["dataset_from_index"]), "meta/episodes"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_datasets_are_refused_in_one_sentence_and_nothing_is_left(tmp_path, lam, kind):
+    root = lerobot(tmp_path / "d", 3)
+    BROKEN[kind](root)
+    assert refused(root, lam, tmp_path / "out").startswith("error: ")
+
+
+def test_missing_texts_of_tasks_become_those_of_the_list(tmp_path, lam):
+    root = lerobot(tmp_path / "d", 2)
+    (root / "meta/tasks.jsonl").unlink()
+    write_lines(root / "meta/episodes.jsonl", [{"episode_index": e, "tasks": f"task {e}"} for e in (0, 1)])
+    with lerobot_dataset(written(root, lam, tmp_path / "out"), tmp_path) as read:
+        assert [read[0]["task"], read[13]["task"]] == ["task 0", "task 1"]
+
+
+def test_numbers_of_the_tables_are_kept(tmp_path, lam):
+    root = lerobot(
+        tmp_path / "d",
+        2,
+        columns={ACTION: (floats(2), lambda e, n: [[float(i), float(e)] for i in range(n)])},
+    )
+    out = written(root, lam, tmp_path / "out")
+    table = pa.concat_tables([pq.read_table(file) for file in sorted((out / "data").rglob("*.parquet"))])
+    assert table[ACTION].to_pylist() == [[float(i), float(e)] for e, n in enumerate((8, 6)) for i in range(n)]
+    read = open_store(DataConfig(path=str(out), resolution=32))
+    assert read.column(TOKENS).shape == (14, 4)
+    assert numbered(0).shape == (HEIGHT, WIDTH, 3)
