@@ -396,3 +396,9 @@ def store(path: Path, **options: Any) -> Any:
     from latentact.data.cache import DataConfig, open_store
 
     return open_store(DataConfig(path=str(path), **{"resolution": 0, **options}))
+
+
+def actions(read: Any, episodes: Iterable[int]) -> np.ndarray:
+    """Return the actions of a store's episodes; hidden ones are NaN, or -1 where they are classes."""
+    found = read.actions(list(episodes))
+    return np.ma.filled(found, -1 if read.action_space.discrete else np.nan)

@@ -13,6 +13,7 @@ from wild import (
     STATE,
     TOP,
     action_of,
+    actions,
     change_tables,
     encoded,
     floats,
@@ -58,7 +59,7 @@ def test_a_null_last_action_stays_in_its_row(tmp_path, version):
     read = store(lerobot(tmp_path / "d", version, columns=columns, **IMAGES))
     want = ACTIONS.copy()
     want[[7, 13]] = np.nan
-    np.testing.assert_array_equal(read.actions([0, 1]), want)
+    np.testing.assert_array_equal(actions(read, [0, 1]), want)
     np.testing.assert_array_equal(read.state, STATES)
 
 
@@ -69,13 +70,13 @@ def test_an_action_that_is_no_number_names_its_row_and_can_be_left_out(tmp_path,
     columns = {ACTION: (floats(2), replaced(action_of, row, value))}
     root = lerobot(tmp_path / "d", version, columns=columns, **IMAGES)
     with pytest.raises(UserError, match=rf"column action: 1 rows are .* row {row} of episode 0; repair"):
-        store(root).actions([0, 1])
-    np.testing.assert_array_equal(store(root).actions([1])[8:], ACTIONS[8:])
+        actions(store(root), [0, 1])
+    np.testing.assert_array_equal(actions(store(root), [1])[8:], ACTIONS[8:])
     read = store(root, drop_nonfinite=True)
     assert read.usable.tolist() == [i != row for i in range(14)]
     want = ACTIONS.copy()
     want[row] = np.nan
-    np.testing.assert_array_equal(read.actions([0, 1]), want)
+    np.testing.assert_array_equal(actions(read, [0, 1]), want)
     rows = Clips(read, episodes=[0, 1], frame_gap=1).rows
     assert row not in rows
     assert row - 1 not in rows
@@ -106,7 +107,7 @@ def test_a_column_of_nulls_alone_is_one_sentence_or_nothing(tmp_path):
     )
     assert read.num_frames == 14
     with pytest.raises(UserError, match="column action"):
-        read.actions([0])
+        actions(read, [0])
 
 
 # --- how numbers are stored
@@ -269,8 +270,8 @@ def test_discrete_actions_are_classes_of_the_values_that_occur(tmp_path, values,
     assert read.action_space == space
     order = sorted(values)
     want = [order.index(values[i % len(values)]) for n in (8, 6) for i in range(n)]
-    assert read.actions([0, 1]).tolist() == want
-    assert read.actions([1]).tolist() == [*[-1] * 8, *want[8:]]
+    assert actions(read, [0, 1]).tolist() == want
+    assert actions(read, [1]).tolist() == [*[-1] * 8, *want[8:]]
 
 
 @pytest.mark.parametrize("kind", [pa.int32(), pa.uint8(), pa.int8(), pa.bool_()])
@@ -278,7 +279,7 @@ def test_discrete_actions_of_any_whole_type(tmp_path, kind):
     columns = {ACTION: (classes(str(kind)), lambda e, n: pa.array([i % 2 for i in range(n)]).cast(kind))}
     read = store(lerobot(tmp_path / "d", 2, columns=columns, **IMAGES))
     assert read.action_space == ActionSpace(kind="discrete", size=2)
-    assert read.actions([0])[:4].tolist() == [0, 1, 0, 1]
+    assert actions(read, [0])[:4].tolist() == [0, 1, 0, 1]
 
 
 def test_names_of_classes_count_classes_that_do_not_occur(tmp_path):
@@ -296,7 +297,7 @@ def test_a_null_class_is_missing_and_not_another_class(tmp_path, version):
     }
     read = store(lerobot(tmp_path / "d", version, columns=columns, **IMAGES))
     assert read.action_space == ActionSpace(kind="discrete", size=3, values=(-1, 0, 1))
-    assert read.actions([0, 1]).tolist() == [0, 1, 2, 0, 1, 2, 0, -1, 0, 1, 2, 0, 1, -1]
+    assert actions(read, [0, 1]).tolist() == [0, 1, 2, 0, 1, 2, 0, -1, 0, 1, 2, 0, 1, -1]
 
 
 def test_too_many_classes_are_one_sentence(tmp_path):
@@ -317,7 +318,7 @@ def test_npz_actions_of_one_float_are_continuous(tmp_path):
     for name, action in (("a", values), ("b", values.astype(np.float16)), ("c", values[:, None])):
         read = store(npz(tmp_path / f"{name}.npz", action))
         assert read.action_space == ActionSpace(kind="continuous", size=1)
-        np.testing.assert_allclose(read.actions([0])[:, 0], values, atol=1e-3)
+        np.testing.assert_allclose(actions(read, [0])[:, 0], values, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint8, bool])
@@ -326,7 +327,7 @@ def test_npz_actions_of_whole_numbers_are_classes(tmp_path, dtype):
     read = store(npz(tmp_path / "a.npz", values.astype(dtype)))
     assert read.action_space is not None
     assert read.action_space.size == len(np.unique(values))
-    assert read.actions([0]).tolist() == (values - values.min()).tolist()
+    assert actions(read, [0]).tolist() == (values - values.min()).tolist()
 
 
 def test_npz_actions_that_are_nan_name_their_row(tmp_path):

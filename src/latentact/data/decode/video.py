@@ -193,7 +193,7 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
     if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska names no number of frames
         last = max(shown, key=lambda p: p.pts or p.dts or 0)
         lasts = float((last.duration or 0) * base) or 1 / rate.fps
-        named = (container.duration + (container.start_time or 0)) / av.time_base
+        named = container.duration / av.time_base  # from 0, wherever the first frame lies
         if len(times) and times[-1] + lasts < named - max(0.5, 3 / rate.fps):
             raise Unreadable(f"it is cut short: {times[-1] + lasts:.1f} of its {named:.1f} seconds are there")
     return VideoInfo(frames=len(shown), rate=rate)
