@@ -230,7 +230,7 @@ def _scores(
 ) -> dict[str, Any]:
     labelled, held_out = _split(store, seed, options)
     episode = store.episode[rows]
-    action = store.actions(np.concatenate([labelled, held_out]))[rows]
+    action = np.ma.getdata(store.actions(np.concatenate([labelled, held_out])))[rows]
 
     def data(targets: np.ndarray, episodes: np.ndarray) -> ProbeData:
         part = np.isin(episode, episodes)

@@ -52,8 +52,9 @@ class Clip:
     index: Int64[Tensor, "b"]
     """Row in the dataset of the frame from which the last transition starts."""
     action: Shaped[Tensor, "b *a"] | None = None
-    """Robot action taken at `index`: int64 class `[b]` (-1 where hidden) or float32 `[b, a]` (NaN where
-    hidden)."""
+    """Robot action taken at `index`: int64 class `[b]` or float32 `[b, a]`; zeros where hidden."""
+    labeled: Bool[Tensor, "b"] | None = None
+    """Whether the action is shown; there where `action` is."""
     state: Float32[Tensor, "b s"] | None = None
     """Robot state at `index`."""
     states: Float32[Tensor, "b t s"] | None = None

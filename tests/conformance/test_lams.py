@@ -153,6 +153,7 @@ def clip(model: LatentActionModel, b: int = 4, seed: int = 0) -> Clip:
         valid=torch.ones(b, t, dtype=torch.bool),
         index=torch.arange(b),
         action=action,
+        labeled=torch.ones(b, dtype=torch.bool),
         states=states(frames),
         features=torch.randn(b, t, target.size, generator=generator) if target and target.size else None,
     )

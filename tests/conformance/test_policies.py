@@ -300,7 +300,8 @@ class Store:
     lengths = np.array([4, 3, 5])
     starts = np.array([0, 4, 7])
     episode = np.repeat([0, 1, 2], lengths)
-    tasks = ("go to the red ball", "go to the blue ball", "go to the red box")
+    task_texts = ("go to the red ball", "go to the blue ball", "go to the red box")
+    task, usable = episode, np.ones(12, bool)
     frames = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
     state = np.arange(24, dtype=np.float32).reshape(12, 2)
 
@@ -309,7 +310,7 @@ def test_samples_never_leave_their_episode():
     exists = np.ones(12, bool)
     exists[[3, 6, 11]] = exists[8] = False
     target = np.arange(12)[:, None]
-    words = vocabulary(Store.tasks)
+    words = vocabulary(Store.task_texts)
     assert words == ("ball", "blue", "box", "red")
     with_all = {"frames": 2, "chunk": 3, "stride": 2, "words": words}
     samples = PolicySamples(Store(), target=target, exists=exists, **with_all)

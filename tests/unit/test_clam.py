@@ -105,14 +105,14 @@ def test_latents_of_states_change_with_the_next_state() -> None:
 def test_the_decoder_learns_with_the_model() -> None:
     space = ActionSpace(kind="discrete", size=3)
     model = replace(SMALL, action_weight=1.0).build(space).train()
-    batch = clip(action=torch.tensor([0, 1, 2, -1, -1, -1, -1, -1]))
+    batch = clip(action=torch.tensor([0, 1, 2, 0, 0, 0, 0, 0]), labeled=torch.arange(8) < 3)
     loss, metrics = model.loss(batch)
     torch.testing.assert_close(loss.detach(), metrics["recon"] + metrics["action"])
     action_only = replace(model.config, action_weight=1e6)
     model.config = action_only
     model.loss(batch)[0].backward()
     assert model.idm_head.weight.grad.abs().max() > 1e3  # far more than the pictures alone pull
-    hidden = replace(batch, action=torch.full((8,), -1))
+    hidden = replace(batch, labeled=torch.zeros(8, dtype=torch.bool))
     assert model.loss(hidden)[1]["action"].item() == 0
     assert SMALL.build(space).action_decoder is None
 

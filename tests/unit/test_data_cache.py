@@ -105,9 +105,9 @@ def test_columns_follow_resampling(tmp_path, cache):
 
 def test_only_named_episodes_show_their_actions(tmp_path, cache):
     store = store_of(table_episodes(tmp_path), cache)
-    assert store.actions([]).tolist() == [-1] * 12
-    assert store.actions([1]).tolist() == [-1] * 4 + [4, 5, 6] + [-1] * 5
-    assert store.actions({2, 0}).tolist() == [0, 1, 2, 3, -1, -1, -1, 7, 8, 9, 10, 11]
+    assert store.actions([]).tolist() == [None] * 12
+    assert store.actions([1]).tolist() == [None] * 4 + [4, 5, 6] + [None] * 5
+    assert store.actions({2, 0}).tolist() == [0, 1, 2, 3, None, None, None, 7, 8, 9, 10, 11]
     with pytest.raises(ValueError, match="through `actions` only"):
         store.column("action")
     with pytest.raises(UserError, match="none numbered 3"):

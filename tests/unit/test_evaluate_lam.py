@@ -47,7 +47,8 @@ class RollingStore(FrameStore):
         self.lengths = np.full(episodes, length)
         self.starts = np.arange(episodes) * length
         self.episode = np.repeat(np.arange(episodes), length)
-        self.timestamps = np.tile(np.arange(length) / 10, episodes)
+        self.timestamps = self.frame_times = np.tile(np.arange(length) / 10, episodes)
+        self._resampled_from, self._drop_nonfinite = 0.0, False
         self.fps = 10.0
         self.action_names = ("right", "left", "down", "up") if kind == "discrete" else ()
         self.action_space = None
@@ -64,9 +65,9 @@ class RollingStore(FrameStore):
             self._taken = moves.reshape(-1, 2)
 
     def actions(self, episodes):
-        hidden = self._taken.copy()
-        hidden[~np.isin(self.episode, list(episodes))] = -1 if self.action_space.discrete else np.nan
-        return hidden
+        hidden = ~np.isin(self.episode, list(episodes))
+        hidden = np.broadcast_to(hidden.reshape(-1, *[1] * (self._taken.ndim - 1)), self._taken.shape)
+        return np.ma.MaskedArray(self._taken, mask=hidden)
 
 
 class Right(nn.Module):

@@ -110,7 +110,7 @@ def seen(monkeypatch):
 def _actions(batch):
     if isinstance(batch, Clip):
         assert batch.action is not None
-        return batch.action[batch.action >= 0].tolist()
+        return batch.action[batch.labeled].tolist()
     if isinstance(batch, PolicyBatch):
         return [] if batch.target.is_floating_point() else batch.target[..., 0][batch.mask].tolist()
     return batch.actions.flatten().tolist()
@@ -234,13 +234,17 @@ def test_a_store_shows_only_the_named_actions(honest):
     store = open_store(data(honest))
     shown = store.actions([1, 4])
     assert set(shown[np.isin(store.episode, [1, 4])]) == {1, 4}
-    assert (shown[~np.isin(store.episode, [1, 4])] == -1).all()
-    assert (store.actions([]) == -1).all()
+    assert shown.mask[~np.isin(store.episode, [1, 4])].all()
+    assert store.actions([]).mask.all()
     for name in ("action", "action.left"):
         with pytest.raises(ValueError, match="through `actions` only"):
             store.column(name)
     clips = Clips(store, episodes=range(EPISODES), frame_gap=1, labelled=[2])
-    action = clips.clip(clips.rows).action
-    assert action is not None
-    assert set(action.tolist()) == {-1, 2}
+    clip = clips.clip(clips.rows)
+    assert clip.action is not None
+    assert clip.labeled is not None
+    assert set(clip.action[clip.labeled].tolist()) == {2}
+    assert clip.labeled.any()
+    assert not clip.labeled.all()
+    assert not clip.action[~clip.labeled].any()
     assert not any("action" in name for name in vars(FrameStore) if name not in ("actions",))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,9 +163,10 @@ def test_labels_pull_and_their_absence_does_not() -> None:
     model.normalise_by(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
     assert model.action_mean.tolist() == [1.0, 20.0]
     batch = clip(model)
-    hidden = replace(batch, action=torch.full((8, 2), math.nan))
+    shown, none = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
+    hidden = replace(batch, action=torch.zeros(8, 2), labeled=none)
     assert model.loss(hidden)[1]["action"].item() == 0
-    known = replace(batch, action=torch.tensor([[5.0, 60.0]] * 8))
+    known = replace(batch, action=torch.tensor([[5.0, 60.0]] * 8), labeled=shown)
     assert model.loss(known)[1]["action"].item() > 1
     assert replace(SMALL, action_weight=0.0).build(space).action_head is None
 

@@ -96,11 +96,11 @@ def test_pixels_are_centred() -> None:
 
 def test_action_loss_sees_labelled_rows_only() -> None:
     logits = torch.tensor([[2.0, 0.0], [5.0, -5.0]])
-    hidden = action_loss(logits, torch.tensor([1, -1]))
+    hidden = action_loss(logits, torch.tensor([1, 0]), torch.tensor([True, False]))
     torch.testing.assert_close(hidden, F.cross_entropy(logits[:1], torch.tensor([1])))
-    numbers = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]])
-    torch.testing.assert_close(action_loss(torch.zeros(2, 2), numbers), torch.tensor(2.5))
-    assert action_loss(torch.zeros(2, 2), torch.full((2, 2), float("nan"))).item() == 0
+    numbers, first = torch.tensor([[1.0, 2.0], [9.0, 9.0]]), torch.tensor([True, False])
+    torch.testing.assert_close(action_loss(torch.zeros(2, 2), numbers, first), torch.tensor(2.5))
+    assert action_loss(torch.zeros(2, 2), numbers, torch.zeros(2, dtype=torch.bool)).item() == 0
 
 
 def test_motion_weight_by_hand() -> None:

@@ -281,18 +281,18 @@ def test_proprio_learns_the_next_state_and_labelled_actions() -> None:
     config = replace(TINY, state_size=3, state_weight=1.0, action_weight=2.0, augment=False)
     model = config.build(ActionSpace(kind="continuous", size=2))
     state = torch.tensor([[0.0, 1.0, 2.0], [3.0, 1.0, 0.0]])
-    hidden = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]])
+    hidden, first = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([True, False])
     states = torch.stack([*[state] * (config.d_t - 1), state + 1], dim=1)
-    batch = clip(config, states=states, action=hidden)
+    batch = clip(config, states=states, action=hidden, labeled=first)
     loss, metrics = model.loss(batch)
     parts = metrics["recon"] + metrics["vq"] + metrics["state"] + 2 * metrics["action"]
     assert loss.item() == pytest.approx(parts.item())
-    nothing = replace(batch, action=torch.full((2, 2), float("nan")))
+    nothing = replace(batch, labeled=torch.zeros(2, dtype=torch.bool))
     assert model.loss(nothing)[1]["action"] == 0
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.proprio.parameters())
     with pytest.raises(UserError, match=r"robot state has 0 numbers"):
-        model.loss(clip(config, action=hidden))
+        model.loss(clip(config, action=hidden, labeled=first))
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,12 @@ def test_actions_outside_labelled_episodes_are_hidden(tmp_path):
     store = make_store(tmp_path, [4, 4, 4])
     clip = Clips(store, episodes=[0, 1, 2], frame_gap=1, labelled=[1]).__getitems__(list(range(9)))
     assert clip.action is not None
-    assert clip.action.tolist() == [-1, -1, -1, 4, 5, 6, -1, -1, -1]
+    assert clip.labeled is not None
+    assert clip.action[clip.labeled].tolist() == [4, 5, 6]
+    assert clip.labeled.tolist() == [False] * 3 + [True] * 3 + [False] * 3
     none = Clips(store, episodes=[0, 1, 2], frame_gap=1).__getitems__(list(range(9)))
-    assert none.action is not None
-    assert set(none.action.tolist()) == {-1}
+    assert none.labeled is not None
+    assert not none.labeled.any()
 
 
 def test_data_without_actions_has_none(tmp_path):

@@ -171,12 +171,12 @@ class FrameStore:
         state = self.column("observation.state")
         return None if state is None else state.reshape(len(state), -1).astype(np.float32)
 
-    def actions(self, episodes: Collection[int] | np.ndarray) -> Shaped[np.ndarray, " n *a"]:
+    def actions(self, episodes: Collection[int] | np.ndarray) -> np.ma.MaskedArray:
         """Return the robot actions of the named episodes, all others hidden.
 
         Returns:
-            int64 `[n]`, -1 where hidden, if the action is discrete; else float32 `[n, a]`, NaN where hidden. An
-            episode's last action, which is never taken, is hidden too where it is not a finite number.
+            int64 `[n]` if the action is discrete, else float32 `[n, a]`; masked where hidden. An episode's
+            last action, which is never taken, is hidden too where it is not a finite number.
 
         Raises:
             UserError: the data has no actions, or no episode of such a number; or an action that is shown is
@@ -189,9 +189,10 @@ class FrameStore:
             raise UserError(
                 f"{self.path} has episodes 0 to {self.num_episodes - 1}; there is none numbered {wrong[0]}."
             )
-        discrete, size = self.action_space.discrete, self.action_space.size
-        rows = len(self.frames)
-        hidden = np.full(rows, -1, np.int64) if discrete else np.full((rows, size), np.nan, np.float32)
+        discrete, rows = self.action_space.discrete, len(self.frames)
+        actions = (
+            np.zeros(rows, np.int64) if discrete else np.zeros((rows, self.action_space.size), np.float32)
+        )
         shown = np.isin(self.episode, np.array(list(episodes), np.int64))
         if shown.any():
             column = self._source.column("action")
@@ -202,9 +203,10 @@ class FrameStore:
                 False  # an episode's last action; many recorders leave it out
             )
             shown &= self.usable & (taken | np.isfinite(values).all(1))
-            values = self._finite(values, "action", shown)[shown].reshape(-1, *hidden.shape[1:])
-            hidden[shown] = self._classes(values) if discrete else values
-        return hidden
+            values = self._finite(values, "action", shown)[shown].reshape(-1, *actions.shape[1:])
+            actions[shown] = self._classes(values) if discrete else values
+        hidden = np.broadcast_to(~shown if discrete else ~shown[:, None], actions.shape)
+        return np.ma.MaskedArray(actions, mask=hidden)
 
     def column(self, name: str) -> Shaped[np.ndarray, " n *shape"] | None:
         """Return a numeric column of the data at each row, such as `observation.lam_tokens`; None without it.
@@ -234,6 +236,11 @@ class FrameStore:
             return f"row {number - int(self.starts[episode])} of {self.episode_ids[episode]}"
 
         return finite(values, looked_at, self._drop_nonfinite, f"{self.path}, column {name}", row)
+
+
+def known_rows(actions: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """Return in which rows of `FrameStore.actions` an action is shown."""
+    return ~np.ma.getmaskarray(actions).reshape(len(actions), -1).any(1)
 
 
 def usable_rows(source: Source) -> Bool[np.ndarray, " rows"]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,11 @@ class Memo:
         self._file = folder / f"{blake2b(os.fsencode(dataset.resolve()))}.json"
         self._known: dict[str, list[Any]] = {}
         self._changed = False
-        try:
-            self._known = json.loads(self._file.read_text())
-        except (
-            OSError,
-            ValueError,
-        ):  # none yet, or one that a full disk cut short: everything is found out anew
-            return
+        # None yet, cut short by a full disk or damaged: everything is found out anew.
+        with suppress(OSError, ValueError, RecursionError):
+            values = json.loads(self._file.read_text())
+            if isinstance(values, dict) and values.get("digest") == _digest(values.get("known")):
+                self._known = values["known"]
 
     def get(self, path: Path, what: str, find: Callable[[Path], Any]) -> Any:
         """Return `find(path)`, which must be plain json; calls it only for a new or changed file."""
@@ -68,6 +67,10 @@ class Memo:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         draft = self._file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(self._known))
+        draft.write_text(json.dumps({"digest": _digest(self._known), "known": self._known}))
         draft.replace(self._file)
         self._changed = False
+
+
+def _digest(known: Any) -> str:
+    return blake2b(json.dumps(known).encode())

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch.utils.data import Dataset
 
-from latentact.data.cache import FrameStore
+from latentact.data.cache import FrameStore, known_rows
 from latentact.errors import UserError
 from latentact.types import Clip
 
@@ -91,7 +91,11 @@ class Clips(Dataset[Clip]):
             )
         self._frames = np.asarray(store.frames)  # indexing a memmap is slower by a third
         self._offsets = np.arange(-context, horizon + 1) * frame_gap
-        self._actions = None if store.action_space is None else torch.from_numpy(store.actions(labelled))
+        self._actions = self._labeled = None
+        if store.action_space is not None:
+            actions = store.actions(labelled)
+            self._actions = torch.from_numpy(np.ma.getdata(actions))
+            self._labeled = torch.from_numpy(known_rows(actions))
         self._state = None if store.state is None else torch.from_numpy(store.state)
 
     def __len__(self) -> int:
@@ -125,6 +129,7 @@ class Clips(Dataset[Clip]):
             valid=torch.from_numpy(wanted == inside),
             index=index,
             action=None if self._actions is None else self._actions[index],
+            labeled=None if self._labeled is None else self._labeled[index],
             state=None if self._state is None else self._state[index],
             states=None if self._state is None else self._state[torch.from_numpy(inside)],
             features=None

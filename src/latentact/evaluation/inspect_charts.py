@@ -95,7 +95,7 @@ def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str,
         places["UMAP: neighbours stay neighbours, distances mean little"] = arrays["umap"]
     action, colours = arrays.get("action"), {}
     if action is not None and action.ndim == 1:
-        colours["action"] = np.where(action[shown] >= 0, action[shown], np.nan).astype(float)
+        colours["action"] = action[shown].astype(float)
     elif action is not None:
         for d in range(min(action.shape[1], MOST_DIMS)):
             colours[f"action {names[d] if d < len(names) else d}"] = action[shown, d]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from latentact.data.cache import known_rows
 from latentact.data.windows import Clips
 from latentact.evaluation import diagnostics
 from latentact.evaluation.lam import FEWEST_PROBED, bootstrap_groups, derangement, encode_rows, halves_of
@@ -212,9 +213,9 @@ def _probe_at(
     fit: Bool[np.ndarray, "n"],
     score: Bool[np.ndarray, "n"],
 ) -> dict[str, object]:
+    known, actions = known_rows(actions), np.ma.getdata(actions)
     if actions.ndim > 1 and case.store.state is not None:
-        actions = diagnostics.without_state(actions, case.store.state[rows], fit)
-    known = actions >= 0 if actions.ndim == 1 else np.isfinite(actions).all(1)
+        actions = diagnostics.without_state(actions, case.store.state[rows], fit & known)
     group = bootstrap_groups(case.store.episode[rows], score)
     fitted, scored = (
         ProbeData(features=latents[part & known], targets=actions[part & known], episode=group[part & known])

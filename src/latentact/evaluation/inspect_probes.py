@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentact.data.cache import known_rows
 from latentact.evaluation import diagnostics
 from latentact.evaluation.lam import FEWEST_PROBED, bootstrap_groups, halves_of, present_features
 from latentact.evaluation.probes import ProbeData, ProbeScore, linear_probe, mlp_probe
@@ -77,8 +78,7 @@ class Probed:
         last = first + store.lengths[store.episode[rows]] - 2  # the final frame's action is never taken
         inside = (rows + lag >= first) & (rows + lag <= last)
         at = np.clip(rows + lag, first, np.maximum(first, last))
-        taken = actions[at]
-        known = taken >= 0 if taken.ndim == 1 else np.isfinite(taken).all(1)
+        known, taken = known_rows(actions[at]), np.ma.getdata(actions[at])
         if taken.ndim > 1 and store.state is not None:
             taken = diagnostics.without_state(taken, store.state[at], self.fit & known)
         return taken, inside & known
@@ -86,9 +86,8 @@ class Probed:
     def _with_present(self) -> None:
         """What latents add to the present: where actions are places, neither tells them alone."""
         actions = self.case.store.actions(self.case.episodes)[self.case.rows]
-        known = np.asarray(actions >= 0 if actions.ndim == 1 else np.isfinite(actions).all(1))
         both = np.concatenate([self.latents, self.floor], axis=1)
-        self._both("latent_and_present", both, actions, known)
+        self._both("latent_and_present", both, np.ma.getdata(actions), known_rows(actions))
 
     def _state(self) -> None:
         store, rows, seed = self.case.store, self.case.rows, self.case.seed

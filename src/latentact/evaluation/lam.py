@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from latentact.data.cache import known_rows
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.evaluation.codebook import codebook_health
@@ -108,7 +109,7 @@ def evaluate_lam(
         "row": rows,
         "episode": store.episode[rows],
         "time": store.timestamps[rows],
-        "action": actions,
+        "action": None if actions is None else np.ma.getdata(actions),
         "codes": codes,
     }
     known = {name: values for name, values in arrays.items() if values is not None}
@@ -202,9 +203,10 @@ def _probes(
     """Return the probes of `lam.json` (empty without actions) and notes on how they were measured."""
     if actions is None:
         return {}, []
-    known = actions >= 0 if actions.ndim == 1 else np.isfinite(actions).all(1)
-    fit, score = halves_of(store.episode[rows], rows, gap, context, seed)
-    fit, score = fit & known, score & known
+    fit, score = (
+        half & known_rows(actions) for half in halves_of(store.episode[rows], rows, gap, context, seed)
+    )
+    actions = np.asarray(np.ma.getdata(actions))
     if min(fit.sum(), score.sum()) < FEWEST_PROBED:
         return {}, [
             f"No probes: {fit.sum()} transitions to fit them and {score.sum()} to score them, and each needs "

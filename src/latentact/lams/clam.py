@@ -242,12 +242,12 @@ class Clam(LatentActionModel):
             if first is None:
                 first, metrics = latent, told | latent.metrics
         metrics["recon"] = recon
-        if self.action_decoder is not None and clip.action is not None:
+        if self.action_decoder is not None and clip.action is not None and clip.labeled is not None:
             assert first is not None
             action = clip.action
             if len(self.action_mean):
                 action = (action - self.action_mean) / self.action_std
-            decoded = action_loss(self.action_decoder(first.vectors), action)
+            decoded = action_loss(self.action_decoder(first.vectors), action, clip.labeled)
             metrics["action"] = decoded.detach()
             total = total + self.config.action_weight * decoded
         return total, metrics

@@ -104,8 +104,9 @@ class Idm(LatentActionModel):
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss over labelled steps."""
         assert clip.action is not None
+        assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
-        return action_loss(self._scores(clip.frames[:, -3:]), action), {}
+        return action_loss(self._scores(clip.frames[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
         x = floats(windows, self.config.size)

@@ -174,11 +174,11 @@ class Laom(LatentActionModel):
         else:
             recon, metrics = self.fdm.of_clip(latent.vectors, x, clip, self.context)
         total, metrics = recon + latent.loss, metrics | latent.metrics
-        if self.action_head is not None and clip.action is not None:
+        if self.action_head is not None and clip.action is not None and clip.labeled is not None:
             action = clip.action
             if len(self.action_mean):
                 action = (action - self.action_mean) / self.action_std
-            head = action_loss(self.action_head(latent.vectors), action)
+            head = action_loss(self.action_head(latent.vectors), action, clip.labeled)
             metrics["action"] = head.detach()
             total = total + c.action_weight * head
         if self.pictures is not None:

@@ -255,10 +255,11 @@ class Lapo(LatentActionModel):
         total, metrics = recon + latent.loss, {"recon": recon.detach(), **told, **latent.metrics}
         if said is not None:
             assert clip.action is not None
+            assert clip.labeled is not None
             action = clip.action
             if len(self.action_mean):
                 action = (action - self.action_mean) / self.action_std
-            head = action_loss(said, action)
+            head = action_loss(said, action, clip.labeled)
             metrics["action"] = head.detach()
             total = total + self.config.action_weight * head
         return total, metrics

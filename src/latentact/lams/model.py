@@ -320,14 +320,15 @@ def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t 
     return x.to(torch.float32, copy=True).div_(255).sub_(0.5)
 
 
-def action_loss(predicted: Tensor, action: Tensor) -> Tensor:
-    """Return the loss over the labelled rows of a batch, 0 where there is none.
+def action_loss(
+    predicted: Float[Tensor, "b a"], action: Shaped[Tensor, "b *a"], labeled: Bool[Tensor, " b"]
+) -> Float[Tensor, ""]:
+    """Return the loss over the labeled rows of a batch, 0 where there is none.
 
-    Cross-entropy for classes ``[b]`` (hidden: -1), squared error for vectors ``[b, a]`` (hidden: NaN).
+    Cross-entropy for classes ``[b]``, squared error for vectors ``[b, a]``.
     """
-    if not action.is_floating_point():
-        each = F.cross_entropy(predicted.float(), action, ignore_index=-1, reduction="none")
-        return each.sum() / (action >= 0).sum().clamp(min=1)
-    labelled = ~action.isnan().any(1)
-    error = (predicted.float() - action.nan_to_num()).square().mean(1)
-    return (error * labelled).sum() / labelled.sum().clamp(min=1)
+    if action.is_floating_point():
+        error = (predicted.float() - action).square().mean(1)
+    else:
+        error = F.cross_entropy(predicted.float(), action, reduction="none")
+    return (error * labeled).sum() / labeled.sum().clamp(min=1)

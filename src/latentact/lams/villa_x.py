@@ -408,9 +408,10 @@ class Proprio(nn.Module):
         if self.action_head is not None:
             action = clip.action
             assert action is not None
+            assert clip.labeled is not None
             if len(self.action_mean):
                 action = (action - self.action_mean) / self.action_std
-            losses["action"] = action_loss(self.action_head(x), action)
+            losses["action"] = action_loss(self.action_head(x), action, clip.labeled)
         return losses
 
 

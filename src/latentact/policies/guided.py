@@ -8,6 +8,7 @@ classifier-free guidance, arXiv 2207.12598) lets one network act with and withou
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from latentact.errors import UserError
 from latentact.policies.policy import POLICIES, GuideSpec, NetworkConfig
@@ -42,4 +43,4 @@ class GuidedConfig:
     def guide(self, spec: LatentActionSpec) -> GuideSpec:
         """Return what of a LAM's tokens the policy sees."""
         size = spec.tokens * spec.token_dim
-        return GuideSpec(offsets=self.offsets, size=size, tokens=self.tokens, dropout=self.dropout)
+        return GuideSpec(offsets=self.offsets, size=size, tokens=cast(Any, self.tokens), dropout=self.dropout)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from latentact.config import LARGEST
-from latentact.data.cache import FrameStore
+from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
@@ -94,7 +94,7 @@ def run(config: GroundConfig, out: Path) -> Path:
             f"{len(labelled)} labelled episodes hold no latent action; give a larger labelled_episodes."
         )
     assert policy.decoder is not None
-    policy.decoder.normalise_by(store.actions(labelled)[steps])
+    policy.decoder.normalise_by(np.ma.getdata(store.actions(labelled))[steps])
     pairs = _Pairs(policy, store, labels, steps, labelled)
     log.info("%d labelled steps of %d episodes", len(pairs), len(labelled))
     with run_folder(out, config):
@@ -129,7 +129,7 @@ def _finetune(
     network, stride = tuned.config.network, tuned.spec.stride
     samples = PolicySamples(
         store,
-        target=actions.reshape(len(actions), -1),
+        target=np.ma.getdata(actions).reshape(len(actions), -1),
         exists=exists,
         frames=network.frames,
         chunk=network.chunk * stride,
@@ -155,9 +155,10 @@ def _pseudo_actions(
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
     features = _features(policy, store, rows)
-    hidden = known[rows] < 0 if known.ndim == 1 else np.isnan(known[rows]).any(1)
+    hidden = ~known_rows(known)[rows]
     last = np.isin(rows, store.starts + store.lengths - 1)
     shown = torch.from_numpy(~hidden & ~last)
+    known = np.ma.getdata(known)
     actions = torch.from_numpy(known[rows])
     torch.manual_seed(config.training.seed)
     teacher = _Teacher(features, actions[shown], policy.spec.action_space)
@@ -218,7 +219,8 @@ class _Teacher(nn.Module):
         actions = pair.actions
         if not self.space.discrete:
             actions = (actions - self.action_mean) / self.action_std
-        return action_loss(self.scores(pair.latents), actions), {}
+        labeled = torch.ones(len(actions), dtype=torch.bool, device=actions.device)
+        return action_loss(self.scores(pair.latents), actions, labeled), {}
 
     def actions(self, features: Tensor) -> Tensor:
         scores = self.eval().scores(features)
@@ -226,8 +228,9 @@ class _Teacher(nn.Module):
 
 
 def _labelled_steps(store: FrameStore, labels: Labels, episodes: np.ndarray) -> np.ndarray:
-    """Rows of the given episodes that have a latent action, and so robot actions for the whole of its gap."""
-    return np.flatnonzero(labels.valid & np.isin(store.episode, episodes))
+    """Rows of the given episodes that have a latent action, and robot actions for the whole of its gap."""
+    known, rows = known_rows(store.actions(episodes)), np.flatnonzero(labels.valid)
+    return rows[known[rows[:, None] + np.arange(labels.spec.frame_gap)].all(1)]
 
 
 class _Pool(Dataset):
@@ -258,7 +261,7 @@ class _Pairs(_Pool):
             latents = nn.functional.one_hot(latents, policy.spec.target.size).flatten(1).float()
         ahead = rows[:, None] + np.arange(policy.spec.stride)
         state = None if store.state is None else policy.normal_state(torch.from_numpy(store.state[rows]))
-        super().__init__(latents, state, torch.from_numpy(store.actions(episodes)[ahead]))
+        super().__init__(latents, state, torch.from_numpy(np.ma.getdata(store.actions(episodes))[ahead]))
 
     @torch.no_grad()
     def score(self, policy: Policy) -> float | None:

@@ -129,10 +129,8 @@ def run(config: PrecomputeConfig) -> Path:
         "frames": stream.key,
         "gap": gap,
         "model": to_dict(model.config),
-        **{
-            name: getattr(config, name)
-            for name in ("tokens", "output", "dtype", "precision", "drop_nonfinite")
-        },
+        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
+        **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
     }
     if options.share.rank == 0 and _finished(out, asked, config):
         return out

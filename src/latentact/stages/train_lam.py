@@ -107,7 +107,9 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         features=features,
     )
     if model.actions is not None:
-        seen = store.actions(labelled)[clips.rows[np.isin(store.episode[clips.rows], labelled)]]
+        seen = np.ma.getdata(store.actions(labelled))[
+            clips.rows[np.isin(store.episode[clips.rows], labelled)]
+        ]
         model.normalise_by(torch.from_numpy(seen))
     Clips(
         store, episodes=held_out, frame_gap=gap, held_out=True

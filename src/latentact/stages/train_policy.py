@@ -149,7 +149,7 @@ def _action_targets(
         raise UserError(f"{store.path} has no robot actions; give labels=DIR with policy=latent.")
     if labels is None:
         shown = np.concatenate([episodes, held_out])
-        values = store.actions(shown)
+        values = np.ma.getdata(store.actions(shown))
         values = values.reshape(len(values), -1)
         exists = np.isin(store.episode, shown)
         exists[store.starts + store.lengths - 1] = False
