@@ -1,6 +1,7 @@
 """`latentact precompute` on data as people have it: LeRobot shows the frames that the tokens belong to."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from conftest import cli
+from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
 from latentact.lams.model import load_lam
 from wild import (
     ACTION,
     HEIGHT,
+    STATE,
     TOP,
     WIDTH,
     change_info,
@@ -406,3 +408,28 @@ def test_numbers_of_the_tables_are_kept(tmp_path, lam):
     read = open_store(DataConfig(path=str(out), resolution=32))
     assert read.column(TOKENS).shape == (14, 4)
     assert numbered(0).shape == (HEIGHT, WIDTH, 3)
+
+
+# --- numbers that are none, through training
+
+
+@pytest.mark.parametrize("name", [STATE, ACTION])
+def test_training_on_numbers_that_are_none_ends_before_it_starts_or_leaves_them_out(tmp_path, name):
+    def values(e, n):
+        return [[float("nan") if i == 3 else i / n, 0.5] for i in range(n)]
+
+    root = lerobot(tmp_path / "d", 2, lengths=(12,) * 4, cell=image_cell, columns={name: (floats(2), values)})
+    more = ("labelled_episodes=3", "lam.action_weight=1") if name == ACTION else ()
+    short = ("training.steps=2", "held_out=0.25", "frame_gap_s=0.1", *more)
+    command = ("train-lam", *TINY_LAM, f"data.path={root}", f"out={tmp_path / 'run'}", *short)
+    done = cli(*command)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert re.search(
+        rf"column {name}: \d rows are missing, NaN or infinite, the first is row 3 of episode", said
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run/model.safetensors").exists()
+    done = cli(*command, "data.drop_nonfinite=true")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/model.safetensors").exists()

@@ -161,23 +161,24 @@ class Tables:
         digests: dict[int, str] = {}
         for number, episodes in by_file.items():
 
-            def find(_: Path, episodes: list[int] = episodes) -> list[str | None]:
+            def find(_: Path, episodes: list[int] = episodes) -> list[str]:
                 return [self._image_digest(camera, self.spans[e]) for e in episodes]
 
             found = memo.get(self.files[number], f"images.3:{camera}", find)
             for episode, digest in zip(episodes, found, strict=True):
-                beside = digest is None  # the memo does not notice when files beside the table change
-                digests[episode] = (
-                    self._image_digest(camera, self.spans[episode], beside) if beside else digest
-                )
+                digests[episode] = digest or self._image_digest(camera, self.spans[episode], beside=True)
         return digests
 
-    def _image_digest(self, camera: str, span: Span, beside: bool = False) -> str | None:
-        """Return the digest of an episode's images; None unless `beside` where the table lacks some."""
+    def _image_digest(self, camera: str, span: Span, beside: bool = False) -> str:
+        """Return the digest of an episode's images; empty where some are missing.
+
+        Images that lie beside the table are looked at only where `beside` is set: a memo of the table would
+        not notice that they change.
+        """
         try:
             cells = list(self._image_cells(camera, span))
             if not beside and not all(isinstance(cell, bytes) for cell in cells):
-                return None
+                return ""
             return blake2b(*(self._cell(cell, f"row {row}") for row, cell in enumerate(cells)))
         except Unreadable:
             return ""
