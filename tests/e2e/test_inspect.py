@@ -245,7 +245,7 @@ def test_one_episode_is_said_to_be_one(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(("--held-out", "1.5"), "at most 1"), (("--frame-gap-s", "9"), "use a smaller gap or longer videos")],
+    [(("--held-out", "1.5"), "between 0 and 1"), (("--frame-gap-s", "9"), "use a smaller gap")],
 )
 def test_bad_input_is_one_sentence(trained, path, tmp_path, flags, said):
     done = cli("inspect", trained, "--data", path, "--out", tmp_path / "card", *flags)

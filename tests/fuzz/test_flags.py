@@ -34,6 +34,7 @@ BASES = {
     "check-guidance": "--policy-path {w}/guided --lam-model-path {w}/lam --output-dir {o} --demos 1",
     "inspect": "{w}/lam --data {w}/blocks.npz --out {o} --max-transitions 8",
     "demo": "--out {o} --episodes 5 --k 5",
+    "check-data": "{w}/blocks.npz --max-frames 4",
 }
 """Command -> flags with which it ends soon; one that is not here gets a text for whatever it needs."""
 SMALL = {

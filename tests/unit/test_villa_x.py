@@ -223,13 +223,16 @@ DAMAGED = {
     "more layers": (lambda f: rewrite(f, decoder_depth=3), "lacks 'decoder.layers.2"),
     "a path for a number": (
         lambda f: rewrite(f, d_t="$CONFIG_PATH/../../etc/passwd"),
-        "lam.d_t is '\\$CONFIG",
+        "lam.d_t must be of type int, got '\\$CONFIG",
     ),
-    "a boolean": (lambda f: rewrite(f, d_t=True), "lam.d_t is True"),
-    "an absurd number": (lambda f: rewrite(f, encoder_embed_dim=10**12), "wanted 1\\.\\.16384"),
+    "a boolean": (lambda f: rewrite(f, d_t=True), "lam.d_t must be of type int, got True"),
+    "an absurd number": (
+        lambda f: rewrite(f, encoder_embed_dim=10**12),
+        "lam.encoder_embed_dim must be between",
+    ),
     "uneven patches": (lambda f: rewrite(f, patch_size=5), "wanted a multiple of lam.patch_size"),
     "grey": (lambda f: rewrite(f, in_channels=1), "only 3 are known"),
-    "a null": (lambda f: rewrite(f, mlp_ratio=None), "lam.mlp_ratio is None"),
+    "a null": (lambda f: rewrite(f, mlp_ratio=None), "lam.mlp_ratio must be of type float, got None"),
     "a setting of ours": (lambda f: rewrite(f, window="chunked", kind="lapo"), None),
 }
 
