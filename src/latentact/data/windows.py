@@ -77,7 +77,7 @@ class Clips(Dataset[Clip]):
         """Every row whose future lies inside its episode, each step a gap later."""
         if not len(self.rows):
             kind, longest = "held-out " if held_out else "", int(store.lengths[chosen].max(initial=0))
-            remedy = "a smaller gap, or longer videos"
+            remedy = "a smaller gap or longer videos"
             remedy = f"another split_seed, a larger held_out, {remedy}" if held_out else remedy
             if longest <= ahead:
                 raise UserError(
