@@ -369,6 +369,10 @@ class Policy(nn.Module):
             config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
             decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
             spec = from_dict(PolicySpec, values["spec"], "spec")
+            if decoder and spec.action_space is None:
+                raise UserError(
+                    "spec.action_space must be given beside a decoder, got none; ground it again."
+                )
         latent = load_spec(folder / "spec.json") if (folder / "spec.json").exists() else None
         tensors = load_tensors(folder / WEIGHTS)
         with settings_of(folder):
