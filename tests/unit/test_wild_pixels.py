@@ -359,6 +359,20 @@ def test_files_that_are_no_video_are_unreadable(tmp_path, suffix, content):
         list(decode(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "tag"),
+    [("a.mp4", "libx264", b"avc1"), ("a.mkv", "libvpx", b"V_VP8"), ("a.avi", "mpeg4", b"FMP4")],
+)
+def test_a_codec_that_nobody_knows_is_unreadable(tmp_path, name, codec, tag):
+    path = write_video(tmp_path / "v" / name, 3, codec=codec)
+    assert tag in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(tag, b"QQQQQQ"[: len(tag)]))
+    write_video(tmp_path / "v/b.mp4", 3)
+    read = store(tmp_path / "v")
+    assert read.episode_ids == ("b.mp4",)
+    assert read.unreadable[name].startswith(("its codec is not known", "it has no video stream"))
+
+
 def test_timestamps_that_go_back_name_the_frame(tmp_path):
     path = write_video(tmp_path / "v/a.mkv", 6, codec="ffv1", pix_fmt="yuv444p")
     block = b"\x81" + (300).to_bytes(2, "big")  # track 1 at 300 ms

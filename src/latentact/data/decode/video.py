@@ -173,6 +173,8 @@ def _video_stream(container: InputContainer) -> av.VideoStream:
     stream: Any = container.streams.best("video")
     if stream is None:
         raise Unreadable("it has no video stream")
+    if stream.codec_context is None:  # decoding it all the same would end the process
+        raise Unreadable("its codec is not known; encode it again, with H.264 for example")
     return stream
 
 
