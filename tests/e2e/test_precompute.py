@@ -363,7 +363,7 @@ def test_a_dataset_of_the_hub(data, lam, column, tmp_path, monkeypatch):
         (("--tokens", "vqs"), "did you mean 'vq'?"),
         (("--output", "columns"), "did you mean 'column'?"),
         (("--dtype", "float8"), "--dtype is 'float8'"),
-        (("--batch-size", "0"), "--batch-size is 0"),
+        (("--batch-size", "0"), "--batch-size must be"),
         (("--frame-gap-s", "0.04"), "a frame every 0.1 s"),
         (("--device", "tpu"), "device is 'tpu'"),
     ],
@@ -411,9 +411,7 @@ def test_bad_token_files_are_one_sentence(data, lam, column, tmp_path):
         file.refuse_other_rows(np.repeat([0, 1], [13, 26]), np.r_[:13, :26], "data")
     saved = torch.load(tmp_path / "out/lam_tokens.pt", weights_only=True)
     torch.save({**saved, "latent_actions": saved["latent_actions"].double()}, tmp_path / "double.pt")
-    with pytest.raises(
-        UserError, match=r"'latent_actions' of float64\[39, 4, 4\]; wanted float32 or float16"
-    ):
+    with pytest.raises(UserError, match=r"'latent_actions' of float32 or float16 \[39, 4, 4\], got float64"):
         read_token_file(tmp_path / "double.pt")
 
 

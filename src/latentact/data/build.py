@@ -8,26 +8,34 @@ vouches for them.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
+import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Float64, Int64
+from pydantic import Field, model_validator
 
 from latentact.data.decode.pipeline import DecodeSpec, decoded, require_shape, unreadable_message
+from latentact.data.digest import blake2b
 from latentact.data.format import Unreadable
 from latentact.errors import UserError
+from latentact.io.records import Record, parse_json, parse_record, read_record
 from latentact.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 _COMMIT_S = 0.25
+_ARRAYS = ("episodes", "lengths", "frame_times", "frame_indices")
 
 
 @dataclass
@@ -46,6 +54,22 @@ class Journal:
     def shape(self) -> tuple[int, ...] | None:
         """(h, w, c) of every frame; None while there is none."""
         return next((tuple(line["shape"]) for line in self.lines if "shape" in line), None)
+
+
+class _Line(Record):
+    """A line of the journal."""
+
+    times: tuple[float, ...] | None = Field(default=None, strict=False)
+    frame_indices: tuple[int, ...] | None = Field(default=None, strict=False)
+    shape: tuple[int, int, int] | None = Field(default=None, strict=False)
+    unreadable: str | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> _Line:
+        read = None not in (self.times, self.frame_indices, self.shape)
+        if read == (self.unreadable is not None) or len(self.times or ()) != len(self.frame_indices or ()):
+            raise ValueError("an episode that is read, or the reason why it is not")
+        return self
 
 
 def build(spec: DecodeSpec, folder: Path) -> None:
@@ -74,9 +98,13 @@ def _resume(log: BinaryIO, frames: BinaryIO) -> Journal:
     log.seek(0)
     journal, end = Journal(), 0
     for line in log:
+        try:
+            found = parse_record(_Line, parse_json(line.decode(), "journal"), "journal")
+        except (UserError, UnicodeDecodeError):
+            break
         if not line.endswith(b"\n"):
             break
-        journal.lines.append(json.loads(line))
+        journal.lines.append(found.model_dump(exclude_none=True))
         end += len(line)
     vouched = journal.frames * int(np.prod(journal.shape or (0,)))
     if frames.seek(0, os.SEEK_END) < vouched:
@@ -152,12 +180,13 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
         with (partial / f"{name}.npy").open("wb") as file:
             np.save(file, array)
             _sync(file)
-    meta = {
+    meta: dict[str, Any] = {
         "shape": [journal.frames, *journal.shape],
-        "fps": spec.fps or spec.source.fps,
+        "fps": float(spec.fps or spec.source.fps),
         "camera": spec.source.camera,
         "unreadable": broken,
     }
+    meta["digest"] = _digest(meta, [(partial / f"{name}.npy").read_bytes() for name in _ARRAYS])
     with (partial / "meta.json").open("wb") as file:
         file.write(json.dumps(meta, indent=1).encode())
         _sync(file)
@@ -166,6 +195,57 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
     descriptor = os.open(folder.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+class _Meta(Record):
+    """`meta.json` of an entry."""
+
+    shape: tuple[int, int, int, int] = Field(strict=False)
+    fps: float
+    camera: str
+    unreadable: dict[str, str]
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a whole entry holds besides its frames."""
+
+    shape: tuple[int, int, int, int]
+    """(n, h, w, c) of the frames."""
+    fps: float
+    """Frames per second."""
+    unreadable: dict[str, str]
+    """Episodes that cannot be decoded: name -> reason."""
+    episodes: Int64[np.ndarray, " e"]
+    """Place of each episode in the data's list."""
+    lengths: Int64[np.ndarray, " e"]
+    """Frames of each of them."""
+    frame_times: Float64[np.ndarray, " n"]
+    """Seconds from the episode's first frame at which each frame was taken."""
+    frame_indices: Int64[np.ndarray, " n"]
+    """Number of each frame among the episode's frames before resampling."""
+
+
+def read_entry(folder: Path) -> Entry | None:
+    """Return what the cache entry at `folder` holds; None: there is none, or it is damaged."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = read_record(_Meta, folder / "meta.json")
+        data = [(folder / f"{name}.npy").read_bytes() for name in _ARRAYS]
+        whole = meta.digest == _digest(meta.model_dump(exclude={"digest"}), data)
+        if whole and (folder / "frames").stat().st_size == math.prod(meta.shape):
+            arrays: Any = {n: np.load(io.BytesIO(d)) for n, d in zip(_ARRAYS, data, strict=True)}
+            return Entry(shape=meta.shape, fps=meta.fps, unreadable=meta.unreadable, **arrays)
+    except (UserError, OSError) as error:
+        logger.debug("%s", error)
+    logger.warning("the cache entry %s is damaged: its frames are decoded again", folder.name)
+    return None
+
+
+def _digest(meta: Mapping[str, Any], arrays: Sequence[bytes]) -> str:
+    return blake2b(json.dumps(meta, sort_keys=True).encode(), *arrays)
 
 
 def _expected_frames(spec: DecodeSpec) -> int:

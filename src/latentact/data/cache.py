@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
 
-from latentact.data.build import build, needed_bytes
+from latentact.data.build import Entry, build, needed_bytes, read_entry
 from latentact.data.decode.pipeline import DecodeSpec, skipped_message, unreadable_message
 from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Source, open_source
@@ -79,31 +80,30 @@ class FrameStore:
     A robot action is seen through `actions` only, for the episodes that are named.
     """
 
-    def __init__(self, spec: DecodeSpec, folder: Path, path: Path, drop_nonfinite: bool = False) -> None:
+    def __init__(
+        self, spec: DecodeSpec, entry: Entry, folder: Path, path: Path, drop_nonfinite: bool = False
+    ) -> None:
         """Map the entry at `folder`, which holds the frames that `spec` decodes of the dataset at `path`."""
-        source = spec.source
-        meta = json.loads((folder / "meta.json").read_text())
-        kept = np.load(folder / "episodes.npy")
+        source, kept, indices = spec.source, entry.episodes, entry.frame_indices
         episodes = [source.episodes[number] for number in kept]
         self.path = path
         """The dataset."""
         self.folder = folder
         """The cache entry."""
         self.frames: UInt8[np.ndarray, "n h w c"] = np.memmap(
-            folder / "frames", dtype=np.uint8, mode="r", shape=tuple(meta["shape"])
+            folder / "frames", dtype=np.uint8, mode="r", shape=entry.shape
         )
-        self.lengths: Int64[np.ndarray, " e"] = np.load(folder / "lengths.npy")
+        self.lengths: Int64[np.ndarray, " e"] = entry.lengths
         self.starts: Int64[np.ndarray, " e"] = np.cumsum(self.lengths) - self.lengths
         """First row of each episode."""
         self.episode: Int64[np.ndarray, " n"] = np.repeat(np.arange(len(kept)), self.lengths)
         """Episode of each row."""
-        self.frame_times: Float64[np.ndarray, " n"] = np.load(folder / "frame_times.npy")
+        self.frame_times: Float64[np.ndarray, " n"] = entry.frame_times
         """Seconds from the episode's first frame at which each frame was taken."""
         within = np.arange(len(self.episode)) - np.repeat(self.starts, self.lengths)
         self.timestamps: Float64[np.ndarray, " n"] = within / spec.fps if spec.fps else self.frame_times
         """Seconds from the episode's first frame that each row stands for; after resampling, of the new
         rate."""
-        indices = np.load(folder / "frame_indices.npy")
         self.source_rows: Int64[np.ndarray, " n"] = indices + np.repeat(
             np.array(source.first_rows, np.int64)[kept], self.lengths
         )
@@ -115,7 +115,7 @@ class FrameStore:
         """Every task text, once; an empty one for rows without a task."""
         self.task: Int64[np.ndarray, " n"] = task
         """Which of `task_texts` each row belongs to."""
-        self.fps = float(meta["fps"])
+        self.fps = entry.fps
         """Frames per second."""
         self._resampled_from = source.fps if spec.fps else 0.0
         self._drop_nonfinite = drop_nonfinite
@@ -127,7 +127,7 @@ class FrameStore:
         """What a robot action is; None where the data has none."""
         self.action_names = source.action_names
         """Names of the classes, or of the dimensions; may be empty."""
-        self.unreadable: dict[str, str] = {**source.unreadable, **meta["unreadable"]}
+        self.unreadable: dict[str, str] = {**source.unreadable, **entry.unreadable}
         """Files that were skipped: name -> reason."""
         self._source = source
 
@@ -303,14 +303,13 @@ def open_store(config: DataConfig) -> FrameStore:
     """
     path = Path(config.path).expanduser()
     spec, folder, memo = resolve_source(config)
-    if not folder.is_dir():
-        _build_once(spec, folder)
+    entry = read_entry(folder) or _build_once(spec, folder)
     with suppress(
         OSError
     ):  # on a full or read-only disk: the frames are there, and no more is lost than a note
         memo.save()
         _note_use(folder, path)
-    store = FrameStore(spec, folder, path, config.drop_nonfinite)
+    store = FrameStore(spec, entry, folder, path, config.drop_nonfinite)
     if store.unreadable and config.strict:
         raise UserError(unreadable_message(store.unreadable))
     if store.unreadable:
@@ -365,8 +364,8 @@ def entry_key(spec: DecodeSpec) -> str:
     return blake2b(json.dumps([facts, [e.content for e in spec.source.episodes]]).encode())
 
 
-def _build_once(spec: DecodeSpec, folder: Path) -> None:
-    """Build an entry, or wait for the process that is building it."""
+def _build_once(spec: DecodeSpec, folder: Path) -> Entry:
+    """Build an entry, or wait for the process that is building it; a damaged one makes way."""
     try:
         lock = FileLock(writable(folder.with_name(f"{folder.name}.lock")))
         try:
@@ -375,8 +374,10 @@ def _build_once(spec: DecodeSpec, folder: Path) -> None:
             logger.info("another process is decoding these frames; waiting for it")
             lock.acquire()
         try:
-            if not folder.is_dir():
+            if (entry := read_entry(folder)) is None:
+                shutil.rmtree(folder, ignore_errors=True)
                 build(spec, folder)
+                entry = read_entry(folder)
         finally:
             lock.release()
     except OSError as error:
@@ -386,6 +387,11 @@ def _build_once(spec: DecodeSpec, folder: Path) -> None:
             f"{folder.parent} has no room for {needed_bytes(spec)} bytes of frames; free space there, or set "
             f"cache_dir (or LATENTACT_CACHE) to a folder on another disk."
         ) from error
+    if entry is None:
+        raise UserError(
+            f"{folder} does not keep what is written to it; set cache_dir to a folder on another disk."
+        )
+    return entry
 
 
 def writable(file: Path) -> Path:

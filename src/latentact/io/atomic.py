@@ -85,6 +85,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} ({error}); give the folder of a finished run.") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} must hold a JSON object, got {type(values).__name__}; delete it, or copy it again."
+        )
+    return values
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):

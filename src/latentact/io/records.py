@@ -136,7 +136,7 @@ def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table
                     f"again."
                 )
             return opened.read(columns=None if columns is None else list(columns))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise _not_parquet(file, error) from error
 
 

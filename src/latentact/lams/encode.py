@@ -15,6 +15,8 @@ import math
 import os
 import shutil
 import time
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +36,8 @@ from latentact.data.decode.stream import FrameStream
 from latentact.data.digest import blake2b
 from latentact.device import multiplies_int8
 from latentact.errors import UserError, did_you_mean
-from latentact.io.atomic import atomic_dir, atomic_write, read_json, write_json
+from latentact.io.atomic import atomic_dir, atomic_write, write_json
+from latentact.io.records import Record, read_record
 from latentact.lams.encode_unit import Unit, encoders
 from latentact.lams.model import LatentActionModel
 from latentact.lams.precision import PRECISIONS, States, fastest_faithful, prepared
@@ -205,16 +208,19 @@ def encode_dataset(
     with ExitStack() as stack:
         if share.rank == 0:
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
-        if options.overwrite or not entry.is_dir():
+        found = None if options.overwrite else _read(entry, spec)
+        if found is None:
             units = _units(stream.lengths, options.batch_size)
             _encode(prepared(model, options.precision), stream, gap, options, units, parts, states)
             if share.rank == 0:
                 _join(parts, len(units), entry, spec, stream)
+                found = _read(entry, spec)
             elif entry.is_dir() and not options.overwrite:
                 shutil.rmtree(parts, ignore_errors=True)  # the first process had all it needed
         else:
             log.info("the latent actions of %s are in the cache", stream.path)
-        encoded = _load(entry, stream, spec, options.precision) if share.rank == 0 else None
+        mine = found if share.rank == 0 else None
+        encoded = _encoded(*mine, entry, stream, spec, options.precision) if mine else None
     if encoded and not encoded.valid.any():
         raise UserError(
             f"no two frames of {stream.path} are {gap / stream.fps:g} s apart (frame gap {gap}); see their "
@@ -315,18 +321,19 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: 
             log.info("waiting for other processes, which have %d parts to write", len(missing))
         said = True
         time.sleep(0.1)
-    k, d, codes = spec.tokens, spec.token_dim, spec.codebook_size is not None
-    kinds: dict[str, tuple[type, tuple[int, ...]]] = {
-        **dict.fromkeys(("vectors", "continuous"), (np.float32, (k, d))),
-        **({"codes": (np.int64, (k,))} if codes else {}),
-        **{"valid": (np.bool_, ()), "frame_indices": (np.int64, ())},
-    }
+    kinds = _kinds(spec)
     lengths, episodes, unreadable = [], [], {}
     for path in paths:
-        with np.load(path) as part:
-            lengths.append(part["lengths"])
-            episodes.append(part["episodes"])
-            unreadable |= json.loads(str(part["unreadable"]))
+        try:
+            with np.load(path) as part:
+                lengths.append(part["lengths"])
+                episodes.append(part["episodes"])
+                unreadable |= json.loads(str(part["unreadable"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            path.unlink()
+            raise UserError(
+                f"{path} was damaged ({error}) and is removed; run the same command again."
+            ) from error
     broken = {stream.source.episodes[int(number)].label: why for number, why in unreadable.items()}
     rows = int(sum(each.sum() for each in lengths))
     if not rows:
@@ -357,11 +364,60 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: 
     shutil.rmtree(parts)
 
 
-def _load(entry: Path, stream: FrameStream, spec: LatentActionSpec, precision: str) -> Encoded:
-    meta = read_json(entry / "meta.json")
+class _Meta(Record):
+    """`meta.json` of what was computed."""
+
+    rows: int
+    unreadable: dict[str, str]
+
+
+def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndarray]] | None:
+    """Return what an earlier run has computed; None: nothing, or it is damaged."""
+    if not entry.is_dir():
+        return None
+    try:
+        meta = read_record(_Meta, entry / "meta.json")
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("lengths", "episodes")}
+        wanted = {name: (dtype, (meta.rows, *shape)) for name, (dtype, shape) in _kinds(spec).items()}
+        for name, (dtype, shape) in wanted.items():
+            arrays[name] = np.load(entry / f"{name}.npy", mmap_mode="r")
+            if arrays[name].dtype != dtype or arrays[name].shape != shape:
+                raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
+        whole = [
+            arrays[name].dtype == np.int64 and arrays[name].ndim == 1 for name in ("lengths", "episodes")
+        ]
+        if (
+            all(whole)
+            and len(arrays["episodes"]) == len(arrays["lengths"])
+            and arrays["lengths"].sum() == meta.rows
+        ):
+            return meta, arrays
+    except (UserError, OSError, ValueError, EOFError) as error:
+        log.debug("%s", error)
+    log.warning("the latent actions %s of the cache are damaged: they are computed again", entry.name)
+    return None
+
+
+def _kinds(spec: LatentActionSpec) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Return dtype and shape, without rows, of each array with a row per frame."""
+    k, d = spec.tokens, spec.token_dim
+    kinds: dict[str, tuple[type, tuple[int, ...]]] = dict.fromkeys(
+        ("vectors", "continuous"), (np.float32, (k, d))
+    )
+    kinds |= {"codes": (np.int64, (k,))} if spec.codebook_size is not None else {}
+    return kinds | {"valid": (np.bool_, ()), "frame_indices": (np.int64, ())}
+
+
+def _encoded(
+    meta: _Meta,
+    arrays: dict[str, np.ndarray],
+    entry: Path,
+    stream: FrameStream,
+    spec: LatentActionSpec,
+    precision: str,
+) -> Encoded:
     with atomic_write(entry / "used") as draft:
-        draft.write_text(f"{stream.path.resolve()}\n")
-    arrays = {path.stem: np.load(path, mmap_mode="r") for path in entry.glob("*.npy") if path.stat().st_size}
+        draft.write_bytes(os.fsencode(stream.path.resolve()) + b"\n")
     return Encoded(
         spec=spec,
         key=stream.key,
@@ -372,6 +428,6 @@ def _load(entry: Path, stream: FrameStream, spec: LatentActionSpec, precision: s
         frame_indices=arrays["frame_indices"],
         episodes=arrays["episodes"],
         lengths=arrays["lengths"],
-        unreadable=meta["unreadable"],
+        unreadable=meta.unreadable,
         precision=precision,
     )

@@ -5,15 +5,18 @@ Example: `latentact cache --data DIR --resolution 64`, `latentact cache`, `laten
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import Field
 
 from latentact.data.cache import DataConfig, cache_folder, open_store
+from latentact.data.files import shown
 from latentact.errors import UserError
+from latentact.io.records import Record, read_record
 
 _UNFINISHED, _REMOVED = ".partial", ".removed"
 
@@ -107,20 +110,39 @@ def _entry(path: Path) -> CacheEntry:
             finished=False,
             folder=path.parent,
         )
-    meta = json.loads((path / "meta.json").read_text())
-    spec = meta.get("spec")
-    size = f"{spec['tokens']}x{spec['token_dim']} LAM tokens" if spec else "{1}x{2}".format(*meta["shape"])
+    try:
+        meta = read_record(_Meta, path / "meta.json")
+        frames = meta.shape is not None and "{1}x{2}".format(*meta.shape)
+        size = f"{meta.spec.tokens}x{meta.spec.token_dim} LAM tokens" if meta.spec else frames or "damaged"
+        rows = (meta.shape or (0,))[0] if meta.rows is None else meta.rows
+        camera = meta.camera
+    except UserError:
+        size, rows, camera = "damaged", 0, ""
     return CacheEntry(
         key=path.name,
-        dataset=used.read_text().strip() if used.is_file() else "",
-        camera=meta["camera"],
+        dataset=shown(os.fsdecode(used.read_bytes().strip())) if used.is_file() else "",
+        camera=camera,
         resolution=size,
-        frames=meta["rows"] if spec else meta["shape"][0],
+        frames=rows,
         bytes=occupied,
         last_use=(used if used.is_file() else path).stat().st_mtime,
         finished=True,
         folder=path.parent,
     )
+
+
+class _Tokens(Record):
+    tokens: int
+    token_dim: int
+
+
+class _Meta(Record):
+    """What `meta.json` of frames, or of LAM tokens, says about its size."""
+
+    camera: str
+    shape: tuple[int, int, int, int] | None = Field(default=None, strict=False)
+    spec: _Tokens | None = None
+    rows: int | None = None
 
 
 def _chosen(found: tuple[CacheEntry, ...], clear: str, folder: Path) -> tuple[CacheEntry, ...]:

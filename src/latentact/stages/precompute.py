@@ -32,7 +32,7 @@ from latentact.data.lerobot.verify import require_upright, verify_dataset
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
-from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.model import load_lam
 
@@ -166,7 +166,7 @@ def _finished(out: Path, asked: dict[str, Any], config: PrecomputeConfig) -> boo
         raise UserError(f"{out} exists and holds no LAM tokens; give another --output-dir.")
     if config.overwrite:
         return False
-    if read_json(there).get("asked") != asked:
+    if read_object(there).get("asked") != asked:
         raise UserError(f"{out} holds other LAM tokens; give another --output-dir, or --overwrite.")
     log.info("%s is already finished", out)
     return True

@@ -13,7 +13,7 @@ from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.evaluation.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
-from latentact.io.atomic import read_json
+from latentact.io.atomic import read_object
 from latentact.policies.actor import PolicyActor
 from latentact.policies.policy import Policy
 
@@ -61,7 +61,7 @@ def run(config: RolloutConfig) -> dict[str, Any]:
     out, distraction = Path(config.out), Distraction.parse(config.distract)
     asked = asdict(config)
     if (out / "rollout.json").exists():
-        found = read_json(out / "rollout.json")
+        found = read_object(out / "rollout.json")
         if found.get("config") != asked:
             raise UserError(f"{out} holds another rollout; give another --out, or delete the folder.")
         return found
@@ -98,7 +98,7 @@ def run(config: RolloutConfig) -> dict[str, Any]:
         count = len(error.finished.returns)
         raise UserError(f"{error} The episodes before it ({count}) are in {out / PARTIAL}.") from error
     save_rollout(result, out, config=asked)
-    written = read_json(out / "rollout.json")
+    written = read_object(out / "rollout.json")
     log.info("%s: %s", config.env, summary(written))
     return written
 

@@ -5,7 +5,6 @@ For work that looks at every frame once and keeps none, so that neither memory n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from latentact.data.build import Entry, read_entry
 from latentact.data.cache import DataConfig, finite, resolve_source, usable_rows
 from latentact.data.decode.pipeline import Chunk, decoded, require_shape, unreadable_message
 from latentact.data.format import Source, Unreadable
@@ -69,27 +69,20 @@ class FrameStream:
             Unreadable: by the chunks of an episode that is damaged.
             UserError: likewise, where the data is to be read strictly; or sizes differ and stay.
         """
-        if not self._folder.is_dir():
+        entry = read_entry(self._folder)
+        if entry is None:
             with closing(decoded(self._spec, numbers, workers)) as episodes:
                 for number, chunks in episodes:
                     yield number, self._checked(self.source.episodes[number].label, chunks)
             return
-        meta = json.loads((self._folder / "meta.json").read_text())
-        lengths, kept, frame_indices, times = (
-            np.load(self._folder / f"{name}.npy")
-            for name in ("lengths", "episodes", "frame_indices", "frame_times")
-        )
-        frames = np.memmap(self._folder / "frames", dtype=np.uint8, mode="r", shape=tuple(meta["shape"]))
-        ends = {int(n): int(end) for n, end in zip(kept, lengths.cumsum(), strict=True)}
-        sizes = dict(zip(kept.tolist(), lengths.tolist(), strict=True))
+        frames = np.memmap(self._folder / "frames", dtype=np.uint8, mode="r", shape=entry.shape)
+        ends = dict(zip(entry.episodes.tolist(), entry.lengths.cumsum().tolist(), strict=True))
+        sizes = dict(zip(entry.episodes.tolist(), entry.lengths.tolist(), strict=True))
         for number in numbers:
             if number in ends:
-                yield (
-                    number,
-                    _stored(frames, frame_indices, times, ends[number] - sizes[number], ends[number]),
-                )
+                yield number, _stored(frames, entry, ends[number] - sizes[number], ends[number])
             else:
-                yield number, _damaged(meta["unreadable"][self.source.episodes[number].label])
+                yield number, _damaged(entry.unreadable[self.source.episodes[number].label])
 
     def transitions(
         self, number: int, times: Sequence[float], frame_indices: Sequence[int], gap: int
@@ -144,13 +137,12 @@ class FrameStream:
             raise
 
 
-def _stored(
-    frames: np.ndarray, frame_indices: np.ndarray, times: np.ndarray, begin: int, end: int
-) -> Iterator[Chunk]:
+def _stored(frames: np.ndarray, entry: Entry, begin: int, end: int) -> Iterator[Chunk]:
     step = max(1, _CHUNK_BYTES // max(1, frames[0].nbytes))
     for first in range(begin, end, step):
         rows = slice(first, min(first + step, end))
-        yield Chunk(np.array(frames[rows]), times[rows].tolist(), frame_indices[rows].tolist())
+        times, indices = entry.frame_times[rows].tolist(), entry.frame_indices[rows].tolist()
+        yield Chunk(np.array(frames[rows]), times, indices)
 
 
 def _damaged(reason: str) -> Iterator[Chunk]:
