@@ -200,7 +200,7 @@ def test_lerobot_train_is_the_same_training_and_resumes(world: Path, trained: Pa
     ("options", "said"),
     [
         (("--policy", "act"), "wanted one of lam_diffusion, lam_act"),
-        (("--num-epochs", "0"), "--num-epochs is 0; wanted at least 1"),
+        (("--num-epochs", "0"), "--num-epochs must be between 1"),
         (("--policy-override", "lam_dropout"), "wanted KEY=VALUE"),
         (("--policy-override", "lam_dropuot=0.1"), "does not take these settings"),
         (("--policy-override", "lam_dropout=2"), "set it to at least 0 and less than 1"),
@@ -244,9 +244,9 @@ def test_token_files_that_do_not_fit_are_one_sentence(world: Path, tmp_path: Pat
     bad = {
         "alike.safetensors": (alike, "holds tokens of other pictures"),
         "truncated.safetensors": (world / "plain", "is not a whole safetensors file"),
-        "truncated.pt": (world / "plain", "not a whole token file; make it again with: latentact precompute"),
+        "truncated.pt": (world / "plain", "truncated.pt is not a whole file"),
         "other.safetensors": (other, f"has tokens for {3 * STEPS} rows and"),
-        "dtype.safetensors": (world / "plain", "wanted float32 or float16"),
+        "dtype.safetensors": (world / "plain", "of float32 or float16 [36, 2, 4], got float64"),
     }
     (tmp_path / "other.safetensors").write_bytes(whole)
     (tmp_path / "alike.safetensors").write_bytes(whole)

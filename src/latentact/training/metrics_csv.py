@@ -26,7 +26,7 @@ class MetricsCsv(Logger):
         self.path = out / "metrics.csv"
         self.rows: dict[int, dict[str, Any]] = {}
         if start and self.path.exists():
-            self.rows = {step: row for step, row in _read(self.path) if step <= start}
+            self.rows = {step: row for step, row in _read(self.path).items() if step <= start}
 
     @property
     def name(self) -> str:
@@ -52,11 +52,11 @@ class MetricsCsv(Logger):
             writer.writerows(self.rows[s] for s in sorted(self.rows))
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _read(path: Path) -> dict[int, dict[str, Any]]:
     try:
         with path.open(newline="") as file:
             rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-        return [(int(row["step"]), row) for row in rows]
+        return {int(row["step"]): row for row in rows}
     except (OSError, ValueError, LookupError, csv.Error) as error:
         raise UserError(
             f"{path} is not the table of the run so far ({error}); delete the file, and the run goes on."
