@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from latentact.data.format import Unreadable
 
 _BT601, _BT709 = 5, 1
+_BT601_NAMES = (5, 6)  # 625 and 525 lines
 _BICUBIC = int(Interpolation.BICUBIC)
 _MATRICES = (1, 4, 5, 6, 7, 9, 10)  # AVColorSpace values that swscale has coefficients for
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -42,17 +43,18 @@ class Converter:
         kind = (frame.width, frame.height, frame.colorspace, frame.color_range)
         if kind != self._kind:
             self._kind, self._matrix = kind, display_matrix(frame)
-            self._colors = {} if frame.format.is_rgb else _colors(frame)
+            self._colors = _colors(frame)
         rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_BICUBIC, **self._colors)
         return _upright(rgb.to_ndarray(), self._matrix)
 
 
 def _colors(frame: VideoFrame) -> dict[str, int]:
-    """Return the matrix and range of a YUV or gray frame as PyAV's arguments."""
+    """Return the matrix and range of a frame as PyAV's arguments; none where swscale assumes them anyway."""
     matrix = int(frame.colorspace) if frame.colorspace in _MATRICES else _BT601
-    full = frame.color_range == ColorRange.JPEG
-    if not frame.color_range:
-        full = frame.format.name.startswith(("yuvj", "gray", "ya"))
+    assumed = frame.format.name.startswith(("yuvj", "gray", "ya"))  # full range
+    full = frame.color_range == ColorRange.JPEG if frame.color_range else assumed
+    if frame.format.is_rgb or (matrix in _BT601_NAMES and full == assumed):
+        return {}
     return {
         "src_colorspace": matrix,
         # RGB has no matrix: PyAV applies that of the source only where the two differ.
