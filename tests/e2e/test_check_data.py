@@ -134,7 +134,7 @@ def test_a_folder_of_videos(tmp_path):
     (span,) = found["still"]
     assert (span["episode"], round(span["from_s"], 3), round(span["to_s"], 3)) == ("still.mp4", 0.3, 2.2)
     assert found["rate"]["varies"]
-    assert warned(found, "1 videos are rotated or mirrored by a display matrix, such as turned.mp4")
+    assert warned(found, "videos rotated or mirrored by a display matrix: 1, such as turned.mp4")
     assert warned(found, "varies.mp4: the frame rate varies")
 
 

@@ -173,9 +173,9 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
 
 def _check_totals(check: DataCheck, source: LeRobotSource) -> None:
     for name, there in (("total_frames", source.tables.rows), ("total_episodes", len(source.tables.spans))):
-        said = getattr(source.info, name)
-        if said is not None and said != there:
-            check.warnings.append(f"meta/info.json says {name} {said}, and {there} are there")
+        announced = getattr(source.info, name)
+        if announced is not None and announced != there:
+            check.warnings.append(f"meta/info.json: {name} is {announced}, and {there} are there")
 
 
 def _check_columns(check: DataCheck, source: Source) -> None:
@@ -210,13 +210,13 @@ def _check_clocks(check: DataCheck, source: LeRobotSource) -> None:
     check.clocks = {kind: number for kind, number in found.items() if number}
     if found["gaps"]:
         check.warnings.append(
-            f"{found['gaps']} episodes have gaps in their timestamps ({holes} in all): no transition "
-            f"crosses one"
+            f"episodes with gaps in their timestamps: {found['gaps']} ({holes} gaps); no transition crosses "
+            f"one"
         )
     if found["jitter"]:
         check.warnings.append(
-            f"{found['jitter']} episodes have timestamps up to {1000 * worst:.3g} ms off row / fps, which "
-            f"LeRobot reads with a larger tolerance_s only"
+            f"episodes with timestamps that are not row / fps: {found['jitter']} (up to {1000 * worst:.3g} "
+            f"ms off); LeRobot reads them with a larger tolerance_s only"
         )
 
 
@@ -264,8 +264,8 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
     check.cameras.append(entry)
     if turned:
         check.warnings.append(
-            f"{len(turned)} videos are rotated or mirrored by a display matrix, such as {turned[0]}: they "
-            f"are shown upright, and precompute --output column refuses them"
+            f"videos rotated or mirrored by a display matrix: {len(turned)}, such as {turned[0]}; they are "
+            f"shown upright, and precompute --output column refuses them"
         )
 
 
@@ -316,8 +316,8 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
     if still:
         check.still += still
         check.warnings.append(
-            f"{len(still)} spans of {STILL_S:g} s or more show no change, such as {still[0]['episode']} from "
-            f"{still[0]['from_s']:.1f} to {still[0]['to_s']:.1f} s"
+            f"spans of {STILL_S:g} s or more without a change: {len(still)}, such as {still[0]['episode']} "
+            f"from {still[0]['from_s']:.1f} to {still[0]['to_s']:.1f} s"
         )
     _add_duplicates(check, [names for names in alike.values() if len(names) > 1])
     return sheets
@@ -367,4 +367,6 @@ def _add_duplicates(check: DataCheck, groups: list[list[str]]) -> None:
     new = [names for names in groups if names not in check.duplicates]
     if new:
         check.duplicates += new
-        check.warnings.append(f"{len(new)} groups of episodes show the same, such as {', '.join(new[0][:3])}")
+        check.warnings.append(
+            f"groups of episodes that show the same: {len(new)}, such as {', '.join(new[0][:3])}"
+        )
