@@ -346,3 +346,12 @@ def test_grids_are_not_pictures(tmp_path):
     assert not source.resizable
     assert source.action_space is None
     assert source.unreadable == {"bad.npz": "`obs` must be uint8 [n, h, w, c], got float32 [4, 5, 5]"}
+
+
+def test_npz_frames_with_channels_first_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", obs=np.zeros((4, 3, 32, 48), np.uint8))
+    source = open_source(tmp_path / "a.npz", "", Memo(tmp_path, tmp_path / "a.npz"))
+    assert source.unreadable == {
+        "a.npz": "`obs` must be [n, h, w, c], got [4, 3, 32, 48], whose channels come first; transpose it"
+    }
+    assert source.column("observation.state") is None

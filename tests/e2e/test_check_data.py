@@ -26,12 +26,17 @@ def checked(path: Path, *flags: str) -> dict[str, Any]:
     return found
 
 
+def complete(path: Path) -> Path:
+    (path / "meta/stats.json").write_text("{}")
+    return path
+
+
 def warned(found: dict[str, Any], pattern: str) -> bool:
     return any(re.search(pattern, line) for line in found["warnings"])
 
 
 def test_a_sound_dataset_is_ready(tmp_path):
-    found = checked(lerobot(tmp_path / "d", 3))
+    found = checked(complete(lerobot(tmp_path / "d", 3)))
     assert found["verdict"] == "Ready: 2 episodes, 14 frames at 10 fps."
     assert found["warnings"] == []
     assert found["kind"] == "LeRobot v3.0"
@@ -95,6 +100,27 @@ def test_one_episode_too_short_for_its_table(tmp_path):
     ]
 
 
+def test_unreadable_episodes_do_not_count(tmp_path):
+    data = lerobot(tmp_path / "d", 2, video_frames=lambda e, n: n if e else 5)
+    found = checked(data)
+    assert found["verdict"] == "Usable with care (1 to look at): 1 episodes, 6 frames at 10 fps."
+    assert warned(found, "unreadable files and episodes, which are left out: 1, such as")
+    clock = lerobot(tmp_path / "unix", 2, times=lambda e, n: pa.array(1.7e9 + np.arange(n) / 10))
+    found = checked(clock)
+    assert not found["usable"]
+    assert found["verdict"].startswith("Not usable: ")
+
+
+def test_what_a_lerobot_dataset_cannot_become(tmp_path):
+    late = lerobot(tmp_path / "late", 3, times=lambda e, n: np.arange(n) / 10 + 0.01)
+    found = checked(late, "--max-frames", "0")
+    assert warned(found, "rows lie more than LeRobot's tolerance of 0.0001 s from their frames in episode 0")
+    assert warned(found, "meta/stats.json is missing")
+    for number, size in enumerate([(32, 48), (48, 64)]):
+        write_video(tmp_path / f"v/{number}.mp4", 4, size=size)
+    assert warned(checked(tmp_path / "v"), "videos of different sizes: 48x32, 64x48")
+
+
 def test_columns_with_missing_and_infinite_numbers(tmp_path):
     data = lerobot(tmp_path / "d", 2)
     values = [[np.inf, 0.0] if i == 3 else None if i == 5 else [0.0, 0.0] for i in range(8)]
@@ -156,7 +182,7 @@ def test_frames_to_decode_are_bounded(tmp_path):
 
 def test_the_page_holds_a_contact_sheet(tmp_path):
     pytest.importorskip("plotly")
-    data, page = lerobot(tmp_path / "d", 3), tmp_path / "check.html"
+    data, page = complete(lerobot(tmp_path / "d", 3)), tmp_path / "check.html"
     done = cli("check-data", data, "--html", page)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "Ready: 2 episodes, 14 frames at 10 fps."

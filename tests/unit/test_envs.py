@@ -593,3 +593,9 @@ def test_one_camera_on_both_sides_may_have_any_name():
         check(pusht, "", state_size=7)
     with pytest.raises(UserError, match="needs frames of 1 channels"):
         check(pusht, "", channels=1)
+
+
+def test_dark_float_frames_keep_the_scale_that_their_space_names():
+    frames = [np.full((32, 32, 3), level, np.float32) for level in (0, 1, 2)]
+    assert [int(to_rgb(frame, "x", 255.0).max()) for frame in frames] == [0, 1, 2]
+    assert int(to_rgb(frames[1], "x", 1.0).max()) == 255

@@ -421,7 +421,35 @@ def test_metadata_of_videos_that_does_not_fit_is_one_sentence(tmp_path, clip, ki
     assert name in opened(tmp_path, tmp_path / "memo")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_metadata_of_utf16_is_read(tmp_path, clip):
+    shutil.copy(clip, tmp_path / "a.mp4")
+    (tmp_path / "Metadata.CSV").write_text("sep=;\nfile_name;task\na.mp4;schöb\n", encoding="utf-16")
+    assert store(tmp_path).task_texts == ("schöb",)
+
+
+CONTRADICTIONS = {
+    "more_cells": ("metadata.csv", "file_name,task\na.mp4,push, gently\n", "more cells than the header"),
+    "two_tasks": ("metadata.csv", "file_name,task\na.mp4,push\na.mp4,pull\n", "has two tasks"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_metadata_that_contradicts_itself_is_refused(tmp_path, clip, kind):
+    shutil.copy(clip, tmp_path / "a.mp4")
+    name, text, sentence = CONTRADICTIONS[kind]
+    (tmp_path / name).write_text(text)
+    assert sentence in opened(tmp_path, tmp_path / "memo")
+
+
+def test_two_tables_of_metadata_are_refused_and_line_breaks_in_quotes_are_kept(tmp_path, clip):
+    shutil.copy(clip, tmp_path / "a.mp4")
+    (tmp_path / "metadata.csv").write_text('file_name,task\na.mp4,"push\nit"\n')
+    assert store(tmp_path).task_texts == ("push\nit",)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "task": "push"}\n')
+    assert "must have one table of metadata" in opened(tmp_path, tmp_path / "memo")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
 def test_metadata_of_another_encoding_is_one_sentence(tmp_path, clip, encoding):
     shutil.copy(clip, tmp_path / "a.mp4")
     (tmp_path / "metadata.csv").write_text("file_name,task\na.mp4,schöb\n", encoding=encoding)

@@ -119,10 +119,19 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
         for key in keys or [""]:
             memo = Memo(cache_folder() / "memo", path)
             source = open_source(path, key, memo)
-            if key == (keys or [""])[0]:
+            first = key == (keys or [""])[0]
+            if first:
                 _describe(check, path, source)
             _check_camera(check, path, source)
             sheets += _check_frames(check, path, key, source, max_frames)
+            if first:
+                _count(check, source)
+        if check.unreadable:
+            name, reason = next(iter(check.unreadable.items()))
+            check.warnings.append(
+                f"unreadable files and episodes, which are left out: {len(check.unreadable)}, such as "
+                f"{name} ({reason})"
+            )
         if not check.episodes.get("count"):
             reasons = [*check.unreadable.values(), *check.skipped.values(), "it has no episodes"]
             check.errors.append(f"{path} holds nothing that can be read ({reasons[0]}).")
@@ -146,14 +155,6 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
     kinds = {VideoFolderSource: "video" if path.is_file() else "folder of videos", NpzSource: "npz episodes"}
     version = lerobot_version(path) if path.is_dir() else ""
     check.kind = f"LeRobot {version}" if version else kinds.get(type(source), "dataset")
-    frames = [episode.frames for episode in source.episodes]
-    check.episodes = {
-        "count": len(frames),
-        "frames": sum(frames),
-        "seconds": round(sum(frames) / source.fps, 3),
-        "shortest": min(frames, default=0),
-        "longest": max(frames, default=0),
-    }
     check.rate = {"fps": source.fps, "varies": source.uneven}
     check.tasks = list(source.tasks)
     check.actions = "" if source.action_space is None else str(source.action_space)
@@ -163,12 +164,30 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
         check.warnings.append(f"frame rates vary: frames are resampled by time to {source.fps:g} fps")
     _check_columns(check, source)
     if isinstance(source, LeRobotSource):
+        if source.absent and version.startswith("v3"):
+            check.warnings.append(
+                "LeRobot opens no part of a v3 dataset: precompute --output column refuses it"
+            )
+        if version.startswith("v3") and not (path / "meta/stats.json").is_file():
+            check.warnings.append("meta/stats.json is missing, without which LeRobot trains no policy")
         _check_totals(check, source)
         _check_clocks(check, source)
     alike = defaultdict(list)
     for episode in source.episodes:
         alike[episode.content].append(episode.name)
     _add_duplicates(check, [names for names in alike.values() if len(names) > 1])
+
+
+def _count(check: DataCheck, source: Source) -> None:
+    """Count the episodes that are left once all that is unreadable is known."""
+    frames = [e.frames for e in source.episodes if not {e.label, e.name} & check.unreadable.keys()]
+    check.episodes = {
+        "count": len(frames),
+        "frames": sum(frames),
+        "seconds": round(sum(frames) / source.fps, 3),
+        "shortest": min(frames, default=0),
+        "longest": max(frames, default=0),
+    }
 
 
 def _check_totals(check: DataCheck, source: LeRobotSource) -> None:
@@ -262,6 +281,11 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
     entry["size"] = sorted({f"{seen.width}x{seen.height}" for seen in looks})
     entry["rotated_or_mirrored"] = len(turned)
     check.cameras.append(entry)
+    if len(entry["size"]) > 1:
+        check.warnings.append(
+            f"videos of different sizes: {', '.join(entry['size'])}; precompute --output column and "
+            f"resolution 0 refuse them"
+        )
     if turned:
         check.warnings.append(
             f"videos rotated or mirrored by a display matrix: {len(turned)}, such as {turned[0]}; they are "
@@ -271,15 +295,25 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
 
 def _check_rows(check: DataCheck, source: LeRobotSource, file: Path, numbers: list[int]) -> None:
     """Find the episodes of a video that have a row without a frame, from the video's packets."""
-    shown = frame_times(file)
+    shown, apart = frame_times(file), []
     for number in numbers:
         recording, episode = source.recordings[number], source.episodes[number]
         lookup = recording.start + source.tables.timestamps(recording.episode)
         row = first_unmatched(shown, lookup, source.fps)
-        if row is not None:
+        if row is None:
+            apart += (
+                [] if first_unmatched(shown, lookup, source.fps, lerobot=True) is None else [episode.name]
+            )
+        else:
             check.unreadable[episode.label] = (
                 f"column timestamp, row {row}: its video has no frame of its own at {lookup[row]:.6g} s"
             )
+    if apart:
+        more = " and others" if len(apart) > 3 else ""
+        check.warnings.append(
+            f"{file.name}: rows lie more than LeRobot's tolerance of {LEROBOT_TOLERANCE_S:g} s from their "
+            f"frames in {', '.join(apart[:3])}{more}; precompute --output column refuses them"
+        )
 
 
 def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max_frames: int) -> list[Sheet]:

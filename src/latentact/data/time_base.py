@@ -169,7 +169,7 @@ def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np
 
 
 def first_unmatched(
-    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float
+    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float, *, lerobot: bool = False
 ) -> int | None:
     """Return the first row for which `nearest_frames` would find no frame; None: there is none.
 
@@ -177,11 +177,12 @@ def first_unmatched(
         shown: seconds at which the video shows frames, ascending.
         times: seconds at which rows look into the video, ascending.
         fps: rows per second.
+        lerobot: whether LeRobot's own tolerance counts, instead of that of `nearest_frames`.
     """
     padded = np.concatenate([[-np.inf], shown, [np.inf]])
     after = np.searchsorted(padded, times).clip(1, len(padded) - 1)
     nearest = np.where(times - padded[after - 1] <= padded[after] - times, after - 1, after)
-    wrong = np.abs(padded[nearest] - times) > lookup_tolerance(times, fps)
+    wrong = np.abs(padded[nearest] - times) > lookup_tolerance(times, np.inf if lerobot else fps)
     wrong[1:] |= np.diff(nearest) == 0
     return int(wrong.argmax()) if wrong.any() else None
 

@@ -17,7 +17,7 @@ ROUNDING = 1e-3
 """How far floats may lie outside 0..1 and still be intensities from 0 to 1."""
 
 
-def to_rgb(value: Any, source: str) -> UInt8[np.ndarray, "h w 3"]:
+def to_rgb(value: Any, source: str, white: float | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """Return a copy of a frame as RGB, 0..255.
 
     Args:
@@ -25,6 +25,8 @@ def to_rgb(value: Any, source: str) -> UInt8[np.ndarray, "h w 3"]:
             (RGBA, whose alpha is dropped); a list or a fourth axis of frames stands for its last frame.
             Integers are 0..255, floats 0..1 or 0..255, booleans black and white.
         source: what returned it, for the message.
+        white: value of white in floats, as the observation space bounds it; None: 1, or 255 where a float is
+            larger.
 
     Raises:
         EnvError: it is none of these.
@@ -41,7 +43,8 @@ def to_rgb(value: Any, source: str) -> UInt8[np.ndarray, "h w 3"]:
             f"got {_described(value)}. Wrap the environment so that it does."
         )
     low, high = float(frame.min()), float(frame.max())
-    scale = 255 if frame.dtype.kind == "b" or (frame.dtype.kind == "f" and high <= 1 + ROUNDING) else 1
+    unit = frame.dtype.kind == "f" and (white or high) <= 1 + ROUNDING
+    scale = 255 if frame.dtype.kind == "b" or unit else 1
     if not (low >= -ROUNDING and high <= 255):  # also where either is NaN
         raise EnvError(
             f"{source} must return values from 0 to 255, or floats from 0 to 1, got {low:g} to {high:g}. "

@@ -58,9 +58,10 @@ class Gymnasium:
         def pixels(observation: Any) -> np.ndarray:
             if image is None:
                 return to_rgb(env.render(), f"render() of {name}")
+            space: Any = env.observation_space
             for part in image:
-                observation = observation[part]
-            return to_rgb(observation, f"the image observation of {name}")
+                observation, space = observation[part], space[part]
+            return to_rgb(observation, f"the image observation of {name}", float(np.max(space.high)))
 
         return adapt(
             env,

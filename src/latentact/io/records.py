@@ -60,22 +60,26 @@ def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
     Raises:
         UserError: the file cannot be read, or a line is not JSON or does not fit.
     """
-    lines = [(n, line) for n, line in enumerate(read_text(file).splitlines(), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     return [
         parse_record(kind, parse_json(line, f"{file}, line {n}"), f"{file}, line {n}") for n, line in lines
     ]
 
 
 def read_text(file: Path) -> str:
-    """Return a UTF-8 text file, with or without a byte order mark.
+    """Return a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes()
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} must be UTF-8 text, got byte {error.start} that is not.") from error
+        raise UserError(
+            f"{file} must be UTF-8 text, got another encoding at byte {error.start}; save it as UTF-8."
+        ) from error
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); copy it again.") from error
 

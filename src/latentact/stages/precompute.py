@@ -183,6 +183,11 @@ def _require_rows(stream: FrameStream) -> None:
     if isinstance(stream.source, VideoFolderSource):
         require_upright(stream.source.files)
     elif isinstance(stream.source, LeRobotSource):
+        if stream.source.absent and lerobot_version(stream.path).startswith("v3"):
+            raise UserError(
+                f"{stream.path} lists {stream.source.absent} episodes whose files are missing, and LeRobot "
+                f"opens no part of a v3 dataset; copy them too, or use --output file."
+            )
         numbers = range(len(stream.source.episodes))
         require_upright({stream.source.video_file(n) for n in numbers if stream.source.recordings[n].video})
 

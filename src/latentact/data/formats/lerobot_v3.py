@@ -39,6 +39,12 @@ class LeRobotV3:
                 f"{path} has no data/*/*.parquet; copy the dataset again, or finalize its recording."
             )
         columns = read_episode_table(path, camera if video else "").to_pydict()
+        order = list(dict.fromkeys(int(episode) for episode in columns["episode_index"]))
+        if order != sorted(order):
+            raise UserError(
+                f"{path}: meta/episodes must list episodes in the order of episode_index, by which LeRobot "
+                f"finds them, got {order[:8]}; sort its rows."
+            )
         tasks = columns.get("tasks") or [()] * len(columns["episode_index"])
         recordings = []
         for place, episode in enumerate(columns["episode_index"]):

@@ -93,7 +93,7 @@ class NpzSource:
         row = 0
         for file in files:
             name = shown(file.relative_to(root))
-            scan: dict[str, Any] = memo.get(file, "npz.2", _scan)
+            scan: dict[str, Any] = memo.get(file, "npz.3", _scan)
             if "error" not in scan and scans and scan["fps"] != scans[0]["fps"]:
                 rates = f"{scan['fps']:g} and the files before it {scans[0]['fps']:g}"
                 scan = {"error": f"it has {rates} frames per second; keep rates apart"}
@@ -113,6 +113,8 @@ class NpzSource:
             row += scan["rows"]
         self.resizable = all(scan["image"] for scan in scans)
         self.fps = float(scans[0]["fps"]) if scans else 1.0
+        if scans and not all(scan["timed"] for scan in scans):
+            self.notes.append("the arrays name no fps: steps count as a second each")
         self.action_space = _space(path, [scan["action"] for scan in scans])
         self._lock = threading.Lock()
         self._obs = functools.lru_cache(maxsize=2)(self._read_obs)
@@ -131,7 +133,7 @@ class NpzSource:
             return (
                 np.concatenate([_action(_load(file)) for file in self._files]) if self.action_space else None
             )
-        if name in _FRAMES:
+        if name in _FRAMES or not self._files:
             return None
         name = "states" if name == "observation.state" else name
         if not all(name in _load(file) for file in self._files):
@@ -195,6 +197,11 @@ def _scan(file: Path) -> dict[str, Any]:
         if arrays[name].ndim not in (4, 5) or arrays[name].dtype != np.uint8 or not arrays[name].size:
             got = f"{arrays[name].dtype} {list(arrays[name].shape)}"
             return {"error": f"`{name}` must be uint8 [n, h, w, c], got {got}"}
+        if arrays[name].shape[-3] in (1, 3) and min(arrays[name].shape[-2:]) >= _SMALLEST_IMAGE:
+            got = list(arrays[name].shape)
+            return {
+                "error": f"`{name}` must be [n, h, w, c], got {got}, whose channels come first; transpose it"
+            }
         obs, steps = _flat(arrays, name), arrays[name].shape[1] if arrays[name].ndim == 5 else 0
         done = np.arange(1, len(obs) + 1) % steps == 0 if steps else np.zeros(len(obs), bool)
         if "done" in arrays:
@@ -226,4 +233,5 @@ def _scan(file: Path) -> dict[str, Any]:
         "image": obs.shape[3] in (1, 3) and min(obs.shape[1:3]) >= _SMALLEST_IMAGE,
         "action": action,
         "fps": fps,
+        "timed": "fps" in arrays,
     }

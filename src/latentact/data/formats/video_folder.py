@@ -7,6 +7,7 @@ An optional `metadata.csv` or `metadata.jsonl` in the folder has the columns `fi
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -64,8 +65,7 @@ class VideoFolderSource:
         """Scan every file."""
         root = path if path.is_dir() else path.parent
         files, self.skipped = files_below(path, SUFFIXES)
-        for name in _METADATA:
-            self.skipped.pop(name, None)
+        self.skipped = {name: why for name, why in self.skipped.items() if name.lower() not in _METADATA}
         self.unreadable: dict[str, str] = {}
         self.episodes: list[Episode] = []
         self.files: list[Path] = []
@@ -146,34 +146,53 @@ def _tasks(folder: Path) -> dict[str, str]:
     """Return the task of each file name in the folder's metadata.
 
     Raises:
-        UserError: the metadata cannot be read, or lacks the column file_name.
+        UserError: the metadata cannot be read, lacks the column file_name, or contradicts itself.
     """
-    table, lines = (folder / name for name in _METADATA)
-    if table.is_file():
-        rows = _csv(table)
-    elif lines.is_file():
-        numbered = enumerate(read_text(lines).splitlines(), 1)
-        rows = [(n, parse_json(line, f"{lines}, line {n}")) for n, line in numbered if line.strip()]
-        table = lines
-    else:
+    tables = [file for file in sorted(folder.iterdir()) if file.name.lower() in _METADATA]
+    if not tables:
         return {}
-    found = {}
+    if len(tables) > 1:
+        raise UserError(
+            f"{folder} must have one table of metadata, got {', '.join(t.name for t in tables)}; keep one."
+        )
+    table = tables[0]
+    if table.suffix.lower() == ".csv":
+        rows = _csv(table)
+    else:
+        numbered = enumerate(read_text(table).split("\n"), 1)
+        rows = [(n, parse_json(line, f"{table}, line {n}")) for n, line in numbered if line.strip()]
+    found: dict[str, str] = {}
     for number, row in rows:
         fields = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else row
         line = parse_record(_Line, fields, f"{table}, line {number}")
-        found[line.file_name.strip().replace("\\", "/").removeprefix("./")] = (line.task or "").strip()
+        name = line.file_name.strip().replace("\\", "/").removeprefix("./")
+        task = (line.task or "").strip()
+        if found.setdefault(name, task) != task:
+            raise UserError(
+                f"{table}, line {number}: {name} has two tasks, {found[name]!r} and {task!r}; keep one."
+            )
     return found
 
 
 def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a table with commas, semicolons or tabs between its columns, numbered by line."""
     text = read_text(file)
+    if text.lower().startswith("sep="):  # how Excel names the separator
+        text = text.partition("\n")[2]
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
+    rows = []
     try:
-        reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
-        return [(reader.line_num, {k: v for k, v in row.items() if k is not None}) for row in reader]
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        for row in reader:
+            if any(cell.strip() for cell in row.pop(None, None) or ()):
+                raise UserError(
+                    f"{file}, line {reader.line_num} has more cells than the header; put texts with "
+                    f"{delimiter!r} into quotes."
+                )
+            rows.append((reader.line_num, row))
     except csv.Error as error:
         raise UserError(
             f"{file} is not a table ({error}); it must have the columns file_name and task."
         ) from error
+    return rows

@@ -94,6 +94,8 @@ class LeRobotSource:
         self.notes = [f"column {name} is missing from the tables and left out" for name in tables.missing]
         recordings = list({r.episode: r for r in recordings}.values())  # one that is listed twice counts once
         present = [r for r in recordings if self._is_here(r)]
+        self.absent = len(recordings) - len(present)
+        """Episodes that are listed and not there."""
         if not present:
             raise UserError(
                 f"{path} lists {len(recordings)} episodes and none of their files is there; copy them too."

@@ -82,8 +82,8 @@ def require_upright(videos: Iterable[Path]) -> None:
             continue
         if not upright:
             raise UserError(
-                f"{file} is rotated or mirrored by its display matrix, which LeRobot's decoders ignore; use "
-                f"--output file, or encode it upright: ffmpeg -i IN.mp4 OUT.mp4."
+                f"{file} is rotated or mirrored by its display matrix, which one of LeRobot's decoders "
+                f"ignores; use --output file, or encode it upright: ffmpeg -i IN.mp4 OUT.mp4."
             )
 
 
