@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+import tokenize
 import zipfile
 import zlib
 from collections import deque
@@ -392,7 +393,7 @@ def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndar
             and arrays["lengths"].sum() == meta.rows
         ):
             return meta, arrays
-    except (UserError, OSError, ValueError, EOFError) as error:
+    except (UserError, OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         log.debug("%s", error)
     log.warning("the latent actions %s of the cache are damaged: they are computed again", entry.name)
     return None

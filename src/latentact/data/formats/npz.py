@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -33,7 +34,10 @@ _SMALLEST_IMAGE = 32
 _SUFFIXES = (".npz",)
 _ACTIONS = ("action", "ta")
 _FRAMES = ("obs", "observations")
-_DAMAGED = (OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError, zlib.error)
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError),
+    *(SyntaxError, tokenize.TokenError, zlib.error),
+)
 """What reading a damaged file raises."""
 
 
