@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 from latentact.errors import UserError
 
@@ -19,6 +20,15 @@ def require_device(device: str) -> None:
     if not there.get(str(device).partition(":")[0], False):
         usable = ", ".join(name for name, found in there.items() if found)
         raise UserError(f"device is {device!r}; torch can use {usable} here.")
+
+
+def memory_bytes(device: str) -> int:
+    """Return the size of the memory of a device, cpu or cuda."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_properties("cuda").total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def multiplies_bf16(device: str) -> bool:

@@ -89,7 +89,7 @@ def _settings() -> list[tuple[str, tuple[str, ...], str, str]]:
     return found
 
 
-LARGE = ("300", "5000", "65537", "1000000", "300000000", "2147483647", "1e9", "1e-9", "-1e9")
+LARGE = ("300", "2000", "65537", "1000000", "300000000", "2147483647", "1e9", "1e-9", "-1e9")
 """Typed for the sizes of networks."""
 FLAGS, SETTINGS = _flags(), _settings()
 

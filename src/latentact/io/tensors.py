@@ -21,12 +21,13 @@ WEIGHTS = "model.safetensors"
 
 def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors as safetensors and return the blake2b hash of the file; without a path only the hash."""
-    from safetensors.torch import save
+    from safetensors.torch import save, save_file
 
-    data = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    if path is not None:
-        path.write_bytes(data)
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    if path is None:
+        return hashlib.blake2b(save(on_cpu), digest_size=16).hexdigest()
+    save_file(on_cpu, path)
+    return weights_hash(path)
 
 
 def weights_hash(path: Path) -> str:

@@ -75,7 +75,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
     torch.manual_seed(config.training.seed)
-    model = _or_refuse(lambda: _built(lam, store.action_space), lam.kind)
+    model = _or_refuse(lambda: _built(lam, store.action_space, config.training.device), lam.kind)
     model.spec = replace(
         model.spec,
         frame_gap=gap,
@@ -151,8 +151,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     return out
 
 
-def _built(lam: Any, actions: ActionSpace | None) -> LatentActionModel:
-    require_trainable_size(lambda: lam.build(actions), f"lam={lam.kind}")
+def _built(lam: Any, actions: ActionSpace | None, device: str) -> LatentActionModel:
+    require_trainable_size(lambda: lam.build(actions), f"lam={lam.kind}", device)
     return lam.build(actions)
 
 

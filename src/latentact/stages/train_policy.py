@@ -94,7 +94,11 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     )
     latent = labels.spec if labels and (guide or space is None) else None
     try:
-        require_trainable_size(lambda: Policy(config.policy, spec, latent), f"policy={config.policy.kind}")
+        require_trainable_size(
+            lambda: Policy(config.policy, spec, latent),
+            f"policy={config.policy.kind}",
+            config.training.device,
+        )
         policy = Policy(config.policy, spec, latent)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         first = str(error).partition("\n")[0]

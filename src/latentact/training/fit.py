@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from latentact.device import multiplies_bf16, require_device
+from latentact.device import memory_bytes, multiplies_bf16, require_device
 from latentact.errors import UserError, require_between
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -116,21 +116,27 @@ def fit(
     train(model, data, config, out, evaluate)
 
 
-MOST_PARAMETERS = 2 * 10**9
-"""Of a model that is trained: 8 GB of weights, and three times that with gradients and AdamW's averages."""
+_BYTES_PER_PARAMETER = {"cpu": 28, "cuda": 16}
+"""fp32 weights, gradients and AdamW's two averages; on a CPU also what a checkpoint is written from."""
 
 
-def require_trainable_size(build: Callable[[], nn.Module], name: str) -> None:
-    """Raise a UserError if a model is too large to be trained, before memory is taken for it.
+def require_trainable_size(build: Callable[[], nn.Module], name: str, device: str) -> None:
+    """Raise a UserError if a model is too large for the memory to train it in, before any is allocated.
 
     Args:
         build: makes the model; called with torch's meta device as the default.
         name: what messages call it.
+        device: where it will be trained; auto is the one that torch would take.
     """
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build().parameters())
-    if count > MOST_PARAMETERS:
-        raise UserError(f"{name} must have at most {MOST_PARAMETERS:,} parameters, got {count:,}.")
+    kind = "cuda" if device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    most = memory_bytes(kind) // _BYTES_PER_PARAMETER[kind]
+    if count > most:
+        raise UserError(
+            f"{name} must have at most {most:,} parameters to be trained in the memory of this machine, got "
+            f"{count:,}."
+        )
 
 
 def precision(config: TrainingConfig) -> str:
