@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentact.data.cache import DataConfig
 from latentact.data.decode.stream import FrameStream
-from latentact.data.decode.video import probe
+from latentact.data.decode.video import decode, probe
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.time_base import frame_rate, lookup_tolerance
 from latentact.data.windows import Clips
@@ -305,6 +305,12 @@ def test_a_video_of_one_frame_is_an_episode_of_one_row(tmp_path, name):
     assert not read.transitions(1).any()
     with pytest.raises(UserError, match="a window needs 2 frames"):
         Clips(read, episodes=[0], frame_gap=1)
+
+
+def test_a_stream_without_container_has_the_rate_that_it_names(tmp_path):
+    write_video(tmp_path / "raw.h264", 8, fps=10).rename(tmp_path / "raw.mp4")
+    assert probe(tmp_path / "raw.mp4").rate.fps == 10
+    assert [seconds for seconds, _ in decode(tmp_path / "raw.mp4")] == pytest.approx(np.arange(8) / 10)
 
 
 def test_the_stream_and_the_store_agree_on_transitions(tmp_path):

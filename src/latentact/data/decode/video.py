@@ -191,7 +191,7 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
         if there < stream.frames:
             raise Unreadable(f"it is cut short: {there} of its {stream.frames} frames are there")
     times = _times(shown, stream)
-    rate = frame_rate(times, float(stream.average_rate or 0))
+    rate = frame_rate(times, _named_rate(stream))
     if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska names no number of frames
         last = max(shown, key=lambda p: p.pts or p.dts or 0)
         lasts = float((last.duration or 0) * base) or 1 / rate.fps
@@ -199,6 +199,11 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
         if len(times) and times[-1] + lasts < named - max(0.5, 3 / rate.fps):
             raise Unreadable(f"it is cut short: {times[-1] + lasts:.1f} of its {named:.1f} seconds are there")
     return VideoInfo(frames=len(shown), rate=rate)
+
+
+def _named_rate(stream: av.VideoStream) -> float:
+    """Return the frames per second that FFmpeg counts with where frames have no times; 0: none."""
+    return float(stream.guessed_rate or stream.average_rate or 0)
 
 
 def _times(packets: list[av.Packet], stream: av.VideoStream) -> Float64[np.ndarray, " n"]:
@@ -223,7 +228,7 @@ def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tu
             frames = container.decode(stream)
         else:
             frames = itertools.chain([first], frames)
-    clock = FrameClock(float(stream.average_rate or 0))
+    clock = FrameClock(_named_rate(stream))
     for frame in frames:
         seconds = clock(_seconds(frame))
         if seconds >= stop:
