@@ -27,6 +27,18 @@ class ActionSpace:
     values: tuple[int, ...] = ()
     """The number that stands for each class in the data and in the environment; empty: 0 to size - 1."""
 
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        if self.kind not in ("discrete", "continuous") or self.size < 1:
+            raise UserError(
+                f"an action space must be discrete or continuous with a size of at least 1, got {self.kind} "
+                f"with {self.size}."
+            )
+        if self.values and (not self.discrete or len({*self.values}) != self.size):
+            raise UserError(
+                f"an action space must have a value for each of its {self}, got {len({*self.values})}."
+            )
+
     @property
     def discrete(self) -> bool:
         """Whether the action is one of `size` classes."""

@@ -71,8 +71,9 @@ class Clips(Dataset[Clip]):
         transition = store.transitions(frame_gap)
         whole = np.isin(store.episode, chosen)
         for step in range(horizon):
-            whole[len(whole) - step * frame_gap :] = False
-            whole[: len(whole) - step * frame_gap] &= transition[step * frame_gap :]
+            later = min(step * frame_gap, len(whole))
+            whole[len(whole) - later :] = False
+            whole[: len(whole) - later] &= transition[later:]
         self.rows: Int64[np.ndarray, " m"] = np.flatnonzero(whole)
         """Every row whose future lies inside its episode, each step a gap later."""
         if not len(self.rows):

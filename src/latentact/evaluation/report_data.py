@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,9 @@ from pydantic import ConfigDict, Field
 
 from latentact.errors import UserError
 from latentact.evaluation.comparison import Row, verdict
+from latentact.io.arrays import load_npz
 from latentact.io.atomic import read_json
 from latentact.io.records import Record, parse_record, read_record
-from latentact.io.tensors import BROKEN
 
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Measure = Annotated[float, Field(ge=-1e100, le=1e100)]
@@ -247,14 +245,7 @@ def _lam(path: Path, folder: str) -> LamRun | None:
 
 def _arrays(archive: Path) -> dict[str, np.ndarray]:
     """Return the arrays that a report knows, of the shapes that belong together."""
-    try:
-        with np.load(archive, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ARRAYS}
-    except (*BROKEN, SyntaxError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{archive} is damaged ({reason}); evaluate the latent action model again."
-        ) from error
+    arrays = load_npz(archive, "evaluate the latent action model again", ARRAYS)
     sizes: dict[str, int] = {"3": 3, "2": 2}
     for name, array in arrays.items():
         kinds, axes = ARRAYS[name]

@@ -15,9 +15,6 @@ import math
 import os
 import shutil
 import time
-import tokenize
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +34,7 @@ from latentact.data.decode.stream import FrameStream
 from latentact.data.digest import blake2b
 from latentact.device import multiplies_int8
 from latentact.errors import UserError, did_you_mean
+from latentact.io.arrays import load_npy, load_npz
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, read_record
 from latentact.lams.encode_unit import Unit, encoders
@@ -326,15 +324,13 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: 
     lengths, episodes, unreadable = [], [], {}
     for path in paths:
         try:
-            with np.load(path) as part:
-                lengths.append(part["lengths"])
-                episodes.append(part["episodes"])
-                unreadable |= json.loads(str(part["unreadable"]))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            part = load_npz(path, "run the same command again", ("lengths", "episodes", "unreadable"))
+            lengths.append(part["lengths"])
+            episodes.append(part["episodes"])
+            unreadable |= json.loads(str(part["unreadable"]))
+        except (UserError, ValueError, KeyError) as error:
             path.unlink()
-            raise UserError(
-                f"{path} was damaged ({error}) and is removed; run the same command again."
-            ) from error
+            raise UserError(f"{path} is damaged and was removed; run the same command again.") from error
     broken = {stream.source.episodes[int(number)].label: why for number, why in unreadable.items()}
     rows = int(sum(each.sum() for each in lengths))
     if not rows:
@@ -352,12 +348,10 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: 
                 header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, *shape)}
                 np.lib.format.write_array_header_1_0(files[name], header)
             for path in paths:
-                with np.load(path) as part:
-                    for name, (dtype, shape) in kinds.items():
-                        none = np.zeros((len(part["valid"]), *shape), dtype)
-                        files[name].write(
-                            part[name].astype(dtype).tobytes() if name in part else none.tobytes()
-                        )
+                part = load_npz(path, "delete it and run the same command again")
+                for name, (dtype, shape) in kinds.items():
+                    none = np.zeros((len(part["valid"]), *shape), dtype)
+                    files[name].write(part.get(name, none).astype(dtype).tobytes())
         write_json(
             folder / "meta.json",
             {"spec": asdict(spec), "camera": stream.source.camera, "rows": rows, "unreadable": broken},
@@ -378,10 +372,12 @@ def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndar
         return None
     try:
         meta = read_record(_Meta, entry / "meta.json")
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in ("lengths", "episodes")}
+        arrays = {
+            name: load_npy(entry / f"{name}.npy", "it is made again") for name in ("lengths", "episodes")
+        }
         wanted = {name: (dtype, (meta.rows, *shape)) for name, (dtype, shape) in _kinds(spec).items()}
         for name, (dtype, shape) in wanted.items():
-            arrays[name] = np.load(entry / f"{name}.npy", mmap_mode="r")
+            arrays[name] = load_npy(entry / f"{name}.npy", "it is made again")
             if arrays[name].dtype != dtype or arrays[name].shape != shape:
                 raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
         whole = [
@@ -393,7 +389,7 @@ def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndar
             and arrays["lengths"].sum() == meta.rows
         ):
             return meta, arrays
-    except (UserError, OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+    except (UserError, ValueError) as error:
         log.debug("%s", error)
     log.warning("the latent actions %s of the cache are damaged: they are computed again", entry.name)
     return None

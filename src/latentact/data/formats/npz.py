@@ -13,9 +13,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,17 +25,13 @@ from latentact.data.files import files_below, shown
 from latentact.data.format import FORMATS, Episode, discrete_space
 from latentact.data.formats.video_folder import has_videos
 from latentact.errors import UserError
+from latentact.io.arrays import DAMAGED
 from latentact.types import ActionSpace
 
 _SMALLEST_IMAGE = 32
 _SUFFIXES = (".npz",)
 _ACTIONS = ("action", "ta")
 _FRAMES = ("obs", "observations")
-_DAMAGED = (
-    *(OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError),
-    *(SyntaxError, tokenize.TokenError, zlib.error),
-)
-"""What reading a damaged file raises."""
 
 
 @FORMATS.register("npz")
@@ -226,7 +219,7 @@ def _scan(file: Path) -> dict[str, Any]:
         fps = float(arrays["fps"]) if "fps" in arrays else 1.0
         if not 0 < fps < math.inf:
             return {"error": f"`fps` must be a number above 0, got {fps:g}"}
-    except (*_DAMAGED, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         return {"error": f"it is not a file of plain arrays ({error})"}
     ends = [int(i) + 1 for i in np.flatnonzero(done)]
     ends += [] if ends and ends[-1] == len(obs) else [len(obs)]

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float32, Shaped, UInt8
 
 from latentact.data.lerobot.verify import verify_dataset
 from latentact.errors import missing_extra
+from latentact.io.arrays import load_npz
 from latentact.types import ActionSpace
 
 SMALLEST_VIDEO = 96
@@ -179,8 +180,7 @@ def _write(root: Path, spec: RecordSpec, staged: Sequence[Path]) -> int:
     rows, statistics, rows_so_far = [], [], 0
     with Table(meta) as table:
         for number, path in enumerate(staged):
-            with np.load(path) as stored:
-                episode = dict(stored)
+            episode = load_npz(path, "delete it and run the same command again")
             task, n = str(episode.pop("task")), len(episode["action"])
             meta.save_episode_tasks([task])
             columns = _columns(meta, number, rows_so_far, meta.get_task_index(task), episode)
