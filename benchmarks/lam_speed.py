@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentact.device import keep_freed_memory, multiplies_int8
 from latentact.io.atomic import atomic_write
-from latentact.lams.lapo import LapoConfig
-from latentact.lams.laq import LaqConfig
-from latentact.lams.villa_x import VillaXConfig
+from latentact.lams.models.lapo import LapoConfig
+from latentact.lams.models.laq import LaqConfig
+from latentact.lams.models.villa_x import VillaXConfig
 from latentact.nn.int8 import int8
 from latentact.types import Clip
 

@@ -25,15 +25,16 @@ from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.samples import PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips
-from latentact.evaluation.inspect_probes import NUISANCE
-from latentact.evaluation.lam import encode_rows
-from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe
+from latentact.evaluation.lam.inspect_probes import NUISANCE
+from latentact.evaluation.lam.metrics import encode_rows
+from latentact.evaluation.lam.probes import ProbeData, linear_probe, mlp_probe
 from latentact.io.atomic import atomic_write, read_json, write_json
-from latentact.lams.model import LAMS, load_lam
+from latentact.lams.contract import LAMS, load_lam
 from latentact.policies.bc import BcConfig
-from latentact.policies.policy import NetworkConfig, Policy
+from latentact.policies.contract import Policy
+from latentact.policies.network import NetworkConfig
 from latentact.stages import collect, train_lam, train_policy
-from latentact.training.fit import TrainingConfig
+from latentact.training.settings import TrainingConfig
 
 log = logging.getLogger("lam_table")
 

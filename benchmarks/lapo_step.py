@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentact.device import keep_freed_memory
-from latentact.lams.lapo import LapoConfig
+from latentact.lams.models.lapo import LapoConfig
 from latentact.nn import unet
 from latentact.nn.impala import Impala
-from latentact.training.fit import TrainingConfig, precision
+from latentact.training.settings import TrainingConfig, precision
 from latentact.types import Clip
 
 

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.decode.stream import FrameStream
-from latentact.data.lerobot.convert import convert
-from latentact.lams.encode import EncodeOptions, encode_dataset
-from latentact.lams.lapo import LapoConfig
+from latentact.data.stream import FrameStream
+from latentact.data.convert import convert
+from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.lams.models.lapo import LapoConfig
 
 FPS, EPISODE, SIDE = 30, 500, 192
 

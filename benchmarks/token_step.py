@@ -85,7 +85,7 @@ class Trainee:
 
 def write_data(folder: Path) -> None:
     """Write demonstrations of a moving square, a LAM of LAPO's published networks, and its tokens."""
-    from latentact.lams.lapo import LapoConfig
+    from latentact.lams.models.lapo import LapoConfig
     from latentact.stages.precompute import PrecomputeConfig, run
 
     spec = RecordSpec(

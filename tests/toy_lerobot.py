@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
-from latentact.lams.lapo import LapoConfig
+from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.types import ActionSpace
 

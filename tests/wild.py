@@ -379,7 +379,7 @@ def small_lam(folder: Path, gap: int = 2, fps: float = 10.0) -> Path:
     """Write a LAM with random weights that looks `gap` frames ahead, 32x32 pixels."""
     import torch
 
-    from latentact.lams.lapo import LapoConfig
+    from latentact.lams.models.lapo import LapoConfig
     from latentact.quantizers.quantizer import BottleneckConfig
 
     torch.manual_seed(0)

@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentact.agents.own import PolicyActor
     from latentact.data.cache import DataConfig, FrameStore, open_store
     from latentact.errors import UserError
-    from latentact.guidance import LatentActionExtractor, LatentGuidedInference
-    from latentact.guide import Guide
-    from latentact.lams.model import LatentActionModel, load_lam
-    from latentact.lams.token_stream import TokenStream, camera_deltas
+    from latentact.guidance.extractor import LatentActionExtractor
+    from latentact.guidance.guide import Guide
+    from latentact.guidance.inference import LatentGuidedInference
+    from latentact.labelling.stream import TokenStream, camera_deltas
+    from latentact.lams.contract import LatentActionModel, load_lam
     from latentact.nn.int8 import int8
-    from latentact.policies.actor import PolicyActor
-    from latentact.policies.policy import Policy
+    from latentact.policies.contract import Policy
     from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
 _WHERE = {
@@ -25,19 +26,19 @@ _WHERE = {
     "Clip": "types",
     "DataConfig": "data.cache",
     "FrameStore": "data.cache",
-    "Guide": "guide",
-    "LatentActionExtractor": "guidance",
-    "LatentActionModel": "lams.model",
+    "Guide": "guidance.guide",
+    "LatentActionExtractor": "guidance.extractor",
+    "LatentActionModel": "lams.contract",
     "LatentActionSpec": "types",
     "LatentActions": "types",
-    "LatentGuidedInference": "guidance",
-    "Policy": "policies.policy",
-    "PolicyActor": "policies.actor",
-    "TokenStream": "lams.token_stream",
+    "LatentGuidedInference": "guidance.inference",
+    "Policy": "policies.contract",
+    "PolicyActor": "agents.own",
+    "TokenStream": "labelling.stream",
     "UserError": "errors",
-    "camera_deltas": "lams.token_stream",
+    "camera_deltas": "labelling.stream",
     "int8": "nn.int8",
-    "load_lam": "lams.model",
+    "load_lam": "lams.contract",
     "open_store": "data.cache",
 }
 __all__ = [

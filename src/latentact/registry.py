@@ -1,7 +1,7 @@
 """Named choices: `LAMS.get("lapo")`, with did-you-mean, filled by import and by entry points.
 
 A choice joins by one new file in the registry's folder that calls `register`; a package outside joins by an
-entry point in the group of the same dotted name (for example `latentact.lams`) whose module does the same.
+entry point in the registry's group (for example `latentact.lams`) whose module does the same.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Registry[T]:
 
     Args:
         kind: what a choice is called in messages ("lam", "format").
-        package: dotted name of the folder whose modules register themselves; also the entry-point group.
+        package: dotted name of the folder whose modules register themselves.
+        group: entry-point group of packages outside; `package` by default.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind = kind
-        self.package = package
+    def __init__(self, kind: str, package: str, group: str | None = None) -> None:
+        self.kind, self.package, self.group = kind, package, group or package
         self._items: dict[str, T] = {}
         self._discovered = False
 
@@ -61,5 +61,5 @@ class Registry[T]:
         folder = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(folder.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.package):
+        for point in entry_points(group=self.group):
             point.load()

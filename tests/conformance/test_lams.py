@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.lams.clam import ClamConfig
-from latentact.lams.encode import EncodeOptions, encode_dataset
-from latentact.lams.idm import IdmConfig
-from latentact.lams.laom import LaomConfig
-from latentact.lams.lapo import LapoConfig
-from latentact.lams.laq import LaqConfig
-from latentact.lams.model import LAMS, LatentActionModel, load_lam
+from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.lams.contract import LAMS, LatentActionModel, load_lam
+from latentact.lams.models.clam import ClamConfig
+from latentact.lams.models.idm import IdmConfig
+from latentact.lams.models.laom import LaomConfig
+from latentact.lams.models.lapo import LapoConfig
+from latentact.lams.models.laq import LaqConfig
+from latentact.lams.models.villa_x import VillaXConfig
 from latentact.lams.targets import TargetConfig
-from latentact.lams.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.stages import train_lam
 from latentact.stages.train_lam import TrainLamConfig
-from latentact.training.fit import TrainingConfig
+from latentact.training.settings import TrainingConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 SPACE = ActionSpace(kind="discrete", size=4)

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from latentact.agents.own import PolicyActor
 from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
 from latentact.errors import UserError
-from latentact.policies.actor import PolicyActor
 from latentact.policies.bc import BcConfig
+from latentact.policies.contract import POLICIES, Policy, PolicySpec, Target
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.policy import POLICIES, NetworkConfig, Policy, PolicySpec, Target
+from latentact.policies.network import NetworkConfig
 from latentact.types import ActionSpace, LatentActionSpec
 
 DISCRETE, CONTINUOUS = ActionSpace(kind="discrete", size=4), ActionSpace(kind="continuous", size=2)

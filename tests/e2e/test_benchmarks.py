@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from latentact.device import multiplies_int8
-from latentact.lams.lapo import LapoConfig
-from latentact.lams.laq import LaqConfig
-from latentact.lams.villa_x import VillaXConfig
+from latentact.lams.models.lapo import LapoConfig
+from latentact.lams.models.laq import LaqConfig
+from latentact.lams.models.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import cli
 from latentact.data.latents import read_labels
-from latentact.policies.policy import Policy
+from latentact.policies.contract import Policy
 
 pytestmark = pytest.mark.slow
 METHODS = ["latent", "latent_joint", "bc_k", "idm_k", "oracle"]

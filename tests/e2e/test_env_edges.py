@@ -8,10 +8,11 @@ import pytest
 from gymnasium.spaces import Dict, Discrete, MultiDiscrete
 
 from conftest import cli, write_blocks
-from latentact.guide import Guide
+from latentact.guidance.guide import Guide
+from latentact.policies.contract import Policy, PolicySpec, Target
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.policy import NetworkConfig, Policy, PolicySpec, Target
+from latentact.policies.network import NetworkConfig
 from latentact.stages import collect as collecting
 from latentact.stages import rollout as rolling
 from latentact.types import ActionSpace, LatentActionSpec

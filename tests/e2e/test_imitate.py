@@ -15,13 +15,15 @@ import yaml
 
 from conftest import cli
 from latentact.envs.spec import make_env
-from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
+from latentact.guidance.extractor import LatentActionExtractor
+from latentact.guidance.inference import Guide, LatentGuidedInference
 from latentact.io.video_writer import write_video
-from latentact.lams.lapo import LapoConfig
+from latentact.lams.models.lapo import LapoConfig
+from latentact.policies.contract import Policy, PolicySpec, Target
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.policy import NetworkConfig, Policy, PolicySpec, Target
+from latentact.policies.network import NetworkConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.robots import setup
 from latentact.types import ActionSpace
@@ -161,7 +163,7 @@ def test_saved_latents_do_as_well_as_the_video(made, tmp_path):
 
 def test_the_decoder_alone_acts(made):
     """A grounded policy that follows a guide does what its decoder says of the guide and the state."""
-    from latentact.policies.policy import Policy
+    from latentact.policies.contract import Policy
 
     inference = LatentGuidedInference(made / "ground", made / "latents")
     guide, policy = inference.guide, Policy.from_pretrained(made / "ground")

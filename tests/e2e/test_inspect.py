@@ -14,7 +14,7 @@ from torch import nn
 
 from conftest import TINY_LAM, cli, write_blocks
 from latentact.data.cache import DataConfig, open_store
-from latentact.evaluation.inspect_lam import inspect_lam
+from latentact.evaluation.lam.inspect import inspect_lam
 from latentact.types import LatentActions, LatentActionSpec
 
 SPEC = LatentActionSpec(
@@ -26,8 +26,8 @@ RIGHT = ("healthy", [])
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    monkeypatch.setattr("latentact.evaluation.probes.MLP_STEPS", 60)
-    monkeypatch.setattr("latentact.evaluation.diagnostics.DRAWS", 1)
+    monkeypatch.setattr("latentact.evaluation.lam.probes.MLP_STEPS", 60)
+    monkeypatch.setattr("latentact.evaluation.lam.diagnostics.DRAWS", 1)
     monkeypatch.setitem(sys.modules, "umap", None)
 
 

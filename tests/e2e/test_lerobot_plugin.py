@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import cli
-from latentact.stages import train_with_tokens as stage
 from toy_lerobot import GAP, SMALL, STEPS, TOKENS, write_demonstrations, write_lam
 
 BATCH, EPOCH = 8, 2
@@ -85,14 +84,14 @@ def test_every_epoch_leaves_a_checkpoint_of_lerobots_form(trained: Path) -> None
 def test_a_killed_run_goes_on_to_the_same_bytes(
     world: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, save = world / "killed", stage._Trainee.save
+    out, save = world / "killed", LeRobotTrainee.save
 
     def dies(self: Any, folder: Path, step: int) -> None:
         if step > EPOCH:
             raise KeyboardInterrupt
         save(self, folder, step)
 
-    monkeypatch.setattr(stage._Trainee, "save", dies)
+    monkeypatch.setattr(LeRobotTrainee, "save", dies)
     assert train(world / "tokens", out).returncode == 130
     assert (out / "checkpoints" / "last").resolve().name == "000002"
     monkeypatch.undo()

@@ -10,12 +10,12 @@ import yaml
 from safetensors.numpy import load_file
 
 from conftest import TINY_LAM, TINY_POLICY, cli, latentact
+from latentact.agents.own import PolicyActor
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.lams.model import load_lam
-from latentact.policies.actor import PolicyActor
-from latentact.policies.policy import Policy
+from latentact.lams.contract import load_lam
+from latentact.policies.contract import Policy
 
 EPISODES, STEPS = 8, 12
 BOTTLENECKS = {

@@ -21,7 +21,7 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels, read_token_file
 from latentact.errors import UserError
 from latentact.io.specs import load_spec
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
 
 LENGTHS = (12, 20, 7)
 ROWS, SIZE = sum(LENGTHS), 96
@@ -464,7 +464,7 @@ import os, sys
 os.environ["LATENTACT_CACHE"] = {str(cache)!r}
 sys.argv = {["latentact", *map(str, arguments)]!r}
 sys.stdout = sys.stderr = open(os.devnull, "w")
-from latentact.cli import main
+from latentact.cli.app import main
 main()"""
     process = context.Process(target=exec, args=(code, {}))
     process.start()

@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from latentact.evaluation.comparison import Row, write_comparison
-from latentact.evaluation.rollout import success_interval
+from latentact.evaluation.policy.comparison import Row
+from latentact.evaluation.policy.rollout import success_interval
 from latentact.io.video_writer import write_video
+from latentact.reporting.comparison_plot import write_comparison
 from latentact.stages.report import run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -12,7 +12,7 @@ import torch
 
 from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
 from wild import (
     ACTION,
     HEIGHT,

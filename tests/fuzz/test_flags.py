@@ -16,9 +16,10 @@ from guard import check, emptied
 from mutations import NUMBERS
 from whole import CASES, LAM, POLICY, SEED, whole_artifacts  # noqa: F401 (a fixture)
 
-from latentact import cli, config
-from latentact.lams.model import LAMS
-from latentact.policies.policy import POLICIES
+from latentact import config
+from latentact.cli import app as cli
+from latentact.lams.contract import LAMS
+from latentact.policies.contract import POLICIES
 from latentact.quantizers.quantizer import QUANTIZERS
 
 BASES = {

@@ -12,8 +12,8 @@ import torch
 
 from conftest import cli
 from latentact.errors import UserError
-from latentact.lams.clam import ClamConfig
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
+from latentact.lams.models.clam import ClamConfig
 from latentact.types import ActionSpace, Clip
 
 SMALL = ClamConfig(

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from latentact.evaluation.codebook import codebook_health
+from latentact.evaluation.lam.codebook import codebook_health
 
 
 def test_all_codes_equally_often():

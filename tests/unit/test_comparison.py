@@ -4,8 +4,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from latentact.evaluation.comparison import Row, aggregate, verdict, write_comparison
-from latentact.evaluation.rollout import success_interval
+from latentact.evaluation.policy.comparison import Row, aggregate, verdict
+from latentact.evaluation.policy.rollout import success_interval
+from latentact.reporting.comparison_plot import write_comparison
 
 
 def row(method, rate, *, k=5, seed=0, episodes=100, **more):

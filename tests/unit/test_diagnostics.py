@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latentact.evaluation import diagnostics
-from latentact.evaluation.diagnostics import (
+from latentact.evaluation.lam import diagnostics
+from latentact.evaluation.lam.diagnostics import (
     algebra,
     delta_psnr,
     effective_dims,
@@ -22,8 +22,8 @@ from latentact.evaluation.diagnostics import (
     spread,
     without_state,
 )
-from latentact.evaluation.probes import ProbeData, ProbeScore, linear_probe
-from latentact.evaluation.verdict import judge
+from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe
+from latentact.evaluation.lam.verdict import judge
 
 A = np.array([[3.0, 4.0], [0.0, 1.0]])
 
@@ -169,7 +169,7 @@ def test_ridge_is_the_same_by_either_matrix():
     targets = wide @ rng.normal(size=(60, 2))
     x, y = (wide - wide.mean(0)) / wide.std(0), (targets - targets.mean(0)) / targets.std(0)
     plain = x @ np.linalg.solve(x.T @ x + np.eye(60), x.T @ y)
-    from latentact.evaluation.probes import _ridge
+    from latentact.evaluation.lam.probes import _ridge
 
     assert _ridge(x, y, x) == pytest.approx(plain, abs=1e-9)
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.decode.stream import FrameStream
 from latentact.data.latents import read_labels
+from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.lams import encode, precision
-from latentact.lams.encode import EncodeOptions, Share, encode_dataset
-from latentact.lams.laq import LaqConfig
-from latentact.lams.model import LatentActionModel
-from latentact.lams.villa_x import VillaXConfig
+from latentact.labelling import dataset as encode
+from latentact.labelling import precision
+from latentact.labelling.dataset import EncodeOptions, Share, encode_dataset
+from latentact.lams.contract import LatentActionModel
+from latentact.lams.models.laq import LaqConfig
+from latentact.lams.models.villa_x import VillaXConfig
 from latentact.progress import Progress, duration
 from latentact.stages import label
 from latentact.types import LatentActions, LatentActionSpec
@@ -287,7 +288,7 @@ def test_labels_of_frames_of_any_size_are_what_a_published_model_says_of_them(co
 
 
 def test_threads_do_not_change_the_last_bit(blocks, tmp_path):
-    from latentact.lams.lapo import LapoConfig
+    from latentact.lams.models.lapo import LapoConfig
 
     torch.manual_seed(0)
     model = (

@@ -9,7 +9,7 @@ from torch import nn
 
 from latentact.data.cache import FrameStore
 from latentact.errors import UserError
-from latentact.evaluation.lam import evaluate_lam
+from latentact.evaluation.lam.metrics import evaluate_lam
 from latentact.types import ActionSpace, LatentActions, LatentActionSpec
 
 SHIFTS = ((0, 4), (0, -4), (4, 0), (-4, 0))
@@ -28,7 +28,7 @@ SPEC = LatentActionSpec(
 
 @pytest.fixture(autouse=True)
 def _short_probes(monkeypatch):
-    monkeypatch.setattr("latentact.evaluation.probes.MLP_STEPS", 50)
+    monkeypatch.setattr("latentact.evaluation.lam.probes.MLP_STEPS", 50)
 
 
 class RollingStore(FrameStore):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import latentact.lams.frozen_features as frozen
+import latentact.labelling.features as frozen
 from conftest import cli
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.windows import Clips
 from latentact.errors import UserError
-from latentact.lams.lapo import LapoConfig
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
+from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.targets import TargetConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentact import guidance
+from latentact.agents.agent import picture
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
-from latentact.guidance import LatentActionExtractor, LatentGuidedInference
-from latentact.guide import Guide, agreement, follow, tokens_at
-from latentact.guided_policy import picture
+from latentact.guidance import inference as guidance
+from latentact.guidance.align import agreement, follow, tokens_at
+from latentact.guidance.extractor import LatentActionExtractor
+from latentact.guidance.guide import Guide
+from latentact.guidance.inference import LatentGuidedInference
 from latentact.io.specs import parse_spec
 from latentact.io.video_writer import write_video
-from latentact.lams.lapo import LapoConfig
+from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.stages import label
 from latentact.types import ActionSpace, LatentActionSpec

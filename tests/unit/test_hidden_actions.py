@@ -15,15 +15,16 @@ from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.samples import PolicyBatch
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips
-from latentact.lams.idm import IdmConfig
-from latentact.lams.lapo import LapoConfig
+from latentact.lams.models.idm import IdmConfig
+from latentact.lams.models.lapo import LapoConfig
 from latentact.policies.bc import BcConfig
+from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.policy import NetworkConfig, Policy
+from latentact.policies.network import NetworkConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.stages import ground, label, train_lam, train_policy
-from latentact.training.fit import TrainingConfig
+from latentact.training.settings import TrainingConfig
 from latentact.types import Clip
 
 EPISODES, K = 8, 3

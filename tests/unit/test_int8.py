@@ -6,8 +6,8 @@ from torch import nn
 
 from latentact.device import multiplies_int8
 from latentact.errors import UserError
-from latentact.lams.encode_unit import encode_clip
-from latentact.lams.lapo import LapoConfig
+from latentact.labelling.episode import encode_clip
+from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.int8 import int8
 
 pytestmark = [

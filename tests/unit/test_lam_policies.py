@@ -22,7 +22,7 @@ from lerobot.policies import get_policy_class, make_policy, make_policy_config, 
 from lerobot_policy_latentact import LamActConfig, LamDiffusionConfig
 
 from latentact.errors import UserError
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
 from latentact.nn.token_projection import TokenProjection
 from toy_lerobot import CAMERA, GAP, SIZE, SMALL, STEPS, TOKENS, D, K, write_demonstrations, write_lam
 

@@ -11,8 +11,8 @@ import torch
 
 from conftest import cli
 from latentact.errors import UserError
-from latentact.lams.laom import LaomConfig
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
+from latentact.lams.models.laom import LaomConfig
 from latentact.lams.targets import FeatureFdm, TargetConfig, feature_health, pixel_error
 from latentact.nn import augment as views
 from latentact.quantizers.quantizer import BottleneckConfig

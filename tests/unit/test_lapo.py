@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentact.lams.lapo import LapoConfig
-from latentact.lams.model import action_loss, floats, pairs
+from latentact.lams.contract import action_loss, floats, pairs
+from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.quantizers.vq_ema import VqEma

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from conftest import cli
 from latentact.errors import UserError
-from latentact.lams.encode_unit import encode_clip
-from latentact.lams.laq import Laq, LaqConfig, _distinct
-from latentact.lams.model import load_lam
+from latentact.labelling.episode import encode_clip
+from latentact.lams.contract import load_lam
+from latentact.lams.models.laq import Laq, LaqConfig, _distinct
 from latentact.nn.cvivit import PositionalConv, PositionBias
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.types import Clip

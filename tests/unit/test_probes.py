@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentact.evaluation.probes import ProbeData, linear_probe, mlp_probe, principal_components
+from latentact.evaluation.lam.probes import ProbeData, linear_probe, mlp_probe, principal_components
 
 
 def halves(features, targets, episodes=20):

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from conftest import cli
 from latentact.errors import UserError
 from latentact.io.unpickle import read_pickled
-from latentact.lams.lapo import Lapo, LapoConfig
-from latentact.lams.laq import LaqConfig
-from latentact.lams.model import load_lam
-from latentact.lams.villa_x import VillaXConfig
+from latentact.lams.contract import load_lam
+from latentact.lams.models.lapo import Lapo, LapoConfig
+from latentact.lams.models.laq import LaqConfig
+from latentact.lams.models.villa_x import VillaXConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.types import ActionSpace
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from latentact.errors import UserError
-from latentact.evaluation.comparison import Row, write_comparison
-from latentact.evaluation.report import build_report
-from latentact.evaluation.report_charts import codebook_usage, curve_panels, latent_map
-from latentact.evaluation.report_data import find
+from latentact.evaluation.policy.comparison import Row
+from latentact.reporting.charts import codebook_usage, curve_panels, latent_map
+from latentact.reporting.comparison_plot import write_comparison
+from latentact.reporting.pages.run import build_report
+from latentact.reporting.run_data import find
 from latentact.stages.report import run
 
 EVIL = "<script>alert('x')</script>&\""

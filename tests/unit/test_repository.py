@@ -20,7 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import latentact
-from latentact.cli import app
+from latentact.cli.app import app
 from latentact.config import from_dict, load_experiment, run_stage, to_dict
 from latentact.errors import UserError
 
@@ -74,8 +74,8 @@ def test_import_does_not_import_torch() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, latentact.cli; sys.argv = ['latentact', '--help']\n"
-        "try: latentact.cli.main()\n"
+        "import sys, latentact.cli.app; sys.argv = ['latentact', '--help']\n"
+        "try: latentact.cli.app.main()\n"
         "except SystemExit as stop: print('exit', stop.code)\n"
         "print('modules', *sys.modules)"
     )
@@ -203,7 +203,7 @@ def test_wrong_command_lines_are_noticed(line: str, message: str) -> None:
 
 
 def test_python_of_the_readme_runs(tmp_path: Path, blocks_folder: Path) -> None:
-    from latentact.lams.lapo import LapoConfig
+    from latentact.lams.models.lapo import LapoConfig
 
     lam = LapoConfig(backbone="patch", size=32, idm_channels=(8,), fdm_channels=(8,)).build()
     lam.save_pretrained(tmp_path / "runs/lam")
@@ -220,7 +220,7 @@ def test_python_of_the_contributing_guide_runs() -> None:
     assert len(found) == 5, "a LAM, a bottleneck, a policy, a format, a suite"
     names = in_a_process(
         "\n".join(found)
-        + "\nfrom latentact.lams.model import LAMS\nfrom latentact.policies.policy import POLICIES\n"
+        + "\nfrom latentact.lams.contract import LAMS\nfrom latentact.policies.contract import POLICIES\n"
         "for registry in (LAMS, QUANTIZERS, POLICIES, FORMATS, ENVS): print(*registry.names())"
     )
     for name in ("my_lam", "my_quantizer", "my_policy", "my_format", "my_suite"):
@@ -330,8 +330,8 @@ def test_cfg_job_prints_yaml(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def registered() -> list[Any]:
-    from latentact.lams.model import LAMS
-    from latentact.policies.policy import POLICIES
+    from latentact.lams.contract import LAMS
+    from latentact.policies.contract import POLICIES
 
     return [registry.get(name) for registry in (LAMS, POLICIES) for name in registry.names()]
 
@@ -356,7 +356,7 @@ def test_stage_configs_survive_a_round_trip() -> None:
 def test_a_package_outside_adds_a_lam(tmp_path: Path) -> None:
     (tmp_path / "outside_lam.py").write_text(
         "from dataclasses import dataclass\n"
-        "from latentact.lams.model import LAMS\n"
+        "from latentact.lams.contract import LAMS\n"
         "@LAMS.register('outside')\n"
         "@dataclass(frozen=True, kw_only=True)\n"
         "class OutsideConfig:\n"
@@ -369,7 +369,7 @@ def test_a_package_outside_adds_a_lam(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[latentact.lams]\noutside = outside_lam\n")
     code = (
         "from latentact.config import load_experiment\n"
-        "from latentact.lams.model import LAMS\n"
+        "from latentact.lams.contract import LAMS\n"
         "from latentact.stages.train_lam import TrainLamConfig\n"
         "given = ['data.path=DIR', 'lam=outside', 'lam.width=5']\n"
         "config = load_experiment('train_lam', TrainLamConfig, given)\n"

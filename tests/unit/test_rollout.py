@@ -6,7 +6,13 @@ import pytest
 
 from latentact.envs.distract import Distraction
 from latentact.errors import UserError
-from latentact.evaluation.rollout import Rollout, mean_interval, rollout, save_rollout, success_interval
+from latentact.evaluation.policy.rollout import (
+    Rollout,
+    mean_interval,
+    rollout,
+    save_rollout,
+    success_interval,
+)
 from latentact.io.video_writer import write_video
 
 ENV = "babyai/GoToRedBall"

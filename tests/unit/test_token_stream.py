@@ -5,10 +5,10 @@ import torch
 from conftest import write_blocks
 from latentact import TokenStream, camera_deltas
 from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
+from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.lams.encode import EncodeOptions, encode_dataset
-from latentact.lams.lapo import LapoConfig
+from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 
 CAMERA, FPS, GAP = "observation.images.top", 10, 2

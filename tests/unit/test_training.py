@@ -9,9 +9,10 @@ from torch import nn
 
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
-from latentact.training.fit import TrainingConfig, fit
+from latentact.training.fit import fit
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import begin_run, finished
+from latentact.training.settings import TrainingConfig
 
 
 class Batch:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from conftest import cli
 from latentact.errors import UserError
-from latentact.lams.model import load_lam
-from latentact.lams.villa_x import VillaX, VillaXConfig
+from latentact.lams.contract import load_lam
+from latentact.lams.models.villa_x import VillaX, VillaXConfig
 from latentact.types import ActionSpace, Clip
 
 SIZES = {

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
 from latentact.data.decode.video import decode, probe
 from latentact.data.formats.video_folder import VideoFolderSource
+from latentact.data.stream import FrameStream
 from latentact.data.time_base import frame_rate, lookup_tolerance
 from latentact.data.windows import Clips
 from latentact.errors import UserError

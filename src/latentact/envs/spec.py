@@ -87,7 +87,7 @@ class Suite(Protocol):
         ...
 
 
-ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs")
+ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs.suites", "latentact.envs")
 
 VIEWS = ("agent", "full")
 ALIASES = {

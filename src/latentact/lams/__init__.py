@@ -1,1 +1,1 @@
-"""Latent action models; add one by a new file with a config registered in `latentact.lams.model.LAMS`."""
+"""Latent action models; add one by a new file with a config registered in `latentact.lams.contract.LAMS`."""

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.model import LatentActionModel
+from latentact.lams.contract import LatentActionModel
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder

@@ -1,1 +1,1 @@
-"""Policies; add one by a new file with a config registered in `latentact.policies.policy.POLICIES`."""
+"""Policies; add one by a new file with a config registered in `latentact.policies.contract.POLICIES`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from latentact.policies.policy import POLICIES, NetworkConfig
+from latentact.policies.contract import POLICIES
+from latentact.policies.network import NetworkConfig
 
 
 @POLICIES.register("bc")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from latentact.errors import UserError
-from latentact.policies.policy import POLICIES, GuideSpec, NetworkConfig
+from latentact.policies.contract import POLICIES, GuideSpec
+from latentact.policies.network import NetworkConfig
 from latentact.types import LatentActionSpec
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from latentact.errors import UserError
-from latentact.policies.policy import POLICIES, NetworkConfig, Target
+from latentact.policies.contract import POLICIES, Target
+from latentact.policies.network import NetworkConfig
 from latentact.types import LatentActionSpec
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from latentact.errors import UserError, did_you_mean, missing_extra
-from latentact.robots.control import Robot
+from latentact.robots.connection import Robot
 from latentact.robots.safety import SafetyConfig
 
 KEYS = ("robot", "safety", "cameras")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latentact.data.check import DataCheck, check_data
 from latentact.errors import UserError
-from latentact.evaluation.data_page import write_page
+from latentact.reporting.pages.data import write_page
 
 
 @dataclass(frozen=True, kw_only=True)

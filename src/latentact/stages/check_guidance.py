@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from latentact.agents.agent import GuidedPolicy
+from latentact.agents.load import load_guided_policy
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges
 from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
-from latentact.evaluation.rollout import mean_interval
-from latentact.guidance import Guide, LatentActionExtractor, LatentGuidedInference
-from latentact.guided_policy import GuidedPolicy, load_guided_policy
+from latentact.evaluation.policy.rollout import mean_interval
+from latentact.guidance.extractor import LatentActionExtractor
+from latentact.guidance.inference import Guide, LatentGuidedInference
 from latentact.io.atomic import write_json
 from latentact.progress import Progress
 

@@ -21,15 +21,16 @@ from latentact.envs.checks import check_compatible, check_ranges, check_step_lim
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
-from latentact.evaluation.comparison import Row, write_comparison
-from latentact.lams.idm import IdmConfig
-from latentact.lams.model import LAMS
+from latentact.evaluation.policy.comparison import Row
+from latentact.lams.contract import LAMS
+from latentact.lams.models.idm import IdmConfig
 from latentact.policies.bc import BcConfig
+from latentact.policies.contract import POLICIES
 from latentact.policies.decoder import DecoderConfig
-from latentact.policies.policy import POLICIES
+from latentact.reporting.comparison_plot import write_comparison
 from latentact.stages import ground, label, rollout, train_lam, train_policy
-from latentact.training.fit import TrainingConfig
 from latentact.training.run_folder import begin_run, finished
+from latentact.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
 

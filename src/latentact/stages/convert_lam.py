@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentact.errors import UserError
-from latentact.lams.model import load_lam
+from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
 

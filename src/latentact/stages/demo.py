@@ -14,9 +14,9 @@ from pathlib import Path
 
 from latentact.config import load_experiment
 from latentact.data.splits import choose_labeled, split_sizes
-from latentact.evaluation.report_data import DemoRecord
 from latentact.io.atomic import write_json
 from latentact.io.records import read_record
+from latentact.reporting.run_data import DemoRecord
 from latentact.stages import collect, compare, report
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,12 @@ from latentact.data.samples import PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
-from latentact.lams.model import action_loss
+from latentact.lams.contract import action_loss
+from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
-from latentact.policies.policy import Policy
-from latentact.training.fit import TrainingConfig, fit
+from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
+from latentact.training.settings import TrainingConfig
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)

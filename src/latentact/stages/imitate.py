@@ -22,12 +22,14 @@ from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges
 from latentact.envs.spec import VIEWS, EnvError, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, did_you_mean
-from latentact.evaluation.imitation_page import write_page
-from latentact.guidance import LatentActionExtractor, LatentGuidedInference, video_frames
-from latentact.guide import Guide, agreement
+from latentact.guidance.align import agreement
+from latentact.guidance.extractor import LatentActionExtractor, video_frames
+from latentact.guidance.guide import Guide
+from latentact.guidance.inference import LatentGuidedInference
 from latentact.io.atomic import write_json
 from latentact.io.video_writer import write_video
 from latentact.progress import Progress
+from latentact.reporting.pages.imitate import write_page
 from latentact.robots.control import ControlLog, control
 from latentact.robots.safety import Safety
 from latentact.robots.setup import RobotSetup, RobotView, make_robot

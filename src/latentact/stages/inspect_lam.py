@@ -19,13 +19,13 @@ from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.splits import split_episodes
 from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra, require_between
-from latentact.evaluation.inspect_lam import inspect_lam
-from latentact.evaluation.inspect_page import write_page
+from latentact.evaluation.lam.inspect import inspect_lam
 from latentact.io.atomic import write_json
 from latentact.io.records import Record, parse_record, read_record, read_yaml
 from latentact.io.specs import Text
-from latentact.lams.encode import gap_in_frames, require_gap
-from latentact.lams.model import load_lam
+from latentact.labelling.dataset import gap_in_frames, require_gap
+from latentact.lams.contract import load_lam
+from latentact.reporting.pages.inspect import write_page
 
 log = logging.getLogger(__name__)
 

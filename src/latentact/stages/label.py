@@ -9,13 +9,13 @@ from pathlib import Path
 
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
 from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
+from latentact.data.stream import FrameStream
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.io.records import read_record
-from latentact.lams.encode import EncodeOptions, encode_dataset, gap_in_frames, require_gap
-from latentact.lams.model import load_lam
+from latentact.labelling.dataset import EncodeOptions, encode_dataset, gap_in_frames, require_gap
+from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
 

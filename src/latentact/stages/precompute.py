@@ -20,21 +20,21 @@ from jaxtyping import Int64
 
 from latentact.config import to_dict
 from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
+from latentact.data.convert import convert
 from latentact.data.format import Source
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.data.lerobot.columns import Column, add_columns
-from latentact.data.lerobot.convert import convert
 from latentact.data.lerobot.download import local_dataset
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.lerobot.verify import require_upright, verify_dataset
 from latentact.data.lerobot.writer import require_lerobot
+from latentact.data.stream import FrameStream
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_dir, read_object, write_json
-from latentact.lams.encode import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
-from latentact.lams.model import load_lam
+from latentact.labelling.dataset import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
+from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
 

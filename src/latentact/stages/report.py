@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentact.evaluation.report import build_report
+from latentact.reporting.pages.run import build_report
 
 logger = logging.getLogger(__name__)
 

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from latentact.agents.own import PolicyActor
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
-from latentact.evaluation.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
+from latentact.evaluation.policy.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
 from latentact.io.atomic import read_object
-from latentact.policies.actor import PolicyActor
-from latentact.policies.policy import Policy
+from latentact.policies.contract import Policy
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips, frame_gap
 from latentact.errors import UserError, require_between
-from latentact.evaluation.lam import LamEvaluation, evaluate_lam
+from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
-from latentact.lams.frozen_features import with_features
-from latentact.lams.model import LAMS, LatentActionModel
-from latentact.training.fit import TrainingConfig, fit, require_trainable_size
+from latentact.labelling.features import with_features
+from latentact.lams.contract import LAMS, LatentActionModel
+from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
+from latentact.training.settings import TrainingConfig, require_trainable_size
 from latentact.types import ActionSpace, Clip
 
 log = logging.getLogger(__name__)

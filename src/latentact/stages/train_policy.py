@@ -17,11 +17,12 @@ from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
+from latentact.policies.contract import POLICIES, Policy, PolicySpec, Target
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.policy import POLICIES, Policy, PolicySpec, Target
-from latentact.training.fit import TrainingConfig, fit, require_trainable_size
+from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
+from latentact.training.settings import TrainingConfig, require_trainable_size
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)

@@ -6,40 +6,32 @@ beside the dataset, lengths are epochs, and a killed run goes on from its last e
 
 from __future__ import annotations
 
-import importlib
 import logging
 import shutil
-from argparse import ArgumentError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
 
-import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_model
-from torch.utils.data import DataLoader
 
-from latentact.data.cache import DataConfig
-from latentact.data.decode.stream import FrameStream
-from latentact.data.latents import TokenFile, TokensRecord, read_token_file
+from latentact.data.latents import read_token_file
 from latentact.data.lerobot.download import local_dataset
-from latentact.data.lerobot.source import lerobot_version
-from latentact.data.lerobot.token_dataset import TokenDataset
-from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import require_device
 from latentact.errors import UserError, require_between
-from latentact.io.atomic import atomic_dir, write_json
-from latentact.io.records import read_record
+from latentact.io.atomic import write_json
 from latentact.progress import Progress
+from latentact.training.lerobot import (
+    LeRobotTrainee,
+    lerobot_settings,
+    open_dataset,
+    require_plugin,
+    seed_everything,
+)
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import Busy, finished, run_folder
-from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
 POLICIES = ("lam_diffusion", "lam_act")
-PLUGIN = "lerobot_policy_latentact"
 RESULT = "train_with_tokens.json"
 
 
@@ -96,15 +88,13 @@ def run(config: TrainWithTokensConfig) -> Path:
     last = out / "checkpoints" / "last" / "pretrained_model"
     if finished(out, config, RESULT):
         return last
-    _require_plugin()
-    from lerobot.utils.random_utils import set_seed
-
+    require_plugin()
     tokens = read_token_file(config.lam_tokens_path) if config.lam_tokens_path else None
     root = local_dataset(config.dataset_repo_id, config.dataset_root)
-    train = _settings(config, root, tokens)
-    set_seed(config.seed)
-    dataset = _dataset(train, tokens)
-    trainee = _Trainee(train, dataset, config.num_epochs)
+    train = lerobot_settings(config, root, tokens)
+    seed_everything(config.seed)
+    dataset = open_dataset(train, tokens)
+    trainee = LeRobotTrainee(train, dataset, config.num_epochs)
     with run_folder(out, config):
         try:
             with FileLock(out / ".lock", timeout=0):
@@ -117,200 +107,7 @@ def run(config: TrainWithTokensConfig) -> Path:
     return last
 
 
-def _require_plugin() -> None:
-    """Import the policies; the error says how to install them."""
-    require_lerobot()
-    try:
-        importlib.import_module(PLUGIN)
-    except ModuleNotFoundError as error:
-        if error.name != PLUGIN:
-            raise
-        raise UserError(
-            f"{PLUGIN} is not installed; in latentact's repository do: pip install plugins/{PLUGIN}."
-        ) from error
-
-
-def _settings(config: TrainWithTokensConfig, root: Path, tokens: TokenFile | None) -> Any:
-    """Return LeRobot's training settings; what is known about the tokens needs not be typed."""
-    import draccus
-    from lerobot.configs import PreTrainedConfig
-    from lerobot.configs.default import DatasetConfig
-    from lerobot.configs.train import TrainPipelineConfig
-
-    known: dict[str, Any] = {"device": config.device, "push_to_hub": "false"}
-    if config.learning_rate:
-        known["optimizer_lr"] = config.learning_rate
-    sidecar = root / "meta" / "lam_tokens.json"
-    if tokens is not None:
-        known |= _shape(tokens.spec, tokens.tokens_kind)
-    elif sidecar.is_file():
-        about = read_record(TokensRecord, sidecar)
-        known |= _shape(about.spec.spec(), about.tokens)
-    known |= dict(setting.split("=", 1) for setting in config.overrides)
-    try:
-        policy: Any = draccus.parse(
-            PreTrainedConfig.get_choice_class(config.policy),
-            args=[f"--{key}={value}" for key, value in known.items()],
-            exit_on_error=False,
-        )
-    except (ArgumentError, draccus.utils.DraccusException, ValueError, NotImplementedError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{config.policy} does not take these settings: {said}.") from error
-    if tokens is not None and not (policy.use_lam_conditioning and policy.use_precomputed_lam_tokens):
-        raise UserError(
-            "--lam-tokens-path is given and the policy is set to use no precomputed tokens; drop one of both."
-        )
-    data = DatasetConfig(config.dataset_repo_id or root.name, root=str(root), video_backend="pyav")
-    return TrainPipelineConfig(
-        dataset=data,
-        policy=policy,
-        output_dir=Path(config.out),
-        job_name=config.policy,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        optimizer=policy.get_optimizer_preset(),
-        scheduler=policy.get_scheduler_preset(),
-    )
-
-
-def _shape(spec: LatentActionSpec, tokens: str) -> dict[str, Any]:
-    return {
-        "lam_num_learned_tokens": spec.tokens,
-        "lam_action_latent_dim": spec.token_dim,
-        "lam_use_vq_tokens": str(tokens == "vq").lower(),
-    }
-
-
-def _dataset(train: Any, tokens: TokenFile | None) -> Any:
-    """Open the dataset as lerobot-train does, with the token file's tokens where there is one."""
-    from lerobot.datasets.factory import make_dataset
-
-    root, policy = Path(train.dataset.root), train.policy
-    version = lerobot_version(root)
-    if not version.startswith("v3"):
-        raise UserError(
-            f"{root} is {f'a LeRobot dataset of {version}' if version else 'no LeRobot dataset'}; make a v3 "
-            f"dataset of it with latentact precompute --output column."
-        )
-    dataset: Any = make_dataset(train)
-    for column in ("action", "observation.state"):
-        if column not in dataset.meta.features:
-            raise UserError(f"{root} has no column {column!r}, which the policy needs; give demonstrations.")
-    if tokens is None:
-        return dataset
-    policy.check_tokens(vars(tokens.spec), str(tokens.path), tokens.tokens_kind)
-    with_tokens = TokenDataset(dataset, tokens, policy.lam_tokens_key, policy.observation_delta_indices)
-    _refuse_other_frames(tokens, root)
-    return with_tokens
-
-
-def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
-    """Refuse tokens of a dataset with as many rows but other pictures."""
-    camera = str(tokens.metadata.get("camera", ""))
-    data = DataConfig(path=str(root), camera=camera, resolution=tokens.spec.resolution)
-    if FrameStream(data).key != tokens.digest:
-        raise UserError(
-            f"{tokens.path} holds tokens of other pictures than those of {root}; precompute the tokens of "
-            f"this dataset."
-        )
-
-
-class _Trainee:
-    """Policy, optimiser, schedule and data, made and stepped as lerobot-train does.
-
-    Args:
-        train: LeRobot's settings; the number of steps is filled in.
-        dataset: what to train on.
-        epochs: how often.
-    """
-
-    def __init__(self, train: Any, dataset: Any, epochs: int) -> None:
-        from accelerate import Accelerator
-        from lerobot.datasets import EpisodeAwareSampler
-        from lerobot.optim.factory import make_optimizer_and_scheduler
-        from lerobot.policies import make_policy, make_pre_post_processors
-
-        meta, policy = dataset.meta, train.policy
-        self._train, self._cameras, self.loss = train, meta.camera_keys, float("nan")
-        try:
-            self._policy = make_policy(policy, ds_meta=meta).train()
-        except URLError as error:
-            raise UserError(
-                f"the policy's vision backbone cannot be downloaded ({error.reason}); try again, "
-                f"or begin from random ones with --policy-override pretrained_backbone_weights=null."
-            ) from error
-        self._before, self._after = make_pre_post_processors(policy, dataset_stats=meta.stats)
-        sampler = EpisodeAwareSampler(
-            meta.episodes["dataset_from_index"],
-            meta.episodes["dataset_to_index"],
-            drop_n_last_frames=getattr(policy, "drop_n_last_frames", 0),
-            shuffle=True,
-            seed=train.seed,
-        )
-        loader = DataLoader(dataset, train.batch_size, sampler=sampler, num_workers=train.num_workers)
-        self.steps_per_epoch = len(loader)
-        train.steps = epochs * self.steps_per_epoch
-        optimizer, schedule = make_optimizer_and_scheduler(train, self._policy)
-        self._accelerator = Accelerator(step_scheduler_with_optimizer=False, cpu=policy.device == "cpu")
-        self._model, self._optimizer, self._loader, self._schedule = self._accelerator.prepare(
-            self._policy, optimizer, loader, schedule
-        )
-
-    def epoch(self, progress: Progress) -> None:
-        """Make one pass over the data; `loss` is then its mean."""
-        from lerobot.scripts.lerobot_train import update_policy
-        from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
-
-        size, names = self._train.batch_size, ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")
-        meters = {name: AverageMeter(name) for name in names}
-        tracker: Any = MetricsTracker(size, self.steps_per_epoch * size, 1, meters)
-        for batch in self._loader:
-            for camera in self._cameras:
-                if batch[camera].dtype == torch.uint8:
-                    batch[camera] = batch[camera].float() / 255
-            update_policy(
-                tracker,
-                self._model,
-                self._before(batch),
-                self._optimizer,
-                self._train.optimizer.grad_clip_norm,
-                self._accelerator,
-                self._schedule,
-            )
-            progress.advance(1)
-        self.loss = tracker.loss.avg
-
-    def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint of LeRobot's form, whole or not at all."""
-        from lerobot.common.train_utils import save_checkpoint, update_last_checkpoint
-
-        with atomic_dir(folder) as partial:
-            save_checkpoint(
-                partial,
-                step,
-                self._train,
-                self._policy,
-                self._optimizer,
-                self._schedule,
-                self._before,
-                self._after,
-                num_processes=1,
-                batch_size=self._train.batch_size,
-            )
-        update_last_checkpoint(folder)
-
-    def load(self, folder: Path) -> int:
-        """Go back to where a checkpoint was written; returns the steps done."""
-        from lerobot.common.train_utils import load_training_state
-
-        load_model(self._policy, folder / "pretrained_model" / "model.safetensors")
-        step, _, _ = load_training_state(folder, self._optimizer, self._schedule)
-        self._loader.set_epoch(step // self.steps_per_epoch)
-        return step
-
-
-def _run_epochs(trainee: _Trainee, out: Path, epochs: int) -> None:
+def _run_epochs(trainee: LeRobotTrainee, out: Path, epochs: int) -> None:
     checkpoints = out / "checkpoints"
     for leftover in checkpoints.glob(".*.partial"):
         shutil.rmtree(leftover)

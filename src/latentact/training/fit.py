@@ -1,88 +1,15 @@
-"""How every model is trained: the settings, and the way into the loop of `training/loop.py`."""
+"""How a model is trained: the way into the loop of `training/loop.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from latentact.device import memory_bytes, multiplies_bf16, require_device
-from latentact.errors import UserError, require_between
-
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-_MOST_STEPS = 10**9
-RANGES = {
-    **dict.fromkeys(("steps", "checkpoint_every", "log_every"), (1, _MOST_STEPS)),
-    **dict.fromkeys(("warmup_steps", "eval_every"), (0, _MOST_STEPS)),
-    "batch_size": (1, 1 << 16),
-    "lr": (0, 100),
-    "weight_decay": (0, 100),
-    "grad_clip": (0, 1e9),
-    "seed": (0, 2**31 - 1),
-    "devices": (1, 1024),
-    "num_nodes": (1, 4096),
-    "num_workers": (0, 1024),
-}
-"""Smallest and largest value of each number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long and how a model is trained."""
-
-    steps: int = 50_000
-    """Optimiser steps."""
-    batch_size: int = 128
-    """Samples per step, over all devices together."""
-    lr: float = 3e-4
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    grad_clip: float = 2.0
-    """Largest gradient norm; 0 does not clip."""
-    warmup_steps: int = 50
-    """Steps in which the learning rate grows from 0.1 of its peak; it then falls to 0.01 of it, both
-    linearly."""
-    precision: str = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
-    seed: int = 0
-    """Seed of weights, batches and noise."""
-    checkpoint_every: int = 500
-    """Steps between training checkpoints; the newest is kept."""
-    log_every: int = 50
-    """Steps between rows of metrics.csv."""
-    eval_every: int = 500
-    """Steps between evaluations on held-out episodes; 0 evaluates at the end only."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    devices: int = 1
-    """Devices per node."""
-    num_nodes: int = 1
-    """Machines."""
-    num_workers: int = 0
-    """Data loader processes; the memory-mapped store rarely needs any."""
-    compile: bool = False
-    """Whether to run the loss through torch.compile."""
-    wandb: bool = False
-    """Whether to log to Weights & Biases beside TensorBoard and metrics.csv."""
-
-    def __post_init__(self) -> None:
-        """Validate the configuration."""
-        for name, (low, high) in RANGES.items():
-            require_between(f"training.{name}", getattr(self, name), low, high)
-        if not self.lr:
-            raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"training.precision is {self.precision!r}; wanted one of {', '.join(PRECISIONS)}."
-            )
-        if self.device != "auto":
-            require_device(self.device)
+from latentact.training.settings import TrainingConfig
 
 
 @runtime_checkable
@@ -114,33 +41,3 @@ def fit(
     from latentact.training.loop import train  # Lightning takes seconds to import
 
     train(model, data, config, out, evaluate)
-
-
-_BYTES_PER_PARAMETER = {"cpu": 28, "cuda": 16}
-"""fp32 weights, gradients and AdamW's two averages; on a CPU also what a checkpoint is written from."""
-
-
-def require_trainable_size(build: Callable[[], nn.Module], name: str, device: str) -> None:
-    """Raise a UserError if a model is too large for the memory to train it in, before any is allocated.
-
-    Args:
-        build: makes the model; called with torch's meta device as the default.
-        name: what messages call it.
-        device: where it will be trained; auto is the one that torch would take.
-    """
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in build().parameters())
-    kind = "cuda" if device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    most = memory_bytes(kind) // _BYTES_PER_PARAMETER[kind]
-    if count > most:
-        raise UserError(
-            f"{name} must have at most {most:,} parameters to be trained in the memory of this machine, got "
-            f"{count:,}."
-        )
-
-
-def precision(config: TrainingConfig) -> str:
-    """Return Lightning's name of the precision to train in."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16-mixed" if multiplies_bf16(config.device) else "32-true"

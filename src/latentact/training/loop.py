@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from latentact.device import keep_freed_memory
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
-from latentact.training.fit import TrainingConfig, precision
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import Busy, saved_steps
+from latentact.training.settings import TrainingConfig, precision
 
 log = logging.getLogger(__name__)
 for _name in ("lightning.pytorch", "lightning.fabric"):  # greetings; what matters is raised or logged here

@@ -19,7 +19,7 @@ from latentact.errors import UserError
 from latentact.io.atomic import read_json
 
 if TYPE_CHECKING:
-    from latentact.lams.frozen import FrozenLam
+    from latentact.labelling.frozen import FrozenLam
 
 Host: Any = object
 """Stands for the host, which comes next among the bases of a config; were it LeRobot's base class, its
@@ -161,7 +161,7 @@ class LamConfig(Host):
         Raises:
             UserError: it is missing, of another size, or not the one that the policy was trained with.
         """
-        from latentact.lams.frozen import FrozenLam
+        from latentact.labelling.frozen import FrozenLam
 
         lam = FrozenLam(self.lam_model_path)
         self.check_tokens(vars(lam.spec), f"the LAM {self.lam_model_path}")

@@ -8,7 +8,7 @@ statistics are computed. Row i of the result shows the frame that row i of the d
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,19 @@ from jaxtyping import Float64
 from PIL import Image
 
 from latentact.data.decode.color import image_rgb
-from latentact.data.decode.stream import FrameStream
 from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
-from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.columns import link
-from latentact.data.lerobot.metadata import Feature
-from latentact.data.lerobot.source import LeRobotSource
 from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
 from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames
-from latentact.errors import UserError
 from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
-_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Take:
+class Take:
     """One episode to write."""
 
     label: str
@@ -50,90 +45,12 @@ class _Take:
     """Returns its numbers, texts and images."""
 
 
-def convert(stream: FrameStream, out: Path, numbers: Sequence[int]) -> list[int]:
-    """Write episodes of a dataset as a LeRobot v3 dataset; returns those whose files are all there.
-
-    Args:
-        stream: a LeRobot v2 dataset or a folder of videos.
-        out: folder to create.
-        numbers: places of the episodes in the data's list, ascending.
+def write_takes(root: Path, features: dict[str, Any], fps: int, robot: str | None, takes: list[Take]) -> None:
+    """Write episodes as a LeRobot v3 dataset whose videos are hard links.
 
     Raises:
-        UserError: the data is something else, its videos cannot be rows of one dataset, or one is damaged.
+        Unreadable: an image or video of one is damaged.
     """
-    source, fps = stream.source, stream.fps
-    if isinstance(source, LeRobotSource):
-        kept = {k: f for k, f in source.tables.features.items() if k not in _BOOKKEEPING and not f.depth}
-        features = {k: _feature(f) for k, f in kept.items()}
-        takes = {number: _recorded(stream.path, source, number) for number in numbers}
-        takes = {n: take for n, take in takes.items() if all(file.is_file() for file in take.videos.values())}
-        robot = source.info.robot_type
-    elif isinstance(source, VideoFolderSource):
-        takes, robot = {number: _plain(source, number) for number in numbers}, None
-        features = {VIDEO_KEY: {"dtype": "video", "shape": (0, 0, 3), "names": None}}
-    else:
-        raise UserError(f"{stream.path} is no LeRobot dataset and no folder of videos; use --output file.")
-    if abs(fps - round(fps)) > 1e-3:
-        raise UserError(
-            f"{stream.path} has {fps:g} frames per second, and LeRobot datasets have a whole number; "
-            f"use --output file."
-        )
-    if not takes:
-        raise UserError(
-            f"{stream.path} has no episode of which every camera's video is there; copy them too."
-        )
-    first = next(iter(takes.values()))
-    for key, file in first.videos.items():  # what metadata says of a video's size may be wrong
-        features[key] |= {"shape": next(decode(file))[1].shape, "names": ["height", "width", "channels"]}
-    try:
-        _write(out, features, round(fps), robot, list(takes.values()))
-    except Unreadable as error:
-        raise UserError(f"{error}; use --output file, or replace it.") from error
-    return list(takes)
-
-
-def _feature(feature: Feature) -> dict[str, Any]:
-    """Return a feature as v3 has it."""
-    names = feature.names
-    if feature.visual:
-        names = ["height", "width", "channels"]
-    elif isinstance(names, list) and len(names) == 1 and isinstance(names[0], list):
-        names = names[0]
-    shape = (*feature.hwc[:2], 3) if feature.visual else feature.shape or (1,)
-    return {"dtype": feature.dtype, "shape": shape, "names": names}
-
-
-def _recorded(path: Path, source: LeRobotSource, number: int) -> _Take:
-    """Return an episode of a LeRobot v2 dataset."""
-    episode, tables, info = source.recordings[number].episode, source.tables, source.info
-    places = {"episode_chunk": episode // info.chunks_size, "episode_index": episode}
-    videos = {
-        key: path / info.file(path, "video_path", **places, video_key=key)
-        for key, feature in info.features.items()
-        if feature.dtype == "video" and not feature.depth
-    }
-    rows = source.row_tasks(number)
-    names = [
-        k for k, f in tables.features.items() if f.dtype != "video" and k not in _BOOKKEEPING and not f.depth
-    ]
-    return _Take(
-        label=source.episodes[number].label,
-        times=tables.timestamps(episode) if videos else source.times(number),
-        tasks=["" if n < 0 else source.tasks[n] for n in rows],
-        videos=videos,
-        columns=lambda: {name: tables.episode_column(name, episode) for name in names},
-    )
-
-
-def _plain(source: VideoFolderSource, number: int) -> _Take:
-    """Return a video as an episode."""
-    file, episode = source.files[number], source.episodes[number]
-    if file.suffix.lower() != ".mp4":
-        raise UserError(f"{file} is no mp4, which LeRobot's videos are; use --output file.")
-    return _Take(label=episode.name, times=None, tasks=[episode.task], videos={VIDEO_KEY: file}, columns=dict)
-
-
-def _write(root: Path, features: dict[str, Any], fps: int, robot: str | None, takes: list[_Take]) -> None:
     from datasets import Dataset
     from lerobot.datasets import io_utils
     from lerobot.datasets.compute_stats import aggregate_stats
@@ -188,7 +105,7 @@ def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:
         raise Unreadable(f"frame {frame} of {file} is at {times[frame]:.4f} s instead of {frame / fps:.4f} s")
 
 
-def _bookkeeping(meta: Any, number: int, first: int, take: _Take, times: np.ndarray) -> dict[str, Any]:
+def _bookkeeping(meta: Any, number: int, first: int, take: Take, times: np.ndarray) -> dict[str, Any]:
     """Return an episode's columns, lerobot's own included."""
     row, seconds = np.arange(len(times)), times - times[0]
     regular = np.abs(seconds - row / meta.fps).max() < LEROBOT_TOLERANCE_S

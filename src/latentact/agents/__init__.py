@@ -1,0 +1,1 @@
+"""Policies at work: one protocol over our own and LeRobot's."""

@@ -1,0 +1,1 @@
+"""Environment suites, one file each; a new file here joins the registry."""

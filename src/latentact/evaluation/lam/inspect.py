@@ -1,0 +1,146 @@
+"""Inspect a latent action model: every number, and the verdict on them.
+
+What `evaluate_lam` judges during training comes first; probes and questions beyond it are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from latentact.data.windows import Clips
+from latentact.evaluation.lam import diagnostics
+from latentact.evaluation.lam.inspect_model import (
+    Case,
+    algebra,
+    controllability,
+    gap_curve,
+    leakage,
+    saliency,
+)
+from latentact.evaluation.lam.inspect_probes import Probed
+from latentact.evaluation.lam.metrics import derangement, encode_rows, evaluate_lam, other_future
+from latentact.evaluation.lam.verdict import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from jaxtyping import Float
+
+    from latentact.data.cache import FrameStore
+    from latentact.lams.contract import LatentActionModel
+
+MAP_POINTS = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found."""
+
+    numbers: dict[str, Any]
+    """Content of `inspect.json`: numbers, verdict, what is missing."""
+    arrays: dict[str, np.ndarray]
+    """What the page draws: latents, their map, pictures."""
+
+
+@torch.no_grad()
+def inspect_lam(
+    model: LatentActionModel,
+    store: FrameStore,
+    *,
+    episodes: Collection[int] | np.ndarray,
+    frame_gap: int,
+    seed: int = 0,
+    max_transitions: int = 2048,
+    device: str = "cpu",
+) -> Inspection:
+    """Inspect `model` on `episodes` that it was not trained on; see `evaluate_lam` for the arguments.
+
+    Raises:
+        UserError: no episode is long enough for one transition, or latents are not finite.
+    """
+    model.eval()
+    base = evaluate_lam(
+        *(model, store),
+        episodes=episodes,
+        frame_gap=frame_gap,
+        seed=seed,
+        max_transitions=max_transitions,
+        device=device,
+    )
+    latents, rows = base.arrays["vectors"], base.arrays["row"]
+    case = Case(
+        model=model,
+        store=store,
+        episodes=np.asarray(list(episodes)),
+        gap=frame_gap,
+        seed=seed,
+        device=device,
+        rows=rows,
+    )
+    clips = Clips(store, episodes=case.episodes, frame_gap=frame_gap, context=model.context)
+    rng = np.random.default_rng((seed, 1))
+    futures = other_future(store, rows, frame_gap, rng)
+    wrong = encode_rows(model, clips, rows, device, futures=futures)[0].flatten(1).numpy()
+    probed = Probed(case, latents, wrong, base.numbers["probes"])
+    errors = {f"{name}_mse": base.numbers.get(f"{name}_mse") for name in ("recon", "copy", "shuffled")}
+    control = controllability(case) if model.generative and case.rgb else None
+    if not model.generative:
+        case.missing.append("The model predicts no frames: nothing is said about reconstruction or control.")
+    if not model.sees:
+        case.missing.append(
+            "The model looks at robot states alone: nothing is said about where latents look."
+        )
+    if base.numbers["episodes"] == 1:
+        case.missing.append(
+            "There is one episode to judge on: probes are fitted on its beginning and scored on its end, and "
+            "intervals say nothing about others."
+        )
+    if base.numbers["codebook"] is None:
+        case.missing.append("The model has no codes: nothing is said about a codebook.")
+    numbers: dict[str, Any] = {
+        "latents": {
+            "dims": latents.shape[1],
+            "spread": diagnostics.spread(latents),
+            "effective_dims": diagnostics.effective_dims(latents),
+            "future_dependence": diagnostics.future_dependence(
+                latents, wrong, latents[derangement(len(rows), rng)]
+            ),
+        },
+        "probes": probed.probes,
+        "label_efficiency": probed.label_efficiency(),
+        "lags": probed.lags(),
+        "misaligned": probed.misaligned(),
+        "codebook": base.numbers["codebook"],
+        "reconstruction": errors if model.generative else None,
+        "prediction_change": control.pop("prediction_change") if control else None,
+        "controllability": control,
+        "algebra": algebra(case),
+        "leakage": leakage(case, rng),
+        "gaps": gap_curve(case),
+        "saliency": saliency(case, base.arrays) if case.rgb and model.sees else None,
+        "sees": model.sees,
+        "action_names": list(store.action_names),
+        "transitions": len(rows),
+        "episodes": base.numbers["episodes"],
+    }
+    arrays = {**base.arrays, **_maps(latents, seed, case.missing)}
+    numbers |= {"missing": case.missing, "verdict": judge(numbers).to_json()}
+    return Inspection(numbers=numbers, arrays=arrays)
+
+
+def _maps(latents: Float[np.ndarray, "n f"], seed: int, missing: list[str]) -> dict[str, np.ndarray]:
+    """The latents' places on a UMAP, where it is installed; the PCA is drawn from the latents themselves."""
+    shown = np.unique(np.linspace(0, len(latents) - 1, min(len(latents), MAP_POINTS)).astype(int))
+    try:
+        from umap import UMAP
+    except ModuleNotFoundError:
+        missing.append("There is no UMAP, only PCA; install it with: pip install 'latentact[umap]'.")
+        return {"shown": shown}
+    if len(shown) < 20 or diagnostics.effective_dims(latents) == 0:
+        return {"shown": shown}
+    places = UMAP(random_state=seed, n_jobs=1, init="pca").fit_transform(latents[shown])
+    return {"shown": shown, "umap": np.asarray(places, np.float32)}

@@ -1,0 +1,152 @@
+"""The probes of an inspection: what latents tell of actions, states and nuisances, beside their floors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentact.data.cache import known_rows
+from latentact.evaluation.lam import diagnostics
+from latentact.evaluation.lam.metrics import FEWEST_PROBED, bootstrap_groups, halves_of, present_features
+from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe, mlp_probe
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from latentact.evaluation.lam.inspect_model import Case
+
+NUISANCE = "observation.nuisance"
+"""Column that holds the state of a distractor, where one was recorded."""
+
+
+class Probed:
+    """Probes of one set of latents, all fitted on the same episodes and scored on the same others."""
+
+    def __init__(
+        self,
+        case: Case,
+        latents: Float[np.ndarray, "n f"],
+        wrong: Float[np.ndarray, "n f"],
+        found: dict[str, Any],
+    ) -> None:
+        store, rows = case.store, case.rows
+        self.case, self.latents, self.wrong = case, latents, wrong
+        self.probes: dict[str, Any] = dict(found)
+        self.curve: dict[int, ProbeScore] = {}
+        episode = store.episode[rows]
+        self.fit, self.score = halves_of(episode, rows, case.gap, case.model.context, case.seed)
+        self.enough = min(self.fit.sum(), self.score.sum()) >= FEWEST_PROBED
+        if not self.enough:
+            self.case.missing.append("Too few held-out transitions for probes; hold out more episodes.")
+            return
+        self.group = bootstrap_groups(episode, self.score)
+        self.floor = present_features(store, rows, self.fit)
+        if store.action_space is None:
+            self.case.missing.append(
+                "The data has no actions: no action probes, label-efficiency curve or lag curve, so the "
+                "verdict rests on the label-free part."
+            )
+        elif found:
+            self._with_present()
+        else:
+            self.case.missing.append(
+                "All actions of the held-out episodes are the same: nothing is said about actions."
+            )
+        self._state()
+        self._nuisance()
+
+    def _pair(
+        self, features: np.ndarray, targets: np.ndarray, among: np.ndarray | None = None
+    ) -> tuple[ProbeData, ProbeData]:
+        fit, score = (p if among is None else p & among for p in (self.fit, self.score))
+        return (
+            ProbeData(features=features[fit], targets=targets[fit], episode=self.group[fit]),
+            ProbeData(features=features[score], targets=targets[score], episode=self.group[score]),
+        )
+
+    def _both(self, name: str, features: np.ndarray, targets: np.ndarray, among: np.ndarray) -> None:
+        pair = self._pair(features, targets, among)
+        self.probes[f"{name}_linear"] = linear_probe(*pair, seed=self.case.seed).to_json()
+        self.probes[f"{name}_mlp"] = mlp_probe(*pair, seed=self.case.seed).to_json()
+
+    def _actions(self, lag: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The action `lag` rows after each transition's start, and whether it was taken in that episode."""
+        store, rows = self.case.store, self.case.rows
+        actions = store.actions(self.case.episodes)
+        first = store.starts[store.episode[rows]]
+        last = first + store.lengths[store.episode[rows]] - 2  # the final frame's action is never taken
+        inside = (rows + lag >= first) & (rows + lag <= last)
+        at = np.clip(rows + lag, first, np.maximum(first, last))
+        known, taken = known_rows(actions[at]), np.ma.getdata(actions[at])
+        if taken.ndim > 1 and store.state is not None:
+            taken = diagnostics.without_state(taken, store.state[at], self.fit & known)
+        return taken, inside & known
+
+    def _with_present(self) -> None:
+        """What latents add to the present: where actions are places, neither tells them alone."""
+        actions = self.case.store.actions(self.case.episodes)[self.case.rows]
+        both = np.concatenate([self.latents, self.floor], axis=1)
+        self._both("latent_and_present", both, np.ma.getdata(actions), known_rows(actions))
+
+    def _state(self) -> None:
+        store, rows, seed = self.case.store, self.case.rows, self.case.seed
+        if store.state is None:
+            self.case.missing.append("The data has no state: nothing is said about z to state.")
+            return
+        change = store.state[rows + self.case.gap] - store.state[rows]
+        sets = {
+            "state": (self.latents, store.state[rows]),
+            "state_change": (self.latents, change),
+            "state_change_state_only": (self.floor, change),
+            "state_change_shuffled_future": (self.wrong, change),
+        }
+        for name, (features, targets) in sets.items():
+            self.probes[name] = linear_probe(*self._pair(features, targets), seed=seed).to_json()
+
+    def _nuisance(self) -> None:
+        """How much of a distractor's motion latents tell, beside what the action itself tells of it."""
+        column = self.case.store.column(NUISANCE)
+        if column is None:
+            self.case.missing.append(
+                f"The data records no distractor ({NUISANCE}): nothing is said about nuisances."
+            )
+            return
+        column = column.reshape(len(column), -1).astype(np.float32)
+        change = column[self.case.rows + self.case.gap] - column[self.case.rows]
+        everywhere = np.ones(len(change), bool)
+        self._both("nuisance", self.latents, change, everywhere)
+        if self.case.store.action_space is not None:
+            taken, known = self._actions()
+            told = np.eye(self.case.store.action_space.size)[taken] if taken.ndim == 1 else taken
+            pair = self._pair(np.where(known[:, None], told, 0.0), change, known)
+            self.probes["nuisance_from_action"] = linear_probe(*pair, seed=self.case.seed).to_json()
+
+    def label_efficiency(self) -> list[dict[str, Any]]:
+        """The curve over k labelled episodes; empty without actions."""
+        if not self.enough or "latent_linear" not in self.probes:
+            return []
+        taken, known = self._actions()
+        return diagnostics.label_efficiency(
+            *self._pair(self.latents, taken, known), *self._pair(self.floor, taken, known), self.case.seed
+        )
+
+    def lags(self) -> list[dict[str, Any]]:
+        """The lag curve; empty without actions."""
+        if not self.enough or "latent_linear" not in self.probes:
+            return []
+        span = range(-2, self.case.gap + 2)
+        found = {lag: self._actions(lag) for lag in span}
+        among = np.all([inside for _, inside in found.values()], axis=0)
+        fit, score = self.fit & among, self.score & among
+        if min(fit.sum(), score.sum()) < FEWEST_PROBED:
+            return []
+        self.curve = diagnostics.lag_curve(
+            *(self.latents, {lag: taken for lag, (taken, _) in found.items()}),
+            *(fit, score, self.group, self.case.seed),
+        )
+        return [{"lag": lag, **probe.to_json()} for lag, probe in self.curve.items()]
+
+    def misaligned(self) -> int | None:
+        """The lag at which actions belong, where that is not 0; after `lags`."""
+        return diagnostics.misaligned(self.curve, self.case.gap) if self.curve else None

@@ -1,0 +1,279 @@
+"""The comparison: every method with the same labels, seeds and episodes, and a verdict that names the winner.
+
+Methods with k labelled episodes are `latent`, `latent_joint` (the LAM saw the labels too), `bc_k`, `idm_k`;
+`oracle` is BC on all labels (its k is None).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from latentact.evaluation.policy.rollout import success_interval
+
+LIMITED = ("latent", "latent_joint", "bc_k", "idm_k")
+LATENT = ("latent", "latent_joint")
+METHODS = {
+    "latent": "Latent policy",
+    "latent_decoder_only": "Latent policy, decoder only",
+    "latent_joint": "Latent policy with joint head",
+    "latent_joint_decoder_only": "Latent, joint head, decoder only",
+    "bc_k": "BC on k labels",
+    "idm_k": "IDM on k labels",
+    "oracle": "Oracle BC (all labels)",
+}
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one k and one seed, rolled out."""
+
+    method: str
+    """A key of `METHODS`."""
+    k: int | None
+    """Labelled episodes; None for all of them."""
+    seed: int
+    """Of training."""
+    episodes: int
+    """Rolled out."""
+    success: float | None
+    """Share of episodes that succeed by the environment's own measure; None where it has none."""
+    mean_return: float
+    """Mean sum of rewards ("return" in files)."""
+    ci95: Interval | None
+    """95 % interval of the success."""
+    return_ci95: Interval
+    """95 % interval of the return."""
+    successes: tuple[bool, ...] = ()
+    """Success of every episode."""
+    run: str = ""
+    """Folder of the rollout, relative to the comparison's."""
+    decoder_only: Mapping[str, Any] | None = None
+    """For latent methods that were fine-tuned: success, return and ci95 before that."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as it stands in `comparison.json`."""
+        row: dict[str, Any] = {
+            "method": self.method,
+            "k": self.k,
+            "seed": self.seed,
+            "episodes": self.episodes,
+            "success": self.success,
+            "return": self.mean_return,
+            "ci95": None if self.ci95 is None else list(self.ci95),
+            "return_ci95": list(self.return_ci95),
+            "successes": [int(success) for success in self.successes],
+            "run": self.run,
+        }
+        return row if self.decoder_only is None else {**row, "decoder_only": dict(self.decoder_only)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Row:
+        """Read a row of `comparison.json`, or a `rollout.json` with method, k, seed and run added."""
+        mean_return = float(row["return"])
+        return cls(
+            method=row["method"],
+            k=row["k"],
+            seed=row["seed"],
+            episodes=row["episodes"],
+            success=None if row["success"] is None else float(row["success"]),
+            mean_return=mean_return,
+            ci95=_interval(row.get("ci95")),
+            return_ci95=_interval(row.get("return_ci95")) or (mean_return, mean_return),
+            successes=tuple(bool(success) for success in row.get("successes") or ()),
+            run=row.get("run", ""),
+            decoder_only=row.get("decoder_only"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One method at one k, over all seeds."""
+
+    method: str
+    """A key of `METHODS`."""
+    k: int | None
+    """Labelled episodes; None for all of them."""
+    seeds: int
+    """Trained with."""
+    episodes: int
+    """Rolled out, over all seeds."""
+    success: float | None
+    """Share of all these episodes that succeed."""
+    ci95: Interval | None
+    """Wilson interval over all these episodes."""
+    mean_return: float
+    """Mean over all these episodes."""
+    return_ci95: Interval
+    """95 % interval of the mean return."""
+    per_seed: tuple[float, ...]
+    """Success (return, where the environment has no success) of every seed."""
+
+    @property
+    def label(self) -> str:
+        """What the method is called."""
+        return METHODS.get(self.method, self.method)
+
+    @property
+    def score(self) -> float:
+        """What methods are ranked by: success, or return where there is none."""
+        return self.mean_return if self.success is None else self.success
+
+    @property
+    def interval(self) -> Interval:
+        """95 % interval of the score."""
+        return self.return_ci95 if self.ci95 is None else self.ci95
+
+
+def aggregate(rows: Iterable[Row]) -> list[Result]:
+    """Pool the seeds of every method and k; ordered by k, then as in `METHODS`, the oracle last."""
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.k), []).append(row)
+        if row.decoder_only is not None:
+            before = f"{row.method}_decoder_only"
+            groups.setdefault((before, row.k), []).append(_decoder_only(row, before))
+    order = list(METHODS)
+
+    def place(result: Result) -> tuple[float, int]:
+        known = order.index(result.method) if result.method in METHODS else len(order)
+        return (math.inf if result.k is None else float(result.k), known)
+
+    return sorted((_pool(group) for group in groups.values()), key=place)
+
+
+def verdict(rows: Iterable[Row]) -> str:
+    """Say who wins among the methods with k labels, by how much, how surely, and how far the oracle is.
+
+    The first sentence names the winner, also when it is a baseline.
+    """
+    results = aggregate(rows)
+    ks = sorted({r.k for r in results if r.k is not None and r.method in LIMITED})
+    if not ks:
+        return "There is no method with k labels to compare."
+    ranked = {
+        k: sorted((r for r in results if r.k == k and r.method in LIMITED), key=lambda r: -r.score)
+        for k in ks
+    }
+    oracle = next((r for r in results if r.method == "oracle"), None)
+    overall = [_overall(ranked)] if len(ks) > 1 else []
+    details = [sentence for k in ks for sentence in _sentences(ranked[k])]
+    return " ".join([*overall, *details, *_from_oracle(ranked[ks[-1]][0], oracle)])
+
+
+def _interval(values: Sequence[float | int] | None) -> Interval | None:
+    return None if values is None else (float(values[0]), float(values[1]))
+
+
+def _decoder_only(row: Row, method: str) -> Row:
+    """A latent row before fine-tuning as a row of its own, rolled out for as many episodes."""
+    plain = row.decoder_only or {}
+    mean_return = float(plain["return"])
+    return replace(
+        row,
+        method=method,
+        success=plain.get("success"),
+        mean_return=mean_return,
+        ci95=_interval(plain.get("ci95")),
+        return_ci95=_interval(plain.get("return_ci95")) or (mean_return, mean_return),
+        successes=(),
+        decoder_only=None,
+    )
+
+
+def _pool(rows: Sequence[Row]) -> Result:
+    episodes = sum(row.episodes for row in rows)
+    mean_return = sum(row.mean_return * row.episodes for row in rows) / episodes
+    # Seeds are independent, so the variances of their means add up.
+    halves = [row.episodes / episodes * (row.return_ci95[1] - row.return_ci95[0]) / 2 for row in rows]
+    spread = math.hypot(*halves)
+    has_success = all(row.success is not None for row in rows)
+    won = round(sum((row.success or 0) * row.episodes for row in rows))
+    return Result(
+        method=rows[0].method,
+        k=rows[0].k,
+        seeds=len(rows),
+        episodes=episodes,
+        success=won / episodes if has_success else None,
+        ci95=_interval(success_interval([True] * won + [False] * (episodes - won))) if has_success else None,
+        mean_return=mean_return,
+        return_ci95=rows[0].return_ci95 if len(rows) == 1 else (mean_return - spread, mean_return + spread),
+        per_seed=tuple(row.mean_return if row.success is None else row.success for row in rows),
+    )
+
+
+def _number(result: Result) -> str:
+    low, high = result.interval
+    return f"{result.score:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _labelled(k: int | None) -> str:
+    return f"{k} labelled episode{'' if k == 1 else 's'}"
+
+
+def _winner(ranked: Sequence[Result]) -> str | None:
+    """Label of the winner at one k; None where methods tie, or where nothing ever succeeds."""
+    first = ranked[0]
+    if first.success == 0 or (len(ranked) > 1 and ranked[1].score == first.score):
+        return None
+    return first.label
+
+
+def _sentences(ranked: Sequence[Result]) -> list[str]:
+    """One k: the winner against the next best, and against the best of the other kind, latent or not."""
+    first, measure = ranked[0], "return" if ranked[0].success is None else "success"
+    if len(ranked) == 1:
+        return [
+            f"{first.label} with {_labelled(first.k)} reaches {measure} {_number(first)}; nothing to compare."
+        ]
+    if first.success == 0:
+        return [f"No method wins with {_labelled(first.k)}: none ever succeeds in {first.episodes} episodes."]
+    second = ranked[1]
+    if _winner(ranked) is None:
+        tied = " and ".join(r.label for r in ranked if r.score == first.score)
+        return [f"{tied} tie with {_labelled(first.k)}: {measure} {_number(first)} each."]
+    said = [
+        f"{first.label} wins with {_labelled(first.k)}: {measure} {_number(first)} against {_number(second)} "
+        f"for {second.label}, the next best; {_certain(first, second)}."
+    ]
+    family = first.method in LATENT
+    other = next((r for r in ranked if (r.method in LATENT) is not family), None)
+    if other is not None and other is not second:
+        kind = "baseline" if family else "latent policy"
+        said.append(f"The best {kind}, {other.label}, reaches {_number(other)}; {_certain(first, other)}.")
+    return said
+
+
+def _certain(first: Result, second: Result) -> str:
+    if first.interval[0] > second.interval[1]:
+        return "the intervals are apart"
+    return "the intervals overlap, so more episodes or seeds could change the order"
+
+
+def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
+    """Several k: who wins where, in one sentence."""
+    at: dict[str, list[str]] = {}
+    for k, results in ranked.items():
+        at.setdefault(_winner(results) or "no single method", []).append(str(k))
+    if len(at) == 1:
+        (name,) = at
+        return f"{name[0].upper()}{name[1:]} wins at every k ({', '.join(at[name])})."
+    places = ", ".join(f"{name} at k = {' and '.join(ks)}" for name, ks in at.items())
+    return f"The winner depends on k: {places}."
+
+
+def _from_oracle(winner: Result, oracle: Result | None) -> list[str]:
+    """How far the best method with (the most) labels is from BC on all of them."""
+    if oracle is None:
+        return []
+    if oracle.score <= 0:
+        return [f"The oracle, BC on all labels, reaches only {_number(oracle)}, so it sets no ceiling here."]
+    share = f"{winner.score / oracle.score:.0%} of" if winner.score < oracle.score else "not behind"
+    return [
+        f"The best with {_labelled(winner.k)} is {share} the oracle, BC on all labels, "
+        f"which reaches {_number(oracle)}."
+    ]

@@ -1,0 +1,1 @@
+"""Guides: the latent actions of a demonstration, aligned and followed."""

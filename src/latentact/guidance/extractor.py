@@ -1,0 +1,201 @@
+"""Guides from demonstration videos: the latent actions of their frames."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from latentact.data.decode.resize import resize
+from latentact.data.decode.video import VideoInfo, decode, probe
+from latentact.data.format import Unreadable
+from latentact.data.time_base import at_times
+from latentact.device import require_device
+from latentact.errors import UserError
+from latentact.guidance.guide import Guide
+from latentact.guidance.inference import BATCH
+from latentact.labelling.dataset import gap_in_frames
+from latentact.lams.contract import load_lam
+from latentact.progress import Progress
+
+
+class LatentActionExtractor:
+    """Turns a demonstration into a guide with a frozen LAM of any kind.
+
+    Args:
+        lam_model_path: folder, file or hub id of the LAM.
+        lam_resolution: height and width to which frames are resized before the LAM, which then resizes them
+            as it was trained; 0: as they are.
+        device: cpu, cuda or mps.
+    """
+
+    def __init__(
+        self, lam_model_path: str | Path, lam_resolution: int = 224, device: str | None = None
+    ) -> None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        require_device(device)
+        if lam_resolution < 0:
+            raise UserError(f"lam_resolution is {lam_resolution}; give a number of pixels, or 0.")
+        self.model = load_lam(lam_model_path, device)
+        self.resolution, self.device = lam_resolution, device
+        self.loaded_fps: float | None = None
+        """Rate of the video that was loaded last, which `extract_from_frames` takes for its frames."""
+
+    def load_video(
+        self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
+    ) -> UInt8[np.ndarray, "t h w 3"]:
+        """Return a video's frames at `target_fps`, resized to the extractor's resolution.
+
+        Args:
+            video_path: any video; its own times and rotation count.
+            target_fps: frames per second; None or 0: those the LAM was trained at, the video's own where the
+                LAM does not know.
+            max_frames: frames to read at most; None or 0: all.
+
+        Raises:
+            UserError: it is not a video, is damaged, or has fewer frames per second than wanted.
+        """
+        fps = self.video_fps(video_path, target_fps)
+        frames = [*self._resized(video_frames(video_path, fps, max_frames))]
+        self.loaded_fps = fps
+        return np.stack(frames)
+
+    def extract(
+        self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
+    ) -> Guide:
+        """Return the guide of a video without holding all of its frames; arguments as for `load_video`."""
+        fps, info = self.video_fps(video_path, target_fps), _probe(Path(video_path))
+        total = min(max_frames or sys.maxsize, round(info.frames * fps / info.fps))
+        with Progress("extracting latent actions", total, "frames") as progress:
+            return self._encode(_counted(video_frames(video_path, fps, max_frames), progress), fps)
+
+    def extract_from_frames(self, frames: np.ndarray | Tensor, fps: float | None = None) -> Guide:
+        """Return the guide of frames that are there.
+
+        Args:
+            frames: uint8 0..255, `[t, h, w, 3]` as numpy or `[t, 3, h, w]` as torch.
+            fps: frames per second; None: of the video loaded last, or else of the LAM's training data.
+
+        Raises:
+            UserError: too few frames, other values, or a rate at which the LAM's gap is no number of frames.
+        """
+        if isinstance(frames, Tensor):
+            frames = frames.permute(0, 2, 3, 1).numpy(force=True)
+        if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[3] != 3:
+            raise UserError(
+                f"frames are {frames.dtype} {list(frames.shape)}; wanted uint8 [t, h, w, 3] from 0 to 255."
+            )
+        rate = fps or self.loaded_fps or self.model.spec.fps
+        return self._encode(frames, rate)
+
+    def video_fps(self, video_path: str | Path, target_fps: float | None) -> float:
+        """Return the rate at which a video is read; see `load_video`."""
+        info = _probe(Path(video_path))
+        fps = target_fps or self.model.spec.fps or info.fps
+        if fps < 0 or not info.fps:
+            raise UserError(f"{video_path} at {fps:g} frames per second is no video; give another one.")
+        self.gap(fps)
+        if fps > 1.1 * info.fps:
+            raise UserError(
+                f"{video_path} has {info.fps:g} frames per second and {fps:g} are wanted, as the LAM was "
+                f"trained; record the demonstration at that rate, or try --target-fps {info.fps:g}."
+            )
+        return fps
+
+    def gap(self, fps: float) -> int:
+        """Return the LAM's gap in frames at `fps`; a UserError where no number of frames is near it."""
+        spec = self.model.spec
+        remedy = (
+            f"give a rate that fits, for example --target-fps {spec.fps or 1 / (spec.frame_gap_s or 1):g}"
+        )
+        return gap_in_frames(spec, fps, Path("the demonstration"), 0.0, remedy) if fps else spec.frame_gap
+
+    def _resized(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
+
+    def _encode(self, frames: Iterable[np.ndarray], fps: float) -> Guide:
+        """Encode frames as they come, in windows as labelling cuts them."""
+        spec, context = self.model.spec, self.model.context
+        gap = self.gap(fps)
+        held: list[np.ndarray] = []  # frames from number `first` on
+        first = done = total = 0
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        for frame in itertools.chain(self._resized(frames), (None,)):
+            if frame is not None:
+                held.append(frame)
+                total += 1
+            ready = max(0, total - gap)
+            if ready - done < BATCH and not (frame is None and ready > done):
+                continue
+            parts.append(self._window(np.stack(held), np.arange(done, ready), first, gap))
+            done = ready
+            held = held[max(0, done - context * gap) - first :]
+            first = max(0, done - context * gap)
+        if not parts:
+            raise UserError(
+                f"the demonstration has {total} frame(s) and a latent action spans {gap + 1}; "
+                "give a longer one, or another --target-fps."
+            )
+        vectors, continuous, codes = zip(*parts, strict=True)
+        known = replace(spec, frame_gap=gap, frame_gap_s=gap / fps, fps=fps) if fps else spec
+        return Guide(
+            spec=known,
+            fps=fps,
+            vectors=np.concatenate(vectors),
+            continuous=np.concatenate(continuous),
+            codes=None if codes[0] is None else np.concatenate(codes),
+        )
+
+    @torch.inference_mode()
+    def _window(
+        self, held: np.ndarray, rows: np.ndarray, first: int, gap: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        wanted = rows[:, None] + np.arange(-self.model.context, 2) * gap
+        inside = np.maximum(wanted, 0)
+        frames = torch.from_numpy(held[inside - first]).permute(0, 1, 4, 2, 3)
+        valid = torch.from_numpy(wanted == inside)
+        found = self.model.encode(frames.to(self.device), valid.to(self.device), last=True)
+        codes = None if found.codes is None else found.codes[:, -1].numpy(force=True)
+        return found.vectors[:, -1].numpy(force=True), found.continuous[:, -1].numpy(force=True), codes
+
+
+def video_frames(
+    path: str | Path, fps: float, max_frames: int | None = None
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yield a video's frames at `fps`, counted from its first frame, upright and in their own size.
+
+    Raises:
+        UserError: it is not a video, or damaged.
+    """
+    frames = decode(Path(path))
+    try:
+        start = next(frames)
+        picked = at_times(itertools.chain([start], frames), (start[0] + k / fps for k in itertools.count()))
+        for _, _, frame in itertools.islice(picked, max_frames or None):
+            yield frame
+    except StopIteration as error:
+        raise UserError(f"{path} has no frames; give another video.") from error
+    except Unreadable as error:
+        raise UserError(f"{path} cannot be read: {error}; give a whole video.") from error
+
+
+def _counted[T](items: Iterable[T], progress: Progress) -> Iterator[T]:
+    for item in items:
+        yield item
+        progress.advance(1)
+
+
+def _probe(path: Path) -> VideoInfo:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a video file.")
+    try:
+        return probe(path)
+    except Unreadable as error:
+        raise UserError(f"{path} cannot be read: {error}; give a whole video.") from error

@@ -1,0 +1,1 @@
+"""Latent actions of whole datasets and streams."""

@@ -1,0 +1,203 @@
+"""Frames that stream in, clips of them that are encoded, and the part on disk that both become."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+
+from latentact.data.decode.pipeline import Chunk
+from latentact.data.format import Unreadable
+from latentact.device import keep_freed_memory
+from latentact.io.atomic import atomic_write
+from latentact.lams.contract import LatentActionModel
+from latentact.progress import Progress
+from latentact.types import LatentActions
+
+_CPU_BATCH = 32  # more rows at a time are no faster there, and take more memory
+
+
+@torch.inference_mode()
+def encode_clip(
+    model: LatentActionModel,
+    frames: UInt8[torch.Tensor, "*b t c h w"],
+    precision: str,
+    valid: torch.Tensor | None = None,
+    last: bool = False,
+    state: torch.Tensor | None = None,
+) -> LatentActions:
+    """Return what a model says of clips; `state` is for models that observe it.
+
+    For int8 the model has to come from `int8`; what has no such layer is computed in bf16.
+    """
+    more: dict[str, Any] = {} if state is None else {"state": state}
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision != "fp32"):
+        return model.encode(frames, valid, last=last, **more)
+
+
+@contextmanager
+def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Yield threads that encode, and how many batches may wait.
+
+    On a CPU each core takes a batch of its own. Cores that share a batch would make the last bits of the
+    numbers depend on how many cores there are.
+    """
+    threads = torch.get_num_threads()
+    keep_freed_memory()
+    pool = ThreadPoolExecutor(threads if device == "cpu" else 1, thread_name_prefix="encode")
+    torch.set_num_threads(1)
+    try:
+        with pool:
+            yield pool, 2 + (threads if device == "cpu" else 1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Unit:
+    """Encodes the frames of some episodes, holding only those of which a transition is still to be encoded.
+
+    Positions count the unit's frames, also those of episodes that turn out to be damaged. A clip holds
+    `stretch` transitions, each one gap after the one before, and is named by the first one's position.
+    """
+
+    def __init__(
+        self,
+        model: LatentActionModel,
+        gap: int,
+        encoders: ThreadPoolExecutor,
+        *,
+        batch_size: int,
+        device: str,
+        precision: str,
+        states: Callable[[int, Sequence[int]], np.ndarray] | None = None,
+        transitions: Callable[[int, Sequence[float], Sequence[int], int], np.ndarray] | None = None,
+    ) -> None:
+        self._model, self._gap, self._encoders = model, gap, encoders
+        self._device, self._precision, self._states = device, precision, states
+        self._transitions = transitions
+        self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
+        most = min(batch_size, _CPU_BATCH if device == "cpu" else sys.maxsize)
+        self._batch_size = max(1, most // self._stretch)
+        self._offsets = np.arange(-self._context, self._stretch + 1) * gap
+        self._held: list[UInt8[np.ndarray, "m h w c"]] = []
+        self._held_states: list[Float32[np.ndarray, "m s"]] = []
+        self._base = self._end = self._next = 0
+        self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
+        self._episodes: dict[int, tuple[int, list[int], np.ndarray]] = {}
+        self._unreadable: dict[int, str] = {}
+        self._encoded: list[Future[dict[str, np.ndarray]]] = []
+
+    def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
+        """Take in an episode; yields what the encoders have to do."""
+        start, frame_indices, times = self._end, [], []
+        self._next = start
+        try:
+            for chunk in chunks:
+                self._end += len(chunk.frames)
+                self._held.append(chunk.frames)
+                states = np.zeros((len(chunk.frames), 0))
+                states = self._states(number, chunk.frame_indices) if self._states else states
+                self._held_states.append(states.astype(np.float32))
+                frame_indices += chunk.frame_indices
+                times += chunk.times
+                self._queue(start, self._stretch)
+                while len(self._clips) >= self._batch_size:
+                    yield self._batch(start)
+                progress.advance(len(chunk.frames))
+            self._queue(start, 1)
+            valid = np.ones(len(frame_indices), bool)
+            if self._transitions:
+                valid = self._transitions(number, times, frame_indices, self._gap)
+            self._episodes[number] = start, frame_indices, valid
+        except Unreadable as error:
+            self._unreadable[number] = str(error)
+            self._clips = self._clips[self._clips[:, 0] < start]
+
+    def end(self, writer: ThreadPoolExecutor, path: Path) -> Iterator[Future[Any]]:
+        """Encode what is left, and write the part."""
+        self._next = self._end
+        while len(self._clips):
+            yield self._batch(self._end)
+        yield writer.submit(self._save, path)
+
+    def _queue(self, start: int, transitions: int) -> None:
+        """Queue the clips of which so many transitions can be seen."""
+        until = max(self._next, self._end - transitions * self._gap)
+        positions = np.arange(self._next, until)
+        first = positions[(positions - start) // self._gap % self._stretch == 0]
+        known = np.broadcast_to([[start, self._end]], (len(first), 2))
+        self._clips = np.concatenate([self._clips, np.column_stack([first, known])])
+        self._next = until
+
+    def _batch(self, start: int) -> Future[Any]:
+        """Encode the oldest clips, and let go of frames that no later clip looks at."""
+        clips, self._clips = self._clips[: self._batch_size], self._clips[self._batch_size :]
+        frames, states = (
+            held[0] if len(held) == 1 else np.concatenate(held) for held in (self._held, self._held_states)
+        )
+        wanted = clips[:, :1] + self._offsets
+        inside = np.clip(wanted, clips[:, 1:2], clips[:, 2:] - 1)
+        low, high = int(inside.min()), int(inside.max()) + 1
+        seen, told = (each[low - self._base : high - self._base] for each in (frames, states))
+        future = self._encoders.submit(self._encode, wanted, seen, told, inside - low, wanted == inside)
+        self._encoded.append(future)
+        needed = max(start, self._next + self._offsets[0])
+        if len(self._clips):
+            needed = min(needed, max(self._clips[0, 1], self._clips[0, 0] + self._offsets[0]))
+        self._held, self._held_states = [frames[needed - self._base :]], [states[needed - self._base :]]
+        self._base = needed
+        return future
+
+    def _encode(
+        self,
+        wanted: np.ndarray,
+        frames: np.ndarray,
+        states: np.ndarray,
+        places: np.ndarray,
+        valid: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        seen = torch.from_numpy(frames).to(self._device)
+        clips = seen[torch.from_numpy(places).to(seen.device)].permute(0, 1, 4, 2, 3)
+        known = torch.from_numpy(valid).to(seen.device)
+        state = torch.from_numpy(states[places]).to(seen.device) if self._states else None
+        last = self._stretch == 1
+        latent = encode_clip(self._model, clips, self._precision, known, last=last, state=state)
+        real = valid[:, 1 + self._context :]
+        found = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
+        numbers = {k: v.numpy(force=True)[real] for k, v in found.items() if v is not None}
+        return {"rows": wanted[:, self._context : -1][real], **numbers}
+
+    def _save(self, path: Path) -> None:
+        episodes = self._episodes.values()
+        kept = [np.arange(start, start + len(indices)) for start, indices, _ in episodes]
+        positions = np.concatenate([np.zeros(0, np.int64), *kept])
+        near = np.concatenate([np.zeros(0, bool), *(valid for *_, valid in episodes)])
+        arrays: dict[str, Any] = {
+            "episodes": np.array([*self._episodes], np.int64),
+            "lengths": np.array([len(each) for each in kept], np.int64),
+            "frame_indices": np.array([i for _, indices, _ in episodes for i in indices], np.int64),
+            "valid": np.zeros(len(positions), bool),
+            "unreadable": np.array(json.dumps(self._unreadable)),
+        }
+        for future in self._encoded:
+            batch = future.result()
+            inside = np.isin(batch["rows"], positions[near])
+            at = np.searchsorted(positions, batch.pop("rows")[inside])
+            arrays["valid"][at] = True
+            for name, values in batch.items():
+                if name not in arrays:
+                    arrays[name] = np.zeros((len(positions), *values.shape[1:]), values.dtype)
+                arrays[name][at] = values[inside]
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        with atomic_write(path) as partial:
+            partial.write_bytes(buffer.getvalue())

@@ -1,0 +1,321 @@
+"""CLAM: continuous latent actions with a jointly trained action decoder (arXiv 2505.04999).
+
+Inverse dynamics from three moments to a few numbers, forward dynamics from the last two and those numbers,
+over `steps` steps in which each prediction takes the place of what it predicts, and an MLP that reads the
+robot's action on the labelled steps while all of it is learned. Moments are pictures, robot states or both.
+Departures: latent actions are whitened instead of free, so that they cannot collapse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
+from torch import Tensor, nn
+
+from latentact.errors import UserError
+from latentact.lams.contract import (
+    LAMS,
+    LatentActionModel,
+    action_loss,
+    at_steps,
+    batched,
+    floats,
+    window_steps,
+)
+from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
+from latentact.nn.patch import PatchUNet
+from latentact.nn.unet import UNet
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
+from latentact.types import ActionSpace, Clip, LatentActions
+
+
+@LAMS.register("clam")
+@dataclass(frozen=True, kw_only=True)
+class ClamConfig:
+    """Settings of CLAM; the sizes of latent action and decoder are the published ones."""
+
+    kind: str = "clam"
+    """Registered name."""
+    observations: str = "pixels"
+    """pixels, state (the robot's numbers; pictures are not looked at) or both."""
+    state_size: int = 0
+    """Numbers in the robot's state, where it is observed."""
+    backbone: str = "impala"
+    """impala (with LAPO's U-Net) or patch."""
+    size: int = 64
+    """Height and width that the model works at, 32..256 pixels; for impala a multiple of 32."""
+    idm_scale: int = 4
+    """impala: multiplier of the IDM's channels (16, 32, 32)."""
+    fdm_base: int = 24
+    """impala: channels of the U-Net's first level."""
+    patch: int = 8
+    """patch: side of a patch in pixels."""
+    idm_channels: tuple[int, ...] = (64,)
+    """patch: channels of the IDM's levels; each further level halves the resolution."""
+    fdm_channels: tuple[int, ...] = (96,)
+    """patch: channels of the FDM's levels."""
+    hidden: int = 1024
+    """Width of the two hidden layers that look at states."""
+    bottleneck: BottleneckConfig = field(default_factory=lambda: BottleneckConfig(kind="none", dim=8))
+    """What the latent action passes through: none, kl, or one with codes."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the FDM predicts of pictures; anything but pixels for one step only."""
+    steps: int = 1
+    """k: steps that the FDM predicts, each from what it predicted before."""
+    fdm_context: int = 1
+    """Moments before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
+    difference_input: float = 0.0
+    """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    motion_weight: float = 0.0
+    """Extra weight of pixels that change: 1 + motion_weight * min(|change|, 0.5)."""
+    motion_dilation: int = 0
+    """Pixels by which the motion weight spreads around what changes."""
+    state_weight: float = 1.0
+    """Weight of the FDM's error on states, in deviations of the batch."""
+    action_weight: float = 0.0
+    """Weight of the action decoder's loss on labelled steps (published: 1 for states, 0.01 for pictures);
+    0 builds none."""
+    decoder: tuple[int, ...] = (1024, 1024, 1024)
+    """Widths of the action decoder's hidden layers."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can be built from."""
+        if self.observations not in ("pixels", "state", "both"):
+            raise UserError(f"lam.observations is {self.observations!r}; wanted pixels, state or both.")
+        if (self.observations == "pixels") == bool(self.state_size):
+            raise UserError(
+                f"lam.observations is {self.observations} and lam.state_size is {self.state_size}; give the "
+                f"numbers in the data's robot state where it is observed, and 0 where it is not."
+            )
+        if not 32 <= self.size <= 256 or (self.backbone == "impala" and self.size % 32):
+            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels, a multiple of 32 for impala.")
+        if self.fdm_context not in (0, 1):
+            raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
+        if self.steps < 1 or (self.steps > 1 and self.target.kind != "pixels"):
+            raise UserError(
+                f"lam.steps is {self.steps} and lam.target.kind {self.target.kind}; wanted at least 1, and 1 "
+                f"for features."
+            )
+        if min((1, *self.decoder)) < 1:
+            raise UserError(f"lam.decoder is {list(self.decoder)}; wanted widths of at least 1.")
+        if self.observations == "state" and self.target.kind != "pixels":
+            raise UserError(f"lam.target.kind is {self.target.kind}, and states alone have no pictures.")
+
+    def build(self, actions: ActionSpace | None = None) -> Clam:
+        """Return the model with random weights."""
+        if self.action_weight and actions is None:
+            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+        return Clam(self, actions)
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What is observed at successive moments: pictures in -0.5..0.5, states in deviations, or both."""
+
+    x: Float[Tensor, "b t c h w"] | None
+    s: Float[Tensor, "b t s"] | None
+
+    def cut(self, start: int, stop: int) -> _Moments:
+        return _Moments(*(None if v is None else v[:, start:stop] for v in (self.x, self.s)))
+
+    def replaced(self, at: int, by: _Moments) -> _Moments:
+        """Return the moments with the one at `at` taken from `by`, which holds one."""
+
+        def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+            if old is None or new is None:
+                return old
+            return torch.cat([old[:, :at], new.to(old.dtype), old[:, at + 1 :]], dim=1)
+
+        return _Moments(put(self.x, by.x), put(self.s, by.s))
+
+
+class Clam(LatentActionModel):
+    """CLAM with the networks and the bottleneck of its config; sees one moment of context."""
+
+    context = 1
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, config: ClamConfig, actions: ActionSpace | None = None) -> None:
+        super().__init__(config)
+        c = self.config = config
+        self.horizon, self.state_size = c.steps, c.state_size
+        self.actions = actions if c.action_weight else None
+        self.bottleneck = QUANTIZERS.get(c.bottleneck.kind)(c.bottleneck)
+        latent_dim = self.bottleneck.tokens * self.bottleneck.token_dim
+        self.sees = c.observations != "state"
+        self.generative = self.sees and c.target.kind == "pixels"
+        if self.sees:
+            channels = 12 if c.difference_input else 9
+            self.encoder = self._frame_encoder(channels)
+            self.fdm = self._fdm(latent_dim)
+        if self.state_size:
+            s, before = c.state_size, (1 + c.fdm_context) * c.state_size
+            self.state_norm = nn.BatchNorm1d(s, affine=False)
+            self.state_encoder = _mlp(3 * s, (c.hidden, c.hidden), 256)
+            self.state_fdm = _mlp(before + latent_dim, (c.hidden, c.hidden), s)
+        self.idm_head = nn.Linear(256 * (self.sees + bool(self.state_size)), self.bottleneck.in_features)
+        self.action_decoder = _mlp(latent_dim, c.decoder, self.actions.size) if self.actions else None
+        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(numbers))
+        self.register_buffer("action_std", torch.ones(numbers))
+        self.spec = self._new_spec(
+            c.size,
+            tokens=self.bottleneck.tokens,
+            token_dim=self.bottleneck.token_dim,
+            codebook_size=self.bottleneck.codebook_size,
+        )
+
+    def _frame_encoder(self, channels: int, features: int = 256, precise: bool = False) -> nn.Module:
+        c = self.config
+        return frame_encoder(
+            c.backbone, channels, c.size, scale=c.idm_scale, patch=c.patch, channels=c.idm_channels,
+            features=features, precise=precise,
+        )  # fmt: skip
+
+    def _fdm(self, latent_dim: int) -> nn.Module:
+        c, frames = self.config, 1 + self.config.fdm_context
+        if c.target.kind != "pixels":
+            own = c.target.kind == "ema_features"
+            encoder = self._frame_encoder(3, c.target.features, precise=True) if own else None
+            return FeatureFdm(c.target, latent_dim, encoder)
+        if c.backbone == "impala":
+            return UNet(3 * frames, latent_dim, 3, c.fdm_base, c.size)
+        return PatchUNet(3 * frames, latent_dim, 3, c.patch, c.fdm_channels)
+
+    def encode(
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
+        state: Float32[Tensor, "*b t s"] | None = None,
+    ) -> LatentActions:
+        """Return latent actions; `state`, the robot's state at every frame, is for models that observe it.
+
+        Raises:
+            UserError: the clips are too short, or the model observes states and there are none of its size.
+        """
+        frames, valid = batched(frames, valid, last)
+        steps, real = window_steps(valid, self.context, last)
+        s = self._states(state[None] if state is not None and state.ndim == 2 else state)
+        seen = _Moments(
+            floats(at_steps(frames, steps), self.config.size) if self.sees else None,
+            None if s is None else at_steps(s, steps),
+        )
+        return self._told(self._infer(seen), real)
+
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Return the next frame at the model's size, uint8."""
+        if not self.generative:
+            raise refuse_pictures(self)
+        older = frames[:, [max(-2, -frames.shape[1]), -1]]
+        predicted = self._picture(floats(older, self.config.size), vectors.flatten(1))
+        return ((predicted + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labelled steps."""
+        if len(self.action_mean):
+            self.action_mean.copy_(actions.mean(0))
+            self.action_std.copy_(actions.std(0).clamp(min=1e-4))
+
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean error of the predicted steps + the bottleneck's loss + the decoder's on labelled steps."""
+        seen = _Moments(
+            floats(clip.frames, self.config.size) if self.sees else None, self._states(clip.states)
+        )
+        device = clip.frames.device
+        total, recon, guess = torch.zeros((), device=device), torch.zeros((), device=device), None
+        first, metrics = None, {}
+        for step in range(self.config.steps):
+            window = seen.cut(step, step + 3)
+            if guess is not None:
+                window = window.replaced(1, guess)
+            latent = self._infer(window)
+            error, told, guess = self._step(window, seen.cut(step + 1, step + 3), latent.vectors, clip)
+            recon = recon + error.detach() / self.config.steps
+            total = total + (error + latent.loss) / self.config.steps
+            if first is None:
+                first, metrics = latent, told | latent.metrics
+        metrics["recon"] = recon
+        if self.action_decoder is not None and clip.action is not None and clip.labeled is not None:
+            assert first is not None
+            action = clip.action
+            if len(self.action_mean):
+                action = (action - self.action_mean) / self.action_std
+            decoded = action_loss(self.action_decoder(first.vectors), action, clip.labeled)
+            metrics["action"] = decoded.detach()
+            total = total + self.config.action_weight * decoded
+        return total, metrics
+
+    def _step(
+        self, window: _Moments, real: _Moments, latent: Tensor, clip: Clip
+    ) -> tuple[Tensor, dict[str, Tensor], _Moments]:
+        """Return the error of the moment after the window's second, metrics, and what was predicted.
+
+        Args:
+            window: the moments that the FDM may see, one of which it may have predicted itself.
+            real: the current moment and the next one as they were.
+            latent: the latent action between them.
+            clip: the batch, for the features of its first step.
+        """
+        c, error, metrics, x, s = self.config, torch.zeros((), device=latent.device), {}, None, None
+        if window.x is not None and real.x is not None:
+            if isinstance(self.fdm, FeatureFdm):
+                error, metrics = self.fdm.of_clip(latent, window.x, clip, 1)
+            else:
+                x = self._picture(window.x[:, :2], latent)
+                error = pixel_error(x, real.x[:, 0], real.x[:, 1], c.motion_weight, c.motion_dilation)
+        if window.s is not None and real.s is not None:
+            before = window.s[:, 1 - c.fdm_context : 2].flatten(1)
+            s = window.s[:, 1] + self.state_fdm(torch.cat([before, latent], dim=1))
+            state = F.mse_loss(s.float(), real.s[:, 1])
+            error, metrics = error + c.state_weight * state, {**metrics, "state": state.detach()}
+        return error, metrics, _Moments(*(None if v is None else v[:, None] for v in (x, s)))
+
+    def _infer(self, window: _Moments) -> Quantized:
+        """Three moments to latent actions."""
+        parts = []
+        if window.x is not None:
+            frames = [*window.x.unbind(1)]
+            if gain := self.config.difference_input:
+                frames.append((window.x[:, 2] - window.x[:, 1]) * gain)
+            parts.append(self.encoder(torch.cat(frames, dim=1)))
+        if window.s is not None:
+            parts.append(F.relu(self.state_encoder(window.s.flatten(1))))
+        return self.bottleneck(self.idm_head(torch.cat(parts, dim=1)))
+
+    def _picture(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Two pictures and a latent action to the next picture, -0.5..0.5."""
+        before = x[:, 1 - self.config.fdm_context :].flatten(1, 2)
+        if self.config.backbone == "impala":
+            return self.fdm(before, latent)
+        grain = self.config.patch * 2 ** (len(self.config.fdm_channels) - 1)
+        pad, size = -self.config.size % grain, self.config.size
+        change = self.fdm(F.pad(before, (0, pad, 0, pad), mode="replicate"), latent)
+        return x[:, 1] + change[..., :size, :size]
+
+    def _states(self, states: Tensor | None) -> Tensor | None:
+        """Return states in deviations from their mean; None for a model that does not observe them."""
+        if not self.state_size:
+            return None
+        if states is None or states.shape[-1] != self.state_size:
+            found = "none" if states is None else f"one of {states.shape[-1]} numbers"
+            raise UserError(
+                f"this clam model observes a robot state of {self.state_size} numbers and got {found}; give "
+                f"data with that `observation.state` (in Python: encode(frames, state=...))."
+            )
+        with torch.autocast(states.device.type, enabled=False):
+            return self.state_norm(states.float().flatten(0, 1)).unflatten(0, states.shape[:2])
+
+
+def _mlp(in_features: int, widths: tuple[int, ...], out_features: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Linear(in_features, width), nn.ReLU()]
+        in_features = width
+    return nn.Sequential(*layers, nn.Linear(in_features, out_features))

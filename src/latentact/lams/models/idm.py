@@ -1,0 +1,116 @@
+"""Supervised inverse dynamics, the VPT baseline (arXiv 2206.11795): frames to robot actions.
+
+Learned from labelled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
+behaviour cloning: the honest rival of every latent action model that gets the same labels. It has no forward
+dynamics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
+
+from latentact.errors import UserError
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, floats, pairs
+from latentact.nn.impala import Impala
+from latentact.nn.patch import PatchEncoder
+from latentact.types import ActionSpace, Clip, LatentActions
+
+
+@LAMS.register("idm")
+@dataclass(frozen=True, kw_only=True)
+class IdmConfig:
+    """Settings of supervised inverse dynamics; needs labelled episodes."""
+
+    kind: str = "idm"
+    """Registered name."""
+    backbone: str = "impala"
+    """impala or patch, as in LAPO."""
+    size: int = 64
+    """Height and width that the model works at, in pixels."""
+    scale: int = 4
+    """impala: multiplier of the channels (16, 32, 32)."""
+    patch: int = 8
+    """patch: side of a patch in pixels."""
+    channels: tuple[int, ...] = (64,)
+    """patch: channels of the levels; each further level halves the resolution."""
+    difference_input: float = 0.0
+    """Factor of the difference (next - current) given as extra channels; 0 gives none."""
+
+    def build(self, actions: ActionSpace | None = None) -> Idm:
+        """Return the model with random weights."""
+        if actions is None:
+            raise UserError("lam=idm learns from robot actions and the data has none; use lam=lapo.")
+        return Idm(self, actions)
+
+
+class Idm(LatentActionModel):
+    """Inverse dynamics from three frames to the robot action between the last two."""
+
+    context = 1
+    generative = False
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: IdmConfig, actions: ActionSpace) -> None:
+        super().__init__(config)
+        self.actions, self.space = actions, actions
+        channels = 12 if config.difference_input else 9
+        if config.backbone == "impala":
+            self.encoder = Impala(channels, config.size, tuple(config.scale * c for c in (16, 32, 32)))
+        else:
+            self.encoder = PatchEncoder(channels, config.size, config.patch, config.channels)
+        self.head = nn.Linear(256, actions.size)
+        numbers = 0 if actions.discrete else actions.size
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("std", torch.ones(numbers))
+        self.spec = self._new_spec(
+            config.size,
+            tokens=1,
+            token_dim=actions.size,
+            codebook_size=actions.size if actions.discrete else None,
+            robot_actions=True,
+        )
+
+    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labelled steps."""
+        if not self.space.discrete:
+            self.mean.copy_(actions.mean(0))
+            self.std.copy_(actions.std(0).clamp(min=1e-4))
+
+    def encode(
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
+    ) -> LatentActions:
+        """Return robot actions: class probabilities and classes, or numbers in the robot's units."""
+        windows, real = pairs(frames, valid, self.context, last)
+        out = self._scores(windows)
+        vectors = out.softmax(1) if self.space.discrete else out * self.std + self.mean
+        vectors = vectors.reshape(*real.shape, 1, self.spec.token_dim)
+        codes = vectors.argmax(-1) if self.space.discrete else None
+        return LatentActions(vectors=vectors, continuous=vectors, codes=codes, valid=real)
+
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Refuse: there is no forward dynamics."""
+        raise UserError("lam=idm has no forward dynamics and predicts no frames; use lam=lapo for that.")
+
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss over labelled steps."""
+        assert clip.action is not None
+        assert clip.labeled is not None
+        action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
+        return action_loss(self._scores(clip.frames[:, -3:]), action, clip.labeled), {}
+
+    def _scores(self, windows: Tensor) -> Tensor:
+        x = floats(windows, self.config.size)
+        frames = [*x.unbind(1)]
+        if gain := self.config.difference_input:
+            frames.append((x[:, -1] - x[:, -2]) * gain)
+        return self.head(self.encoder(torch.cat(frames, dim=1))).float()

@@ -1,0 +1,299 @@
+"""LAPO: inverse and forward dynamics around a quantised latent action (arXiv 2312.10812).
+
+The defaults are the published model: IMPALA IDM on three stacked frames, U-Net FDM, VQ-EMA. The options train
+in minutes on small data: patch networks, whitened latents instead of codes, a difference input, no FDM
+context, a loss weighted by motion, and an action head on few labelled steps (as in LAOM, 2502.00379, and
+CLAM, 2505.04999). Grids of integers (XLand, 5x5x2) go through embeddings and are predicted by cross-entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
+
+from latentact.errors import UserError
+from latentact.io.tensors import load_weights
+from latentact.io.unpickle import read_pickled
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, floats, pairs
+from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
+from latentact.nn.grid import GridDecoder, GridEncoder
+from latentact.nn.patch import PatchUNet
+from latentact.nn.unet import UNet
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
+from latentact.types import ActionSpace, Clip, LatentActions
+
+
+@LAMS.register("lapo")
+@dataclass(frozen=True, kw_only=True)
+class LapoConfig:
+    """Settings of LAPO; the defaults are the published ones."""
+
+    kind: str = "lapo"
+    """Registered name."""
+    backbone: str = "impala"
+    """impala: the published IMPALA and U-Net; patch: cheap patch networks; grid: embedded integer cells."""
+    size: int = 64
+    """Height and width that the model works at, 32..256 pixels (grid: cells)."""
+    frame_channels: int = 3
+    """Channels of a frame (grid: integers per cell)."""
+    grid_values: int = 32
+    """grid: how many values an integer can take."""
+    idm_scale: int = 4
+    """impala: multiplier of the IDM's channels (16, 32, 32)."""
+    fdm_base: int = 24
+    """impala: channels of the U-Net's first level."""
+    patch: int = 8
+    """patch: side of a patch in pixels."""
+    idm_channels: tuple[int, ...] = (64,)
+    """patch, grid: channels of the IDM's levels; each further level halves the resolution."""
+    fdm_channels: tuple[int, ...] = (96,)
+    """patch, grid: channels of the FDM's levels."""
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    """What the latent action passes through."""
+    difference_input: float = 0.0
+    """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    target: TargetConfig = field(default_factory=TargetConfig)
+    """What the FDM predicts; grids: pixels, that is cells."""
+    fdm_context: int = 1
+    """Frames before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
+    motion_weight: float = 0.0
+    """Extra weight of pixels that change: 1 + motion_weight * min(|change|, 0.5)."""
+    motion_dilation: int = 0
+    """Pixels by which the motion weight spreads around what changes."""
+    action_weight: float = 0.0
+    """Weight of the loss of an action head on labelled steps; 0 builds none. What the head says of any step
+    joins the latent action as further numbers, so that the FDM uses it and few labels suffice to read it."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can be built from."""
+        if self.backbone not in ("impala", "patch", "grid"):
+            raise UserError(f"lam.backbone is {self.backbone!r}; wanted impala, patch or grid.")
+        if self.backbone != "grid" and not 32 <= self.size <= 256:
+            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels.")
+        if self.patch < 1:
+            raise UserError(f"lam.patch is {self.patch}; wanted at least 1 pixel.")
+        if self.fdm_context not in (0, 1):
+            raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
+        if self.backbone == "grid" and (self.difference_input or self.motion_weight):
+            raise UserError(
+                "lam.difference_input and lam.motion_weight are for pictures; leave them 0 for grids."
+            )
+        if self.backbone == "grid" and self.target.kind != "pixels":
+            raise UserError(
+                f"lam.target.kind is {self.target.kind}; grids are predicted as cells, so leave it."
+            )
+        if self.action_weight and self.bottleneck.kind not in ("none", "kl"):
+            raise UserError(
+                f"lam.action_weight wants latent actions without codes; set lam.bottleneck.kind to none or "
+                f"kl, not {self.bottleneck.kind}."
+            )
+
+    def build(self, actions: ActionSpace | None = None) -> Lapo:
+        """Return the model with random weights."""
+        if self.action_weight and actions is None:
+            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+        return Lapo(self, actions)
+
+    @classmethod
+    def read_published(cls, path: Path) -> Lapo | None:
+        """Return the model of LAPO's `idm_fdm.pt` (or of the folder that holds it), sizes from its shapes.
+
+        Raises:
+            UserError: it is such a file and damaged, or its networks are not LAPO's.
+        """
+        file = path / "idm_fdm.pt" if path.is_dir() else path
+        if not file.is_file() or file.suffix != ".pt":
+            return None
+        saved = read_pickled(file)
+        if not (isinstance(saved.get("idm"), dict) and isinstance(saved.get("wm"), dict)):
+            return None
+        weights = {
+            f"{ours}.{name.removeprefix('_orig_mod.')}": tensor
+            for ours, theirs in (("idm", "idm"), ("fdm", "wm"))
+            for name, tensor in saved[theirs].items()
+            if isinstance(name, str) and isinstance(tensor, Tensor)
+        }
+        for theirs, ours in (("idm.policy_head.", "idm_head."), ("idm.vq.", "bottleneck.")):
+            weights = {
+                ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in weights.items()
+            }
+        try:
+            codebooks, entries, width = weights["bottleneck.embedding"].shape
+            dim = len(weights["idm_head.weight"])
+            base, channels = weights["fdm.down.0.conv.weight"].shape[:2]
+            scale = weights["idm.conv_stack.0.conv.weight"].shape[0] // 16
+            cells = weights["idm.fc.weight"].shape[1] // (32 * scale)
+            config = cls(
+                size=8 * math.isqrt(cells),
+                frame_channels=(channels - dim) // 2,
+                idm_scale=scale,
+                fdm_base=base,
+                bottleneck=BottleneckConfig(
+                    dim=dim,
+                    codebooks=codebooks,
+                    positions=dim // (codebooks * width),
+                    codebook_size=entries,
+                ),
+            )
+            with torch.device("meta"):
+                model = config.build()
+        except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise UserError(
+                f"{file} lacks networks of LAPO's shapes ({error}); give its idm_fdm.pt."
+            ) from error
+        weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+        weights |= {name: torch.zeros(0) for name in ("action_mean", "action_std")}
+        load_weights(model, weights, file)
+        return model
+
+
+class Lapo(LatentActionModel):
+    """LAPO with the networks and the bottleneck of its config; sees one frame of context, as published."""
+
+    context = 1
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, config: LapoConfig, actions: ActionSpace | None = None) -> None:
+        super().__init__(config)
+        self.config: LapoConfig = config
+        self.actions = actions if config.action_weight else None
+        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        self.grain = {"impala": 32, "patch": config.patch * 2 ** (len(config.fdm_channels) - 1), "grid": 1}
+        self.inner = -(-config.size // self.grain[config.backbone]) * self.grain[config.backbone]
+        self.idm = self._idm()
+        self.idm_head = nn.Linear(256, self.bottleneck.in_features)
+        self.action_head = nn.Linear(256, self.actions.size) if self.actions else None
+        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(numbers))
+        self.register_buffer("action_std", torch.ones(numbers))
+        self.fdm = self._fdm()
+        self.generative = config.target.kind == "pixels"
+        self.spec = self._new_spec(
+            config.size,
+            tokens=self.bottleneck.tokens,
+            token_dim=self._latent_dim // self.bottleneck.tokens,
+            codebook_size=self.bottleneck.codebook_size,
+        )
+
+    @property
+    def _latent_dim(self) -> int:
+        said = self.actions.size if self.actions else 0
+        return self.bottleneck.tokens * self.bottleneck.token_dim + said
+
+    def _idm(self) -> nn.Module:
+        c = self.config
+        if c.backbone == "grid":
+            return GridEncoder(3, c.frame_channels, c.size, c.grid_values, c.idm_channels[0])
+        return self._frame_encoder(c.frame_channels * (4 if c.difference_input else 3))
+
+    def _frame_encoder(self, channels: int, features: int = 256, precise: bool = False) -> nn.Module:
+        c = self.config
+        return frame_encoder(
+            c.backbone, channels, self.inner, scale=c.idm_scale, patch=c.patch, channels=c.idm_channels,
+            features=features, precise=precise,
+        )  # fmt: skip
+
+    def _fdm(self) -> nn.Module:
+        c, frames = self.config, 1 + self.config.fdm_context
+        if c.target.kind != "pixels":
+            own = c.target.kind == "ema_features"
+            encoder = self._frame_encoder(c.frame_channels, c.target.features, precise=True) if own else None
+            return FeatureFdm(c.target, self._latent_dim, encoder)
+        if c.backbone == "grid":
+            return GridDecoder(frames, c.frame_channels, c.grid_values, self._latent_dim, c.fdm_channels[0])
+        if c.backbone == "impala":
+            return UNet(frames * c.frame_channels, self._latent_dim, c.frame_channels, c.fdm_base, self.inner)
+        return PatchUNet(
+            frames * c.frame_channels, self._latent_dim, c.frame_channels, c.patch, c.fdm_channels
+        )
+
+    def encode(
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
+    ) -> LatentActions:
+        """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
+        windows, real = pairs(frames, valid, self.context, last, self.config.frame_channels)
+        latent, _ = self._infer(self._pixels(windows))
+        return self._told(latent, real)
+
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Return the next frame at the model's size, uint8."""
+        if not self.generative:
+            raise refuse_pictures(self)
+        older = frames[:, [max(-2, -frames.shape[1]), -1]]
+        predicted = self._predict(self._pixels(older), vectors.flatten(1))
+        if self.config.backbone == "grid":
+            return predicted.argmax(1).to(torch.uint8)
+        size = self.config.size
+        return ((predicted[..., :size, :size] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labelled steps."""
+        if len(self.action_mean):
+            self.action_mean.copy_(actions.mean(0))
+            self.action_std.copy_(actions.std(0).clamp(min=1e-4))
+
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction of the next frame + the bottleneck's loss + the action head's on labelled steps."""
+        x = self._pixels(clip.frames[:, -3:])
+        latent, said = self._infer(x)
+        if isinstance(self.fdm, FeatureFdm):
+            recon, told = self.fdm.of_clip(latent.vectors, x, clip, self.context)
+        else:
+            recon, told = self._reconstruction(x, latent.vectors), {}
+        total, metrics = recon + latent.loss, {"recon": recon.detach(), **told, **latent.metrics}
+        if said is not None:
+            assert clip.action is not None
+            assert clip.labeled is not None
+            action = clip.action
+            if len(self.action_mean):
+                action = (action - self.action_mean) / self.action_std
+            head = action_loss(said, action, clip.labeled)
+            metrics["action"] = head.detach()
+            total = total + self.config.action_weight * head
+        return total, metrics
+
+    def _infer(self, x: Tensor) -> tuple[Quantized, Tensor | None]:
+        """Windows `[n, 3, c, h, w]` to latent actions and what the action head says (logits or numbers)."""
+        if gain := self.config.difference_input:
+            x = torch.cat([x, (x[:, -1:] - x[:, -2:-1]) * gain], dim=1)
+        features = self.idm(x.flatten(1, 2))
+        latent = self.bottleneck(self.idm_head(features))
+        if self.action_head is None or self.actions is None:
+            return latent, None
+        said = self.action_head(features).float()
+        number = said.softmax(1) if self.actions.discrete else said
+        vectors, continuous = (torch.cat([v, number], dim=1) for v in (latent.vectors, latent.continuous))
+        return replace(latent, vectors=vectors, continuous=continuous), said
+
+    def _predict(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Frames so far `[n, t, c, h, w]` to the next one: pixels in -0.5..0.5, or logits of grid values."""
+        out = self.fdm(torch.cat(x[:, -1 - self.config.fdm_context :].unbind(1), dim=1), latent)
+        return out if self.config.backbone != "patch" else x[:, -1] + out
+
+    def _reconstruction(self, x: Tensor, latent: Tensor) -> Tensor:
+        now, target = x[:, -2], x[:, -1]
+        predicted = self._predict(x[:, :-1], latent)
+        if self.config.backbone == "grid":
+            return F.cross_entropy(predicted.float(), target.long())
+        return pixel_error(predicted, now, target, self.config.motion_weight, self.config.motion_dilation)
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """Frames uint8 `[n, t, c, h, w]` of any size to -0.5..0.5 at the inner size; grids stay integers."""
+        if self.config.backbone == "grid":
+            return frames
+        x = floats(frames, self.config.size)
+        if pad := self.inner - self.config.size:
+            x = F.pad(x.flatten(0, 1), (0, pad, 0, pad), mode="replicate").unflatten(0, x.shape[:2])
+        return x

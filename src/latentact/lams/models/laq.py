@@ -1,0 +1,321 @@
+"""LAQ: the latent action quantisation of LAPA (arXiv 2410.11758), C-ViViT around a quantised difference.
+
+`compat` is the published model to the digit, slips included (see `nn/cvivit.py`); `read_published` builds it
+from LAPA's files. Without it, as is the default for training, the slips are gone and a frame's tokens do not
+depend on other frames, so that they are computed once for all transitions that it belongs to. In both,
+differing from the published code, evaluation never adds noise. The loss is the squared error of the second
+frame, plus the bottleneck's; published is nsvq, which has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from latentact.data.decode.resize import resize
+from latentact.errors import UserError
+from latentact.io.unpickle import read_pickled
+from latentact.lams.contract import LAMS, LatentActionModel, pairs
+from latentact.nn.cvivit import CELLS, CViViT, cells
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
+from latentact.types import ActionSpace, Clip, LatentActions
+
+_CHUNK = 16  # frames or pairs encoded together; more cost memory and no less time
+
+
+def _bottleneck() -> BottleneckConfig:
+    return BottleneckConfig(kind="nsvq", dim=128, codebooks=1, positions=4, codebook_size=8, guard=True)
+
+
+@LAMS.register("laq")
+@dataclass(frozen=True, kw_only=True)
+class LaqConfig:
+    """Settings of LAQ; sizes are the published ones."""
+
+    kind: str = "laq"
+    """Registered name."""
+    size: int = 256
+    """Height and width that the model works at, in pixels."""
+    patch: int = 32
+    """Side of a patch in pixels."""
+    dim: int = 1024
+    """Numbers per token."""
+    heads: int = 16
+    """Attention heads."""
+    head_dim: int = 64
+    """Numbers per attention head."""
+    spatial_depth: int = 8
+    """Layers of the spatial transformers of encoder and decoder."""
+    temporal_depth: int = 8
+    """Layers of the temporal transformer."""
+    bottleneck: BottleneckConfig = field(default_factory=_bottleneck)
+    """What the latent action passes through; its `positions` (1, 2, 4, 16, 64 or 256) are the cells to which
+    a small CNN reduces a frame."""
+    compat: bool = False
+    """Whether to compute exactly what LAPA's code does, slips included."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no model can be built from."""
+        for name in ("size", "patch", "dim", "heads", "head_dim", "spatial_depth", "temporal_depth"):
+            value, most = getattr(self, name), 256 if name.endswith("depth") else 1 << 14
+            if type(value) is not int or not 1 <= value <= most:
+                raise UserError(f"lam.{name} is {value!r}; wanted a whole number from 1 to {most}.")
+        if self.size % self.patch:
+            raise UserError(f"lam.size is {self.size}; wanted a multiple of lam.patch, {self.patch}.")
+        wanted, grid = self.bottleneck.positions, self.size // self.patch
+        if wanted not in CELLS:
+            raise UserError(
+                f"lam.bottleneck.positions is {wanted}; wanted one of {', '.join(map(str, CELLS))}."
+            )
+        if cells(grid, CELLS[wanted]) != wanted:
+            fitting = [str(g) for g in range(65) if cells(g, CELLS[wanted]) == wanted]
+            raise UserError(
+                f"lam.size / lam.patch is {grid} patches a side, which cannot become {wanted} cells "
+                f"(lam.bottleneck.positions); wanted {' or '.join(fitting)}."
+            )
+
+    def build(self, actions: ActionSpace | None = None) -> Laq:
+        """Return the model with random weights."""
+        return Laq(self)
+
+    @classmethod
+    def read_published(cls, path: Path, image_size: int = 256, code_seq_len: int = 4) -> Laq | None:
+        """Load LAPA's `laq_openx.pt`, or a `vae.STEP.pt` or `vae.STEP.ema.pt` of its training.
+
+        Args:
+            path: the file, or a folder that holds one `.pt` file.
+            image_size: height and width that it was trained at.
+            code_seq_len: codes per transition.
+
+        Returns:
+            The model, or None where the file is something else.
+
+        Raises:
+            UserError: weights are missing, unknown or of a wrong shape; nothing is loaded then.
+        """
+        found = _file(Path(path))
+        weights = _weights(found) if found else None
+        if found is None or weights is None:
+            return None
+        config = _sizes(weights, found, image_size, code_seq_len)
+        with torch.device("meta"):
+            model = Laq(config)
+        own = model.state_dict()
+        given = dict(_renamed(name, value) for name, value in weights.items())
+        counters = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in own.items() if name in _COUNTERS}
+        _refuse_unless_equal({k: v for k, v in own.items() if k not in counters}, given, found)
+        model.load_state_dict({k: v.float() for k, v in given.items()} | counters, assign=True)
+        model.spec = replace(model.spec, resize="pillow")
+        return model
+
+
+_COUNTERS = ("bottleneck.used", "bottleneck.step")
+
+
+class Laq(LatentActionModel):
+    """LAQ with the sizes and the bottleneck of its config."""
+
+    def __init__(self, config: LaqConfig) -> None:
+        super().__init__(config)
+        self.config: LaqConfig = config
+        places = config.bottleneck.positions
+        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        latent = self.bottleneck.tokens * self.bottleneck.token_dim
+        self._width = self.bottleneck.in_features
+        for numbers in (self.bottleneck.in_features, latent):
+            if numbers % places:
+                raise UserError(
+                    f"the bottleneck {config.bottleneck.kind!r} has {numbers} numbers; wanted a multiple "
+                    f"of lam.bottleneck.positions, {places}."
+                )
+        self.net = CViViT(
+            dim=config.dim,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            spatial_depth=config.spatial_depth,
+            temporal_depth=config.temporal_depth,
+            patch=config.patch,
+            cells=places,
+            width_in=self.bottleneck.in_features // places,
+            width_out=latent // places,
+            compat=config.compat,
+        )
+        self.spec = self._new_spec(
+            config.size,
+            tokens=self.bottleneck.tokens,
+            token_dim=self.bottleneck.token_dim,
+            codebook_size=self.bottleneck.codebook_size,
+        )
+
+    def encode(
+        self,
+        frames: UInt8[Tensor, "*b t c h w"],
+        valid: Bool[Tensor, "*b t"] | None = None,
+        last: bool = False,
+    ) -> LatentActions:
+        """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
+        windows, real = pairs(frames, valid, 0, last)
+        deltas = [*self._deltas(windows)] if len(windows) else [windows.new_zeros(0, self._width).float()]
+        latent = self.bottleneck(torch.cat(deltas))
+        return self._told(latent, real)
+
+    def predict(
+        self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
+    ) -> UInt8[Tensor, "b c h2 w2"]:
+        """Return the next frame at the model's size, uint8."""
+        pixels = self.reconstruct(self._pixels(frames[:, -1:]), vectors.flatten(1))
+        return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def reconstruct(
+        self, pixels: Float[Tensor, "b 1 3 y x"], latent: Float[Tensor, "b f"]
+    ) -> Float[Tensor, "b 3 y x"]:
+        """Return the next frame, about 0..1, from the current one in 0..1 and a flat latent action."""
+        patches = self.net.patches(pixels)
+        return self.net.decode(patches, latent, self.net.bias(patches))
+
+    def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the second frame, 0..1 scale, and the bottleneck's loss."""
+        pixels = self._pixels(clip.frames[:, -2:])
+        patches = self.net.patches(pixels)
+        bias = self.net.bias(patches)
+        latent = self.bottleneck(self.net.delta(self.net.look(patches, bias)))
+        first = patches[:, :1].detach() if self.config.compat else patches[:, :1]
+        recon = F.mse_loss(self.net.decode(first, latent.vectors, bias).float(), pixels[:, 1])
+        return recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
+
+    def _deltas(self, windows: UInt8[Tensor, "n 2 c h w"]) -> Iterator[Float[Tensor, "m f"]]:
+        """Yield what enters the bottleneck, some pairs at a time."""
+        if self.config.compat:  # the second frame's tokens depend on the first frame
+            for chunk in windows.split(_CHUNK // 2):
+                patches = self.net.patches(self._pixels(chunk))
+                yield self.net.delta(self.net.look(patches, self.net.bias(patches)))
+            return
+        frames, place = _distinct(windows.flatten(0, 1))
+        tokens = []
+        for chunk in frames.split(_CHUNK):
+            patches = self.net.patches(self._pixels(chunk.unsqueeze(1)))
+            tokens.append(self.net.look(patches, self.net.bias(patches))[:, 0])
+        looked = torch.cat(tokens)
+        for pair in place.view(-1, 2).split(_CHUNK // 2):
+            yield self.net.delta(looked[pair])
+
+    def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
+        """Frames of any size to 0..1 at the model's size, squashed by PIL as LAPA's preparation does."""
+        size, x = self.config.size, frames.flatten(0, 1)
+        if x.shape[-2:] != (size, size):
+            resized = resize(x.permute(0, 2, 3, 1).numpy(force=True), size, "pillow")
+            x = torch.from_numpy(resized).permute(0, 3, 1, 2).to(x.device)
+        return (x.float() / 255).unflatten(0, frames.shape[:2])
+
+
+def _distinct(frames: UInt8[Tensor, "n c h w"]) -> tuple[UInt8[Tensor, "m c h w"], Tensor]:
+    """Return each different frame once, and where each of `frames` is among them."""
+    flat = frames.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1 << 62, (flat.shape[1],), generator=generator).to(flat.device)
+    keys = torch.stack([(each * weights).sum() for each in flat.long()])
+    found, place = keys.unique(return_inverse=True)
+    first = torch.full_like(found, len(flat)).scatter_reduce_(
+        0, place, torch.arange(len(flat), device=flat.device), "amin"
+    )
+    return frames[first], place
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.pt")) if path.is_dir() else []
+    return files[0] if len(files) == 1 else None
+
+
+def _weights(path: Path) -> dict[str, Any] | None:
+    """Return the named weights of a file of LAPA's, or None where it is of another program."""
+    if path.suffix not in (".pt", ".pth"):
+        return None
+    values = {str(name).replace("module.", ""): value for name, value in read_pickled(path).items()}
+    if averaged := {k.removeprefix("ema_model."): v for k, v in values.items() if k.startswith("ema_model.")}:
+        values = averaged
+    return values if any(name.startswith("enc_spatial_transformer.") for name in values) else None
+
+
+def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: int) -> LaqConfig:
+    """Return the config that the shapes of the weights tell, and `image_size` and `code_seq_len` complete."""
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        value = weights.get(name)
+        if not isinstance(value, Tensor) or value.ndim != rank:
+            raise UserError(
+                f"{path} is a LAQ of LAPA without a usable {name!r}; download it again, or give the file of "
+                f"another training step."
+            )
+        return tuple(value.shape)
+
+    def depth(stack: str) -> int:
+        parts = [name.split(".") for name in weights if name.startswith(f"{stack}.layers.")]
+        return len({part[2] for part in parts if len(part) > 2})
+
+    attention = "enc_spatial_transformer.layers.0.1"
+    patch = math.isqrt(shape("to_patch_emb_first_frame.1.weight", 1)[0] // 3)
+    codes, width = shape("vq.codebooks", 2)
+    sizes: dict[str, Any] = {
+        "patch": patch,
+        "dim": shape("to_patch_emb_first_frame.2.weight", 2)[0],
+        "heads": shape(f"{attention}.null_kv", 3)[0],
+        "head_dim": shape(f"{attention}.q_scale", 1)[0],
+        "spatial_depth": depth("enc_spatial_transformer"),
+        "temporal_depth": depth("enc_temporal_transformer"),
+    }
+    try:
+        bottleneck = BottleneckConfig(
+            kind="nsvq",
+            dim=code_seq_len * width,
+            codebooks=1,
+            positions=code_seq_len,
+            codebook_size=codes,
+        )
+        return LaqConfig(size=image_size, **sizes, bottleneck=bottleneck, compat=True)
+    except UserError as error:
+        raise UserError(
+            f"{path} is a LAQ of LAPA that does not fit image_size={image_size!r} and "
+            f"code_seq_len={code_seq_len!r}; give those it was trained with: "
+            f"latentact convert-lam {path} --image-size N --code-seq-len K --out DIR."
+        ) from error
+
+
+def _renamed(name: str, value: Any) -> tuple[str, Any]:
+    """Return a weight of LAPA's with the name and shape that it has here."""
+    if name.endswith(".dsconv.weight") and isinstance(value, Tensor) and value.shape[1:2] == (1,):
+        value = value.squeeze(1)
+    if name == "vq.codebooks":
+        return "bottleneck.codebooks", value
+    return f"net.{name}".replace(".dsconv.", "."), value
+
+
+def _refuse_unless_equal(own: dict[str, Tensor], given: dict[str, Any], path: Path) -> None:
+    """Raise a UserError unless names, shapes and kinds of the weights are those of the model."""
+    wrong = [
+        name
+        for name in own.keys() & given.keys()
+        if not isinstance(given[name], Tensor)
+        or not given[name].is_floating_point()
+        or given[name].shape != own[name].shape
+    ]
+    for what, names in (
+        ("lacks", own.keys() - given.keys()),
+        ("has unknown weights", given.keys() - own.keys()),
+        ("has a wrong shape for", wrong),
+    ):
+        if names:
+            name = sorted(names)[0].removeprefix("net.").removeprefix("bottleneck.")
+            raise UserError(
+                f"{path} is a LAQ of LAPA that {what} {name!r} ({len(names)} in all); it is damaged, or "
+                f"image_size and code_seq_len are other than those it was trained with."
+            )

@@ -1,0 +1,220 @@
+"""The sections of a report on a latent action model: each returns its part of the page, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from latentact.reporting.charts import codebook_usage, latent_map
+from latentact.reporting.html import Section, bars, chart, figure, image, scroll, table, text, tiles
+from latentact.reporting.run_data import LamRun
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PROBES = {
+    "latent_linear": ("Latent action, linear probe", "What a straight line through the latents tells."),
+    "latent_mlp": ("Latent action, small network", "The same with a curved line: two hidden layers."),
+    "state_only": (
+        "Floor: the present alone",
+        "No latent: only the state, or the frame now. What an expert does next can often be guessed from it.",
+    ),
+    "shuffled_future": (
+        "Control: shuffled future",
+        "Latents of the right moment with a wrong next frame. What stays is not about the change.",
+    ),
+    "state_change": ("Latent action to displacement", "How far the robot's state moves, by a straight line."),
+    "state_change_state_only": (
+        "Floor: present to displacement",
+        "The same, guessed from the present alone.",
+    ),
+}
+CONTROLS = ("state_only", "shuffled_future", "state_change_state_only")
+FIRST = ' class="first"'
+
+
+def lam_section(lam: LamRun) -> Section:
+    """How good the latent action model is, in numbers."""
+    recon, copy, shuffled = (lam.numbers[f"{name}_mse"] for name in ("recon", "copy", "shuffled"))
+    items = [("Error of the predicted frame", f"{recon:.2g}", "mean squared, pixels from 0 to 1")]
+    if copy > 0:
+        items.append(("Of the error of copying", f"{recon / copy:.1%}", "lower is better, 100 % is useless"))
+    if recon > 0:
+        items.append(
+            ("With a wrong latent", f"{shuffled / recon:.1f}x", "the error; 1x: no better than another's")
+        )
+    health = lam.numbers.get("codebook")
+    if health:
+        used = f"{health['used']} of {health['size']}"
+        items.append(("Codes in use", used, f"perplexity {health['perplexity']:.1f}"))
+    warnings = "".join(f'<p class="warn">{text(said)}</p>' for said in lam.numbers.get("warnings", []))
+    return Section(
+        anchor="lam",
+        title="The latent action model",
+        what="A latent action is what changed between two moments of a video. These numbers are from "
+        "held-out episodes, on which the model was not trained.",
+        body=tiles(items) + warnings,
+    )
+
+
+def probe_section(lam: LamRun) -> Section | str:
+    """What latents tell about actions, beside what can be told without them."""
+    probes = lam.numbers.get("probes") or {}
+    if not probes:
+        return "Probes need actions or enough held-out episodes, and there were none."
+    items = []
+    for name, (title, why) in PROBES.items():
+        if name in probes:
+            score = float(probes[name]["score"])
+            low, high = (float(edge) for edge in probes[name].get("ci95") or (score, score))
+            items.append((title, why, score, (low, high), name in CONTROLS))
+    accuracy = next(iter(probes.values()))["metric"] == "accuracy"
+    scale = "the share of actions read correctly" if accuracy else "R2 (1 is exact, 0 is guessing the mean)"
+    return Section(
+        anchor="probes",
+        title="Do latents hold the action?",
+        what="A probe reads the robot's action from a latent. It is fitted on half of the held-out "
+        f"episodes and scored on the others by {scale}. Grey bars are controls: what rises "
+        "above them was found in the change.",
+        body=figure(bars(items), "Brackets are 95 % intervals over the scored episodes."),
+    )
+
+
+def prediction_section(lam: LamRun) -> Section | str:
+    """Predicted frames beside the real ones."""
+    if "predicted" not in lam.arrays:
+        return "There are no pictures of predictions."
+    names = ("now", "next", "predicted")
+    said = ("the frame now", "the real next frame", "the predicted next frame")
+    cells = []
+    for i in range(len(lam.arrays["now"])):
+        triple = "".join(
+            f"<div>{image(lam.arrays[name][i], f'Example {i + 1}: {alt}')}<span>{name}</span></div>"
+            for name, alt in zip(names, said, strict=True)
+        )
+        cells.append(f'<div class="triple">{triple}</div>')
+    return Section(
+        anchor="predictions",
+        title="Prediction beside reality",
+        what="From what it has seen so far and the latent action, the model draws the next frame.",
+        body=figure(
+            f'<div class="examples">{"".join(cells)}</div>',
+            "Moments with visible motion. A good prediction moves what really "
+            "moved; blur, or a copy of the first picture, is a bad sign.",
+        ),
+    )
+
+
+def transfer_section(lam: LamRun) -> Section | str:
+    """The same latent applied in other episodes."""
+    if "transfer_grid" not in lam.arrays:
+        return "There is no transfer grid."
+    return Section(
+        anchor="transfer",
+        title="One latent, many places",
+        what="Each row takes the latent action of one change (left) and applies it where other "
+        "episodes are (top).",
+        body=figure(
+            scroll(_transfer_table(lam.arrays), "Transfer grid"),
+            "Read along a row: where the latent is an action, the same thing happens everywhere. Where a "
+            "row shows the scene it was taken from, the latent carries the picture instead.",
+        ),
+    )
+
+
+def _transfer_table(arrays: dict[str, np.ndarray]) -> str:
+    starts = _numbered(arrays.get("transfer_start_episode"), len(arrays["transfer_start"]))
+    sources = _numbered(arrays.get("transfer_source_episode"), len(arrays["transfer_source"]))
+    head = "".join(
+        f'<th scope="col"{FIRST if not j else ""}>{text(name)}{image(picture, f"Start, {name}")}</th>'
+        for j, (name, picture) in enumerate(zip(starts, arrays["transfer_start"], strict=True))
+    )
+    lines = []
+    for i, name in enumerate(sources):
+        before, after = (
+            image(picture, f"Latent of {name}, {when}")
+            for picture, when in zip(arrays["transfer_source"][i], ("now", "next"), strict=True)
+        )
+        cells = "".join(
+            f"<td{FIRST if not j else ''}>{image(picture, f'Latent of {name} applied in {starts[j]}')}</td>"
+            for j, picture in enumerate(arrays["transfer_grid"][i])
+        )
+        lines.append(
+            f'<tr><th scope="row"><span class="pair">{before}<span aria-hidden="true">→</span>'
+            f"{after}</span>{text(name)}</th>{cells}</tr>"
+        )
+    return (
+        f'<table class="grid"><thead><tr><th scope="col">latent of this change</th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _numbered(episodes: np.ndarray | None, count: int) -> list[str]:
+    return (
+        [f"episode {e}" for e in episodes] if episodes is not None else [f"no. {i + 1}" for i in range(count)]
+    )
+
+
+def map_section(lam: LamRun) -> Section | str:
+    """Latent space in two dimensions."""
+    if not len(lam.arrays.get("vectors", ())):
+        return "There are no latents to draw a map of."
+    names = [str(name) for name in lam.numbers.get("action_names", [])]
+    content = latent_map(lam.arrays, names)
+    by = "action" if "action" in lam.arrays else "time"
+    caption = (
+        f"The two widest directions of latent space (PCA), which hold {content['share']:.0%} of its spread, "
+        f"coloured by {by}. Where colours form islands, a latent means an action. Point at a dot for "
+        "episode and time."
+    )
+    return Section(
+        anchor="map",
+        title="Map of latent actions",
+        what="Every point is one transition; close points changed the video alike.",
+        body=figure(chart(content, label=f"Scatter plot of latents, coloured by {by}", height=460), caption),
+    )
+
+
+def codebook_section(lam: LamRun) -> Section | str:
+    """How evenly codes are used."""
+    health = lam.numbers.get("codebook")
+    if not health or "codes" not in lam.arrays:
+        return "The model has no codebook, so there is no code usage."
+    said = (
+        f"{health['used']} of {health['size']} codes are used, {health['dead']} never. The perplexity, "
+        f"the number of codes that are really in play, is {health['perplexity']:.1f}."
+    )
+    usage = codebook_usage(lam.arrays["codes"], health["size"])
+    return Section(
+        anchor="codebook",
+        title="Codebook",
+        what=said,
+        body=figure(
+            chart(usage, label=f"Bar chart of code usage. {said}", height=260),
+            "Share of each code. One tall bar with nothing beside it would mean that the "
+            "codes have collapsed.",
+        ),
+    )
+
+
+def other_lams_section(lams: Sequence[LamRun]) -> Section:
+    """The numbers of all latent action models, when there are several."""
+    rows = []
+    for lam in lams:
+        probe = (lam.numbers.get("probes") or {}).get("latent_linear")
+        recon, copy, shuffled = (lam.numbers[f"{name}_mse"] for name in ("recon", "copy", "shuffled"))
+        cells = (
+            f"{recon:.2g}",
+            f"{recon / copy:.1%}" if copy else "-",
+            f"{shuffled / recon:.1f}x" if recon else "-",
+            f"{probe['score']:.2f}" if probe else "-",
+        )
+        rows.append((text(lam.path), cells, False))
+    return Section(
+        anchor="lams",
+        title="All latent action models of this run",
+        what="The pictures and charts above are of the first.",
+        body=table(
+            ("Run", "Error", "Of copying", "Wrong latent", "Linear probe"), rows, "Latent action models"
+        ),
+    )

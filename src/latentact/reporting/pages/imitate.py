@@ -1,0 +1,186 @@
+"""The page of one imitation: the demonstration beside what the policy made of it, and how well they agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from latentact.io.atomic import atomic_write
+from latentact.reporting.html import (
+    Section,
+    chart,
+    figure,
+    fold,
+    image,
+    page,
+    table,
+    text,
+    video,
+)
+
+FOLLOWS = 0.1
+"""By how much a rollout must agree more with the same moment than with others, to be called following."""
+
+
+def write_page(
+    path: Path,
+    metrics: dict[str, Any],
+    stills: UInt8[np.ndarray, "n h w 3"] | None,
+    film: Path | None,
+) -> None:
+    """Write the page, which needs no network.
+
+    Args:
+        path: where.
+        metrics: what `metrics.json` holds.
+        stills: pictures of the run.
+        film: its video.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    made = (_watch(stills, film), _agreement(metrics), _safety(metrics), _settings(metrics))
+    sections = [section for section in made if section is not None]
+    whole = page(
+        command="imitate",
+        name=path.parent.name,
+        headline=headline(metrics),
+        lead=f'<p class="lead">{text(_lead(metrics))}</p>',
+        numbers=_numbers(metrics),
+        sections=sections,
+    )
+    with atomic_write(path) as partial:
+        partial.write_text(whole, encoding="utf-8")
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """Return in one sentence whether the policy follows its guide."""
+    found = metrics["agreement"]
+    if not found or not found["measure"]:
+        return "Whether the policy follows its guide was not measured."
+    mean, others = found["mean"], found["other_moments"]
+    beside = f"{found['measure']} {mean:.2f} at the same moment, {others:.2f} with the guide's other moments"
+    if mean - others > FOLLOWS:
+        return f"What happened follows the guide: {beside}."
+    return f"What happened does not follow the guide: {beside}."
+
+
+def _lead(metrics: dict[str, Any]) -> str:
+    success = metrics.get("success")
+    done = "" if success is None else f" The task {'succeeded' if success else 'did not succeed'}."
+    return f"It ended after {metrics['steps']} steps: {metrics['ended'].rstrip('.')}.{done}"
+
+
+def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    guide, items = metrics["guide"], []
+    if metrics.get("success") is not None:
+        items.append(("Success", "yes" if metrics["success"] else "no", "the environment's own"))
+    if "return" in metrics:
+        best = f"largest reward {metrics['largest_reward']:.2f}"
+        items.append(("Return", f"{metrics['return']:.2f}", best))
+    found = metrics["agreement"]
+    if found and found["measure"]:
+        items.append(("Agreement", f"{found['mean']:.2f}", f"{found['other_moments']:.2f} is that of chance"))
+    if "missed_deadlines" in metrics:
+        late = f"latest by {1000 * metrics['latest_s']:.0f} ms"
+        items.append(("Missed deadlines", str(metrics["missed_deadlines"]), late))
+        held = sum(metrics["holds"].values())
+        items.append(("Steps held still", str(held), f"of {metrics['steps']}"))
+    rate = f"{guide['latent_actions']} latent actions at {guide['fps']:g} per second"
+    items.append(("Guide", f"{guide['seconds'] or 0:.1f} s", rate))
+    return items
+
+
+def _watch(stills: np.ndarray | None, film: Path | None) -> Section | None:
+    if stills is None:
+        return None
+    shown = "".join(image(np.ascontiguousarray(s), f"moment {i + 1}") for i, s in enumerate(stills))
+    body = f'<div class="examples">{shown}</div>'
+    if film is not None:
+        caption = "Demonstration and rollout at the same moment of the guide."
+        body = f'<div class="pixels">{figure(video(film, caption), caption)}</div>' + fold("Stills", body)
+    return Section(
+        anchor="watch",
+        title="Demonstration and rollout",
+        what="Left the demonstration, where its video was given; right what the policy did.",
+        body=body,
+    )
+
+
+def _agreement(metrics: dict[str, Any]) -> Section | None:
+    found = metrics["agreement"]
+    if not found:
+        return None
+    if not found["measure"]:
+        body = f'<p class="warn">{text(found["why"])}</p>'
+    else:
+        body = figure(_chart(found, metrics["fps"]), "The dotted line is the mean over the guide's moments.")
+    return Section(
+        anchor="agreement",
+        title="Agreement with the guide",
+        what="The LAM looks at what really happened; its latent actions are compared with the guide's, step "
+        "by step. 1 is the same change. The dotted line is what a rollout reaches that ignores the order.",
+        body=body,
+    )
+
+
+def _chart(found: dict[str, Any], fps: float) -> str:
+    steps = found["steps"]
+    times = [round(i / fps, 3) for i in range(len(steps))]
+    lines = (("this moment", steps, "#0d8a72", "solid"),)
+    lines += (("other moments", [found["other_moments"]] * len(steps), "#6b7280", "dot"),)
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": times,
+            "y": values,
+            "line": {"color": colour, "width": 2, "dash": dash},
+        }
+        for name, values, colour, dash in lines
+    ]
+    layout = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": found["measure"]}}}
+    return chart({"data": data, "layout": layout}, label="Line chart of the agreement over time")
+
+
+def _safety(metrics: dict[str, Any]) -> Section | None:
+    if "missed_deadlines" not in metrics:
+        return None
+    rows = [
+        *((f"held still: {text(why)}", (str(n),), False) for why, n in metrics["holds"].items()),
+        *((f"refused: {text(why)}", (str(n),), False) for why, n in metrics["refused"].items()),
+        *((f"clipped: {text(what)}", (str(n),), False) for what, n in metrics["clipped"].items()),
+        ("missed deadlines", (str(metrics["missed_deadlines"]),), False),
+    ]
+    events = "".join(f"<li>{text(_event(event))}</li>" for event in metrics["events"])
+    end = "The robot was disconnected." if metrics["disconnected"] else "The robot was NOT disconnected."
+    free = metrics["without_limits"]
+    unlimited = f'<p class="warn">No limits were given for {text(", ".join(free))}.</p>' if free else ""
+    return Section(
+        anchor="safety",
+        title="Safety and timing",
+        what=f"What stood between the policy and the robot. {end}",
+        body=unlimited
+        + table(("What", "Steps"), rows, "Safety and timing")
+        + (fold("Everything in order", f"<ul>{events}</ul>") if events else ""),
+    )
+
+
+def _event(event: dict[str, Any]) -> str:
+    first, last = event["from_step"], event["to_step"]
+    return f"step {first}{f' to {last}' if last > first else ''}: {event['said']}"
+
+
+def _settings(metrics: dict[str, Any]) -> Section:
+    content = json.dumps({key: metrics[key] for key in ("config", "guide")}, indent=2)
+    return Section(
+        anchor="settings",
+        title="Settings",
+        what="The command's settings and what the guide is.",
+        body=fold("Show", f"<pre><code>{text(content)}</code></pre>"),
+    )

@@ -1,0 +1,347 @@
+"""The report card of a latent action model as one page that opens without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentact.io.atomic import atomic_write
+from latentact.reporting import inspect_charts as charts
+from latentact.reporting.html import (
+    Section,
+    bars,
+    chart,
+    figure,
+    fold,
+    image,
+    page,
+    table,
+    text,
+    tiles,
+)
+from latentact.reporting.lam_sections import PROBES, codebook_section, prediction_section, transfer_section
+from latentact.reporting.run_data import LamRun
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+
+BARS = PROBES | {
+    "latent_and_present_linear": ("Latent and present together", "By a straight line."),
+    "latent_and_present_mlp": ("Latent and present together, small network", "By two hidden layers."),
+    "state": ("Latent action to state", "Where the robot is; a latent of change need not know."),
+    "state_change": ("Latent action to change of state", "How far the robot moves, by a straight line."),
+    "state_change_state_only": ("Floor: present to change of state", "The same without a latent."),
+    "state_change_shuffled_future": ("Control: shuffled future", "Latents with a wrong next frame."),
+    "nuisance_linear": ("Latent action to nuisance", "How the background or camera moves. Lower is better."),
+    "nuisance_mlp": ("Latent action to nuisance, small network", "The same by two hidden layers."),
+    "nuisance_from_action": (
+        "Control: action to nuisance",
+        "What the true action tells of it; more than this is of no use.",
+    ),
+}
+"""Probe -> its name and what it is."""
+GROUPS = {
+    "Action": (
+        *("latent_linear", "latent_mlp", "latent_and_present_linear", "latent_and_present_mlp"),
+        *("state_only", "shuffled_future"),
+    ),
+    "State": ("state_change", "state_change_state_only", "state_change_shuffled_future", "state"),
+    "Nuisance": ("nuisance_linear", "nuisance_mlp", "nuisance_from_action"),
+}
+CONTROLS = (
+    *("state_only", "shuffled_future", "state_change_state_only", "state_change_shuffled_future"),
+    "nuisance_from_action",
+)
+ABSENT = "-"
+LEAST_DB = 0.01  # less is no steering that a chart should show
+
+
+def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write the page.
+
+    Args:
+        path: where.
+        numbers: content of `inspect.json`.
+        arrays: latents, their map and pictures, from `inspect_lam`.
+
+    Raises:
+        UserError: plotly is missing.
+    """
+    lam = LamRun(path=".", numbers=numbers | (numbers["reconstruction"] or {}), arrays=arrays)
+    told = numbers["verdict"]["name"] not in ("collapsed", "too_few")  # else there is no structure to show
+    made = (
+        _findings(numbers),
+        _probes(numbers),
+        _labels(numbers) if told else None,
+        _alignment(numbers) if told else None,
+        _use(numbers),
+        prediction_section(lam),
+        transfer_section(lam) if told and numbers["episodes"] > 1 else None,
+        _content(numbers) if told else None,
+        _map(numbers, arrays) if told else None,
+        _saliency(numbers, arrays) if told else None,
+        codebook_section(lam),
+        _missing(numbers),
+    )
+    sections = [section for section in made if isinstance(section, Section)]
+    verdict, name = numbers["verdict"], Path(numbers["lam"]).name
+    whole = page(
+        command="inspect",
+        name=f"{name} ({numbers['model']}) on {Path(numbers['data']).name}",
+        headline=verdict["headline"],
+        lead=f'<p class="lead"><b>Next.</b> {text(verdict["next"])}</p>',
+        numbers=_headline_numbers(numbers),
+        sections=sections,
+    )
+    with atomic_write(path) as partial:
+        partial.write_text(whole, encoding="utf-8")
+
+
+def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
+    probes, recon, items = numbers["probes"], numbers["reconstruction"], []
+    if "latent_linear" in probes:
+        best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
+        floor = max(probes["state_only"]["score"], probes["shuffled_future"]["score"])
+        what = "accuracy" if probes["latent_linear"]["metric"] == "accuracy" else "R2"
+        items.append((f"Action from latent, {what}", _short(best), f"{_short(floor)} without it"))
+    if "nuisance_linear" in probes:
+        worst = max(probes["nuisance_linear"]["score"], probes["nuisance_mlp"]["score"])
+        items.append(("Nuisance from latent, R2", _short(worst), "lower is better"))
+    if recon and recon["recon_mse"] > 0:
+        times = recon["shuffled_mse"] / recon["recon_mse"]
+        items.append(("Error with a wrong latent", f"{times:.1f}x", "1x: no better than another's"))
+    if _lags(numbers):
+        shift = numbers["misaligned"]
+        items.append(
+            ("Actions are shifted by", f"{shift:+d}", "rows; 0 is right")
+            if shift
+            else ("Actions are shifted by", "0", "rows; no other place is clearly better")
+        )
+    dims = numbers["latents"]
+    if numbers["verdict"]["name"] != "collapsed":
+        items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
+    return items
+
+
+def _short(score: float) -> str:
+    return f"{score:.2f}" if score >= 0 else "below 0"
+
+
+def _lags(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lag curve, where latents tell the action at any lag."""
+    curve = numbers["lags"]
+    return curve if any(row["score"] > 0 for row in curve) else []
+
+
+def _findings(numbers: dict[str, Any]) -> Section | None:
+    found = numbers["verdict"]["findings"]
+    if not found:
+        return None
+    cards = "".join(
+        f'<p class="warn"><b>{text(f["level"].capitalize())}, {text(f["name"].replace("_", " "))}:</b> '
+        f"{text(f['said'])} <b>Next:</b> {text(f['next'])}</p>"
+        for f in found
+    )
+    return Section(
+        anchor="findings",
+        title="What was found",
+        what="The worst first. A no-go forbids to train policies on these latents; a caution does not.",
+        body=cards,
+    )
+
+
+def _probes(numbers: dict[str, Any]) -> Section | None:
+    probes, parts = numbers["probes"], []
+    for title, names in GROUPS.items():
+        items = [
+            (*BARS[name], probes[name]["score"], tuple(probes[name]["ci95"]), name in CONTROLS)
+            for name in names
+            if name in probes
+        ]
+        if items:
+            parts.append(f"<h3>{title} <small>{_scale(probes[names[0]])}</small></h3>{bars(items)}")
+    if not parts:
+        return None
+    many = numbers["episodes"] > 1
+    rows = [
+        (
+            text(BARS[name][0]),
+            (
+                f"{probe['score']:.3f} <small>({probe['ci95'][0]:.3f} to {probe['ci95'][1]:.3f})</small>",
+                f"{probe['nmse']:.3f}" if "nmse" in probe else ABSENT,
+            ),
+            False,
+        )
+        for name, probe in probes.items()
+    ]
+    return Section(
+        anchor="probes",
+        title="What latents tell",
+        what=("A probe is fitted on half of the episodes and scored on the others. " if many else "")
+        + "Grey bars are floors and controls: what rises above them was found in the change. Brackets are "
+        f"95 % intervals over {'episodes' if many else 'transitions'}.",
+        body="".join(parts) + fold("All probes as numbers", _table(rows)),
+    )
+
+
+def _table(rows: list[tuple[str, tuple[str, ...], bool]]) -> str:
+    return table(("Probe", "R2 or accuracy", "NMSE"), rows, "All probes")
+
+
+def _scale(probe: dict[str, Any]) -> str:
+    return "accuracy" if probe["metric"] == "accuracy" else "R2: 1 is exact, 0 is guessing the mean"
+
+
+def _labels(numbers: dict[str, Any]) -> Section | None:
+    curve = numbers["label_efficiency"]
+    if len(curve) < 2:
+        return None
+    return Section(
+        anchor="labels",
+        title="How many labelled episodes it takes",
+        what="A straight line from latents to actions, fitted on k episodes. The gap between the lines is "
+        "what latents are worth with few labels.",
+        body=figure(
+            chart(charts.labels(curve), label="Line chart of probe score over labelled episodes"),
+            "Mean over draws of the k episodes; the band spans the worst and the best draw. The floor sees "
+            "the present alone with the same labels. What the state of the robot tells of its action "
+            "is taken out first, where actions are numbers.",
+        ),
+    )
+
+
+def _alignment(numbers: dict[str, Any]) -> Section | None:
+    panels, said = [], []
+    for title, curve, draw, what in (
+        (
+            *("Action at other rows", _lags(numbers), charts.lags),
+            "At other rows: how well latents tell the action recorded some rows earlier or later; the peak "
+            "belongs at 0. A clearly higher one elsewhere means that the data is off by that many rows.",
+        ),
+        (
+            *("Other frame gaps", numbers["gaps"], charts.gaps),
+            "Other gaps: the same model over shorter and longer ones, and how much of the picture moves.",
+        ),
+    ):
+        if curve:
+            drawn = chart(draw(curve), label=f"Line chart: {title}", height=260)
+            panels.append(f"<figure><figcaption>{title}</figcaption>{drawn}</figure>")
+            said.append(what)
+    if not panels:
+        return None
+    return Section(
+        anchor="time",
+        title="Are actions and frames aligned?",
+        what=" ".join(said),
+        body=f'<div class="panels">{"".join(panels)}</div>',
+    )
+
+
+def _use(numbers: dict[str, Any]) -> Section | None:
+    recon, control = numbers["reconstruction"], numbers["controllability"]
+    if recon is None:
+        return None
+    items = [("Error of the predicted frame", f"{recon['recon_mse']:.2g}", "mean squared, pixels 0 to 1")]
+    if recon["copy_mse"] > 0:
+        share = recon["recon_mse"] / recon["copy_mse"]
+        items.append(("Of the error of copying", f"{share:.1%}", "lower is better"))
+    if recon["recon_mse"] > 0:
+        items.append(
+            ("With a wrong latent", f"{recon['shuffled_mse'] / recon['recon_mse']:.1f}x", "the error")
+        )
+    body = tiles(items)
+    if control:
+        change = f"{numbers['prediction_change']:.0%}"
+        body = tiles([*items, ("Moved by another latent", change, "of what moves in the video")])
+    if control and max(map(abs, control["delta_psnr"]), default=0) >= LEAST_DB:
+        body += figure(
+            chart(charts.control(control["delta_psnr"]), label="Bar chart of delta PSNR", height=240),
+            "Delta PSNR in dB: by how much frames rolled out with the video's latents are nearer to it than "
+            "with another video's. 0 would mean that latents do not steer.",
+        )
+    return Section(
+        anchor="use",
+        title="Are latents used?",
+        what="The forward model predicts the next frame from the present and a latent: with its own, with "
+        "another moment's, and several steps in a row.",
+        body=body,
+    )
+
+
+def _content(numbers: dict[str, Any]) -> Section:
+    latents, leak, algebra = numbers["latents"], numbers["leakage"] or {}, numbers["algebra"] or {}
+    said = (
+        ("Spread", latents["spread"], "deviation over size; 0 is collapse"),
+        ("Dependence on the future", latents["future_dependence"], "0: the next frame is not looked at"),
+        ("S-PCFC", leak.get("s_pcfc"), "near 1: latents show the target frame; low is better"),
+        ("S-PCFC, centred", leak.get("centred"), "the same without what all latents share"),
+        ("Error across cuts", leak.get("across_cuts"), "of that of copying; low: they may carry the picture"),
+        ("Additivity", algebra.get("additivity"), "|z(a,c) - z(a,b) - z(b,c)| / |z|; 0 is exact"),
+        ("Reversal", algebra.get("reversal"), "|z(a,b) + z(b,a)| / |z|; 0 is exact"),
+        ("Identity", algebra.get("identity"), "|z(a,a)| / |z|; 0 is exact"),
+    )
+    rows = [(text(n), (ABSENT if v is None else f"{v:.2f}", text(why)), False) for n, v, why in said]
+    return Section(
+        anchor="content",
+        title="Motion or picture?",
+        what="What latents are made of, told without any label: how they answer to wrong futures, to time "
+        "turned round, to cuts, and whether they add up as motions do.",
+        body=table(("Measure", "Value", "How to read it"), rows, "Label-free measures"),
+    )
+
+
+def _map(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section:
+    parts = []
+    for title, content in charts.maps(arrays, [str(name) for name in numbers["action_names"]]).items():
+        parts.append(
+            f"<figure><figcaption>{text(title)}</figcaption>"
+            f"{chart(content, label=f'Scatter plot of latents, {title}', height=430)}</figure>"
+        )
+    return Section(
+        anchor="map",
+        title="Map of latent actions",
+        what="Every point is one transition. Colours by action should form islands or a slope; islands by "
+        "episode mean that latents know the scene, a slope over time that they drift.",
+        body="".join(parts),
+    )
+
+
+def _saliency(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section | None:
+    found = numbers["saliency"]
+    if not found:
+        return None
+    cells = "".join(
+        image(_heat(now, response), f"Example {i + 1}: where latents look")
+        for i, (now, response) in enumerate(zip(arrays["salient_now"], arrays["salient"], strict=True))
+    )
+    return Section(
+        anchor="saliency",
+        title="Where latents look",
+        what=f"{found['share_inside']:.0%} of what latents answer to lies where something moves, which is "
+        f"{found['area']:.0%} of the picture.",
+        body=figure(
+            f'<div class="videos">{cells}</div>',
+            "Parts of both frames are greyed out in turn; the brighter a part, the more the latent changes.",
+        ),
+    )
+
+
+def _heat(now: UInt8[np.ndarray, "h w 3"], response: Float[np.ndarray, "g g"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture darkened but for what latents answer to."""
+    height, width = now.shape[:2]
+    rows, columns = (np.arange(side) * len(response) // side for side in (height, width))
+    weight = (response / max(response.max(), 1e-12))[rows][:, columns, None]
+    return (now * (0.25 + 0.75 * weight)).astype(np.uint8)
+
+
+def _missing(numbers: dict[str, Any]) -> Section | None:
+    if not numbers["missing"]:
+        return None
+    said = "".join(f"<li>{text(sentence)}</li>" for sentence in numbers["missing"])
+    what = (
+        f"{numbers['transitions']} transitions of {numbers['episodes']} episode(s), "
+        f"{numbers['frame_gap_s']:g} s apart. Not in this report:"
+    )
+    return Section(anchor="absent", title="What this rests on", what=what, body=f"<ul>{said}</ul>")

@@ -1,0 +1,162 @@
+"""The report: `report.json` for programs and one `report.html` for people, which opens without a network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from latentact.evaluation.policy.comparison import LATENT, LIMITED, aggregate
+from latentact.io.atomic import atomic_write, write_json
+from latentact.reporting.html import Section, page, text
+from latentact.reporting.lam_sections import (
+    codebook_section,
+    lam_section,
+    map_section,
+    other_lams_section,
+    prediction_section,
+    probe_section,
+    transfer_section,
+)
+from latentact.reporting.run_data import Findings, LamRun, find
+from latentact.reporting.sections import (
+    comparison_section,
+    config_section,
+    curve_section,
+    rollout_section,
+)
+
+
+def build_report(run_dir: Path) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into `run_dir` and return the first's content.
+
+    Everything below the folder that a report knows by name is in it: LAM runs, comparisons, learning curves,
+    rollouts with videos, configurations. What is missing is said in one sentence.
+
+    Raises:
+        UserError: the folder is missing, holds nothing to report or a damaged file; or plotly is missing.
+    """
+    found = find(Path(run_dir))
+    whole = _page(found)
+    lam = found.lams[0] if found.lams else None
+    content = {
+        "run": found.name,
+        "wall_s": found.wall_s,
+        "verdict": _verdict(found),
+        "lam": lam.numbers if lam else None,
+        "lams": {run.path: run.numbers for run in found.lams},
+        "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
+    }
+    with atomic_write(Path(run_dir) / "report.html") as partial:
+        partial.write_text(whole, encoding="utf-8")
+    write_json(Path(run_dir) / "report.json", content)
+    return content
+
+
+def _page(found: Findings) -> str:
+    sections, absent = _sections(found)
+    if absent:
+        sections.append(Section(anchor="absent", title="Not in this report", what=" ".join(absent), body=""))
+    headline, rest = _split(_verdict(found))
+    return page(
+        command="report",
+        name=found.name,
+        headline=headline,
+        lead=f'<p class="lead">{text(rest)}</p>' if rest else "",
+        numbers=_headline_numbers(found),
+        sections=sections,
+    )
+
+
+def _sections(found: Findings) -> tuple[list[Section], list[str]]:
+    """Sections that are there, in reading order, and a sentence for each that is not."""
+    parts: list[Section | str] = [comparison_section(c, i) for i, c in enumerate(found.comparisons)]
+    if not parts:
+        parts.append("No comparison of methods was run.")
+    parts.append(rollout_section(found))
+    if found.lams:
+        lam = found.lams[0]
+        makers = (
+            lam_section,
+            prediction_section,
+            transfer_section,
+            probe_section,
+            map_section,
+            codebook_section,
+        )
+        parts += [make(lam) for make in makers]
+        if len(found.lams) > 1:
+            parts.append(other_lams_section(found.lams))
+    else:
+        parts.append("No latent action model was judged.")
+    parts += [curve_section(found), config_section(found)]
+    return [p for p in parts if isinstance(p, Section)], [p for p in parts if isinstance(p, str)]
+
+
+def _verdict(found: Findings) -> str:
+    """Who wins; without a comparison, what the latent action model is worth."""
+    if len(found.comparisons) == 1:
+        return found.comparisons[0].verdict
+    if found.comparisons:
+        return " ".join(f"On {c.env}, {c.verdict}" for c in found.comparisons)
+    if found.lams:
+        return _lam_verdict(found.lams[0])
+    return f"{found.name} has not been judged yet. Learning curves and rollouts are below."
+
+
+def _lam_verdict(lam: LamRun) -> str:
+    numbers = lam.numbers
+    recon, copy, shuffled = numbers["recon_mse"], numbers["copy_mse"], numbers["shuffled_mse"]
+    warnings = numbers.get("warnings") or []
+    judged = (
+        "The latent action model has warnings to read first."
+        if warnings
+        else "The latent action model works."
+    )
+    said = [judged]
+    if copy > 0 and recon > 0:
+        said.append(
+            f"Its error is {recon / copy:.1%} of that of copying the last frame, and "
+            f"{shuffled / recon:.1f} times as large with another moment's latent."
+        )
+    probes = numbers.get("probes") or {}
+    if probes:
+        best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
+        floor = probes["state_only"]["score"]
+        said.append(
+            f"A probe reads the action from its latents at {best:.2f}, from the present alone at {floor:.2f}."
+        )
+    return " ".join([*said, *warnings])
+
+
+def _headline_numbers(found: Findings) -> list[tuple[str, str, str]]:
+    items = []
+    baselines = tuple(method for method in LIMITED if method not in LATENT)
+    for comparison in found.comparisons[:1]:
+        results = aggregate(comparison.rows)
+        fewest = min((r.k for r in results if r.k is not None), default=None)
+        measure = "return" if any(r.success is None for r in results) else "success"
+        for name, methods in (
+            (f"Best latent policy, {measure}", LATENT),
+            ("Best baseline, same labels", baselines),
+        ):
+            candidates = [r for r in results if r.method in methods and r.k == fewest]
+            if candidates:
+                best = max(candidates, key=lambda r: r.score)
+                items.append((name, f"{best.score:.2f}", f"{best.label}, k = {best.k}"))
+        oracle = next((r for r in results if r.method == "oracle"), None)
+        if oracle is not None:
+            items.append(("Oracle, all labels", f"{oracle.score:.2f}", "the ceiling of this network"))
+    if found.wall_s is not None:
+        items.append(("The whole run took", _duration(found.wall_s), "on this machine"))
+    return items
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _split(said: str) -> tuple[str, str]:
+    """A headline, the verdict up to its first colon or full stop, and the rest as sentences."""
+    first, *rest = re.split(r"[:.] ", said.removesuffix("."), maxsplit=1)
+    return f"{first}.", "".join(f"{part[:1].upper()}{part[1:]}." for part in rest)

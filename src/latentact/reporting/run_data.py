@@ -1,0 +1,331 @@
+"""What a report is made of: the files below a run folder that it knows by name."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from latentact.errors import UserError
+from latentact.evaluation.policy.comparison import Row, verdict
+from latentact.io.arrays import load_npz
+from latentact.io.atomic import read_json
+from latentact.io.records import Record, parse_record, read_record
+
+Count = Annotated[int, Field(ge=0, le=1 << 40)]
+Measure = Annotated[float, Field(ge=-1e100, le=1e100)]
+Interval = Annotated[list[Measure], Field(min_length=2, max_length=2)]
+
+
+class DemoRecord(Record):
+    """`demo.json`."""
+
+    wall_s: Annotated[float, Field(ge=0, le=1e10)]
+    """Seconds that the stages took."""
+
+
+class _Generative(Record):
+    generative: bool = True
+
+
+class _Codebook(Record):
+    size: Annotated[int, Field(ge=1, le=1 << 20)]
+    used: Count
+    dead: Count
+    perplexity: Measure
+
+
+class _Probe(Record):
+    score: Measure
+    metric: str
+    ci95: Interval | None = None
+
+
+class _Probes(Record):
+    latent_linear: _Probe
+    latent_mlp: _Probe
+    state_only: _Probe
+    shuffled_future: _Probe | None = None
+    state_change: _Probe | None = None
+    state_change_state_only: _Probe | None = None
+
+
+class _NoProbes(Record):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _LamRecord(Record):
+    """`lam.json` of a model that predicts frames."""
+
+    recon_mse: Measure
+    copy_mse: Measure
+    shuffled_mse: Measure
+    probes: _NoProbes | _Probes | None = None
+    codebook: _Codebook | None = None
+    warnings: tuple[str, ...] = Field((), strict=False)
+    action_names: tuple[str, ...] = Field((), strict=False)
+
+
+class _Before(Record):
+    success: Annotated[float, Field(ge=0, le=1)] | None
+    mean_return: Measure = Field(alias="return")
+    ci95: Interval | None = None
+    return_ci95: Interval | None = None
+
+
+class _Row(_Before):
+    method: str
+    k: Count | None
+    seed: int
+    episodes: Annotated[int, Field(ge=1, le=10**6)]
+    successes: tuple[int | bool, ...] = Field((), strict=False)
+    run: str = ""
+    decoder_only: _Before | None = None
+
+
+class _ComparisonRecord(Record):
+    """`comparison.json`."""
+
+    rows: Annotated[list[_Row], Field(min_length=1)]
+    verdict: str = ""
+
+
+class _RolloutRecord(Record):
+    """`rollout.json`."""
+
+    success: Measure | None = None
+    episodes: Count = 0
+    successes: tuple[int | bool, ...] = Field((), strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LamRun:
+    """A judged latent action model."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    numbers: dict[str, Any]
+    """`lam.json`."""
+    arrays: dict[str, np.ndarray]
+    """`lam.npz`; empty where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A finished comparison."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    env: str
+    """What the methods were rolled out in."""
+    content: list[dict[str, Any]]
+    """The rows as they stand in `comparison.json`."""
+    rows: list[Row]
+    """The same, read."""
+    verdict: str
+    """Who wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """The learning curves of one training run."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    series: dict[str, tuple[list[float], list[float]]]
+    """Metric -> steps and values, where it was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A policy in an environment."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    numbers: dict[str, Any]
+    """`rollout.json`."""
+    videos: list[Path]
+    """One per filmed episode, in order."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """Everything below a run folder that a report can show."""
+
+    name: str
+    """Of the run folder."""
+    lams: list[LamRun] = field(default_factory=list)
+    """The least nested first."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    """In the order of their paths."""
+    curves: list[Curves] = field(default_factory=list)
+    """In the order of their paths."""
+    rollouts: list[Rollout] = field(default_factory=list)
+    """In the order of their paths."""
+    configs: dict[str, str] = field(default_factory=dict)
+    """Folder -> text of its `config.yaml`."""
+    wall_s: float | None = None
+    """How long the whole run took, where `demo.json` says so."""
+
+    def empty(self) -> bool:
+        """Whether there is nothing to report."""
+        return not (self.lams or self.comparisons or self.curves or self.rollouts)
+
+
+def find(run_dir: Path) -> Findings:
+    """Read what lies below `run_dir`; hidden folders are left out.
+
+    Raises:
+        UserError: the folder is missing, holds nothing to report, or a file in it is damaged.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a folder; give the folder of a run, for example runs/demo.")
+    found = Findings(name=run_dir.resolve().name)
+    for path in sorted(run_dir.rglob("*")):
+        where = path.relative_to(run_dir)
+        if any(part.startswith(".") for part in where.parts) or not path.is_file():
+            continue
+        folder = where.parent.as_posix()
+        if path.name == "lam.json":
+            lam = _lam(path, folder)
+            found.lams += [lam] if lam else []
+        elif path.name == "comparison.json":
+            found.comparisons.append(_comparison(path, folder))
+        elif path.name == "metrics.csv":
+            found.curves.append(_curves(path, folder))
+        elif path.name == "rollout.json":
+            videos = sorted(path.parent.glob("episode_*.mp4"))
+            numbers = _mapping(path)
+            parse_record(_RolloutRecord, numbers, str(path))
+            found.rollouts.append(Rollout(path=folder, numbers=numbers, videos=videos))
+        elif path.name == "config.yaml":
+            found.configs[folder] = path.read_text(errors="replace")
+    found.lams.sort(key=lambda lam: lam.path.count("/"))
+    made = [name for name in ("inspect.html", "report.html") if (run_dir / name).is_file()]
+    if found.empty() and made:
+        raise UserError(f"{run_dir} holds nothing to report but its own page; open {run_dir / made[0]}.")
+    if found.empty():
+        raise UserError(
+            f"{run_dir} holds nothing to report (no lam.json, comparison.json, metrics.csv or rollout.json); "
+            "give the folder of a finished run."
+        )
+    if (run_dir / "demo.json").is_file():
+        found.wall_s = read_record(DemoRecord, run_dir / "demo.json").wall_s
+    return found
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a json object; run the command that writes it again.")
+    return values
+
+
+def _lam(path: Path, folder: str) -> LamRun | None:
+    """A LAM run; None for one that predicts no frames."""
+    numbers = _mapping(path)
+    if not parse_record(_Generative, numbers, str(path)).generative:
+        return None
+    record = parse_record(_LamRecord, numbers, str(path))
+    archive = path.with_name("lam.npz")
+    arrays = _arrays(archive) if archive.is_file() else {}
+    codes, size = arrays.get("codes"), record.codebook.size if record.codebook else 0
+    if codes is not None and codes.size and size and not 0 <= codes.min() <= codes.max() < size:
+        raise UserError(
+            f"{archive} must hold codes from 0 to {size - 1}, got {codes.min()} to {codes.max()}; evaluate "
+            f"the latent action model again."
+        )
+    return LamRun(path=folder, numbers=numbers, arrays=arrays)
+
+
+def _arrays(archive: Path) -> dict[str, np.ndarray]:
+    """Return the arrays that a report knows, of the shapes that belong together."""
+    arrays = load_npz(archive, "evaluate the latent action model again", ARRAYS)
+    sizes: dict[str, int] = {"3": 3, "2": 2}
+    for name, array in arrays.items():
+        kinds, axes = ARRAYS[name]
+        named = axes.split()[: array.ndim] if name == "action" else axes.split()
+        fits = array.dtype.kind in kinds and array.ndim == len(named)
+        if fits:
+            fits = all(
+                sizes.setdefault(a, n) == n or a in "hw" for a, n in zip(named, array.shape, strict=True)
+            )
+        if not fits or (array.dtype.kind == "f" and name != "action" and not np.isfinite(array).all()):
+            raise UserError(
+                f"{archive} must hold finite numbers [{axes}] as {name!r}, got {array.dtype} "
+                f"{list(array.shape)}; evaluate the latent action model again."
+            )
+    for group in TOGETHER:
+        if (lacking := group - arrays.keys()) and lacking != group:
+            raise UserError(
+                f"{archive} must hold {', '.join(sorted(group))}, got no {min(lacking)}; evaluate the latent "
+                f"action model again."
+            )
+    return arrays
+
+
+ARRAYS = {
+    "vectors": ("f", "m d"),
+    "episode": ("i", "m"),
+    "time": ("f", "m"),
+    "action": ("if", "m a"),
+    "codes": ("i", "m k"),
+    **dict.fromkeys(("now", "next", "predicted"), ("u", "p h w 3")),
+    "transfer_source": ("u", "i 2 h w 3"),
+    "transfer_start": ("u", "j h w 3"),
+    "transfer_grid": ("u", "i j h w 3"),
+    "transfer_source_episode": ("i", "i"),
+    "transfer_start_episode": ("i", "j"),
+}
+"""Arrays of `lam.npz` that a report shows -> kinds of numbers, and axes; actions may be classes."""
+TOGETHER = (
+    {"vectors", "episode", "time"},
+    {"now", "next", "predicted"},
+    {"transfer_source", "transfer_start", "transfer_grid"},
+)
+
+
+def _comparison(path: Path, folder: str) -> Comparison:
+    values = _mapping(path)
+    parse_record(_ComparisonRecord, values, str(path))
+    content = list(values["rows"])
+    rows = [Row.from_json(row) for row in content]
+    said = values.get("verdict") or verdict(rows)
+    env = ", ".join(filter(None, (str(values.get(name, "")) for name in ("env", "distract"))))
+    return Comparison(path=folder, env=env, content=content, rows=rows, verdict=said)
+
+
+def _curves(path: Path, folder: str) -> Curves:
+    """Numbers by column, without cells that are empty or not finite, or a line cut short by a kill."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="", errors="replace") as file:
+        for line in _lines(file, path):
+            step = _number(line.get("step"))
+            for name, cell in line.items():
+                value = _number(cell)
+                if step is None or value is None or name in (None, "step", "epoch"):
+                    continue
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return Curves(path=folder, series=series)
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from csv.DictReader(file)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a table ({error}); delete it, or copy it again.") from error
+
+
+def _number(cell: str | list[str] | None) -> float | None:
+    try:
+        value = float(cell)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return value if abs(value) <= 1e100 else None

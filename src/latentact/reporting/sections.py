@@ -1,0 +1,162 @@
+"""The sections of a report on policies and runs: each returns its part of the page, or why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from latentact.evaluation.policy.comparison import LIMITED, Result, aggregate
+from latentact.reporting.charts import curve_panels
+from latentact.reporting.comparison_plot import colour, comparison_svg
+from latentact.reporting.html import Section, chart, figure, fold, table, text, video
+from latentact.reporting.run_data import Comparison, Curves, Findings, Rollout
+
+VIDEOS_EACH = 4  # per policy
+VIDEO_BYTES = 32_000_000  # of the whole page
+UNFOLDED = 6  # policies whose videos show without a click
+UNKNOWN = 99  # place of a rollout that no comparison lists
+ABSENT = "-"
+
+
+def comparison_section(comparison: Comparison, number: int) -> Section:
+    """Who reaches what with the same labels."""
+    results = aggregate(comparison.rows)
+    body = _comparison_table(results) + figure(
+        f'<div class="plot">{comparison_svg(results, title=comparison.env)}</div>',
+        "Bars are 95 % intervals over the episodes of all seeds: where two do not touch, the difference "
+        "is not luck of the episodes. The dashed line is the oracle, which sees every label.",
+    )
+    return Section(
+        anchor=f"comparison{number or ''}",
+        title=f"Every method on {comparison.env}",
+        what="Same network, training steps, labelled episodes and evaluation seeds in every row; k is "
+        "the number of labelled episodes. BC on k labels never sees the other videos. IDM on k labels "
+        "learns actions from the k episodes and guesses those of all others. Latent policies are then "
+        "fine-tuned for some steps more, as their configuration says; decoder only is before that.",
+        body=body,
+    )
+
+
+def _comparison_table(results: Sequence[Result]) -> str:
+    oracle = next((r.score for r in results if r.method == "oracle" and r.score > 0), None)
+    best: dict[int | None, float] = {}
+    for r in results:
+        if r.method in LIMITED:
+            best[r.k] = max(r.score, best.get(r.k, 0.0))
+    rows = []
+    for r in results:
+        key = f'<span class="key" style="background:{colour(r.method)}"></span>{text(r.label)}'
+        success = ABSENT
+        if r.success is not None:
+            success = f"{r.success:.2f} <small>({r.interval[0]:.2f} to {r.interval[1]:.2f})</small>"
+        share = ABSENT if oracle is None or r.method == "oracle" else f"{r.score / oracle:.0%}"
+        labels = "all" if r.k is None else str(r.k)
+        cells = (labels, success, share, f"{r.mean_return:.2f}", str(r.seeds), str(r.episodes))
+        rows.append((key, cells, r.method in LIMITED and r.score > 0 and r.score == best[r.k]))
+    head = ("Method", "k", "Success (95 %)", "Of oracle", "Return", "Seeds", "Episodes")
+    return table(head, rows, "Comparison of methods")
+
+
+def rollout_section(found: Findings) -> Section | str:
+    """Policies at work: of every method and k the first seed that was filmed."""
+    titles = _rollout_titles(found)
+    shown: dict[tuple[int, str], Rollout] = {}
+    for rollout in found.rollouts:
+        if rollout.videos:
+            shown.setdefault(titles.get(rollout.path, (UNKNOWN, rollout.path)), rollout)
+    if not shown:
+        return "No rollout was filmed."
+    budget = VIDEO_BYTES
+    parts = []
+    for i, ((_, title), rollout) in enumerate(sorted(shown.items(), key=lambda item: item[0])):
+        cells = []
+        for path in rollout.videos[:VIDEOS_EACH]:
+            if (size := path.stat().st_size) <= budget:
+                budget -= size
+                said = _episode(path.stem, rollout.numbers)
+                cells.append(figure(video(path, f"{title}, {said}"), said))
+        reached, grid = _reached(rollout, len(cells)), f'<div class="videos pixels">{"".join(cells)}</div>'
+        if len(shown) > UNFOLDED:
+            parts.append(fold(f"{title}: {reached}", grid, unfolded=i < UNFOLDED))
+        else:
+            parts.append(f"<h3>{text(title)} <small>{text(reached)}</small></h3>{grid}")
+    return Section(
+        anchor="rollouts",
+        title="Watch the policies act",
+        what="The first filmed episodes of every policy, not the best ones.",
+        body="".join(parts),
+    )
+
+
+def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
+    """Folder of a rollout -> place and title, for those that a comparison lists."""
+    titles = {}
+    for comparison in found.comparisons:
+        results = {(r.method, r.k): (i, r.label) for i, r in enumerate(aggregate(comparison.rows))}
+        for row in comparison.rows:
+            place, label = results[row.method, row.k]
+            env = f"{comparison.env}: " if len(found.comparisons) > 1 else ""
+            known = "" if row.k is None else f", k = {row.k}"
+            folder = row.run if comparison.path == "." else f"{comparison.path}/{row.run}"
+            titles[folder.rstrip("/")] = (place, f"{env}{label}{known}")
+    return titles
+
+
+def _reached(rollout: Rollout, shown: int) -> str:
+    success, episodes = rollout.numbers.get("success"), rollout.numbers.get("episodes")
+    said = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
+    if shown < len(rollout.videos):
+        said.append(f"{shown} of {len(rollout.videos)} videos shown")
+    return "; ".join(said)
+
+
+def _episode(stem: str, numbers: dict[str, Any]) -> str:
+    found = re.search(r"\d+", stem)
+    index = int(found.group()) if found else -1
+    successes = numbers.get("successes") or []
+    if not 0 <= index < len(successes):
+        return stem.replace("_", " ")
+    return f"episode {index}: {'succeeds' if successes[index] else 'fails'}"
+
+
+def curve_section(found: Findings) -> Section | str:
+    """Every metrics file, by run folder."""
+    runs = [curves for curves in found.curves if curves.series]
+    if not runs:
+        return "There are no learning curves."
+    runs.sort(key=lambda curves: (curves.path not in {lam.path for lam in found.lams}, curves.path))
+    return Section(
+        anchor="curves",
+        title="Learning curves",
+        what="One fold per training run. Dotted lines are from held-out episodes; scales are logarithmic "
+        "where values span more than a factor of twenty.",
+        body="".join(
+            fold(found.name if c.path == "." else c.path, _panels(c), unfolded=not i)
+            for i, c in enumerate(runs)
+        ),
+    )
+
+
+def _panels(curves: Curves) -> str:
+    panels = [
+        f"<figure><figcaption>{text(name)}</figcaption>"
+        f"{chart(content, label=f'Line chart of {name} over training steps', height=230)}</figure>"
+        for name, content in curve_panels(curves).items()
+    ]
+    return f'<div class="panels">{"".join(panels)}</div>'
+
+
+def config_section(found: Findings) -> Section | str:
+    """The settings of every run."""
+    if not found.configs:
+        return "There are no configurations."
+    return Section(
+        anchor="configs",
+        title="Configurations",
+        what="The complete settings of every run, as they were.",
+        body="".join(
+            fold(found.name if path == "." else path, f"<pre><code>{text(content)}</code></pre>")
+            for path, content in found.configs.items()
+        ),
+    )
