@@ -1,7 +1,7 @@
-"""Training step and labelling of the full-size models here: rates, memory, share of the matrix rate.
+"""Training step and labeling of the full-size models here: rates, memory, share of the matrix rate.
 
 Random weights of the published sizes. A training step is loss, backward pass, clipping and AdamW, on as many
-clips as --batch says; labelling is `encode` of a clip of 64 frames. The share is the work of the matrix
+clips as --batch says; labeling is `encode` of a clip of 64 frames. The share is the work of the matrix
 products and convolutions per second, divided by what a large product of the same precision reaches here.
 Each row is written at once into the machine's section of the page; other rows and sections stay.
 
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentact.device import keep_freed_memory, multiplies_int8
+from latentact.device import keep_freed_memory, supports_int8
 from latentact.io.atomic import atomic_write
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
@@ -46,7 +46,7 @@ FRAMES = 64
 HEAD = """# Speed of the full-size models
 
 Made by `python benchmarks/lam_speed.py`, random weights of the published sizes. Step: loss, backward pass,
-clipping, AdamW. Labelling: `encode` of a clip of 64 frames (villa-X with `window=chunked`), in int8 as
+clipping, AdamW. Labeling: `encode` of a clip of 64 frames (villa-X with `window=chunked`), in int8 as
 `--precision int8` does it. Of peak: the work
 of matrix products and convolutions per second over what a product of two large matrices reaches on the same
 machine in the same precision (convolutions can be faster than that). Memory: the largest that the process
@@ -70,7 +70,7 @@ def main() -> None:
         return
     for model in options.models:
         for precision in PRECISIONS:
-            if precision == "int8" and not multiplies_int8(options.device):
+            if precision == "int8" and not supports_int8(options.device):
                 continue
             for compiled in ("no", "yes") if options.compile and precision != "int8" else ("no",):
                 words = ["--device", options.device, "--repeats", str(options.repeats)]
@@ -185,7 +185,7 @@ def _machine(device: str) -> str:
 
 def _write(page: Path, machine: str, row: str) -> None:
     """Put a row into the machine's section of the page, in place of an older one of the same case."""
-    names = ("model", "precision", "compiled", "clips", "step", "of peak", "labelled/s", "of peak", "memory")
+    names = ("model", "precision", "compiled", "clips", "step", "of peak", "labeled/s", "of peak", "memory")
     parts = re.split(r"^## ", page.read_text() if page.is_file() else HEAD, flags=re.MULTILINE)[1:]
     mine = next((part for part in parts if part.splitlines()[0] == machine), "")
     kept = [line for line in mine.splitlines() if line.startswith(tuple(f"| {name} " for name in CONFIGS))]

@@ -1,11 +1,11 @@
-"""Every latent action model, with and without distractors, with and without k labelled episodes: one table.
+"""Every latent action model, with and without distractors, with and without k labeled episodes: one table.
 
 Run: python benchmarks/lam_table.py --out runs/lam_table        (goes on where it was stopped)
 
 All rows see the same episodes and the same k labels and are scored on the same held-out episodes:
 - probe: R2 of the best of a linear and a small MLP probe that reads the action, fitted on half of them;
 - motion: R2 of the best probe that reads how the robot's state changes;
-- k labels: R2 on all of them of a linear decoder fitted on the k labelled training episodes alone;
+- k labels: R2 on all of them of a linear decoder fitted on the k labeled training episodes alone;
 - nuisance: R2 of the best probe that reads how background and camera move; lower is better.
 BC-k and IDM-k go through the same numbers with the actions that they predict.
 """
@@ -110,7 +110,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--explore", type=float, default=0.2)
     parser.add_argument("--distract", default="background=0.5,shake=0.3,correlation=0.8")
     parser.add_argument("--models", nargs="+", default=[*MODELS, "bc"], choices=[*MODELS, "bc"])
-    parser.add_argument("--k", type=int, default=8, help="labelled episodes")
+    parser.add_argument("--k", type=int, default=8, help="labeled episodes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--kinds", nargs="+", default=["clean", "distractors"], choices=["clean", "distractors"]
@@ -155,7 +155,7 @@ def _measured(cell: Cell, path: Path, out: Path, options: argparse.Namespace) ->
 
 
 def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """The k labelled episodes and the held-out ones, as `train-lam` and `train-policy` draw them."""
+    """The k labeled episodes and the held-out ones, as `train-lam` and `train-policy` draw them."""
     train, held_out = split_episodes(store, held_out=options.held_out, seed=seed)
     if len(held_out) < 2:
         raise SystemExit(f"--held-out {options.held_out} leaves {len(held_out)} episodes; wanted 2 or more.")
@@ -165,7 +165,7 @@ def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[n
 def _train_lam(
     cell: Cell, path: Path, folder: Path, options: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray, FrameStore]:
-    labels = [f"labelled_episodes={cell.k}"] if cell.k else []
+    labels = [f"labeled_episodes={cell.k}"] if cell.k else []
     if cell.k and cell.model != "idm":
         labels.append(f"lam.action_weight={options.action_weight}")
     size = [
@@ -205,7 +205,7 @@ def _train_bc(
         ),
         held_out=options.held_out,
         split_seed=cell.seed,
-        labelled_episodes=cell.k,
+        labeled_episodes=cell.k,
     )
     policy = Policy.from_pretrained(train_policy.run(config, folder))
     store = open_store(data)
@@ -229,9 +229,9 @@ def _train_bc(
 def _scores(
     features: np.ndarray, rows: np.ndarray, store: FrameStore, seed: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    labelled, held_out = _split(store, seed, options)
+    labeled, held_out = _split(store, seed, options)
     episode = store.episode[rows]
-    action = np.ma.getdata(store.actions(np.concatenate([labelled, held_out])))[rows]
+    action = np.ma.getdata(store.actions(np.concatenate([labeled, held_out])))[rows]
 
     def data(targets: np.ndarray, episodes: np.ndarray) -> ProbeData:
         part = np.isin(episode, episodes)
@@ -244,7 +244,7 @@ def _scores(
 
     found: dict[str, Any] = {
         "probe": best(action),
-        "k_labels": linear_probe(data(action, labelled), data(action, held_out), seed=seed).score,
+        "k_labels": linear_probe(data(action, labeled), data(action, held_out), seed=seed).score,
         "motion": None,
         "nuisance": None,
     }
@@ -264,13 +264,13 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "# Latent action models with and without distractors",
         "",
         f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
-        f"of {options.batch_size} per model, k = {options.k} labelled episodes; distractors"
+        f"of {options.batch_size} per model, k = {options.k} labeled episodes; distractors"
         f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest; a whole table "
         f"has {options.seeds} seeds of every row, and the column says how many are in.",
         "",
         "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
         "**Motion**: the same of how the robot's state changes in the step, which a place does not tell. "
-        "**k labels**: R2 on held-out episodes of a linear decoder that was fitted on the k labelled "
+        "**k labels**: R2 on held-out episodes of a linear decoder that was fitted on the k labeled "
         "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
         "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
         "",

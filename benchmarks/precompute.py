@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.stream import FrameStream
 from latentact.data.convert import convert
-from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.data.stream import FrameStream
+from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.lams.models.lapo import LapoConfig
 
 FPS, EPISODE, SIDE = 30, 500, 192

@@ -48,7 +48,7 @@ MEMORY_STEPS = 6
 
 
 class Trainee:
-    """A policy with its data and optimiser, stepped and timed as lerobot-train does."""
+    """A policy with its data and optimizer, stepped and timed as lerobot-train does."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         changes: dict[str, Any] = {

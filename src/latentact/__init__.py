@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from latentact.guidance.extractor import LatentActionExtractor
     from latentact.guidance.guide import Guide
     from latentact.guidance.inference import LatentGuidedInference
-    from latentact.labelling.stream import TokenStream, camera_deltas
+    from latentact.labeling.stream import TokenStream, camera_deltas
     from latentact.lams.contract import LatentActionModel, load_lam
     from latentact.nn.int8 import int8
     from latentact.policies.contract import Policy
@@ -34,9 +34,9 @@ _WHERE = {
     "LatentGuidedInference": "guidance.inference",
     "Policy": "policies.contract",
     "PolicyActor": "agents.own",
-    "TokenStream": "labelling.stream",
+    "TokenStream": "labeling.stream",
     "UserError": "errors",
-    "camera_deltas": "labelling.stream",
+    "camera_deltas": "labeling.stream",
     "int8": "nn.int8",
     "load_lam": "lams.contract",
     "open_store": "data.cache",

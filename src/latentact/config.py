@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import logging
 import math
 import os
 import re
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+log = logging.getLogger(__name__)
+
 LARGEST = 2**31 - 1
 """Largest size of a number in settings and flags."""
 
@@ -47,14 +50,59 @@ def to_dict(config: Any) -> Any:
     return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
+def current_names(cls: type, values: Any) -> Any:
+    """Return the settings of a config that an older release wrote by the names of today.
+
+    A dataclass lists its renamed settings in `RENAMED`, old name -> new name.
+    """
+    if not isinstance(values, dict):
+        return values
+    renamed: dict[str, str] = getattr(cls, "RENAMED", {})
+    values = {renamed.get(key, key): value for key, value in values.items()}
+    return {key: current_names(_class_of(cls, key, value), value) for key, value in values.items()}
+
+
+def _class_of(cls: type, name: Any, value: Any) -> type:
+    """Return the dataclass of a setting that holds settings of its own; `object` where it holds none."""
+    field = (
+        next((f for f in dataclasses.fields(cls) if f.name == name), None)
+        if dataclasses.is_dataclass(cls)
+        else None
+    )
+    if field is None or not isinstance(value, dict):
+        return object
+    if registry := field.metadata.get("registry"):
+        kind = str(value.get("kind", field.metadata["default"]))
+        return registry.get(kind) if kind in registry.names() else object
+    return _dataclass_in(typing.get_type_hints(cls)[field.name]) or object
+
+
+def _current_override(cls: type, override: str) -> str:
+    """Return an override by the names of today; a renamed one is logged."""
+    key, equals, value = override.partition("=")
+    classes, names = [cls], []
+    for name in key.split("."):
+        renamed = next((c.RENAMED[name] for c in classes if name in getattr(c, "RENAMED", {})), name)
+        names.append(renamed)
+        fields = [(c, f) for c in classes if dataclasses.is_dataclass(c) for f in dataclasses.fields(c)]
+        held = [(c, f) for c, f in fields if f.name == renamed]
+        classes = [r.get(n) for _, f in held if (r := f.metadata.get("registry")) for n in r.names()]
+        classes += [d for c, f in held if (d := _dataclass_in(typing.get_type_hints(c).get(f.name)))]
+    if (current := ".".join(names)) != key:
+        log.warning("%s is deprecated; use %s", key, current)
+    return f"{current}{equals}{value}"
+
+
 def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Build a config from what `to_dict` returned.
+    """Build a config from what `to_dict` returned, also in an older release.
 
     Raises:
         UserError: a key is unknown or a value does not fit; the message names the field.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the content'} must be settings by name, got {values!r}.")
+    renamed: dict[str, str] = getattr(cls, "RENAMED", {})
+    values = {renamed.get(key, key): value for key, value in values.items()}
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     built = {}
@@ -106,7 +154,7 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             failures.append(error)
 
     saved, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [stage, *_flags_last(argv)]
+    sys.argv = [stage, *(_current_override(cls, word) if "=" in word else word for word in _flags_last(argv))]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[Exception] = []
     try:

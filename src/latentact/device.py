@@ -31,7 +31,7 @@ def memory_bytes(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def multiplies_bf16(device: str) -> bool:
+def supports_bf16(device: str) -> bool:
     """Return whether a device (auto: the one that torch would take) multiplies bf16 natively."""
     import torch
 
@@ -40,7 +40,7 @@ def multiplies_bf16(device: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def multiplies_int8(device: str) -> bool:
+def supports_int8(device: str) -> bool:
     """Return whether a device is a CPU that multiplies 8-bit integers natively, and torch can ask it to."""
     import torch
 

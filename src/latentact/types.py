@@ -87,9 +87,9 @@ class LatentActions:
     """Latent actions of a batch of clips; entry i is the transition from frame i to frame i+1."""
 
     vectors: Float32[Tensor, "b t k d"]
-    """After the quantiser, where there is one."""
+    """After the quantizer, where there is one."""
     continuous: Float32[Tensor, "b t k d"]
-    """Before the quantiser."""
+    """Before the quantizer."""
     codes: Int64[Tensor, "b t k"] | None
     """Codebook indices, where there is a codebook."""
     valid: Bool[Tensor, "b t"]
@@ -98,7 +98,7 @@ class LatentActions:
 
 KERNELS = ("uint8", "float", "pillow")
 """How pictures are resized: in whole numbers throughout, the fastest; as torchvision resizes tensors; as
-Pillow resizes pictures. They differ by a grey level where rounding does."""
+Pillow resizes pictures. They differ by a gray level where rounding does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class LatentActionSpec:
     weights: str = ""
     """Hash of the weights (blake2b of the safetensors file), empty before saving."""
 
-    def refuse_unless_equal(self, other: LatentActionSpec, mine: str, theirs: str) -> None:
+    def check_compatible(self, other: LatentActionSpec, mine: str, theirs: str) -> None:
         """Raise a UserError that names the first field in which two artifacts disagree."""
         for field in fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)

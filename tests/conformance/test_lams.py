@@ -13,7 +13,7 @@ from latentact.data.cache import DataConfig
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.lams.contract import LAMS, LatentActionModel, load_lam
 from latentact.lams.models.clam import ClamConfig
 from latentact.lams.models.idm import IdmConfig
@@ -370,7 +370,7 @@ def test_training_that_was_cut_short_ends_as_if_it_had_not(name: str, blocks, tm
         data=DataConfig(path=str(blocks), resolution=32, cache_dir=str(tmp_path)),
         lam=CONFIGS[name],
         training=training,
-        labelled_episodes=3 if getattr(CONFIGS[name], "action_weight", 0) else 0,
+        labeled_episodes=3 if getattr(CONFIGS[name], "action_weight", 0) else 0,
         probe_transitions=32,
     )
     whole = train_lam.run(config, tmp_path / "whole")

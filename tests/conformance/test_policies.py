@@ -19,7 +19,7 @@ from latentact.types import ActionSpace, LatentActionSpec
 
 DISCRETE, CONTINUOUS = ActionSpace(kind="discrete", size=4), ActionSpace(kind="continuous", size=2)
 NETWORK = NetworkConfig(
-    backbone="patch", patch=8, channels=(8,), frames=2, chunk=3, execute=2, use_state=True
+    backbone="patch", patch=8, channels=(8,), n_obs_steps=2, chunk_size=3, n_action_steps=2, use_state=True
 )
 WORDS = ("blue", "red")
 SPEC = PolicySpec(resolution=32, state_size=3, words=WORDS, target=Target(kind="numbers", size=6), stride=3)
@@ -74,16 +74,16 @@ def observe(policy, b=4, seed=0):
     classes = target.kind == "classes"
     width = target.groups if classes else target.size
     drawn = (
-        rng.integers(target.size, size=(b, n.chunk, width))
+        rng.integers(target.size, size=(b, n.chunk_size, width))
         if classes
-        else rng.normal(size=(b, n.chunk, width))
+        else rng.normal(size=(b, n.chunk_size, width))
     )
     return PolicyBatch(
-        frames=torch.from_numpy(rng.integers(256, size=(b, n.frames, 3, 32, 32), dtype=np.uint8)),
+        frames=torch.from_numpy(rng.integers(256, size=(b, n.n_obs_steps, 3, 32, 32), dtype=np.uint8)),
         state=torch.from_numpy(rng.normal(size=(b, 3)).astype(np.float32)),
         words=torch.from_numpy(rng.integers(2, size=(b, len(WORDS))).astype(np.float32)),
         target=torch.from_numpy(drawn if classes else drawn.astype(np.float32)),
-        mask=torch.ones(b, n.chunk, dtype=torch.bool),
+        mask=torch.ones(b, n.chunk_size, dtype=torch.bool),
         guide=torch.from_numpy(rng.normal(size=(b, 2, 6)).astype(np.float32)) if policy.guide else None,
     )
 
@@ -149,12 +149,12 @@ def test_order_of_a_batch_does_not_matter(policy):
 
 def test_it_learns_four_samples(policy):
     batch = observe(policy)
-    optimiser = torch.optim.Adam(policy.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     first = policy.loss(batch)[0].item()
     for _ in range(150):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         policy.loss(batch)[0].backward()
-        optimiser.step()
+        optimizer.step()
     assert policy.loss(batch)[0].item() < 0.05 * first
 
 
@@ -177,7 +177,7 @@ def test_a_wrong_state_is_refused(policy):
 
 
 def test_actions_have_the_shape_of_the_space(policy):
-    batch, space, chunk = observe(policy), policy.spec.action_space, policy.config.network.chunk
+    batch, space, chunk = observe(policy), policy.spec.action_space, policy.config.network.chunk_size
     if space is None:
         with pytest.raises(UserError, match="ground it first"):
             policy.actions(batch)
@@ -215,7 +215,7 @@ def test_actor_executes_its_chunk_and_looks_again(policy):
         return
     actor, stride = Spied(policy), policy.spec.stride
     actor.reset(2)
-    executed = policy.config.network.execute * stride
+    executed = policy.config.network.n_action_steps * stride
     pixels, done = play(actor, 2 * executed + 1)
     assert len(actor.asked) == 3
     plans = [policy.eval().actions(batch) for batch in actor.asked[:3]]
@@ -253,20 +253,20 @@ def test_decoder_learns_the_actions_of_each_step(space, steps):
         actions = ((latents[..., :1] > 0).long() + ahead).flatten(1)
     else:
         actions = (latents[..., None, :] * 30 + 100 + ahead[:, None]).flatten(1, 2)
-        decoder.normalise_by(actions.flatten(0, 1).numpy())
+        decoder.set_action_stats(actions.flatten(0, 1).numpy())
         assert torch.allclose(decoder.mean, actions.flatten(0, 1).mean(0), rtol=1e-4)
     mask = torch.ones(64, 2 * steps, dtype=torch.bool)
-    optimiser = torch.optim.Adam(decoder.parameters(), 0.01)
+    optimizer = torch.optim.Adam(decoder.parameters(), 0.01)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         decoder.action_loss(decoder(latents, None), actions, mask).backward()
-        optimiser.step()
+        optimizer.step()
     out = decoder(latents, None)
     assert out.shape == (64, 2 * steps, space.size)
     if space.discrete:
         assert (out.argmax(-1) == actions).float().mean() > 0.95
     else:
-        assert (decoder.unnormalise(out) - actions).abs().mean() < 3
+        assert (decoder.unnormalize(out) - actions).abs().mean() < 3
     # Hidden actions count nothing.
     hidden = actions.clone()
     mask[:, 0], hidden[:, 0] = False, -1 if space.discrete else float("nan")

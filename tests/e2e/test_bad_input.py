@@ -260,27 +260,27 @@ CASES = {
     "nothing to learn from": (lambda f: policy(), "nothing to learn from"),
     "idm without labels": (
         lambda f: (*lam(f)[:2], "lam=idm", "lam.size=32", "data.resolution=32"),
-        "labelled_episodes is 0",
+        "labeled_episodes is 0",
     ),
     "unknown environment": (lambda f: compare(f, "env=babyai/GoToLokal"), "did you mean 'GoToLocal'?"),
     "unknown method": (lambda f: compare(f, "methods=[latent,gail]"), "methods has 'gail'"),
     "data of another environment": (lambda f: compare(f), "give demonstrations of that environment"),
     # k
     "k too large for train-lam": (
-        lambda f: lam(f, "labelled_episodes=8"),
-        "8 labelled episodes are asked for and there are 7 training",
+        lambda f: lam(f, "labeled_episodes=8"),
+        "8 labeled episodes are asked for and there are 7 training",
     ),
     "k too large for bc": (
-        lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labelled_episodes=9"),
-        "9 labelled episodes are asked for and there are 7 training",
+        lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labeled_episodes=9"),
+        "9 labeled episodes are asked for and there are 7 training",
     ),
     "k too large for ground": (
-        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=8"),
-        "8 labelled episodes are asked for and there are 7 training",
+        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=8"),
+        "8 labeled episodes are asked for and there are 7 training",
     ),
     "no k for ground": (
-        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labelled_episodes=0"),
-        "0 labelled episodes",
+        lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=0"),
+        "0 labeled episodes",
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
     "k without brackets": (
@@ -290,8 +290,8 @@ CASES = {
     "no k for compare": (lambda f: compare(f, "ks=[]"), "wanted at least one method and one k"),
     "no method for compare": (lambda f: compare(f, "methods=[]"), "wanted at least one method and one k"),
     "labels that nothing learns from": (
-        lambda f: lam(f, "labelled_episodes=2"),
-        "learns nothing from robot actions; give lam.action_weight=1, or leave labelled_episodes 0",
+        lambda f: lam(f, "labeled_episodes=2"),
+        "learns nothing from robot actions; give lam.action_weight=1, or leave labeled_episodes 0",
     ),
     "a value with an equals sign": (
         lambda f: compare(f, "distract=background=0.5,shake=2"),
@@ -408,7 +408,7 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
         ("train-lam data.path={data} out=", "out is empty"),
         ("train-lam data.path={data} out=out training.devices=0",
          "training.devices must be between 1 and 1024, got 0"),
-        ("ground policy={policy} labels={labels} labelled_episodes=2 decoder.hidden=[0] out=out",
+        ("ground policy={policy} labels={labels} labeled_episodes=2 decoder.hidden=[0] out=out",
          "decoder.hidden is [0]"),
         ("train-with-tokens --dataset-root {data} --output-dir out --learning-rate nan",
          "--learning-rate must be between 0 and 100, got nan"),
@@ -454,7 +454,7 @@ def test_k_larger_than_the_episodes_in_compare(tmp_path):
     np.savez(path, obs=FRAMES[rng.integers(20, size=30)], action=action, done=np.arange(30) % 10 == 9)
     out = tmp_path / "out"
     setting = ("env=babyai/GoToLocal", "data.resolution=32", "ks=[1,5]", f"out={out}")
-    assert "5 labelled episodes are asked for and there are 2 training episodes" in sentence(
+    assert "5 labeled episodes are asked for and there are 2 training episodes" in sentence(
         cli("compare", f"data.path={path}", *setting)
     )
     assert not out.exists()
@@ -467,7 +467,7 @@ def test_truncated_video_is_skipped_by_name_and_counted(given, tmp_path):
     done = cli(
         "label", "--lam", tmp_path / "lam", "--data", given.root / "mixed", "--out", tmp_path / "labels"
     )
-    assert "labelled 38 of 40 frames of 2 episodes" in done.stderr
+    assert "labeled 38 of 40 frames of 2 episodes" in done.stderr
 
 
 def test_damaged_training_checkpoint(given, tmp_path):
@@ -539,7 +539,7 @@ def test_full_disk_while_training(free, small_disk, given, tmp_path):
 
 
 @pytest.mark.parametrize("free", [0, 20_000])
-def test_full_disk_while_labelling(free, small_disk, given, tmp_path):
+def test_full_disk_while_labeling(free, small_disk, given, tmp_path):
     data = write_blocks(tmp_path / "blocks.npz", episodes=100)
     ballast, out = small_disk / "ballast", small_disk / "labels"
     try:

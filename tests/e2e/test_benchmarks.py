@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from latentact.device import multiplies_int8
+from latentact.device import supports_int8
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -60,7 +60,7 @@ def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
     monkeypatch.setattr(benchmark, "CONFIGS", small)
     page = tmp_path / "page.md"
     page.write_text("# Page\n\n## Another machine\n\n| lapo | fp32 |\n")
-    precisions = ["bf16", *["int8"] * multiplies_int8("cpu")]
+    precisions = ["bf16", *["int8"] * supports_int8("cpu")]
     for name, precision in itertools.product(small, precisions):
         benchmark._write(page, "This machine", benchmark._row(name, precision, "no", "cpu", 1))
     text = page.read_text()

@@ -100,14 +100,14 @@ def test_verdict_names_a_winner_of_the_rows(compared):
     if best == 0:
         assert first.startswith("No method wins")
     elif len(winners) == 1:
-        assert first == f"{NAMES[winners[0]]} wins with 2 labelled episodes"
+        assert first == f"{NAMES[winners[0]]} wins with 2 labeled episodes"
     else:
-        assert "tie with 2 labelled episodes" in first
+        assert "tie with 2 labeled episodes" in first
         assert all(NAMES[method] in first for method in winners)
 
 
 def test_rows_are_on_equal_terms(compared):
-    """Same network, same steps, same labelled episodes; the IDM's labels are robot actions."""
+    """Same network, same steps, same labeled episodes; the IDM's labels are robot actions."""
     _, out, _ = compared
     root = out / "seed0"
     folders = {

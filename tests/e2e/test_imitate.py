@@ -63,12 +63,12 @@ def made(tmp_path_factory):
     grounded = latent.ground(DecoderConfig(use_state=True), pusht)
     actions = np.array([[200.0, 200.0], [300.0, 300.0]], np.float32)
     assert grounded.decoder is not None
-    grounded.decoder.normalise_by(actions)
+    grounded.decoder.set_action_stats(actions)
     grounded.save_pretrained(root / "ground")
     config = GuidedConfig(network=network)
     about |= {"target": Target(kind="numbers", size=2), "action_space": pusht, "guide": config.guide(spec)}
     guided = Policy(config, PolicySpec(**about), spec)
-    guided.normalise_by(actions, None)
+    guided.set_action_stats(actions, None)
     guided.save_pretrained(root / "guided")
     env = make_env("pusht")
     frames = [env.reset(seed=0)[0]["pixels"]]
@@ -173,7 +173,7 @@ def test_the_decoder_alone_acts(made):
         scores = policy.decoder(
             (latent - policy.mean) / policy.std, policy.normal_state(torch.from_numpy(state)[None])
         )
-        wanted = policy.decoder.unnormalise(scores)[0, 0].detach().numpy()
+        wanted = policy.decoder.unnormalize(scores)[0, 0].detach().numpy()
         np.testing.assert_allclose(inference.predict_action({"observation.state": state}), wanted, rtol=1e-5)
 
 

@@ -135,7 +135,7 @@ def test_a_healthy_model_passes(path):
     assert numbers["algebra"] == pytest.approx({"additivity": 0, "reversal": 0, "identity": 0}, abs=1e-6)
     assert numbers["reconstruction"]["recon_mse"] == 0
     assert numbers["controllability"]["delta_psnr"][0] > 20
-    assert numbers["leakage"]["centred"] < 0.3
+    assert numbers["leakage"]["centered"] < 0.3
     assert max(numbers["lags"], key=lambda row: row["score"])["lag"] == 0
     efficiency = numbers["label_efficiency"]
     assert [row["k"] for row in efficiency] == [1, 2, 4, 8, 10]

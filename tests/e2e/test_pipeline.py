@@ -58,11 +58,15 @@ def runs(tmp_path_factory, blocks):
         "labels": ("label", "--lam", root / "lam", "--data", blocks, "--out", root / "labels"),
         "policy": (
             *("train-policy", f"labels={root}/labels", *TINY_POLICY, "held_out=0.25"),
-            *("policy.network.frames=2", "policy.network.chunk=3", "policy.network.execute=2"),
+            *(
+                "policy.network.n_obs_steps=2",
+                "policy.network.chunk_size=3",
+                "policy.network.n_action_steps=2",
+            ),
             f"out={root}/policy",
         ),
         "ground": (
-            *("ground", f"policy={root}/policy", f"labels={root}/labels", "labelled_episodes=2"),
+            *("ground", f"policy={root}/policy", f"labels={root}/labels", "labeled_episodes=2"),
             *("held_out=0.25", "training.steps=30", "training.batch_size=16", "finetune_steps=5"),
             f"out={root}/ground",
         ),
@@ -139,7 +143,7 @@ def test_policy_run(runs):
 def test_grounded_policy_acts(runs, blocks):
     out = runs[0] / "ground"
     result = json.loads((out / "ground.json").read_text())
-    assert result["labelled_steps"] == 2 * (STEPS - 1)
+    assert result["labeled_steps"] == 2 * (STEPS - 1)
     assert 0 <= result["held_out_score"] <= 1
     assert result["finetuned"] == "finetuned"
     store = open_store(DataConfig(path=str(blocks), resolution=32))
@@ -185,7 +189,7 @@ def test_same_command_again_changes_nothing(runs, stage):
         ("lam", ("lam.bottleneck.dim=5",), "lam.bottleneck.dim = 4, not 5"),
         ("labels", ("--target-fps", "5"), "other labels"),
         ("policy", ("policy.target=vectors",), "policy.target = 'continuous', not 'vectors'"),
-        ("ground", ("labelled_episodes=3",), "labelled_episodes = 2, not 3"),
+        ("ground", ("labeled_episodes=3",), "labeled_episodes = 2, not 3"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(runs, stage, setting, words):
@@ -223,7 +227,7 @@ def test_every_bottleneck(kind, blocks, tmp_path):
         assert not labels.codes[~labels.valid].any()
         codes = ("policy.target=codes", "training.steps=3", f"out={tmp_path}/policy")
         ok("train-policy", f"labels={tmp_path}/labels", *TINY_POLICY, *codes)
-        few = ("labelled_episodes=2", "training.steps=3", f"out={tmp_path}/ground")
+        few = ("labeled_episodes=2", "training.steps=3", f"out={tmp_path}/ground")
         ok("ground", f"policy={tmp_path}/policy", f"labels={tmp_path}/labels", *few)
     else:
         target = ("policy.target=codes", f"out={tmp_path}/policy")
@@ -232,17 +236,17 @@ def test_every_bottleneck(kind, blocks, tmp_path):
 
 
 def test_idm_labels_train_bc(blocks, tmp_path):
-    """IDM-k: an inverse dynamics model on k labelled episodes writes pseudo-actions from which BC learns."""
+    """IDM-k: an inverse dynamics model on k labeled episodes writes pseudo-actions from which BC learns."""
     small = ("lam=idm", "lam.backbone=patch", "lam.size=32", "lam.patch=4", "lam.channels=[16]")
     long = ("data.resolution=32", "training.steps=150", "training.batch_size=32", "training.lr=3e-3")
-    ok("train-lam", f"data.path={blocks}", *small, *long, "labelled_episodes=5", f"out={tmp_path}/idm")
+    ok("train-lam", f"data.path={blocks}", *small, *long, "labeled_episodes=5", f"out={tmp_path}/idm")
     ok("label", "--lam", tmp_path / "idm", "--data", blocks, "--out", tmp_path / "labels")
     labels, store = read_labels(tmp_path / "labels")
     train, _ = split_episodes(store, held_out=0.1, seed=0)
-    labelled = choose_labeled(train, 5, 0)
-    known = labels.valid & np.isin(store.episode, labelled)
+    labeled = choose_labeled(train, 5, 0)
+    known = labels.valid & np.isin(store.episode, labeled)
     assert labels.codes is not None
-    right = labels.codes[known, 0] == store.actions(labelled)[known]
+    right = labels.codes[known, 0] == store.actions(labeled)[known]
     assert right.mean() > 0.8  # a block at the wall does not move, whatever the action
     ok("train-policy", "policy=bc", f"labels={tmp_path}/labels", *TINY_POLICY, f"out={tmp_path}/policy")
     policy = Policy.from_pretrained(tmp_path / "policy")
@@ -255,7 +259,7 @@ def test_idm_labels_train_bc(blocks, tmp_path):
 
 
 def test_bc_on_robot_actions(blocks, tmp_path):
-    data = (f"data.path={blocks}", "data.resolution=32", "labelled_episodes=3")
+    data = (f"data.path={blocks}", "data.resolution=32", "labeled_episodes=3")
     ok("train-policy", "policy=bc", *data, *TINY_POLICY, f"out={tmp_path}/bc")
     assert json.loads((tmp_path / "bc/policy.json").read_text())["samples"] == 3 * (STEPS - 1)
 

@@ -1,4 +1,4 @@
-"""Real robot video, where it lies beside the repository: every dataset trains a LAM and gets labelled."""
+"""Real robot video, where it lies beside the repository: every dataset trains a LAM and gets labeled."""
 
 from __future__ import annotations
 

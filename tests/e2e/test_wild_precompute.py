@@ -22,7 +22,6 @@ from wild import (
     change_info,
     change_tables,
     ffmpeg_frames,
-    floats,
     image_cell,
     lerobot,
     lerobot_dataset,
@@ -124,7 +123,7 @@ ODD = {
     "nulls": {
         "columns": {
             ACTION: (
-                floats(2),
+                normalize_frames(2),
                 lambda e, n: pa.array([*[[1.0, 2.0]] * (n - 1), None], pa.list_(pa.float32())),
             )
         }
@@ -400,7 +399,7 @@ def test_numbers_of_the_tables_are_kept(tmp_path, lam):
     root = lerobot(
         tmp_path / "d",
         2,
-        columns={ACTION: (floats(2), lambda e, n: [[float(i), float(e)] for i in range(n)])},
+        columns={ACTION: (normalize_frames(2), lambda e, n: [[float(i), float(e)] for i in range(n)])},
     )
     out = written(root, lam, tmp_path / "out")
     table = pa.concat_tables([pq.read_table(file) for file in sorted((out / "data").rglob("*.parquet"))])
@@ -418,8 +417,10 @@ def test_training_on_numbers_that_are_none_ends_before_it_starts_or_leaves_them_
     def values(e, n):
         return [[float("nan") if i == 3 else i / n, 0.5] for i in range(n)]
 
-    root = lerobot(tmp_path / "d", 2, lengths=(12,) * 4, cell=image_cell, columns={name: (floats(2), values)})
-    more = ("labelled_episodes=3", "lam.action_weight=1") if name == ACTION else ()
+    root = lerobot(
+        tmp_path / "d", 2, lengths=(12,) * 4, cell=image_cell, columns={name: (normalize_frames(2), values)}
+    )
+    more = ("labeled_episodes=3", "lam.action_weight=1") if name == ACTION else ()
     short = ("training.steps=2", "held_out=0.25", "frame_gap_s=0.1", *more)
     command = ("train-lam", *TINY_LAM, f"data.path={root}", f"out={tmp_path / 'run'}", *short)
     done = cli(*command)

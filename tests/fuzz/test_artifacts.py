@@ -47,7 +47,7 @@ def _ground_run(whole: Path, bad: Path, _: Path) -> tuple[str | Path, ...]:
 
 
 def _ground(policy: Path, labels: Path, out: Path) -> tuple[str | Path, ...]:
-    few = ("labelled_episodes=2", "training.steps=2")
+    few = ("labeled_episodes=2", "training.steps=2")
     return ("ground", f"policy={policy}", f"labels={labels}", *few, f"out={out}")
 
 

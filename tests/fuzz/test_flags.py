@@ -40,7 +40,7 @@ BASES = {
 """Command -> flags with which it ends soon; one that is not here gets a text for whatever it needs."""
 SMALL = {
     "lapo": LAM,
-    "idm": ("lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.channels=[8]", "labelled_episodes=2"),
+    "idm": ("lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.channels=[8]", "labeled_episodes=2"),
     "laom": (
         *("lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.channels=[8]", "lam.hidden=16"),
         *("lam.bottleneck.dim=4", "lam.target.features=8", "lam.horizon=2"),
@@ -114,7 +114,7 @@ def _typed(whole: Path, out: Path, rng: random.Random) -> list[str | Path]:
         data = f"data.path={whole}/blocks.npz" if chosen == ("policy=bc",) else f"labels={whole}/labels"
         base = (data, *chosen, *POLICY, *STEPS[:2], *(STEPS[2:] if data[0] == "d" else ()))
     elif stage == "ground":
-        base = (f"policy={whole}/policy", f"labels={whole}/labels", "labelled_episodes=2", *STEPS[:2])
+        base = (f"policy={whole}/policy", f"labels={whole}/labels", "labeled_episodes=2", *STEPS[:2])
     elif stage == "compare":
         base = (f"data.path={whole}/blocks.npz", "env=babyai/GoToLocal", "data.resolution=32")
     base = tuple(word for word in base if not word.startswith(f"{key}="))

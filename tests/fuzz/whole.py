@@ -45,7 +45,7 @@ def make_whole(root: Path) -> Path:
             "ground",
             f"policy={root}/policy",
             labels,
-            "labelled_episodes=2",
+            "labeled_episodes=2",
             "training.steps=2",
             f"out={root}/ground",
         ),

@@ -9,7 +9,7 @@ from latentact.stages import check_guidance as stage
 
 def path(agent, block=None, coverage=None):
     agent = np.asarray(agent, float)
-    return stage.Path2d(
+    return stage.EpisodeTrace(
         pixels=np.zeros((len(agent), 2, 2, 3), np.uint8),
         agent=agent,
         block=None if block is None else np.asarray(block, float),

@@ -154,6 +154,6 @@ def test_states_alone_are_learned_from_through_the_command_line(moving: Path, tm
     probes = json.loads((tmp_path / "lam" / "lam.json").read_text())["probes"]
     assert probes["latent_linear"]["score"] > 0.9
     assert probes["shuffled_future"]["score"] < 0.5
-    labelled = cli("label", "--lam", tmp_path / "lam", "--data", moving, "--out", tmp_path / "labels")
-    assert labelled.returncode == 0, labelled.stderr
-    assert "labelled 152 of 160 frames" in labelled.stderr
+    labeled = cli("label", "--lam", tmp_path / "lam", "--data", moving, "--out", tmp_path / "labels")
+    assert labeled.returncode == 0, labeled.stderr
+    assert "labeled 152 of 160 frames" in labeled.stderr

@@ -49,14 +49,14 @@ def rows(**success):
 def test_the_first_sentence_names_the_winner_whoever_it_is(method, name):
     scores = {"latent": 0.3, "latent_joint": 0.3, "bc_k": 0.3, "idm_k": 0.3, "oracle": 0.9} | {method: 0.8}
     said = verdict(rows(**scores))
-    assert said.startswith(f"{name} wins with 5 labelled episodes: success 0.80 (0.71 to 0.87) against 0.30")
+    assert said.startswith(f"{name} wins with 5 labeled episodes: success 0.80 (0.71 to 0.87) against 0.30")
     assert "the next best; the intervals are apart." in said
     assert said.endswith("is 89% of the oracle, BC on all labels, which reaches 0.90 (0.83 to 0.94).")
 
 
 def test_when_a_baseline_wins_the_latent_policy_is_still_told():
     said = verdict(rows(latent=0.2, latent_joint=0.25, bc_k=0.7, idm_k=0.5))
-    assert said.startswith("BC on k labels wins with 5 labelled episodes: success 0.70")
+    assert said.startswith("BC on k labels wins with 5 labeled episodes: success 0.70")
     assert "against 0.50 (0.40 to 0.60) for IDM on k labels" in said
     assert "The best latent policy, Latent policy with joint head, reaches 0.25 (0.18 to 0.34)" in said
 
@@ -69,10 +69,8 @@ def test_when_latent_policies_lead_the_best_baseline_is_told():
 
 def test_ties_failures_and_loneliness():
     assert verdict(rows(latent=0.5, bc_k=0.5)).startswith("Latent policy and BC on k labels tie with 5")
-    assert verdict(rows(latent=0.0, bc_k=0.0)).startswith(
-        "No method wins with 5 labelled episodes: none ever"
-    )
-    assert verdict(rows(bc_k=0.4)).startswith("BC on k labels with 5 labelled episodes reaches success 0.40")
+    assert verdict(rows(latent=0.0, bc_k=0.0)).startswith("No method wins with 5 labeled episodes: none ever")
+    assert verdict(rows(bc_k=0.4)).startswith("BC on k labels with 5 labeled episodes reaches success 0.40")
     assert verdict(rows(oracle=0.4)) == "There is no method with k labels to compare."
 
 
@@ -83,9 +81,9 @@ def test_several_k():
     )
     said = verdict([*few, *many, row("oracle", 0.9, k=None)])
     assert said.startswith("The winner depends on k: Latent policy at k = 1, BC on k labels at k = 50. ")
-    assert "Latent policy wins with 1 labelled episode: success 0.60" in said
+    assert "Latent policy wins with 1 labeled episode: success 0.60" in said
     assert said.endswith(
-        "The best with 50 labelled episodes is not behind the oracle, BC on all labels, "
+        "The best with 50 labeled episodes is not behind the oracle, BC on all labels, "
         "which reaches 0.90 (0.83 to 0.94)."
     )
     assert verdict([*few, row("latent", 0.7, k=9), row("bc_k", 0.2, k=9)]).startswith(
@@ -119,7 +117,7 @@ def test_without_success_the_return_decides():
         return row(method, 0.0, **{"success": None, "ci95": None, "return": value, "return_ci95": interval})
 
     said = verdict([blind("latent", 5.0), blind("bc_k", 9.0)])
-    assert said.startswith("BC on k labels wins with 5 labelled episodes: return 9.00 (8.00 to 10.00)")
+    assert said.startswith("BC on k labels wins with 5 labeled episodes: return 9.00 (8.00 to 10.00)")
 
 
 def test_fine_tuned_policies_are_shown_and_do_not_compete():

@@ -79,7 +79,7 @@ def test_variable_frame_rate_keeps_its_times(tmp_path):
     [((0, 1, -1, 0), (0, -1)), ((0, -1, 1, 0), (-1, 0)), ((-1, 0, 0, -1), (-1, -1))],
     ids=["clockwise", "counterclockwise", "upside_down"],
 )
-def test_rotation_is_honoured(tmp_path, matrix, corner):
+def test_rotation_is_honored(tmp_path, matrix, corner):
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[:32, :32] = 255  # top left
     path = write_video(tmp_path / "r.mp4", [pixels] * 3, size=(64, 96))
@@ -189,8 +189,8 @@ def test_resize_averages_and_leaves_the_right_size_alone():
     assert small.shape == (2, 1, 1, 3)
     assert np.all(small == 100)  # the mean: antialiased
     checks = np.indices((64, 64)).sum(0) % 2 * 255
-    grey = resize(np.repeat(checks[None, :, :, None], 3, 3).astype(np.uint8), 16)
-    assert np.all(np.abs(grey.astype(int) - 127) <= 1)  # no moire
+    gray = resize(np.repeat(checks[None, :, :, None], 3, 3).astype(np.uint8), 16)
+    assert np.all(np.abs(gray.astype(int) - 127) <= 1)  # no moire
 
 
 def test_a_whole_span_is_the_default(tmp_path):

@@ -65,10 +65,10 @@ def test_cosines():
     assert mean_cosine(A, np.zeros((2, 2))) == 0
     moved = np.random.default_rng(0).normal(size=(400, 2))
     there = past_future_cosine(moved + 9, moved + 9)
-    assert there == pytest.approx({"s_pcfc": 1, "centred": 1})
+    assert there == pytest.approx({"s_pcfc": 1, "centered": 1})
     back = past_future_cosine(9 + moved, 9 - moved)
     assert back["s_pcfc"] > 0.9  # what all latents share hides that they are opposite
-    assert back["centred"] == pytest.approx(-1, abs=0.01)
+    assert back["centered"] == pytest.approx(-1, abs=0.01)
 
 
 def test_future_dependence():
@@ -194,7 +194,7 @@ def numbers(**changes):
         "codebook": {"size": 8, "perplexity": 6.0},
         "reconstruction": {"recon_mse": 1e-4, "copy_mse": 1e-3, "shuffled_mse": 1e-3},
         "prediction_change": 0.8,
-        "leakage": {"centred": 0.1, "across_cuts": 0.8},
+        "leakage": {"centered": 0.1, "across_cuts": 0.8},
         "misaligned": None,
         "probes": {
             **{"latent_linear": probe(0.8), "latent_mlp": probe(0.8)},
@@ -222,7 +222,7 @@ SAME = {"recon_mse": 1e-3, "copy_mse": 1e-2, "shuffled_mse": 1e-3}
         ({"latents": {"spread": 1.0, "future_dependence": 0.01}}, "shuffled_future"),
         ({"prediction_change": 0.001}, "ignored"),
         ({"misaligned": -1}, "off_by_one"),
-        ({"leakage": {"s_pcfc": 0.94, "centred": 0.92, "across_cuts": 0.1}}, "shuffled_future"),
+        ({"leakage": {"s_pcfc": 0.94, "centered": 0.92, "across_cuts": 0.1}}, "shuffled_future"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3), "no_action"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, nuisance_linear=0.7), "nuisance"),
         (changed_probes(latent_linear=0.3, latent_mlp=0.3, latent_and_present_mlp=0.5), "healthy"),
@@ -250,8 +250,8 @@ def test_verdicts(changes, name):
     [
         ({"reconstruction": {"recon_mse": 1e-3, "copy_mse": 1e-3, "shuffled_mse": 1e-2}}, "copies"),
         ({"codebook": {"size": 64, "perplexity": 4.0}}, "few_codes"),
-        ({"leakage": {"centred": 0.95, "across_cuts": None}}, "leaks"),
-        ({"leakage": {"centred": 0.6, "across_cuts": 0.2}}, "leaks"),
+        ({"leakage": {"centered": 0.95, "across_cuts": None}}, "leaks"),
+        ({"leakage": {"centered": 0.6, "across_cuts": 0.2}}, "leaks"),
         (changed_probes(nuisance_linear=0.95), "nuisance"),
         ({"reconstruction": SAME}, "unused"),
     ],
@@ -263,9 +263,9 @@ def test_cautions_do_not_forbid(changes, name):
 
 
 def test_a_leak_is_told_as_what_it_is():
-    (far,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": 1.01})).findings
-    (near,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": 0.4})).findings
-    (state,) = judge(numbers(leakage={"centred": 0.95, "across_cuts": None}, sees=False)).findings
+    (far,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": 1.01})).findings
+    (near,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": 0.4})).findings
+    (state,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": None}, sees=False)).findings
     assert "across a cut" not in far.said, "no evidence of a picture"
     assert "across a cut the error is 40%" in near.said
     assert "frame" in near.next

@@ -10,9 +10,9 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.labelling import dataset as encode
-from latentact.labelling import precision
-from latentact.labelling.dataset import EncodeOptions, Share, encode_dataset
+from latentact.labeling import dataset as encode
+from latentact.labeling import precision
+from latentact.labeling.dataset import EncodeOptions, Share, encode_dataset
 from latentact.lams.contract import LatentActionModel
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -161,8 +161,8 @@ def test_auto_takes_the_fastest_that_is_native_and_keeps_the_codes(
     every, native, chosen, tmp_path, monkeypatch, caplog
 ):
     np.savez(tmp_path / "video.npz", obs=np.zeros((40, 2, 2, 3), np.uint8), done=np.arange(40) == 39, fps=10)
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: "bf16" in native)
-    monkeypatch.setattr(precision, "multiplies_int8", lambda device: "int8" in native)
+    monkeypatch.setattr(precision, "supports_bf16", lambda device: "bf16" in native)
+    monkeypatch.setattr(precision, "supports_int8", lambda device: "int8" in native)
     made = []
     monkeypatch.setattr(precision, "int8", lambda model: made.append(model) or model)
     data = FrameStream(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import latentact.labelling.features as frozen
+import latentact.labeling.features as frozen
 from conftest import cli
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.windows import Clips

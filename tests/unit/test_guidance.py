@@ -12,7 +12,7 @@ from latentact.agents.agent import picture
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
 from latentact.guidance import inference as guidance
-from latentact.guidance.align import agreement, follow, tokens_at
+from latentact.guidance.align import agreement, follow, sample_tokens
 from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import LatentGuidedInference
@@ -102,7 +102,7 @@ def pictures(count, size=32, seed=0):
 
 
 @pytest.mark.parametrize("gap", [1, 2])
-def test_a_guide_is_what_labelling_says(blocks, tmp_path, gap):
+def test_a_guide_is_what_labeling_says(blocks, tmp_path, gap):
     folder = small_lam(tmp_path / "lam", "fsq", frame_gap=gap, frame_gap_s=gap / 10)
     data = DataConfig(path=str(blocks), resolution=32)
     label.run(label.LabelConfig(lam=str(folder), data=data, out=str(tmp_path / "labels"), batch_size=7))
@@ -256,16 +256,16 @@ def test_resample_by_hand():
         follow(line, 25.0, "resample"), [0, 0.4, 0.8, 1.2, 1.6, 2, 2.4, 2.8, 3.2, 3.6, 4, 4, 4]
     )
     np.testing.assert_allclose(follow(line, 5.0, "resample"), [0, 2, 4])
-    found = tokens_at(line, np.array([0.0, 0.4, 3.75, 4.0]), "continuous")
+    found = sample_tokens(line, np.array([0.0, 0.4, 3.75, 4.0]), "continuous")
     np.testing.assert_allclose(found, [[0, 0], [0.4, -0.4], [3.75, -3.75], [4, -4]], rtol=1e-6)
     coded = guide(LINE, 10.0, codes=[5, 4, 3, 2, 1])
-    assert tokens_at(coded, np.array([0.4, 0.5, 1.6]), "codes").tolist() == [[5], [4], [3]]
-    assert tokens_at(coded, np.array([0.4, 0.5]), "vectors").tolist() == [
+    assert sample_tokens(coded, np.array([0.4, 0.5, 1.6]), "codes").tolist() == [[5], [4], [3]]
+    assert sample_tokens(coded, np.array([0.4, 0.5]), "vectors").tolist() == [
         [0, 0],
         [1, -1],
     ]  # never between codes
     with pytest.raises(UserError, match="follows codes and the guide of lapo has none"):
-        tokens_at(line, np.zeros(1), "codes")
+        sample_tokens(line, np.zeros(1), "codes")
     with pytest.raises(UserError, match="unknown time base 'hole'; did you mean 'hold'"):
         follow(line, 10.0, "hole")
 

@@ -1,7 +1,7 @@
-"""No action of an unlabelled episode reaches any training step.
+"""No action of an unlabeled episode reaches any training step.
 
 Every action of the data is the number of its episode, so that an action that is seen says where it is from.
-Two proofs for every stage that trains: the actions that losses are given belong to labelled episodes, all of
+Two proofs for every stage that trains: the actions that losses are given belong to labeled episodes, all of
 them; and data whose other actions are random trains the same weights, bit by bit.
 """
 
@@ -28,7 +28,7 @@ from latentact.training.settings import TrainingConfig
 from latentact.types import Clip
 
 EPISODES, K = 8, 3
-NETWORK = NetworkConfig(backbone="patch", patch=8, channels=(8,), chunk=2)
+NETWORK = NetworkConfig(backbone="patch", patch=8, channels=(8,), chunk_size=2)
 TRAINING = TrainingConfig(steps=12, batch_size=16, eval_every=6, device="cpu")
 LAPO = LapoConfig(
     backbone="patch",
@@ -55,7 +55,7 @@ def data(path):
 
 
 @pytest.fixture(scope="module")
-def labelled(honest):
+def labeled(honest):
     train, _ = split_episodes(open_store(data(honest)), held_out=0.1, seed=0)
     return choose_labeled(train, K, 0)
 
@@ -71,11 +71,11 @@ def honest(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def poisoned(honest, labelled, tmp_path_factory):
+def poisoned(honest, labeled, tmp_path_factory):
     """The same, but the actions of all other episodes, held out or not, are random."""
     path = tmp_path_factory.mktemp("poisoned") / "blocks.npz"
     arrays = dict(np.load(honest))
-    hidden = ~np.isin(arrays["action"], labelled)
+    hidden = ~np.isin(arrays["action"], labeled)
     drawn = np.random.default_rng(0).integers(EPISODES, size=len(hidden))
     arrays["action"] = np.where(hidden, drawn, arrays["action"])
     np.savez(path, **arrays)
@@ -119,7 +119,7 @@ def _actions(batch):
 
 def lam(path, out, config, k):
     settings = train_lam.TrainLamConfig(
-        data=data(path), lam=config, training=TRAINING, labelled_episodes=k, labelled_share=0.5
+        data=data(path), lam=config, training=TRAINING, labeled_episodes=k, labeled_share=0.5
     )
     return train_lam.run(settings, out)
 
@@ -129,7 +129,7 @@ def bc(path, out):
         data=data(path),
         policy=BcConfig(network=NETWORK),
         training=TRAINING,
-        labelled_episodes=K,
+        labeled_episodes=K,
     )
     return train_policy.run(settings, out)
 
@@ -144,7 +144,7 @@ def grounded(path, out, self_training=False):
     last = ground.GroundConfig(
         policy=str(policy),
         labels=str(labels),
-        labelled_episodes=K,
+        labeled_episodes=K,
         decoder=DecoderConfig(hidden=(8,)),
         training=TRAINING,
         finetune_steps=12,
@@ -162,9 +162,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
-def test_losses_see_actions_of_all_labelled_episodes_and_of_no_other(stage, honest, labelled, seen, tmp_path):
+def test_losses_see_actions_of_all_labeled_episodes_and_of_no_other(stage, honest, labeled, seen, tmp_path):
     stage(honest, tmp_path)
-    assert sorted(set(seen)) == labelled.tolist()
+    assert sorted(set(seen)) == labeled.tolist()
 
 
 def test_a_lam_without_labels_sees_no_action(honest, seen, tmp_path):
@@ -191,25 +191,25 @@ def test_other_actions_change_no_weight_of_self_training(honest, poisoned, tmp_p
     assert weights(tmp_path / honest.parent.name) == weights(tmp_path / poisoned.parent.name)
 
 
-def test_self_training_keeps_known_actions_and_fills_the_others(honest, labelled, tmp_path):
+def test_self_training_keeps_known_actions_and_fills_the_others(honest, labeled, tmp_path):
     folder = grounded(honest, tmp_path)
     store, policy = open_store(data(honest)), Policy.from_pretrained(folder)
     train, held_out = split_episodes(store, held_out=0.1, seed=0)
     config = ground.GroundConfig(policy="", labels="", training=TRAINING)
     filled = ground._pseudo_actions(
-        config, policy, store, train, store.actions(labelled), tmp_path / "teacher"
+        config, policy, store, train, store.actions(labeled), tmp_path / "teacher"
     )
-    known = np.isin(store.episode, labelled)
+    known = np.isin(store.episode, labeled)
     assert (filled[known] == store.episode[known]).all()
     assert ((filled[~known] >= 0) & (filled[~known] < EPISODES))[np.isin(store.episode[~known], train)].all()
     assert not filled[np.isin(store.episode, held_out)].any()  # hidden, and never learned from
 
 
-def test_labelled_actions_do_change_weights(honest, labelled, tmp_path):
+def test_labeled_actions_do_change_weights(honest, labeled, tmp_path):
     """The counterpart: the test above can fail."""
     path = tmp_path / "blocks.npz"
     arrays = dict(np.load(honest))
-    rows = np.flatnonzero(arrays["action"] == labelled[0])
+    rows = np.flatnonzero(arrays["action"] == labeled[0])
     arrays["action"][rows] = (arrays["action"][rows] + 1) % EPISODES
     np.savez(path, **arrays)
     for name, stage in STAGES.items():
@@ -240,7 +240,7 @@ def test_a_store_shows_only_the_named_actions(honest):
     for name in ("action", "action.left"):
         with pytest.raises(ValueError, match="through `actions` only"):
             store.column(name)
-    clips = Clips(store, episodes=range(EPISODES), frame_gap=1, labelled=[2])
+    clips = Clips(store, episodes=range(EPISODES), frame_gap=1, labeled=[2])
     clip = clips.clip(clips.rows)
     assert clip.action is not None
     assert clip.labeled is not None

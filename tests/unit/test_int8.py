@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from latentact.device import multiplies_int8
+from latentact.device import supports_int8
 from latentact.errors import UserError
-from latentact.labelling.episode import encode_clip
+from latentact.labeling.episode import encode_clip
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.int8 import int8
 
 pytestmark = [
-    pytest.mark.skipif(not multiplies_int8("cpu"), reason="wants a processor that multiplies int8"),
+    pytest.mark.skipif(not supports_int8("cpu"), reason="wants a processor that multiplies int8"),
     pytest.mark.usefixtures("inference"),
 ]
 

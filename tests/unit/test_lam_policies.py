@@ -242,7 +242,7 @@ def test_tokens_reach_the_projection_as_they_are(kind: str, aggregation: str, da
     seen = condition(built.policy)
     raw = batch_of(built, [0, 5, 13])
     processed = built.before(raw)
-    assert processed["observation.state"].abs().max() < 5, "states are normalised"
+    assert processed["observation.state"].abs().max() < 5, "states are normalized"
     built.policy.forward(processed)
     tokens = raw[TOKENS] if raw[TOKENS].ndim == 3 else raw[TOKENS][:, None]
     assert torch.equal(seen[0], tokens[:, -built.config.lam_transitions :])

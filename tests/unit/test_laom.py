@@ -160,7 +160,7 @@ def test_pixel_error_by_hand() -> None:
 def test_labels_pull_and_their_absence_does_not() -> None:
     space = ActionSpace(kind="continuous", size=2)
     model = replace(SMALL, action_weight=1.0, augment="none").build(space).train()
-    model.normalise_by(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
+    model.set_action_stats(torch.tensor([[0.0, 10.0], [2.0, 30.0]]))
     assert model.action_mean.tolist() == [1.0, 20.0]
     batch = clip(model)
     shown, none = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.bool)
@@ -187,7 +187,7 @@ def test_trains_through_the_command_line(blocks: Path, tmp_path: Path) -> None:
     arguments = (
         *("train-lam", "experiment=laom_debug", f"data.path={blocks}", "data.resolution=32"),
         *("lam.size=32", "lam.channels=[16]", "lam.picture_channels=[8]", "lam.bottleneck.dim=4"),
-        *("lam.action_weight=0.1", "labelled_episodes=2", "training.batch_size=8", "training.log_every=1"),
+        *("lam.action_weight=0.1", "labeled_episodes=2", "training.batch_size=8", "training.log_every=1"),
         *("training.checkpoint_every=4", "training.precision=32-true", "training.warmup_steps=2"),
         *("training.eval_every=0",),
     )

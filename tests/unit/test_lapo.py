@@ -1,4 +1,4 @@
-"""LAPO's numbers: the quantiser's update by hand, the constant convolution, the loss on labelled rows."""
+"""LAPO's numbers: the quantizer's update by hand, the constant convolution, the loss on labeled rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentact.lams.contract import action_loss, floats, pairs
+from latentact.lams.contract import action_loss, pairs
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
 from latentact.quantizers.quantizer import BottleneckConfig
@@ -23,27 +23,27 @@ def test_published_sizes() -> None:
 
 
 def test_vectors_take_strided_elements() -> None:
-    quantiser = VqEma(BottleneckConfig(dim=8, codebooks=1, positions=2, codebook_size=2)).eval()
-    quantiser.embedding.copy_(torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1]]]))
+    quantizer = VqEma(BottleneckConfig(dim=8, codebooks=1, positions=2, codebook_size=2)).eval()
+    quantizer.embedding.copy_(torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1]]]))
     x = torch.tensor([[0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9]])  # position 0 at even places, 1 at odd ones
-    out = quantiser(x)
+    out = quantizer(x)
     assert out.codes.tolist() == [[0, 1]]
     torch.testing.assert_close(out.vectors, torch.tensor([[0.0, 1, 0, 1, 0, 1, 0, 1]]))
     torch.testing.assert_close(out.loss, torch.tensor(0.05 * 0.01))
 
 
 def test_codebook_update_by_hand() -> None:
-    quantiser = VqEma(BottleneckConfig(dim=1, codebooks=1, positions=1, codebook_size=2, decay=0.5)).train()
-    quantiser.embedding.copy_(torch.tensor([[[0.0], [1.0]]]))
-    quantiser.ema_weight.copy_(torch.tensor([[[0.0], [1.0]]]))
-    quantiser.ema_count.copy_(torch.tensor([[2.0, 2.0]]))
-    quantiser(torch.tensor([[0.2], [0.4], [0.9]]))
+    quantizer = VqEma(BottleneckConfig(dim=1, codebooks=1, positions=1, codebook_size=2, decay=0.5)).train()
+    quantizer.embedding.copy_(torch.tensor([[[0.0], [1.0]]]))
+    quantizer.ema_weight.copy_(torch.tensor([[[0.0], [1.0]]]))
+    quantizer.ema_count.copy_(torch.tensor([[2.0, 2.0]]))
+    quantizer(torch.tensor([[0.2], [0.4], [0.9]]))
     # counts: .5*2 + .5*2 = 2 and .5*2 + .5*1 = 1.5; smoothing (c + e) / (n + 2e) * n with n = 3.5 moves them
     # by 1e-5
-    torch.testing.assert_close(quantiser.ema_count, torch.tensor([[2.0, 1.5]]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(quantiser.ema_weight, torch.tensor([[[0.3], [0.95]]]))
+    torch.testing.assert_close(quantizer.ema_count, torch.tensor([[2.0, 1.5]]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(quantizer.ema_weight, torch.tensor([[[0.3], [0.95]]]))
     torch.testing.assert_close(
-        quantiser.embedding, torch.tensor([[[0.15], [0.95 / 1.5]]]), rtol=1e-5, atol=1e-5
+        quantizer.embedding, torch.tensor([[[0.15], [0.95 / 1.5]]]), rtol=1e-5, atol=1e-5
     )
 
 
@@ -89,12 +89,12 @@ def test_pairs_are_one_window_per_transition() -> None:
     assert real.tolist() == [[True]]
 
 
-def test_pixels_are_centred() -> None:
+def test_pixels_are_centered() -> None:
     frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1, 1).expand(1, 2, 3, 32, 32)
-    assert floats(frames, 32).flatten(2).unique().tolist() == [-0.5, 0.5]
+    assert normalize_frames(frames, 32).flatten(2).unique().tolist() == [-0.5, 0.5]
 
 
-def test_action_loss_sees_labelled_rows_only() -> None:
+def test_action_loss_sees_labeled_rows_only() -> None:
     logits = torch.tensor([[2.0, 0.0], [5.0, -5.0]])
     hidden = action_loss(logits, torch.tensor([1, 0]), torch.tensor([True, False]))
     torch.testing.assert_close(hidden, F.cross_entropy(logits[:1], torch.tensor([1])))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conftest import cli
 from latentact.errors import UserError
-from latentact.labelling.episode import encode_clip
+from latentact.labeling.episode import encode_clip
 from latentact.lams.contract import load_lam
 from latentact.lams.models.laq import Laq, LaqConfig, _distinct
 from latentact.nn.cvivit import PositionalConv, PositionBias

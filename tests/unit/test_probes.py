@@ -27,7 +27,7 @@ def test_linear_targets_are_read_exactly(rng):
 
 def test_r2_by_hand():
     # The fitting set has no relation, so the probe predicts its mean 0; the scored targets 1, 3 have mean 2:
-    # error 1 + 9 = 10, spread 1 + 1 = 2, R2 = 1 - 10 / 2 = -4. Targets are standardised by deviation 1.
+    # error 1 + 9 = 10, spread 1 + 1 = 2, R2 = 1 - 10 / 2 = -4. Targets are standardized by deviation 1.
     fit = ProbeData(
         features=np.array([[1.0], [1], [-1], [-1]]),
         targets=np.array([[1.0], [-1], [1], [-1]]),

@@ -1,4 +1,4 @@
-"""Quantisers by hand; the collapse of a codebook far from its features, and the guard that cures it."""
+"""Quantizers by hand; the collapse of a codebook far from its features, and the guard that cures it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def far_features(step: int) -> Tensor:
 
 
 def trained(quantizer: Quantizer, steps: int = 3 * PERIOD + 5) -> dict[str, float]:
-    """Train a quantiser to hand features on, and return what it says at the last step."""
+    """Train a quantizer to hand features on, and return what it says at the last step."""
     optimizer = torch.optim.Adam([*quantizer.parameters(), torch.zeros(1, requires_grad=True)], 1e-3)
     metrics: dict[str, Tensor] = {}
     for step in range(steps):

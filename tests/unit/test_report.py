@@ -133,7 +133,7 @@ def test_report_json(whole):
     content = json.loads(result.json.read_text())
     assert content["wall_s"] == 600.5
     assert content["verdict"] == result.verdict
-    assert result.verdict.startswith("Latent policy wins with 5 labelled episodes: success 0.80")
+    assert result.verdict.startswith("Latent policy wins with 5 labeled episodes: success 0.80")
     assert content["lam"]["probes"]["latent_mlp"]["score"] == 0.9
     assert [(r["method"], r["k"], r["success"], r["ci95"]) for r in content["comparison"]] == [
         ("latent", 5, 0.8, [0.1, 0.9]),
@@ -151,7 +151,7 @@ def test_report_json(whole):
 
 def test_the_page_has_every_section_and_loads_nothing_from_elsewhere(whole):
     page = Page(whole[1].html.read_text())
-    assert page.headings[0] == "Latent policy wins with 5 labelled episodes."
+    assert page.headings[0] == "Latent policy wins with 5 labeled episodes."
     assert page.headings[1:] == [
         f"Every method on env {EVIL}",
         "Watch the policies act",
@@ -288,7 +288,7 @@ def test_the_map_names_actions_episodes_and_times():
         ("right", ["episode 3, 0.5 s, right", "episode 4, 0.0 s, right"]),
     ]
     arrays["action"] = np.array([[0.0, 1], [2, 3], [4, 5], [np.nan, np.nan]])
-    assert latent_map(arrays, ["x"])["colours"] == {
+    assert latent_map(arrays, ["x"])["colors"] == {
         "x": [0, 2, 4, None],
         "action 1": [1, 3, 5, None],
         "time in the episode (s)": [0, 0.5, 0, 0.5],

@@ -38,7 +38,7 @@ class Wanderer:
 
 
 def test_wilson_interval_by_hand():
-    # 9 of 10, z = 1.959964: centre (0.9 + 0.192073) / 1.384146, half-width 0.193134
+    # 9 of 10, z = 1.959964: center (0.9 + 0.192073) / 1.384146, half-width 0.193134
     assert success_interval([True] * 9 + [False]) == pytest.approx((0.595850, 0.982124), abs=1e-6)
     assert success_interval([False] * 20) == pytest.approx((0.0, 0.161125), abs=1e-6)
     assert success_interval([True] * 20) == pytest.approx((0.838875, 1.0), abs=1e-6)

@@ -7,7 +7,7 @@ from latentact import TokenStream, camera_deltas
 from latentact.data.cache import DataConfig
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.labelling.dataset import EncodeOptions, encode_dataset
+from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.quantizer import BottleneckConfig
 

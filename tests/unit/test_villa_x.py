@@ -56,8 +56,8 @@ def video(t: int, h: int = 28, w: int = 28) -> Tensor:
     """Return uint8 frames `[t, 3, h, w]` of crossing waves that move."""
     y, x = torch.meshgrid(torch.arange(h) / h, torch.arange(w) / w, indexing="ij")
     step = torch.arange(t).double()[:, None, None, None]
-    colour = torch.arange(3).double()[:, None, None]
-    picture = torch.sin(9 * x + 2.1 * step * (colour + 1)) * torch.cos(7 * y + colour + 1.3 * step**1.5)
+    color = torch.arange(3).double()[:, None, None]
+    picture = torch.sin(9 * x + 2.1 * step * (color + 1)) * torch.cos(7 * y + color + 1.3 * step**1.5)
     return (127.5 + 127 * picture).to(torch.uint8)
 
 
@@ -231,7 +231,7 @@ DAMAGED = {
         "lam.encoder_embed_dim must be between",
     ),
     "uneven patches": (lambda f: rewrite(f, patch_size=5), "wanted a multiple of lam.patch_size"),
-    "grey": (lambda f: rewrite(f, in_channels=1), "only 3 are known"),
+    "gray": (lambda f: rewrite(f, in_channels=1), "only 3 are known"),
     "a null": (lambda f: rewrite(f, mlp_ratio=None), "lam.mlp_ratio must be of type float, got None"),
     "a setting of ours": (lambda f: rewrite(f, window="chunked", kind="lapo"), None),
 }
@@ -279,7 +279,7 @@ def test_crops_are_random_in_training_only() -> None:
     assert still.loss(batch)[0] == still.loss(batch)[0]
 
 
-def test_proprio_learns_the_next_state_and_labelled_actions() -> None:
+def test_proprio_learns_the_next_state_and_labeled_actions() -> None:
     torch.manual_seed(0)
     config = replace(TINY, state_size=3, state_weight=1.0, action_weight=2.0, augment=False)
     model = config.build(ActionSpace(kind="continuous", size=2))
@@ -316,7 +316,7 @@ def test_trains_through_the_command_line(blocks: Path, tmp_path: Path) -> None:
     done = cli(
         *("train-lam", "experiment=villa_x_debug", f"data.path={blocks}", f"out={tmp_path / 'run'}"),
         *("training.steps=3", "probe_transitions=16", "lam.encoder_depth=1", "lam.action_weight=1"),
-        "labelled_episodes=2",
+        "labeled_episodes=2",
     )
     assert done.returncode == 0, done.stderr
     model = load_lam(tmp_path / "run")

@@ -77,9 +77,9 @@ def test_a_row_without_a_future_is_refused(tmp_path):
         clips.clip(np.array([4]))
 
 
-def test_actions_outside_labelled_episodes_are_hidden(tmp_path):
+def test_actions_outside_labeled_episodes_are_hidden(tmp_path):
     store = make_store(tmp_path, [4, 4, 4])
-    clip = Clips(store, episodes=[0, 1, 2], frame_gap=1, labelled=[1]).__getitems__(list(range(9)))
+    clip = Clips(store, episodes=[0, 1, 2], frame_gap=1, labeled=[1]).__getitems__(list(range(9)))
     assert clip.action is not None
     assert clip.labeled is not None
     assert clip.action[clip.labeled].tolist() == [4, 5, 6]
@@ -132,14 +132,12 @@ def test_a_single_episode_is_both_and_says_so(tmp_path, caplog):
     assert "one episode" in caplog.text
 
 
-def test_labelled_episodes_are_nested():
+def test_labeled_episodes_are_nested():
     train = np.array([3, 5, 8, 9, 11, 20])
     for seed in range(5):
         chosen = [set(choose_labeled(train, k, seed).tolist()) for k in range(7)]
         assert [len(c) for c in chosen] == list(range(7))
         assert all(a <= b for a, b in itertools.pairwise(chosen))
     assert choose_labeled(train, None, 0).tolist() == train.tolist()
-    with pytest.raises(
-        UserError, match="7 labelled episodes are asked for and there are 6 training episodes"
-    ):
+    with pytest.raises(UserError, match="7 labeled episodes are asked for and there are 6 training episodes"):
         choose_labeled(train, 7, 0)

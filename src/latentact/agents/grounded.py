@@ -15,7 +15,7 @@ from latentact.policies.contract import Policy
 from latentact.types import ActionSpace, LatentActionSpec
 
 
-class Decoded:
+class GroundedPolicyAdapter:
     """A grounded latent policy that is told its latent action: only its decoder is used.
 
     Args:
@@ -49,7 +49,7 @@ class Decoded:
     def prepare(
         self, observation: dict[str, Any], latent_action: Float32[Tensor, "o f"] | None
     ) -> dict[str, Any]:
-        """Return the decoder's input: normalised numbers or one-hot codes, and the state where it sees it."""
+        """Return the decoder's input: normalized numbers or one-hot codes, and the state where it sees it."""
         assert latent_action is not None
         latent, target = latent_action.to(self._device), self._policy.spec.target
         if target.kind == "classes":
@@ -72,6 +72,6 @@ class Decoded:
                     "the actions of the policy must be finite, got NaN or infinity. Train it again, with a "
                     "smaller learning rate."
                 )
-            chosen = scores.argmax(-1) if self.actions.discrete else self._decoder.unnormalise(scores)
+            chosen = scores.argmax(-1) if self.actions.discrete else self._decoder.unnormalize(scores)
             self._plan = [*action_values(self.actions, chosen.numpy(force=True))]
         return np.asarray(self._plan.pop(0))

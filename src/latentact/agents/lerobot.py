@@ -17,7 +17,7 @@ from latentact.io.atomic import read_json
 from latentact.types import ActionSpace, LatentActionSpec
 
 
-class LeRobotGuided:
+class LeRobotPolicyAdapter:
     """A LeRobot policy that is conditioned on LAM tokens, from its `pretrained_model` folder.
 
     It looks at its guide before every action: of each predicted chunk only the first action is taken.

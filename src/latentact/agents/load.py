@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentact.agents.agent import GuidedPolicy
-from latentact.agents.grounded import Decoded
-from latentact.agents.lerobot import LeRobotGuided
-from latentact.agents.own import OwnGuided
+from latentact.agents.grounded import GroundedPolicyAdapter
+from latentact.agents.lerobot import LeRobotPolicyAdapter
+from latentact.agents.own import GuidedPolicyAdapter
 from latentact.errors import UserError
 from latentact.io.atomic import read_json
 from latentact.io.hub import resolve_folder
@@ -28,10 +28,10 @@ def load_guided_policy(where: str | Path, device: str = "cpu") -> GuidedPolicy:
     folder = resolve_folder(last if last.is_dir() else where)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and "type" in values:
-        return LeRobotGuided(folder, device)
+        return LeRobotPolicyAdapter(folder, device)
     policy = Policy.from_pretrained(folder, device)
     if policy.spec.guide is not None and policy.spec.action_space is not None:
-        return OwnGuided(policy, policy.spec.guide, device)
+        return GuidedPolicyAdapter(policy, policy.spec.guide, device)
     if policy.latent is not None and policy.decoder is None:
         raise UserError(f"{where} predicts latent actions; ground it first: latentact ground --help.")
     if policy.latent is None:
@@ -39,4 +39,4 @@ def load_guided_policy(where: str | Path, device: str = "cpu") -> GuidedPolicy:
             f"{where} acts by what it sees alone and cannot follow a guide; give a grounded latent policy, "
             "one of policy=guided, or lam_diffusion or lam_act."
         )
-    return Decoded(policy, device)
+    return GroundedPolicyAdapter(policy, device)

@@ -47,9 +47,9 @@ class PolicyActor:
         A guided policy takes `guide`, float32 ``[b, len(offsets), k * d]``; NaN or None: no guide.
         """
         spec, network = self.policy.spec, self.policy.config.network
-        keep = (network.frames - 1) * spec.stride + 1
+        keep = (network.n_obs_steps - 1) * spec.stride + 1
         self.history = [*(self.history or [pixels] * keep), pixels][-keep:]
-        if self.plan is None or self.used == network.execute * spec.stride:
+        if self.plan is None or self.used == network.n_action_steps * spec.stride:
             frames = torch.from_numpy(np.stack(self.history[:: spec.stride], 1)).permute(0, 1, 4, 2, 3)
             words = np.asarray([count_words(t, spec.words) for t in tasks], np.float32).reshape(
                 len(tasks), -1
@@ -70,7 +70,7 @@ class PolicyActor:
         return self.plan[:, self.used - 1]
 
 
-class OwnGuided:
+class GuidedPolicyAdapter:
     """A policy of `policy=guided`.
 
     Args:

@@ -242,7 +242,7 @@ def precompute(
     device: Device = "cpu",
     precision: Precision = "fp32",
     tokens: Annotated[
-        str, typer.Option(help="continuous: before the quantiser; vq: after it.")
+        str, typer.Option(help="continuous: before the quantizer; vq: after it.")
     ] = "continuous",
     frame_gap_s: FrameGap = 0.0,
     output: Annotated[
@@ -315,8 +315,8 @@ def train_policy(context: typer.Context) -> None:
 
 @app.command(context_settings=HYDRA)
 def ground(context: typer.Context) -> None:
-    """Learn latent action -> robot action from few labelled episodes. Takes Hydra overrides; see --help."""
-    example = "latentact ground policy=runs/policy labels=data/red_ball_labels labelled_episodes=5"
+    """Learn latent action -> robot action from few labeled episodes. Takes Hydra overrides; see --help."""
+    example = "latentact ground policy=runs/policy labels=data/red_ball_labels labeled_episodes=5"
     _hydra("ground", "GroundConfig", context, example)
 
 
@@ -485,7 +485,7 @@ def demo(
     ] = "runs/demo",
     experiment: Annotated[str, typer.Option(help="Experiment of `compare`.")] = "babyai",
     episodes: Annotated[int, COUNT("Demonstrations to collect.")] = 1500,
-    k: Annotated[int, COUNT("Labelled episodes.")] = 5,
+    k: Annotated[int, COUNT("Labeled episodes.")] = 5,
     seed: Annotated[int, SEED("Seed of everything.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of `compare`, as KEY=VALUE.")

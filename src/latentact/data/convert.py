@@ -1,4 +1,4 @@
-"""LeRobot v2 datasets and folders of videos as LeRobot v3 datasets: rows, columns and videos of each episode."""
+"""LeRobot v2 datasets and folders of videos as LeRobot v3 datasets: rows, columns, videos of each episode."""
 
 from __future__ import annotations
 

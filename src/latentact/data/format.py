@@ -42,7 +42,7 @@ class Episode:
     """One episode of a dataset, as far as it is known without decoding."""
 
     name: str
-    """A name that a person recognises."""
+    """A name that a person recognizes."""
     file: str
     """The file that holds its frames, relative to the dataset."""
     task: str

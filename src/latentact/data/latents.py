@@ -68,7 +68,7 @@ class Labels:
     data: DataConfig
     """The data they belong to."""
     vectors: Float32[np.ndarray, "n k d"]
-    """After the quantiser."""
+    """After the quantizer."""
     continuous: Float32[np.ndarray, "n k d"]
     """Before it."""
     codes: Int64[np.ndarray, "n k"] | None
@@ -173,7 +173,7 @@ class TokenFile:
     digest: str
     """Content key of the frames that they were computed from."""
     tokens_kind: str
-    """continuous: before the quantiser; vq: after it."""
+    """continuous: before the quantizer; vq: after it."""
     metadata: Mapping[str, Any]
     """All that the file says about itself."""
 
@@ -245,7 +245,7 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
     for name in ("episode_index", "frame_index"):
         require_array(file, name, arrays.get(name), (n,), ("int64",))
     if spec is not None:
-        spec.refuse_unless_equal(found, "the LAM that is wanted", str(file))
+        spec.check_compatible(found, "the LAM that is wanted", str(file))
     return TokenFile(
         path=file,
         tokens=arrays["latent_actions"].astype(np.float32).reshape(n, -1),

@@ -43,7 +43,7 @@ class Clips(Dataset[Clip]):
         context: moments before the current one; before the episode's start its first frame is repeated, and
             marked as not valid.
         horizon: moments after the current one; all of them lie inside the episode, a gap apart in time.
-        labelled: episodes whose robot actions are seen; those of all others are hidden.
+        labeled: episodes whose robot actions are seen; those of all others are hidden.
         features: numbers known of each row of the store ``[n, f]``.
         held_out: whether messages call the episodes held out.
 
@@ -59,7 +59,7 @@ class Clips(Dataset[Clip]):
         frame_gap: int,
         context: int = 0,
         horizon: int = 1,
-        labelled: Collection[int] | np.ndarray = (),
+        labeled: Collection[int] | np.ndarray = (),
         features: np.ndarray | None = None,
         held_out: bool = False,
     ) -> None:
@@ -94,7 +94,7 @@ class Clips(Dataset[Clip]):
         self._offsets = np.arange(-context, horizon + 1) * frame_gap
         self._actions = self._labeled = None
         if store.action_space is not None:
-            actions = store.actions(labelled)
+            actions = store.actions(labeled)
             self._actions = torch.from_numpy(np.ma.getdata(actions))
             self._labeled = torch.from_numpy(known_rows(actions))
         self._state = None if store.state is None else torch.from_numpy(store.state)

@@ -1,4 +1,4 @@
-// Draws the charts with the page's colours, follows light and dark, and keeps videos still for those who ask for it.
+// Draws the charts with the page's colors, follows light and dark, and keeps videos still for those who ask for it.
 (() => {
   const value = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const drawn = new Map();
@@ -28,9 +28,9 @@
 
   const distinct = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"];
 
-  // A few whole numbers are kinds (actions, episodes): each gets a colour of its own.
+  // A few whole numbers are kinds (actions, episodes): each gets a color of its own.
   function paint(figure, name) {
-    const numbers = figure.colours[name], levels = [...new Set(numbers)].filter((each) => each !== null).sort((a, b) => a - b);
+    const numbers = figure.colors[name], levels = [...new Set(numbers)].filter((each) => each !== null).sort((a, b) => a - b);
     const bar = { thickness: 12, outlinewidth: 0, len: 0.9 };
     const marker = { color: numbers, colorscale: "Viridis", cauto: true, showscale: true, colorbar: bar };
     if (levels.every(Number.isInteger) && levels.length <= distinct.length) {
@@ -46,13 +46,13 @@
   function choose(node) {
     const figure = JSON.parse(node.nextElementSibling.textContent);
     drawn.set(node, figure);
-    if (!figure.colours) return;
-    const names = Object.keys(figure.colours);
+    if (!figure.colors) return;
+    const names = Object.keys(figure.colors);
     paint(figure, names[0]);
     const label = document.createElement("label");
     const select = document.createElement("select");
     label.className = "choice";
-    label.append("Colour by ", select);
+    label.append("Color by ", select);
     for (const name of names) select.add(new Option(name, name));
     select.onchange = () => { paint(figure, select.value); draw(node); };
     node.before(label);

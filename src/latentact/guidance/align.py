@@ -46,7 +46,7 @@ def follow(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"
     return np.floor(steps * guide.fps + 1e-6).clip(max=len(guide) - 1) if time_base == "hold" else position
 
 
-def tokens_at(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.ndarray, "m f"]:
+def sample_tokens(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.ndarray, "m f"]:
     """Return the guide's tokens at real indices, flat: numbers interpolated, codes from the nearest.
 
     Args:
@@ -59,7 +59,7 @@ def tokens_at(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.ndarr
         if values is None:
             raise UserError(
                 f"the policy follows codes and the guide of {guide.spec.model} has none; "
-                "extract it with the LAM that labelled the policy's data."
+                "extract it with the LAM that labeled the policy's data."
             )
         nearest = np.floor(position + 0.5).astype(int)
         return values[nearest].reshape(len(position), -1).astype(np.float32)

@@ -21,7 +21,7 @@ from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import BATCH
-from latentact.labelling.dataset import gap_in_frames
+from latentact.labeling.dataset import gap_in_frames
 from latentact.lams.contract import load_lam
 from latentact.progress import Progress
 
@@ -121,7 +121,7 @@ class LatentActionExtractor:
         return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
 
     def _encode(self, frames: Iterable[np.ndarray], fps: float) -> Guide:
-        """Encode frames as they come, in windows as labelling cuts them."""
+        """Encode frames as they come, in windows as labeling cuts them."""
         spec, context = self.model.spec, self.model.context
         gap = self.gap(fps)
         held: list[np.ndarray] = []  # frames from number `first` on

@@ -33,7 +33,7 @@ class Guide:
     fps: float
     """Latent actions per second; 0 where the rate of the frames is unknown."""
     vectors: Float32[np.ndarray, "n k d"]
-    """After the quantiser."""
+    """After the quantizer."""
     continuous: Float32[np.ndarray, "n k d"]
     """Before it."""
     codes: Int64[np.ndarray, "n k"] | None

@@ -15,16 +15,16 @@ from latentact.agents.agent import GuidedPolicy
 from latentact.agents.load import load_guided_policy
 from latentact.device import require_device
 from latentact.errors import UserError
-from latentact.guidance.align import SAME_RATE, follow, tokens_at
+from latentact.guidance.align import SAME_RATE, follow, sample_tokens
 from latentact.guidance.guide import Guide
 
 BATCH = 32
 """Transitions encoded together; with their context they are all the frames that are in memory at once."""
 SAME_GAP = 0.25
-"""Relative difference up to which two transitions last equally long; as when data is labelled."""
+"""Relative difference up to which two transitions last equally long; as when data is labeled."""
 
 
-def refuse_foreign(policy: GuidedPolicy, guide: Guide) -> None:
+def check_policy_matches_guide(policy: GuidedPolicy, guide: Guide) -> None:
     """Raise a UserError unless the policy was trained on latent actions like the guide's."""
     if policy.lam_weights and guide.spec.weights and policy.lam_weights != guide.spec.weights:
         raise UserError(
@@ -44,7 +44,7 @@ def refuse_foreign(policy: GuidedPolicy, guide: Guide) -> None:
         )
     if mine is not None:
         same_time = replace(theirs, frame_gap=mine.frame_gap, frame_gap_s=mine.frame_gap_s, fps=mine.fps)
-        mine.refuse_unless_equal(same_time, "the policy", "the guide")
+        mine.check_compatible(same_time, "the policy", "the guide")
 
 
 class LatentGuidedInference:
@@ -73,7 +73,7 @@ class LatentGuidedInference:
         require_device(device)
         self.policy = load_guided_policy(policy, device) if isinstance(policy, (str, Path)) else policy
         self.guide = Guide.load(guide) if isinstance(guide, (str, Path)) else guide
-        refuse_foreign(self.policy, self.guide)
+        check_policy_matches_guide(self.policy, self.guide)
         self.fps = fps or self.policy.fps or self.guide.fps
         same_rate = abs(self.fps - self.policy.fps) <= SAME_RATE * self.policy.fps
         if self.policy.stride > 1 and self.policy.fps and not same_rate:
@@ -82,7 +82,7 @@ class LatentGuidedInference:
                 f"{self.policy.fps:g} per second and control runs at {self.fps:g}; give that rate as --fps."
             )
         self.position = follow(self.guide, self.fps, time_base)
-        self._tokens = tokens_at(self.guide, self.position, self.policy.tokens)
+        self._tokens = sample_tokens(self.guide, self.position, self.policy.tokens)
         rate = self.fps / self.policy.fps if self.policy.fps else 1.0
         self._ahead = np.round(np.asarray(self.policy.offsets) * rate).astype(int)
         self.reset()

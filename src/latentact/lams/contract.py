@@ -130,7 +130,7 @@ class LatentActionModel(nn.Module, ABC):
             robot_actions=robot_actions,
         )
 
-    def _told(self, latent: Quantized, real: Bool[Tensor, "b t"]) -> LatentActions:
+    def _to_latent_actions(self, latent: Quantized, real: Bool[Tensor, "b t"]) -> LatentActions:
         """Return what left the bottleneck, transition after transition, in the shapes of the spec."""
         shape = (*real.shape, self.spec.tokens, self.spec.token_dim)
         return LatentActions(
@@ -140,8 +140,8 @@ class LatentActionModel(nn.Module, ABC):
             valid=real,
         )
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps, if any are predicted."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps, if any are predicted."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `model.safetensors` and `spec.json`, whole or not at all."""
@@ -307,8 +307,8 @@ def at_steps(x: Shaped[Tensor, "b t *s"], steps: Int64[Tensor, "b t2 i"]) -> Sha
     return rows.unflatten(0, (-1, steps.shape[2]))
 
 
-def floats(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t c size size"]:
-    """Return frames in -0.5..0.5, resized to `size` (bilinear, antialiased, rounded to whole grey levels)."""
+def normalize_frames(frames: UInt8[Tensor, "b t c h w"], size: int) -> Float[Tensor, "b t c size size"]:
+    """Return frames in -0.5..0.5, resized to `size` (bilinear, antialiased, rounded to whole gray levels)."""
     x = frames
     if x.shape[-2:] != (size, size):
         flat = x.flatten(0, 1).float()

@@ -179,10 +179,10 @@ def feature_health(features: Float[Tensor, "b f"]) -> dict[str, Tensor]:
         their covariance C (1: all on a line).
     """
     x = features.detach().float()
-    centred = x - x.mean(0)
-    gram = centred @ centred.T
+    centered = x - x.mean(0)
+    gram = centered @ centered.T
     total = gram.diagonal().sum()
-    std = centred.square().mean(0).sqrt().mean() / x.abs().mean().clamp(min=1e-12)
+    std = centered.square().mean(0).sqrt().mean() / x.abs().mean().clamp(min=1e-12)
     return {"feature_std": std, "feature_rank": total.square() / gram.square().sum().clamp(min=1e-30)}
 
 
@@ -207,7 +207,7 @@ def pixel_error(
     return error.mean()
 
 
-def refuse_pictures(model: LatentActionModel) -> UserError:
+def no_pixel_decoder_error(model: LatentActionModel) -> UserError:
     """Return the error for `predict` of a model whose target is no pictures."""
     return UserError(
         f"this {model.spec.model} model has no forward dynamics of pictures and predicts none; train one "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ConditionedMlp(nn.Module):
-    """Vector and condition to a vector: three residual blocks of ReLU6, each followed by layer normalisation.
+    """Vector and condition to a vector: three residual blocks of ReLU6, each followed by layer normalization.
 
     Args:
         in_features: length of the vector.

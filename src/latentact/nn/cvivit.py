@@ -1,4 +1,4 @@
-"""Network of LAPA's latent action quantisation (LAQ, arXiv 2410.11758): C-ViViT on a pair of frames.
+"""Network of LAPA's latent action quantization (LAQ, arXiv 2410.11758): C-ViViT on a pair of frames.
 
 A spatial transformer looks at each frame, a temporal one at the two tokens of each place, and a small CNN
 boils each frame's tokens down to a few cells; the latent action is the second frame's minus the first's.
@@ -6,8 +6,8 @@ The decoder is a spatial transformer over the first frame's patches that attends
 
 Module names are those of LAPA's checkpoints (but `dsconv.weight` loses its dimension of size 1). Some of the
 published code is kept only with `compat`: keys and values of self-attention come from tokens that were not
-normalised; the temporal transformer's positional convolution mixes up places and times, and the spatial one's
-lets the second frame see the first; the decoder's codes are mixed among each other; and pixels are normalised
+normalized; the temporal transformer's positional convolution mixes up places and times, and the spatial one's
+lets the second frame see the first; the decoder's codes are mixed among each other; and pixels are normalized
 within their patch, which hides how bright it is.
 """
 
@@ -44,7 +44,7 @@ def cells(grid: int, layers: tuple) -> int:
 
 
 class Norm(nn.Module):
-    """Layer normalisation with a gain; the offset is a constant zero."""
+    """Layer normalization with a gain; the offset is a constant zero."""
 
     beta: Tensor
 
@@ -54,7 +54,7 @@ class Norm(nn.Module):
         self.register_buffer("beta", torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Return normalised tokens."""
+        """Return normalized tokens."""
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
 
 

@@ -1,4 +1,4 @@
-"""Networks for grids of integer features, such as XLand-MiniGrid's 5x5x2 (tile and colour per cell)."""
+"""Networks for grids of integer features, such as XLand-MiniGrid's 5x5x2 (tile and color per cell)."""
 
 from __future__ import annotations
 

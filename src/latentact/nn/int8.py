@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentact.device import multiplies_int8
+from latentact.device import supports_int8
 from latentact.errors import UserError
 
 _SMALLEST = 1 << 14  # weights of a layer below which rounding its input costs more than it saves
@@ -29,7 +29,7 @@ def int8[M: nn.Module](model: M) -> M:
         UserError: the model is elsewhere, or the CPU cannot.
     """
     device = next((each.device.type for each in model.parameters()), "cpu")
-    if not multiplies_int8(device):
+    if not supports_int8(device):
         raise UserError(f"int8 wants a model on a CPU with VNNI, and not on this {device}; use bf16.")
     copied = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for layer in copied.modules():

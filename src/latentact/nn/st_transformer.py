@@ -51,7 +51,7 @@ class RmsNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised numbers."""
+        """Return the normalized numbers."""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
         return x / size.clamp(min=1e-8) * self.g
 
@@ -246,7 +246,7 @@ class StEncoder(nn.Module):
         depth: blocks.
         heads: attention heads of the blocks.
         mlp_ratio: hidden numbers of the MLPs, in multiples of `dim`.
-        qk_norm: whether queries and keys of the blocks are normalised.
+        qk_norm: whether queries and keys of the blocks are normalized.
         pool_heads: attention heads of the pooling.
         latents: latents per transition.
         out_dim: numbers per latent.

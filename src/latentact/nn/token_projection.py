@@ -1,4 +1,4 @@
-"""Latent actions as a condition: standardised, projected, and sometimes hidden (classifier-free style)."""
+"""Latent actions as a condition: standardized, projected, and sometimes hidden (classifier-free style)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behaviour cloning of robot actions on labelled steps: the baseline that a latent policy must beat."""
+"""Behavior cloning of robot actions on labeled steps: the baseline that a latent policy must beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentact.policies.network import NetworkConfig
 @POLICIES.register("bc")
 @dataclass(frozen=True, kw_only=True)
 class BcConfig:
-    """Settings of behaviour cloning."""
+    """Settings of behavior cloning."""
 
     kind: str = "bc"
     """Registered name."""

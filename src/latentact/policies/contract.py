@@ -61,7 +61,7 @@ class GuideSpec:
     size: int
     """Numbers of one step's tokens, k x d."""
     tokens: Literal["continuous", "vectors"] = "continuous"
-    """continuous: before the quantiser; vectors: after it."""
+    """continuous: before the quantizer; vectors: after it."""
     dropout: float = 0.0
     """Share of training samples whose guide is hidden, so that the policy also works without one."""
 
@@ -144,14 +144,14 @@ class Policy(nn.Module):
         super().__init__()
         self.config, self.spec, self.latent = config, spec, latent
         n = config.network
-        channels = spec.channels * n.frames
+        channels = spec.channels * n.n_obs_steps
         if n.backbone == "impala":
             self.encoder = Impala(channels, spec.resolution, tuple(n.impala_scale * c for c in (16, 32, 32)))
         else:
             self.encoder = PatchEncoder(channels, spec.resolution, n.patch, n.channels, halve=n.halve)
         state = spec.state_size if n.use_state else 0
         self.extra = nn.Linear(state + len(spec.words), 256) if state + len(spec.words) else None
-        self.head = nn.Linear(256, n.chunk * spec.target.outputs)
+        self.head = nn.Linear(256, n.chunk_size * spec.target.outputs)
         numbers = spec.target.size if spec.target.kind == "numbers" else 0
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
@@ -190,7 +190,7 @@ class Policy(nn.Module):
         grounded.load_state_dict(load)
         return grounded
 
-    def normalise_by(
+    def set_action_stats(
         self, target: np.ndarray, state: np.ndarray | None, guide: np.ndarray | None = None
     ) -> None:
         """Take means and deviations from training data, ``[n, f]`` each: targets, states, guiding tokens."""
@@ -209,14 +209,14 @@ class Policy(nn.Module):
     def forward(
         self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
     ) -> Float[Tensor, "b l f"]:
-        """Return network outputs: normalised numbers, or logits of all classes of all groups."""
+        """Return network outputs: normalized numbers, or logits of all classes of all groups."""
         features = self.features(frames, state, words)
         if self.guide is not None:
             features = self.guide(torch.cat([features, self._seen_guide(guide, features)], dim=1))
-        return self.head(features).unflatten(1, (self.config.network.chunk, -1)).float()
+        return self.head(features).unflatten(1, (self.config.network.chunk_size, -1)).float()
 
     def _seen_guide(self, guide: Tensor | None, features: Tensor) -> Float[Tensor, "b g"]:
-        """Normalised tokens and a 1 where there is a guide, zeros where there is none or it is dropped."""
+        """Normalized tokens and a 1 where there is a guide, zeros where there is none or it is dropped."""
         assert self.spec.guide is not None
         if guide is None:
             return features.new_zeros(len(features), self.spec.guide.size * len(self.spec.guide.offsets) + 1)
@@ -251,7 +251,7 @@ class Policy(nn.Module):
         return (state - self.state_mean) / self.state_std
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy for classes, squared error of normalised numbers; masked targets count nothing."""
+        """Cross-entropy for classes, squared error of normalized numbers; masked targets count nothing."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.spec.target.kind == "classes":
             logits = out.unflatten(2, (self.spec.target.groups, self.spec.target.size))
@@ -266,14 +266,14 @@ class Policy(nn.Module):
         return loss, {}
 
     def decoder_input(self, out: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
-        """Return what the decoder takes: normalised vectors, or the probability of every class."""
+        """Return what the decoder takes: normalized vectors, or the probability of every class."""
         if self.spec.target.kind == "numbers":
             return out
         logits = out.unflatten(-1, (self.spec.target.groups, self.spec.target.size))
         return logits.softmax(-1).flatten(-2)
 
     def action_scores(self, batch: PolicyBatch) -> Float[Tensor, "b l a"]:
-        """Return logits of discrete actions or normalised continuous ones, a row per environment step."""
+        """Return logits of discrete actions or normalized continuous ones, a row per environment step."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.decoder is None:
             return out
@@ -299,7 +299,7 @@ class Policy(nn.Module):
         if space.discrete:
             return scores.argmax(-1).numpy(force=True)
         if self.decoder is not None:
-            return self.decoder.unnormalise(scores).float().numpy(force=True)
+            return self.decoder.unnormalize(scores).float().numpy(force=True)
         return (scores * self.std + self.mean).float().numpy(force=True)
 
     def save_pretrained(self, folder: str | Path) -> None:

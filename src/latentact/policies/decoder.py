@@ -31,7 +31,7 @@ class DecoderConfig:
 
 
 class ActionDecoder(nn.Module):
-    """Latent action (normalised vector or class probabilities) to the robot actions of its environment steps.
+    """Latent action (normalized vector or class probabilities) to the robot actions of its environment steps.
 
     Args:
         config: settings.
@@ -58,8 +58,8 @@ class ActionDecoder(nn.Module):
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
 
-    def normalise_by(self, actions: np.ndarray) -> None:
-        """Take mean and deviation of continuous actions ``[n, a]`` from the labelled steps."""
+    def set_action_stats(self, actions: np.ndarray) -> None:
+        """Take mean and deviation of continuous actions ``[n, a]`` from the labeled steps."""
         if not self.space.discrete:
             self.mean.copy_(torch.from_numpy(actions.mean(0)))
             self.std.copy_(torch.from_numpy(actions.std(0)).clamp(min=1e-4))
@@ -67,17 +67,17 @@ class ActionDecoder(nn.Module):
     def forward(
         self, latents: Float[Tensor, "b l f"], state: Float[Tensor, "b s"] | None
     ) -> Float[Tensor, "b l2 a"]:
-        """Return logits or normalised actions of every environment step: l latent actions x steps."""
+        """Return logits or normalized actions of every environment step: l latent actions x steps."""
         if state is not None:
             latents = torch.cat([latents, state[:, None].expand(-1, latents.shape[1], -1)], dim=2)
         return self.net(latents).unflatten(2, (self.steps, self.space.size)).flatten(1, 2).float()
 
-    def unnormalise(self, actions: Tensor) -> Tensor:
+    def unnormalize(self, actions: Tensor) -> Tensor:
         """Return continuous actions in the robot's units."""
         return actions * self.std + self.mean
 
     def action_loss(self, scores: Float[Tensor, "b l a"], actions: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy or squared error of normalised actions over the labelled steps.
+        """Cross-entropy or squared error of normalized actions over the labeled steps.
 
         Args:
             scores: what `forward` returned.

@@ -1,4 +1,4 @@
-"""Guided behaviour cloning: robot actions from the observation and the LAM tokens of a demonstration.
+"""Guided behavior cloning: robot actions from the observation and the LAM tokens of a demonstration.
 
 In training the guide is the episode's own video; at test time it is any demonstration video, whose tokens say
 what changes next while the observation says where things are. Hiding the guide in some samples (as in
@@ -26,7 +26,7 @@ class GuidedConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """The network."""
     tokens: str = "continuous"
-    """continuous: the vector before the quantiser; vectors: after it."""
+    """continuous: the vector before the quantizer; vectors: after it."""
     offsets: tuple[int, ...] = (0, 1, 2, 4)
     """Steps ahead whose tokens the policy sees; 0 is the transition that starts now."""
     dropout: float = 0.1

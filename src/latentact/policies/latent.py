@@ -1,6 +1,6 @@
-"""Latent behaviour cloning: predicts latent actions of unlabelled video (LAPO stage 2, arXiv 2312.10812).
+"""Latent behavior cloning: predicts latent actions of unlabeled video (LAPO stage 2, arXiv 2312.10812).
 
-Needs `ground` to act. LAPO regresses the vector before the quantiser; predicting codes by cross-entropy is
+Needs `ground` to act. LAPO regresses the vector before the quantizer; predicting codes by cross-entropy is
 LAPA's way (2410.11758) and keeps apart what an average would blur.
 """
 
@@ -24,7 +24,7 @@ class LatentConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     """The network."""
     target: str = "continuous"
-    """continuous: the vector before the quantiser (LAPO); vectors: after it; codes: its indices, by cross-
+    """continuous: the vector before the quantizer (LAPO); vectors: after it; codes: its indices, by cross-
     entropy."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (arXiv 2309.15505), by vector-quantize-pytorch: no codebook to collapse."""
+"""Finite scalar quantization (arXiv 2309.15505), by vector-quantize-pytorch: no codebook to collapse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lookup-free quantisation (arXiv 2310.05737), by vector-quantize-pytorch: a code is its features' signs."""
+"""Lookup-free quantization (arXiv 2310.05737), by vector-quantize-pytorch: a code is its features' signs."""
 
 from __future__ import annotations
 

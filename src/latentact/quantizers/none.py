@@ -1,7 +1,7 @@
-"""No quantiser: real numbers, whitened per dimension so that they cannot collapse to a constant.
+"""No quantizer: real numbers, whitened per dimension so that they cannot collapse to a constant.
 
-LAOM (arXiv 2502.00379) and CLAM (arXiv 2505.04999) report that quantisation hurts continuous control; the
-batch normalisation without affine parameters is ours and keeps each number at zero mean and unit variance.
+LAOM (arXiv 2502.00379) and CLAM (arXiv 2505.04999) report that quantization hurts continuous control; the
+batch normalization without affine parameters is ours and keeps each number at zero mean and unit variance.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantiz
 
 @QUANTIZERS.register("none")
 class Whitened(Quantizer):
-    """Batch-normalised features without codes."""
+    """Batch-normalized features without codes."""
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()

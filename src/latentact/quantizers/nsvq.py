@@ -1,6 +1,6 @@
-"""Noise substitution in vector quantisation (Vali and Backstrom, IEEE Access 2022), as in LAPA's LAQ.
+"""Noise substitution in vector quantization (Vali and Backstrom, IEEE Access 2022), as in LAPA's LAQ.
 
-In training the quantised vector is the feature plus noise as large as its distance to the nearest entry: the
+In training the quantized vector is the feature plus noise as large as its distance to the nearest entry: the
 gradient reaches features and codebook without further losses. In evaluation it is the entry itself.
 Entries that are hardly used are replaced by used ones on LAPA's schedule; differing from its code, every
 process of a distributed run sees the same counts and ends with the same codebook, and counts are saved. With
@@ -44,9 +44,9 @@ class Nsvq(Quantizer):
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Substitute noise in training; take the nearest entries in evaluation."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._quantise(x.float())
+            return self._quantize(x.float())
 
-    def _quantise(self, x: Tensor) -> Quantized:
+    def _quantize(self, x: Tensor) -> Quantized:
         flat = rearrange(x, "b (k d) -> (b k) d", k=self.tokens)
         codes = nearest(flat, self.codebooks)
         vectors = self.codebooks[codes]

@@ -72,7 +72,7 @@ class Quantized:
     vectors: Float[Tensor, "b f"]
     """After the bottleneck, in the layout of the features."""
     continuous: Float[Tensor, "b f"]
-    """Before quantisation (kl: the mean), same layout."""
+    """Before quantization (kl: the mean), same layout."""
     codes: Int64[Tensor, "b k"] | None
     """Codebook indices, or None."""
     loss: Tensor

@@ -1,4 +1,4 @@
-"""Residual vector quantisation (arXiv 2107.03312), by vector-quantize-pytorch: codebooks refine each other.
+"""Residual vector quantization (arXiv 2107.03312), by vector-quantize-pytorch: codebooks refine each other.
 
 The latent action is the sum of the entries. Its numbers are cut into as many tokens as there are codes, which
 is bookkeeping: no token belongs to one code alone.
@@ -37,7 +37,7 @@ class Residual(Quantizer):
         )
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Quantise, then what is left over, and so on; in training mode move the codebooks."""
+        """Quantize, then what is left over, and so on; in training mode move the codebooks."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             vectors, codes, losses = self.vq(rearrange(x, "b (h d) -> b h d", h=self.positions))

@@ -74,7 +74,7 @@ class UsageGuard(nn.Module):
 
         Args:
             used: how often each code was chosen in this step, in this process.
-            features: what was quantised.
+            features: what was quantized.
         """
         self.step += 1
         self.window += across_ranks(used)

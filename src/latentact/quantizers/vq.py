@@ -1,4 +1,4 @@
-"""Vector quantiser whose codebook learns by gradient (arXiv 1711.00937), as in villa-X and before in taming.
+"""Vector quantizer whose codebook learns by gradient (arXiv 1711.00937), as in villa-X and before in taming.
 
 One codebook for all tokens; the loss pulls features to their entries with weight `beta` and entries to their
 features with weight 1.
@@ -33,9 +33,9 @@ class Vq(Quantizer):
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Take the nearest entries, with a straight-through gradient."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._quantise(x.float())
+            return self._quantize(x.float())
 
-    def _quantise(self, x: Tensor) -> Quantized:
+    def _quantize(self, x: Tensor) -> Quantized:
         flat, codebook = rearrange(x, "b (k d) -> (b k) d", k=self.tokens), self.embedding.weight
         codes = nearest(flat, codebook)
         chosen = self.embedding(codes)

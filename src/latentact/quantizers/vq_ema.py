@@ -1,7 +1,7 @@
-"""Vector quantiser with moving-average codebooks: LAPO's `VQEmbeddingEMA` (arXiv 2312.10812, models.py).
+"""Vector quantizer with moving-average codebooks: LAPO's `VQEmbeddingEMA` (arXiv 2312.10812, models.py).
 
 Kept from the published code: a feature vector of ``codebooks x dim x positions`` numbers is laid out so that
-each quantised vector takes *strided* elements (stride = positions); counts are Laplace-smoothed in place; the
+each quantized vector takes *strided* elements (stride = positions); counts are Laplace-smoothed in place; the
 codebook is updated after it was used.
 """
 
@@ -45,17 +45,17 @@ class VqEma(Quantizer):
         self.guard = UsageGuard(config.codebooks, config.codebook_size) if config.guard else None
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Quantise; in training mode move the codebooks towards what they were used for."""
+        """Quantize; in training mode move the codebooks towards what they were used for."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._quantise(x.float())
+            return self._quantize(x.float())
 
-    def _quantise(self, x: Tensor) -> Quantized:
+    def _quantize(self, x: Tensor) -> Quantized:
         split = "b (n d h) -> n (b h) d"
         vectors = rearrange(x, split, n=len(self.embedding), h=self.positions)
         flat = vectors.detach()
         squares = self.embedding.square().sum(2).unsqueeze(1) + flat.square().sum(2, keepdim=True)
         indices = torch.baddbmm(squares, flat, self.embedding.transpose(1, 2), alpha=-2.0).argmin(-1)
-        quantised = self.embedding.gather(1, repeat(indices, "n i -> n i d", d=self.token_dim))
+        quantized = self.embedding.gather(1, repeat(indices, "n i -> n i d", d=self.token_dim))
         used = F.one_hot(indices, self.config.codebook_size).to(x.dtype)
         metrics = usage(used.sum(1))
         if self.training:
@@ -63,12 +63,12 @@ class VqEma(Quantizer):
             if self.guard:
                 self._restart(*self.guard(used.sum(1), flat))
                 metrics["restarted"] = self.guard.restarted.float()
-        quantised = rearrange(quantised, "n (b h) d -> b (n d h)", h=self.positions)
+        quantized = rearrange(quantized, "n (b h) d -> b (n d h)", h=self.positions)
         return Quantized(
-            vectors=quantised + (x - x.detach()),
+            vectors=quantized + (x - x.detach()),
             continuous=x,
             codes=rearrange(indices, "n (b h) -> b (n h)", h=self.positions),
-            loss=self.config.commitment * F.mse_loss(x, quantised),
+            loss=self.config.commitment * F.mse_loss(x, quantized),
             metrics=metrics,
         )
 

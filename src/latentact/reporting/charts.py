@@ -1,4 +1,4 @@
-"""The report's interactive charts as plain Plotly figures; colours of text and lines come from the page."""
+"""The report's interactive charts as plain Plotly figures; colors of text and lines come from the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PALETTE = (
 )
 MOST_POINTS = 1500  # of the latent map: more only hide each other
 MOST_STEPS = 300  # of a learning curve
-MOST_DIMS = 8  # of an action, by which the map can be coloured
+MOST_DIMS = 8  # of an action, by which the map can be colored
 
 
 def curve_panels(curves: Curves) -> dict[str, dict[str, Any]]:
@@ -37,7 +37,7 @@ def curve_panels(curves: Curves) -> dict[str, dict[str, Any]]:
 
 def _curve_figure(traces: dict[str, tuple[list[float], list[float]]]) -> dict[str, Any]:
     data = []
-    for colour, (name, (steps, values)) in zip(_colours(len(traces)), sorted(traces.items()), strict=True):
+    for color, (name, (steps, values)) in zip(_colors(len(traces)), sorted(traces.items()), strict=True):
         every = math.ceil(len(steps) / MOST_STEPS)
         data.append(
             {
@@ -46,7 +46,7 @@ def _curve_figure(traces: dict[str, tuple[list[float], list[float]]]) -> dict[st
                 "name": name,
                 "x": steps[::every],
                 "y": [float(f"{value:.5g}") for value in values[::every]],
-                "line": {"color": colour, "width": 2, "dash": "solid" if name != "val" else "dot"},
+                "line": {"color": color, "width": 2, "dash": "solid" if name != "val" else "dot"},
             }
         )
     values = [value for _, column in traces.values() for value in column]
@@ -65,7 +65,7 @@ def _curve_figure(traces: dict[str, tuple[list[float], list[float]]]) -> dict[st
 
 
 def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Return the two widest directions of latent space, coloured by action; `share` is their variance."""
+    """Return the two widest directions of latent space, colored by action; `share` is their variance."""
     vectors = arrays["vectors"]
     flat = principal_components(vectors, vectors, dims=2)
     share = float(np.square(flat).sum() / max(np.square(vectors - vectors.mean(0)).sum(), 1e-12))
@@ -91,18 +91,18 @@ def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any
                 y[part],
                 [said[j] for j in np.flatnonzero(action[shown] == c)],
                 _name(names, c),
-                colour,
+                color,
             )
-            for colour, c in zip(_colours(len(present)), present, strict=True)
+            for color, c in zip(_colors(len(present)), present, strict=True)
             for part in [shown[action[shown] == c]]
         ]
         return figure
-    colours = {"time in the episode (s)": arrays["time"][shown]}
+    colors = {"time in the episode (s)": arrays["time"][shown]}
     if action is not None:
         dims = {_name(names, d, "action "): action[shown, d] for d in range(min(action.shape[1], MOST_DIMS))}
-        colours = {**dims, **colours}
+        colors = {**dims, **colors}
     figure["data"] = [_points(x[shown], y[shown], said, "", "")]
-    figure["colours"] = {name: _rounded(values) for name, values in colours.items()}
+    figure["colors"] = {name: _rounded(values) for name, values in colors.items()}
     layout["showlegend"] = False
     return figure
 
@@ -135,7 +135,7 @@ def codebook_usage(codes: Int[np.ndarray, "m k"], size: int) -> dict[str, Any]:
     }
 
 
-def _colours(count: int) -> list[str]:
+def _colors(count: int) -> list[str]:
     return [PALETTE[i % len(PALETTE)] for i in range(count)]
 
 
@@ -155,7 +155,7 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [round(float(value), 4) if np.isfinite(value) else None for value in values]
 
 
-def _points(x: np.ndarray, y: np.ndarray, said: list[str], name: str, colour: str) -> dict[str, Any]:
+def _points(x: np.ndarray, y: np.ndarray, said: list[str], name: str, color: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
@@ -164,5 +164,5 @@ def _points(x: np.ndarray, y: np.ndarray, said: list[str], name: str, colour: st
         "y": _rounded(y),
         "text": said,
         "hoverinfo": "text",
-        "marker": {"size": 7, "opacity": 0.7, **({"color": colour} if colour else {})},
+        "marker": {"size": 7, "opacity": 0.7, **({"color": color} if color else {})},
     }

@@ -1,6 +1,6 @@
 """The plot of a comparison as one small SVG: methods with interval bars, over k where there are several.
 
-Colours are CSS variables with a light fallback: the same SVG is a file of its own and follows the report's
+Colors are CSS variables with a light fallback: the same SVG is a file of its own and follows the report's
 dark mode.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from latentact.evaluation.policy.comparison import Result
 
 WIDTH = 470
-COLOURS = {
+COLORS = {
     "latent": "#0d8a72",
     "latent_joint": "#8b5cf6",
     "bc_k": "#d9730d",
@@ -34,9 +34,9 @@ FONT = "font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',sans-serif;
 Length = int | float  # pixels
 
 
-def colour(method: str) -> str:
-    """Return the colour of a method; one before fine-tuning shares that of its method."""
-    return COLOURS.get(method.removesuffix("_decoder_only"), "#8a8f98")
+def color(method: str) -> str:
+    """Return the color of a method; one before fine-tuning shares that of its method."""
+    return COLORS.get(method.removesuffix("_decoder_only"), "#8a8f98")
 
 
 def comparison_svg(results: Sequence[Result], *, title: str) -> str:
@@ -99,9 +99,9 @@ def _one_k(results: Sequence[Result], oracle: Result | None) -> tuple[str, int]:
         parts.append(_text(place(tick), bottom + 20, f"{tick:g}", anchor=anchor, fill=SOFT))
     if oracle is not None:
         x = place(oracle.score)
-        parts.append(_line(x, top, x, bottom, colour("oracle"), 'stroke-dasharray="4 4" stroke-width="1.5"'))
+        parts.append(_line(x, top, x, bottom, color("oracle"), 'stroke-dasharray="4 4" stroke-width="1.5"'))
     for i, result in enumerate(results):
-        y, paint = top + row * i, colour(result.method)
+        y, paint = top + row * i, color(result.method)
         low, high = (place(value) for value in result.interval)
         number = f"{result.score:.2f} ({result.interval[0]:.2f} to {result.interval[1]:.2f})"
         halo = f'fill="{INK}" style="paint-order:stroke;stroke:{CARD};stroke-width:5px"'
@@ -132,15 +132,15 @@ def _over_k(results: Sequence[Result], oracle: Result | None, ks: Sequence[int])
     parts += [
         _text(left + slot * (i + 0.5), bottom + 22, f"k = {k}", anchor="middle") for i, k in enumerate(ks)
     ]
-    parts.append(_text((left + right) / 2, bottom + 44, "labelled episodes", anchor="middle", fill=SOFT))
+    parts.append(_text((left + right) / 2, bottom + 44, "labeled episodes", anchor="middle", fill=SOFT))
     names = [(method, next(r.label for r in results if r.method == method)) for method in methods]
     if oracle is not None:
         names.append(("oracle", oracle.label))
         y = place(oracle.score)
-        parts.append(_line(left, y, right, y, colour("oracle"), 'stroke-dasharray="4 4" stroke-width="2"'))
+        parts.append(_line(left, y, right, y, color("oracle"), 'stroke-dasharray="4 4" stroke-width="2"'))
     for i, (method, name) in enumerate(names):
         x, y = 16 + (i % 2) * WIDTH / 2, 20 + 24 * (i // 2)
-        parts += [_dot(x + 6, y - 5, 6, colour(method)), _text(x + 20, y, name)]
+        parts += [_dot(x + 6, y - 5, 6, color(method)), _text(x + 20, y, name)]
     for i, method in enumerate(methods):
         shift = (i - (len(methods) - 1) / 2) * min(18, slot / (len(methods) + 1))
         points = [
@@ -148,14 +148,14 @@ def _over_k(results: Sequence[Result], oracle: Result | None, ks: Sequence[int])
         ]
         path = " ".join(f"{x:.1f},{place(r.score):.1f}" for x, r in points)
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour(method)}" stroke-width="2" opacity=".5"/>'
+            f'<polyline points="{path}" fill="none" stroke="{color(method)}" stroke-width="2" opacity=".5"/>'
         )
         for x, r in points:
             low, high = (place(value) for value in r.interval)
             parts.append(
-                _line(x, low, x, high, colour(method), 'stroke-width="6" stroke-linecap="round" opacity=".3"')
+                _line(x, low, x, high, color(method), 'stroke-width="6" stroke-linecap="round" opacity=".3"')
             )
-            parts.append(_dot(x, place(r.score), 5, colour(method)))
+            parts.append(_dot(x, place(r.score), 5, color(method)))
     return "".join(parts), bottom + 58
 
 

@@ -36,7 +36,7 @@ class Section:
     def html(self) -> str:
         """Return the section with its heading."""
         return (
-            f'<section id="{self.anchor}" aria-labelledby="{self.anchor}-title">'
+            f'<section id="{self.anchor}" aria-labeledby="{self.anchor}-title">'
             f'<h2 id="{self.anchor}-title">{text(self.title)}</h2>'
             f'<p class="what">{text(self.what)}</p>{self.body}</section>'
         )

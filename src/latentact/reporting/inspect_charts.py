@@ -1,4 +1,4 @@
-"""The charts of an inspection as plain Plotly figures; colours of text and lines come from the page."""
+"""The charts of an inspection as plain Plotly figures; colors of text and lines come from the page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FLOOR = "#8d949e"
 def labels(curve: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the label-efficiency curve with a band per line."""
     ks, data = [row["k"] for row in curve], []
-    for name, title, colour in (("latent", "from latents", PALETTE[0]), ("floor", "from the present", FLOOR)):
+    for name, title, color in (("latent", "from latents", PALETTE[0]), ("floor", "from the present", FLOOR)):
         low, mean, high = ([_number(row[name][key]) for row in curve] for key in ("low", "score", "high"))
         band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
         data.append({"type": "scatter", "x": ks, "y": low, **band})
         data.append({"type": "scatter", "x": ks, "y": high, "fill": "tonexty", **band})
-        data[-1]["fillcolor"] = f"{colour}22"
-        data.append(_line(title, ks, mean, colour))
+        data[-1]["fillcolor"] = f"{color}22"
+        data.append(_line(title, ks, mean, color))
     layout = {
-        "xaxis": {"title": {"text": "labelled episodes"}, "type": "log", "tickvals": ks, "ticktext": ks},
+        "xaxis": {"title": {"text": "labeled episodes"}, "type": "log", "tickvals": ks, "ticktext": ks},
         "yaxis": {"range": _range([row[n]["score"] for row in curve for n in ("latent", "floor")])},
     }
     return {"data": data, "layout": layout}
@@ -84,7 +84,7 @@ def control(delta: list[float]) -> dict[str, Any]:
 
 
 def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return PCA and, where there is one, UMAP, each with colours by action, episode and time to choose."""
+    """Return PCA and, where there is one, UMAP, each with colors by action, episode and time to choose."""
     shown, vectors = arrays["shown"], arrays["vectors"]
     flat = principal_components(vectors, vectors, dims=2)
     flat = np.pad(flat, ((0, 0), (0, max(0, 2 - flat.shape[1]))))
@@ -92,24 +92,24 @@ def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str,
     share = f"{np.square(flat).sum() / spread:.0%}" if spread > 0 else "none"
     places = {f"PCA: the two widest directions, {share} of the spread": flat[shown]}
     if "umap" in arrays:
-        places["UMAP: neighbours stay neighbours, distances mean little"] = arrays["umap"]
-    action, colours = arrays.get("action"), {}
+        places["UMAP: neighbors stay neighbors, distances mean little"] = arrays["umap"]
+    action, colors = arrays.get("action"), {}
     if action is not None and action.ndim == 1:
-        colours["action"] = action[shown].astype(float)
+        colors["action"] = action[shown].astype(float)
     elif action is not None:
         for d in range(min(action.shape[1], MOST_DIMS)):
-            colours[f"action {names[d] if d < len(names) else d}"] = action[shown, d]
+            colors[f"action {names[d] if d < len(names) else d}"] = action[shown, d]
     if len(np.unique(arrays["episode"][shown])) > 1:
-        colours["episode"] = arrays["episode"][shown]
-    colours["time in the episode (s)"] = arrays["time"][shown]
+        colors["episode"] = arrays["episode"][shown]
+    colors["time in the episode (s)"] = arrays["time"][shown]
     said = [
         f"episode {arrays['episode'][i]}, {arrays['time'][i]:.1f} s{_taken(action, int(i), names)}"
         for i in shown
     ]
-    return {title: _scatter(points, said, colours) for title, points in places.items()}
+    return {title: _scatter(points, said, colors) for title, points in places.items()}
 
 
-def _scatter(points: np.ndarray, said: list[str], colours: dict[str, np.ndarray]) -> dict[str, Any]:
+def _scatter(points: np.ndarray, said: list[str], colors: dict[str, np.ndarray]) -> dict[str, Any]:
     marks = {
         "type": "scatter",
         "mode": "markers",
@@ -125,8 +125,8 @@ def _scatter(points: np.ndarray, said: list[str], colours: dict[str, np.ndarray]
         "hovermode": "closest",
         "showlegend": False,
     }
-    values = {name: [_number(value) for value in column] for name, column in colours.items()}
-    return {"data": [marks], "layout": layout, "colours": values}
+    values = {name: [_number(value) for value in column] for name, column in colors.items()}
+    return {"data": [marks], "layout": layout, "colors": values}
 
 
 def _taken(action: np.ndarray | None, row: int, names: list[str]) -> str:
@@ -138,8 +138,8 @@ def _taken(action: np.ndarray | None, row: int, names: list[str]) -> str:
     return ", action " + " ".join(f"{value:.2f}" for value in action[row][:MOST_DIMS])
 
 
-def _line(name: str, x: list[Any], y: list[float | None], colour: str) -> dict[str, Any]:
-    style = {"mode": "lines+markers", "line": {"color": colour, "width": 2}, "marker": {"size": 7}}
+def _line(name: str, x: list[Any], y: list[float | None], color: str) -> dict[str, Any]:
+    style = {"mode": "lines+markers", "line": {"color": color, "width": 2}, "marker": {"size": 7}}
     return {"type": "scatter", "name": name, "x": x, "y": y, **style}
 
 

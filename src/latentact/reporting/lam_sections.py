@@ -74,7 +74,7 @@ def probe_section(lam: LamRun) -> Section | str:
         anchor="probes",
         title="Do latents hold the action?",
         what="A probe reads the robot's action from a latent. It is fitted on half of the held-out "
-        f"episodes and scored on the others by {scale}. Grey bars are controls: what rises "
+        f"episodes and scored on the others by {scale}. Gray bars are controls: what rises "
         "above them was found in the change.",
         body=figure(bars(items), "Brackets are 95 % intervals over the scored episodes."),
     )
@@ -164,14 +164,14 @@ def map_section(lam: LamRun) -> Section | str:
     by = "action" if "action" in lam.arrays else "time"
     caption = (
         f"The two widest directions of latent space (PCA), which hold {content['share']:.0%} of its spread, "
-        f"coloured by {by}. Where colours form islands, a latent means an action. Point at a dot for "
+        f"colored by {by}. Where colors form islands, a latent means an action. Point at a dot for "
         "episode and time."
     )
     return Section(
         anchor="map",
         title="Map of latent actions",
         what="Every point is one transition; close points changed the video alike.",
-        body=figure(chart(content, label=f"Scatter plot of latents, coloured by {by}", height=460), caption),
+        body=figure(chart(content, label=f"Scatter plot of latents, colored by {by}", height=460), caption),
     )
 
 

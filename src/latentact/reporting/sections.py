@@ -8,7 +8,7 @@ from typing import Any
 
 from latentact.evaluation.policy.comparison import LIMITED, Result, aggregate
 from latentact.reporting.charts import curve_panels
-from latentact.reporting.comparison_plot import colour, comparison_svg
+from latentact.reporting.comparison_plot import color, comparison_svg
 from latentact.reporting.html import Section, chart, figure, fold, table, text, video
 from latentact.reporting.run_data import Comparison, Curves, Findings, Rollout
 
@@ -30,8 +30,8 @@ def comparison_section(comparison: Comparison, number: int) -> Section:
     return Section(
         anchor=f"comparison{number or ''}",
         title=f"Every method on {comparison.env}",
-        what="Same network, training steps, labelled episodes and evaluation seeds in every row; k is "
-        "the number of labelled episodes. BC on k labels never sees the other videos. IDM on k labels "
+        what="Same network, training steps, labeled episodes and evaluation seeds in every row; k is "
+        "the number of labeled episodes. BC on k labels never sees the other videos. IDM on k labels "
         "learns actions from the k episodes and guesses those of all others. Latent policies are then "
         "fine-tuned for some steps more, as their configuration says; decoder only is before that.",
         body=body,
@@ -46,7 +46,7 @@ def _comparison_table(results: Sequence[Result]) -> str:
             best[r.k] = max(r.score, best.get(r.k, 0.0))
     rows = []
     for r in results:
-        key = f'<span class="key" style="background:{colour(r.method)}"></span>{text(r.label)}'
+        key = f'<span class="key" style="background:{color(r.method)}"></span>{text(r.label)}'
         success = ABSENT
         if r.success is not None:
             success = f"{r.success:.2f} <small>({r.interval[0]:.2f} to {r.interval[1]:.2f})</small>"

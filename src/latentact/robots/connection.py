@@ -53,7 +53,7 @@ class Robot(Protocol):
         ...
 
 
-class _NoAnswer(Exception):
+class RobotTimeoutError(Exception):
     """The robot did not do what it was asked; the message says what happened."""
 
 
@@ -99,9 +99,9 @@ class Link:
         try:
             error = future.exception(timeout)
         except TimeoutError:
-            raise _NoAnswer(f"it does not answer while {doing}") from None
+            raise RobotTimeoutError(f"it does not answer while {doing}") from None
         if error is not None:
-            raise _NoAnswer(f"{doing} failed: {_one_line(error)}")
+            raise RobotTimeoutError(f"{doing} failed: {_one_line(error)}")
         return future.result()
 
     def connect(self) -> None:
@@ -112,7 +112,7 @@ class Link:
         """
         try:
             self._answer(self._submit(self.robot.connect), CONNECT_S, "connecting")
-        except _NoAnswer as error:
+        except RobotTimeoutError as error:
             raise UserError(f"the robot {self.robot.name} cannot be used: {error}; check it.") from error
 
     def observe(self, timeout: float, stale_s: float) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Link:
             if future.done():
                 self._reading = None
         if (age := time.monotonic() - self.asked) > stale_s:
-            raise _NoAnswer(f"an observation is {age:.2f} s old")
+            raise RobotTimeoutError(f"an observation is {age:.2f} s old")
         self._check(observation)
         return observation
 
@@ -134,17 +134,17 @@ class Link:
         for name, kind in self.robot.observation_features.items():
             value = observation.get(name) if isinstance(observation, Mapping) else None
             if value is None:
-                raise _NoAnswer(f"the observation lacks {name}")
+                raise RobotTimeoutError(f"the observation lacks {name}")
             if isinstance(kind, tuple):
                 if tuple(value.shape) != tuple(kind) or value.dtype != np.uint8:
-                    raise _NoAnswer(f"the picture {name} is {value.dtype} {list(value.shape)}")
+                    raise RobotTimeoutError(f"the picture {name} is {value.dtype} {list(value.shape)}")
             elif not math.isfinite(value):
-                raise _NoAnswer(f"the observed {name} is {value}")
+                raise RobotTimeoutError(f"the observed {name} is {value}")
 
     def send(self, command: dict[str, float], timeout: float) -> None:
         """Send a command that the safety layer made."""
         if self.busy:
-            raise _NoAnswer("it does not answer")
+            raise RobotTimeoutError("it does not answer")
         self._answer(self._submit(self.robot.send_action, command), timeout, "acting")
 
     def close(self, hold: dict[str, float] | None) -> str:
@@ -153,14 +153,14 @@ class Link:
         if hold is not None and not self.busy:
             try:
                 self.send(hold, 1.0)
-            except _NoAnswer as error:
+            except RobotTimeoutError as error:
                 failed.append(str(error))
         if self.busy:  # the thread hangs in the driver: disconnect beside it
             threading.Thread(target=self._work, name="robot", daemon=True).start()
         try:
             self._answer(self._submit(self._disconnect), DISCONNECT_S, "disconnecting")
             self.closed = True
-        except _NoAnswer as error:
+        except RobotTimeoutError as error:
             failed.append(str(error))
         return "; ".join(failed)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from latentact.errors import UserError
-from latentact.robots.connection import Link, Robot, _NoAnswer, _one_line
+from latentact.robots.connection import Link, Robot, RobotTimeoutError, _one_line
 from latentact.robots.safety import Safety, UnsafeActionError
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def _run(
             watch(observation)
             record.commands += 1
             fine = time.monotonic()
-        except _NoAnswer as error:
+        except RobotTimeoutError as error:
             record.hold("robot", str(error))
             _hold(link, safety)
         except UnsafeActionError as error:
@@ -173,7 +173,7 @@ def _admitted(safety: Safety, action: Any, record: ControlLog) -> dict[str, floa
 def _hold(link: Link, safety: Safety) -> None:
     still = safety.hold()
     if still is not None and not link.busy:
-        with contextlib.suppress(_NoAnswer):
+        with contextlib.suppress(RobotTimeoutError):
             link.send(still, safety.config.stale_s)
 
 

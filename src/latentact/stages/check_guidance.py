@@ -59,7 +59,7 @@ class CheckGuidanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Path2d:
+class EpisodeTrace:
     """What happened in one episode of t steps."""
 
     pixels: np.ndarray
@@ -139,7 +139,7 @@ def _named(spec: EnvSpec, observation: dict[str, np.ndarray], task: str) -> dict
     }
 
 
-def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, Path2d]]:
+def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeTrace]]:
     """Yield seeds and what a successful expert did from them."""
     env, found, seed = make_env(config.env), 0, config.seed
     while found < config.demos:
@@ -160,7 +160,7 @@ def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, Path2d]]
 
 def _follow(
     env: Any, spec: EnvSpec, seed: int, policy: GuidedPolicy, guide: Guide, condition: str, steps: int
-) -> Path2d:
+) -> EpisodeTrace:
     """Roll the policy out from a demonstration's start, for as long as that lasted."""
     inference = LatentGuidedInference(policy, guide, fps=float(spec.fps))
     observation, info = env.reset(seed=seed)
@@ -179,7 +179,7 @@ def _follow(
     return _play(env, observation, act, steps)
 
 
-def _play(env: Any, observation: dict[str, np.ndarray], act: Any, steps: int) -> Path2d:
+def _play(env: Any, observation: dict[str, np.ndarray], act: Any, steps: int) -> EpisodeTrace:
     pixels, agent, infos = [observation["pixels"]], [observation["agent_pos"][:2]], []
     for _ in range(steps):
         observation, _, terminated, truncated, info = env.step(act(observation))
@@ -193,7 +193,7 @@ def _play(env: Any, observation: dict[str, np.ndarray], act: Any, steps: int) ->
         for key in ("block_pose", "coverage")
     }
     block = told["block_pose"]
-    return Path2d(
+    return EpisodeTrace(
         pixels=np.stack(pixels),
         agent=np.stack(agent),
         block=None if block is None else block[:, :2],
@@ -202,7 +202,7 @@ def _play(env: Any, observation: dict[str, np.ndarray], act: Any, steps: int) ->
     )
 
 
-def _compare(demo: Path2d, played: Path2d) -> dict[str, Any]:
+def _compare(demo: EpisodeTrace, played: EpisodeTrace) -> dict[str, Any]:
     """Return mean distances to the demonstration at the same moments, in the environment's units."""
     moments = min(len(demo.agent), len(played.agent))
     row: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Judge latent policies beside the plain baselines: `latentact compare data.path=DIR env=NAME ks=[5]`.
 
-For every seed and k the same k labelled episodes, network, policy steps and evaluation seeds go to every row:
+For every seed and k the same k labeled episodes, network, policy steps and evaluation seeds go to every row:
 the latent policy, the latent policy whose LAM had an action head on the k episodes, BC on k, an inverse
 dynamics model on k whose pseudo-labels train BC (IDM-k), and BC on all labels (oracle). Every row is a chain
 of stages through artifacts on disk, so a killed comparison goes on where it stopped.
@@ -54,9 +54,9 @@ class CompareConfig:
     methods: tuple[str, ...] = METHODS
     """Rows to make."""
     ks: tuple[int, ...] = (5,)
-    """Numbers of labelled episodes."""
+    """Numbers of labeled episodes."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of weights, batches, and of which episodes are labelled and held out."""
+    """Seeds of weights, batches, and of which episodes are labeled and held out."""
     episodes: int = 200
     """Evaluation episodes per row."""
     eval_seed: int = 100_000
@@ -66,7 +66,7 @@ class CompareConfig:
     record: int = 2
     """Evaluation episodes per row whose video is kept."""
     frame_gap_s: float = 0.0
-    """Seconds between the two moments of a transition; 0: neighbouring frames."""
+    """Seconds between the two moments of a transition; 0: neighboring frames."""
     held_out: float = 0.1
     """Share of the episodes that no training sees."""
     lam: Any = choice(LAMS, "lapo")
@@ -213,7 +213,7 @@ class _Row:
             frame_gap_s=c.frame_gap_s if self.method != "idm_k" else 0.0,
             held_out=c.held_out,
             split_seed=self.seed,
-            labelled_episodes=k,
+            labeled_episodes=k,
         )
         return train_lam.run(settings, self._folder("lam"))
 
@@ -231,7 +231,7 @@ class _Row:
             training=replace(c.policy_training, seed=self.seed),
             held_out=c.held_out,
             split_seed=self.seed,
-            labelled_episodes=k,
+            labeled_episodes=k,
         )
         return train_policy.run(settings, self._folder("policy"))
 
@@ -240,7 +240,7 @@ class _Row:
         return ground.GroundConfig(
             policy=str(self._policy(c.policy, labels=labels)),
             labels=str(labels),
-            labelled_episodes=self.k or 0,
+            labeled_episodes=self.k or 0,
             decoder=c.decoder,
             training=replace(c.decoder_training, seed=self.seed),
             finetune_steps=c.finetune_steps,

@@ -33,7 +33,7 @@ class DemoConfig:
     episodes: int = 1500
     """Demonstrations to collect."""
     k: int = 5
-    """Labelled episodes."""
+    """Labeled episodes."""
     seed: int = 0
     """Seed of everything."""
     overrides: tuple[str, ...] = ()

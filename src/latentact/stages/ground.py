@@ -1,7 +1,7 @@
-"""Learn latent action -> robot action from few labelled episodes: `latentact ground policy=DIR labels=DIR`.
+"""Learn latent action -> robot action from few labeled episodes: `latentact ground policy=DIR labels=DIR`.
 
 The folder holds the policy with the decoder behind it; with `finetune_steps` the folder `finetuned` in it
-holds the same policy trained on, end to end, on the labelled episodes.
+holds the same policy trained on, end to end, on the labeled episodes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GroundConfig:
-    """Learn a decoder from latent to robot actions on the labelled episodes; fine-tune on them if wanted."""
+    """Learn a decoder from latent to robot actions on the labeled episodes; fine-tune on them if wanted."""
+
+    RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes"}
 
     out: str = "runs/ground"
     """Run folder; the same command goes on where a killed run stopped."""
@@ -44,7 +47,7 @@ class GroundConfig:
     """Folder of the latent policy."""
     labels: str
     """Folder of the labels it was trained on, of data with robot actions."""
-    labelled_episodes: int = 5
+    labeled_episodes: int = 5
     """k: training episodes whose actions are used."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The decoder."""
@@ -58,11 +61,11 @@ class GroundConfig:
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether they learn from all training episodes: on those without labels from the actions that a small
-    head on the latent policy's features names, which itself learned from the labelled episodes only."""
+    head on the latent policy's features names, which itself learned from the labeled episodes only."""
     held_out: float = 0.1
     """Share of the episodes that training never sees; as in train-lam and train-policy."""
     split_seed: int = 0
-    """Seed of the choice of held-out and labelled episodes; as in train-lam and train-policy."""
+    """Seed of the choice of held-out and labeled episodes; as in train-lam and train-policy."""
 
     def __post_init__(self) -> None:
         """Validate the numbers."""
@@ -81,30 +84,30 @@ def run(config: GroundConfig, out: Path) -> Path:
         raise UserError(
             f"{config.policy} predicts robot actions already; ground takes a policy of latent actions."
         )
-    latent.latent.refuse_unless_equal(labels.spec, "the policy", "the labels")
+    latent.latent.check_compatible(labels.spec, "the policy", "the labels")
     if store.action_space is None:
         raise UserError(f"{store.path} has no robot actions to ground in; give labels of data that has some.")
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labelled = choose_labeled(train, config.labelled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
     torch.manual_seed(config.training.seed)
     policy = latent.ground(config.decoder, store.action_space)
-    steps = _labelled_steps(store, labels, labelled)
+    steps = _labeled_steps(store, labels, labeled)
     if not len(steps):
         raise UserError(
-            f"{len(labelled)} labelled episodes hold no latent action; give a larger labelled_episodes."
+            f"{len(labeled)} labeled episodes hold no latent action; give a larger labeled_episodes."
         )
     assert policy.decoder is not None
-    policy.decoder.normalise_by(np.ma.getdata(store.actions(labelled))[steps])
-    pairs = _Pairs(policy, store, labels, steps, labelled)
-    log.info("%d labelled steps of %d episodes", len(pairs), len(labelled))
+    policy.decoder.set_action_stats(np.ma.getdata(store.actions(labeled))[steps])
+    pairs = _Pairs(policy, store, labels, steps, labeled)
+    log.info("%d labeled steps of %d episodes", len(pairs), len(labeled))
     with run_folder(out, config):
         fit(_Decoding(policy), pairs, config.training, out)
-        judged = _Pairs(policy, store, labels, _labelled_steps(store, labels, held_out), held_out)
-        result = {"labelled_steps": len(pairs), "held_out_score": judged.score(policy)}
+        judged = _Pairs(policy, store, labels, _labeled_steps(store, labels, held_out), held_out)
+        result = {"labeled_steps": len(pairs), "held_out_score": judged.score(policy)}
         policy.write(out)
         if config.finetune_steps:
-            result["finetuned"] = str(_finetune(config, policy, store, train, labelled, out / "finetuned"))
+            result["finetuned"] = str(_finetune(config, policy, store, train, labeled, out / "finetuned"))
         write_json(out / "ground.json", result)
     return out
 
@@ -114,17 +117,17 @@ def _finetune(
     policy: Policy,
     store: FrameStore,
     train: np.ndarray,
-    labelled: np.ndarray,
+    labeled: np.ndarray,
     out: Path,
 ) -> Path:
     """Train network and decoder from observation to robot action."""
     tuned = deepcopy(policy)
-    actions = store.actions(labelled)
+    actions = store.actions(labeled)
     if config.self_training:
         episodes = train
         actions = _pseudo_actions(config, policy, store, train, actions, out / "teacher")
     else:
-        episodes = labelled
+        episodes = labeled
     exists = np.isin(store.episode, episodes)
     exists[store.starts + store.lengths - 1] = False
     network, stride = tuned.config.network, tuned.spec.stride
@@ -132,8 +135,8 @@ def _finetune(
         store,
         target=np.ma.getdata(actions).reshape(len(actions), -1),
         exists=exists,
-        frames=network.frames,
-        chunk=network.chunk * stride,
+        frames=network.n_obs_steps,
+        chunk=network.chunk_size * stride,
         stride=1,
         words=tuned.spec.words,
     )
@@ -180,7 +183,7 @@ def _features(policy: Policy, store: FrameStore, rows: np.ndarray) -> Tensor:
         store,
         target=nothing,
         exists=np.ones(len(nothing), bool),
-        frames=network.frames,
+        frames=network.n_obs_steps,
         stride=policy.spec.stride,
         words=policy.spec.words,
     )
@@ -192,7 +195,7 @@ def _features(policy: Policy, store: FrameStore, rows: np.ndarray) -> Tensor:
 
 
 class _Teacher(nn.Module):
-    """Robot actions from standardised features; dropout keeps it modest on few labels."""
+    """Robot actions from standardized features; dropout keeps it modest on few labels."""
 
     mean: Tensor
     std: Tensor
@@ -228,14 +231,14 @@ class _Teacher(nn.Module):
         return scores.argmax(1) if self.space.discrete else scores * self.action_std + self.action_mean
 
 
-def _labelled_steps(store: FrameStore, labels: Labels, episodes: np.ndarray) -> np.ndarray:
+def _labeled_steps(store: FrameStore, labels: Labels, episodes: np.ndarray) -> np.ndarray:
     """Rows of the given episodes that have a latent action, and robot actions for the whole of its gap."""
     known, rows = known_rows(store.actions(episodes)), np.flatnonzero(labels.valid)
     return rows[known[rows[:, None] + np.arange(labels.spec.frame_gap)].all(1)]
 
 
 class _Pool(Dataset):
-    """(input, state, robot actions) of labelled rows, in memory."""
+    """(input, state, robot actions) of labeled rows, in memory."""
 
     def __init__(self, latents: Tensor, state: Tensor | None, actions: Tensor) -> None:
         self.latents, self.state, self.actions = latents, state, actions
@@ -275,7 +278,7 @@ class _Pairs(_Pool):
         )
         if policy.decoder.space.discrete:
             return (scores.argmax(-1) == self.actions).float().mean().item()
-        error = (policy.decoder.unnormalise(scores) - self.actions).square().sum()
+        error = (policy.decoder.unnormalize(scores) - self.actions).square().sum()
         return 1 - (error / (self.actions - self.actions.mean((0, 1))).square().sum()).item()
 
 

@@ -168,7 +168,7 @@ def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
     }
 
 
-class Film:
+class FrameSpool:
     """Pictures of a run, in a file that vanishes with it, so that a long run does not fill the memory."""
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class Result:
 
     metrics: dict[str, Any]
     """Numbers."""
-    film: Film
+    film: FrameSpool
     """What the LAM's camera saw before each action and, where it goes on, after the last."""
     fps: float
     """Control steps per second."""
@@ -232,7 +232,7 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     )
     env = make_env(name, view=view)
     try:
-        film = Film()
+        film = FrameSpool()
         metrics, error = _play(inference, env, spec, film, config.seed, _steps(config, inference))
     finally:
         env.close()
@@ -240,7 +240,7 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
 
 
 def _play(
-    inference: LatentGuidedInference, env: Any, spec: EnvSpec, film: Film, seed: int, max_steps: int
+    inference: LatentGuidedInference, env: Any, spec: EnvSpec, film: FrameSpool, seed: int, max_steps: int
 ) -> tuple[dict[str, Any], EnvError | None]:
     """Let a policy follow its guide in an environment from a reset seed; returns metrics, and why it failed.
 
@@ -298,7 +298,7 @@ def _drive(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -
     view.refuse_unless_fits(
         cameras=policy.cameras, state_size=policy.state_size, action_size=policy.actions.size
     )
-    safety, record, film = Safety(view.joints, setup.safety), ControlLog(fps=inference.fps), Film()
+    safety, record, film = Safety(view.joints, setup.safety), ControlLog(fps=inference.fps), FrameSpool()
     if safety.unlimited:
         log.warning("no safety.limits for %s: the policy alone decides", ", ".join(safety.unlimited))
     camera = _camera(view, policy.cameras, guide)
@@ -364,7 +364,7 @@ def _compose(config: ImitateConfig, guide: Guide, result: Result) -> UInt8[np.nd
     frames = result.film.frames
     if not config.video_path:
         return frames
-    both = Film()
+    both = FrameSpool()
     for ours, theirs in zip(frames, _demonstration(config, guide, result), strict=False):
         both.append(np.concatenate([_fitted(theirs, ours.shape[0]), ours], axis=1))
     return both.frames

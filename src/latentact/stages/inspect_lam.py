@@ -23,7 +23,7 @@ from latentact.evaluation.lam.inspect import inspect_lam
 from latentact.io.atomic import write_json
 from latentact.io.records import Record, parse_record, read_record, read_yaml
 from latentact.io.specs import Text
-from latentact.labelling.dataset import gap_in_frames, require_gap
+from latentact.labeling.dataset import gap_in_frames, require_gap
 from latentact.lams.contract import load_lam
 from latentact.reporting.pages.inspect import write_page
 

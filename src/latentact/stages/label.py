@@ -14,7 +14,7 @@ from latentact.data.stream import FrameStream
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.io.records import read_record
-from latentact.labelling.dataset import EncodeOptions, encode_dataset, gap_in_frames, require_gap
+from latentact.labeling.dataset import EncodeOptions, encode_dataset, gap_in_frames, require_gap
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -88,5 +88,5 @@ def run(config: LabelConfig) -> Path:
     made = {"precision": encoded.precision, "software": {"latentact": version("latentact")}}
     write_labels(out, labels, encoded.key, {"asked": asked, **made})
     frames, episodes = len(encoded.valid), len(encoded.lengths)
-    log.info("labelled %d of %d frames of %d episodes", encoded.valid.sum(), frames, episodes)
+    log.info("labeled %d of %d frames of %d episodes", encoded.valid.sum(), frames, episodes)
     return out

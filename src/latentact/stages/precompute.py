@@ -33,7 +33,13 @@ from latentact.data.stream import FrameStream
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_dir, read_object, write_json
-from latentact.labelling.dataset import Encoded, EncodeOptions, encode_dataset, gap_in_frames, require_gap
+from latentact.labeling.dataset import (
+    DatasetLatents,
+    EncodeOptions,
+    encode_dataset,
+    gap_in_frames,
+    require_gap,
+)
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -61,7 +67,7 @@ class PrecomputeConfig:
     device: str = "cpu"
     """cpu, cuda or mps."""
     tokens: str = "continuous"
-    """continuous: before the quantiser; vq: after it."""
+    """continuous: before the quantizer; vq: after it."""
     frame_gap_s: float = 0.0
     """Seconds between the two frames of a transition; 0: the LAM's own."""
     output: str = "column"
@@ -192,7 +198,7 @@ def _require_rows(stream: FrameStream) -> None:
         require_upright({stream.source.video_file(n) for n in numbers if stream.source.recordings[n].video})
 
 
-def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: Encoded) -> dict[str, Any]:
+def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetLatents) -> dict[str, Any]:
     software = {}
     for name in ("latentact", "lerobot", "torch", "av"):
         try:
@@ -224,7 +230,7 @@ def _write(
     folder: Path,
     config: PrecomputeConfig,
     stream: FrameStream,
-    encoded: Encoded,
+    encoded: DatasetLatents,
     sidecar: dict[str, Any],
 ) -> None:
     """Write the output into an empty folder."""
@@ -264,7 +270,7 @@ class _Rows(NamedTuple):
     frame_index: Int64[np.ndarray, " n"]
 
 
-def _table_rows(source: Source, encoded: Encoded) -> _Rows:
+def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
     """Return the rows as the files of a LeRobot dataset have them; of other data, all frames."""
     if not isinstance(source, LeRobotSource):
         return _episode_rows(encoded, encoded.episodes.tolist())
@@ -277,7 +283,7 @@ def _table_rows(source: Source, encoded: Encoded) -> _Rows:
     return _Rows(place, episode, frame)
 
 
-def _episode_rows(encoded: Encoded, numbers: Sequence[int]) -> _Rows:
+def _episode_rows(encoded: DatasetLatents, numbers: Sequence[int]) -> _Rows:
     """Return the rows of these episodes of the data, numbered anew."""
     chosen = np.isin(encoded.episodes, numbers)
     lengths = encoded.lengths[chosen]
@@ -286,7 +292,7 @@ def _episode_rows(encoded: Encoded, numbers: Sequence[int]) -> _Rows:
     return _Rows(np.flatnonzero(np.repeat(chosen, encoded.lengths)), episode, frame)
 
 
-def _columns(config: PrecomputeConfig, encoded: Encoded, place: np.ndarray) -> dict[str, Column]:
+def _columns(config: PrecomputeConfig, encoded: DatasetLatents, place: np.ndarray) -> dict[str, Column]:
     """Return the columns that the rows get."""
 
     def column(values: np.ndarray, dtype: str) -> Column:
@@ -303,5 +309,5 @@ def _columns(config: PrecomputeConfig, encoded: Encoded, place: np.ndarray) -> d
     columns = {TOKENS_KEY: column(getattr(encoded, KINDS[config.tokens]), config.dtype)}
     if encoded.codes is not None:
         columns[CODES] = column(encoded.codes, "int64")
-    # A number, not a bool: lerobot's normaliser subtracts means from every state-like column.
+    # A number, not a bool: lerobot's normalizer subtracts means from every state-like column.
     return {**columns, VALID: column(encoded.valid, "float32")}

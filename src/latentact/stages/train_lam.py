@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from latentact.data.windows import Clips, frame_gap
 from latentact.errors import UserError, require_between
 from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
-from latentact.labelling.features import with_features
+from latentact.labeling.features import with_features
 from latentact.lams.contract import LAMS, LatentActionModel
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLamConfig:
-    """Learn a latent action model (LAM) from video; actions are seen of the labelled episodes only."""
+    """Learn a latent action model (LAM) from video; actions are seen of the labeled episodes only."""
+
+    RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes", "labelled_share": "labeled_share"}
 
     out: str = "runs/train_lam"
     """Run folder; the same command goes on where a killed run stopped."""
@@ -44,15 +46,15 @@ class TrainLamConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
     frame_gap_s: float = 0.0
-    """Seconds between the two moments of a transition; 0: neighbouring frames."""
+    """Seconds between the two moments of a transition; 0: neighboring frames."""
     held_out: float = 0.1
     """Share of the episodes that training never sees and probes are judged on."""
     split_seed: int = 0
-    """Seed of the choice of held-out and labelled episodes."""
-    labelled_episodes: int = 0
+    """Seed of the choice of held-out and labeled episodes."""
+    labeled_episodes: int = 0
     """k: training episodes whose actions the model may learn from."""
-    labelled_share: float = 0.25
-    """Share of every batch that is drawn from the labelled episodes, where there are any."""
+    labeled_share: float = 0.25
+    """Share of every batch that is drawn from the labeled episodes, where there are any."""
     probe_transitions: int = 1024
     """Held-out transitions that evaluations during training look at."""
 
@@ -60,7 +62,7 @@ class TrainLamConfig:
         """Validate the numbers."""
         require_between("frame_gap_s", self.frame_gap_s, 0, 86_400)
         require_between("split_seed", self.split_seed, 0, LARGEST)
-        require_between("labelled_share", self.labelled_share, 0, 1)
+        require_between("labeled_share", self.labeled_share, 0, 1)
         require_between("probe_transitions", self.probe_transitions, 1, 10**9)
 
 
@@ -71,7 +73,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     store = open_store(config.data)
     gap = frame_gap(store, config.frame_gap_s)
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labelled = choose_labeled(train, config.labelled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
     cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
     lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
@@ -85,39 +87,37 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         camera=store.camera,
         resize=config.data.resize,
     )
-    if model.actions and not len(labelled):
+    if model.actions and not len(labeled):
         raise UserError(
-            f"lam={model.spec.model} as configured learns from robot actions and labelled_episodes is 0; "
-            f"give labelled_episodes=K."
+            f"lam={model.spec.model} as configured learns from robot actions and labeled_episodes is 0; "
+            f"give labeled_episodes=K."
         )
-    if len(labelled) and not model.actions and not model.spec.robot_actions:
+    if len(labeled) and not model.actions and not model.spec.robot_actions:
         remedy = "give lam.action_weight=1, or " if hasattr(model.config, "action_weight") else ""
         raise UserError(
-            f"labelled_episodes is {len(labelled)} and lam={model.spec.model} as configured learns nothing "
-            f"from robot actions; {remedy}leave labelled_episodes 0."
+            f"labeled_episodes is {len(labeled)} and lam={model.spec.model} as configured learns nothing "
+            f"from robot actions; {remedy}leave labeled_episodes 0."
         )
     if model.spec.robot_actions:
-        train = labelled
+        train = labeled
     clips = Clips(
         store,
         episodes=train,
         frame_gap=gap,
         context=model.context,
         horizon=model.horizon,
-        labelled=labelled,
+        labeled=labeled,
         features=features,
     )
     if model.actions is not None:
-        seen = np.ma.getdata(store.actions(labelled))[
-            clips.rows[np.isin(store.episode[clips.rows], labelled)]
-        ]
-        model.normalise_by(torch.from_numpy(seen))
+        seen = np.ma.getdata(store.actions(labeled))[clips.rows[np.isin(store.episode[clips.rows], labeled)]]
+        model.set_action_stats(torch.from_numpy(seen))
     Clips(
         store, episodes=held_out, frame_gap=gap, held_out=True
     )  # refuses ones too short to judge on before training does
     log.info(
-        "%d transitions of %d episodes, %d of them labelled; %d held out; %d parameters",
-        *(len(clips), len(train), len(labelled), len(held_out), sum(p.numel() for p in model.parameters())),
+        "%d transitions of %d episodes, %d of them labeled; %d held out; %d parameters",
+        *(len(clips), len(train), len(labeled), len(held_out), sum(p.numel() for p in model.parameters())),
     )
 
     judged: list[LamEvaluation] = []
@@ -130,7 +130,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         ]
         return _scalars(judged[0])
 
-    data = _Mixed(clips, labelled, config.labelled_share) if len(labelled) < len(train) else clips
+    data = _Mixed(clips, labeled, config.labeled_share) if len(labeled) < len(train) else clips
     if not out.exists():
         _or_refuse(lambda: _try(model, data), lam.kind)
     with run_folder(out, config):
@@ -177,7 +177,7 @@ def _try(model: LatentActionModel, data: Any) -> None:
 
 
 def _scalars(evaluation: LamEvaluation) -> dict[str, float]:
-    """What of a judgement goes into metrics.csv."""
+    """What of a judgment goes into metrics.csv."""
     numbers = evaluation.numbers
     flat = {f"val/{k}": v for k, v in numbers.items() if k.endswith("_mse")}
     flat |= {f"probe/{name}": probe["score"] for name, probe in numbers["probes"].items()}
@@ -185,11 +185,11 @@ def _scalars(evaluation: LamEvaluation) -> dict[str, float]:
 
 
 class _Mixed(Dataset):
-    """Clips of all episodes, a fixed share of every batch from the labelled ones."""
+    """Clips of all episodes, a fixed share of every batch from the labeled ones."""
 
-    def __init__(self, clips: Clips, labelled: np.ndarray, share: float) -> None:
+    def __init__(self, clips: Clips, labeled: np.ndarray, share: float) -> None:
         self.clips = clips
-        self.positions = np.flatnonzero(np.isin(clips.store.episode[clips.rows], labelled))
+        self.positions = np.flatnonzero(np.isin(clips.store.episode[clips.rows], labeled))
         self.share = share if len(self.positions) else 0.0
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 class TrainPolicyConfig:
     """Learn a policy from latent labels (latent), robot or an IDM's actions (bc), or both (guided)."""
 
+    RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes"}
+
     out: str = "runs/train_policy"
     """Run folder; the same command goes on where a killed run stopped."""
     labels: str = ""
@@ -45,8 +47,8 @@ class TrainPolicyConfig:
     held_out: float = 0.1
     """Share of the episodes that training never sees."""
     split_seed: int = 0
-    """Seed of the choice of held-out and labelled episodes."""
-    labelled_episodes: int | None = None
+    """Seed of the choice of held-out and labeled episodes."""
+    labeled_episodes: int | None = None
     """k: training episodes that policy=bc and policy=guided learn from; empty: all."""
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     else:
         pseudo = None if guide else labels
         if pseudo is None:
-            train = choose_labeled(train, config.labelled_episodes, config.split_seed)
+            train = choose_labeled(train, config.labeled_episodes, config.split_seed)
         target, values, exists, space = _action_targets(pseudo, store, train, held_out)
         stride = 1
 
@@ -109,8 +111,8 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     rows = exists & store.usable & np.isin(store.episode, train)
     network = config.policy.network
     shape: dict[str, Any] = {
-        "frames": network.frames,
-        "chunk": network.chunk,
+        "frames": network.n_obs_steps,
+        "chunk": network.chunk_size,
         "stride": stride,
         "words": words,
     }
@@ -119,7 +121,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         tokens = getattr(labels, guide.tokens).reshape(len(labels.valid), -1)
         shape |= {"guide": (tokens, labels.valid), "offsets": guide.offsets}
         tokens = tokens[rows & labels.valid]
-    policy.normalise_by(values[rows], None if store.state is None else store.state[rows], tokens)
+    policy.set_action_stats(values[rows], None if store.state is None else store.state[rows], tokens)
     samples = PolicySamples(store, target=values, exists=rows, **shape)
     log.info("%d steps of %d episodes to learn from", len(samples), len(train))
 

@@ -17,7 +17,7 @@ class Trainable(Protocol):
     """What `fit` trains: a module whose `loss` takes a batch of its dataset."""
 
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the scalar to minimise and scalars to log."""
+        """Return the scalar to minimize and scalars to log."""
         ...
 
 

@@ -140,7 +140,7 @@ def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
 
 
 class LeRobotTrainee:
-    """Policy, optimiser, schedule and data, made and stepped as lerobot-train does.
+    """Policy, optimizer, schedule and data, made and stepped as lerobot-train does.
 
     Args:
         train: LeRobot's settings; the number of steps is filled in.

@@ -94,7 +94,7 @@ def train(
 
 
 class _Module(pl.LightningModule):
-    """Loss, optimiser and schedule for Lightning."""
+    """Loss, optimizer and schedule for Lightning."""
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class _Module(pl.LightningModule):
         self.compute = torch.compile(loss) if config.compile else loss
 
     def on_train_start(self) -> None:
-        # A fused optimiser reads its state in the memory layout of the parameters; a checkpoint has lost it.
+        # A fused optimizer reads its state in the memory layout of the parameters; a checkpoint has lost it.
         for parameter, state in self.trainer.optimizers[0].state.items():
             for name, value in state.items():
                 if value.shape == parameter.shape:
@@ -136,7 +136,7 @@ class _Module(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        # Lightning's own refuses fused optimisers, for the sake of loss scaling.
+        # Lightning's own refuses fused optimizers, for the sake of loss scaling.
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from latentact.config import to_dict
+from latentact.config import current_names, to_dict
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_write
 from latentact.io.records import read_yaml
@@ -34,7 +34,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
         found = read_yaml(path)
         if not isinstance(found, dict):
             raise UserError(f"{path} must hold the settings of a run, got {found!r}; delete the folder.")
-        if different := _first_difference(found, _asked(config)):
+        if different := _first_difference(current_names(type(config), found), _requested(config)):
             key, old, new = different
             raise UserError(
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
@@ -51,7 +51,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
 def begin_run(out: Path, config: Any) -> None:
     """Write `config.yaml`, once everything that the config names has turned out to be usable."""
     with atomic_write(out / "config.yaml") as partial:
-        partial.write_text(yaml.safe_dump(_asked(config), sort_keys=False))
+        partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def saved_steps(out: Path) -> list[Path]:
     return [path for path in out.glob("checkpoints/step=*") if path.name.removeprefix("step=").isdecimal()]
 
 
-def _asked(config: Any) -> dict[str, Any]:
+def _requested(config: Any) -> dict[str, Any]:
     return {k: v for k, v in to_dict(config).items() if k != "out"}
 
 

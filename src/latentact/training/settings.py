@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from latentact.device import memory_bytes, multiplies_bf16, require_device
+from latentact.device import memory_bytes, require_device, supports_bf16
 from latentact.errors import UserError, require_between
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -33,7 +33,7 @@ class TrainingConfig:
     """How long and how a model is trained."""
 
     steps: int = 50_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = 128
     """Samples per step, over all devices together."""
     lr: float = 3e-4
@@ -109,4 +109,4 @@ def precision(config: TrainingConfig) -> str:
     """Return Lightning's name of the precision to train in."""
     if config.precision != "auto":
         return config.precision
-    return "bf16-mixed" if multiplies_bf16(config.device) else "32-true"
+    return "bf16-mixed" if supports_bf16(config.device) else "32-true"

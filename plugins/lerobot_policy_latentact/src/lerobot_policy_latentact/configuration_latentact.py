@@ -19,7 +19,7 @@ from latentact.errors import UserError
 from latentact.io.atomic import read_json
 
 if TYPE_CHECKING:
-    from latentact.labelling.frozen import FrozenLam
+    from latentact.labeling.frozen import FrozenLam
 
 Host: Any = object
 """Stands for the host, which comes next among the bases of a config; were it LeRobot's base class, its
@@ -54,7 +54,7 @@ class LamConfig(Host):
     lam_temporal_aggregation: Literal["latest", "concat"] = "latest"
     """latest: the current transition's tokens; concat: those of every observation step."""
     lam_use_vq_tokens: bool = False
-    """Whether tokens are taken after the LAM's quantiser, if it has one, or before."""
+    """Whether tokens are taken after the LAM's quantizer, if it has one, or before."""
     lam_projection_dim: int = 32
     """Numbers to which the tokens are projected before the host sees them."""
     lam_dropout: float = 0.0
@@ -161,7 +161,7 @@ class LamConfig(Host):
         Raises:
             UserError: it is missing, of another size, or not the one that the policy was trained with.
         """
-        from latentact.labelling.frozen import FrozenLam
+        from latentact.labeling.frozen import FrozenLam
 
         lam = FrozenLam(self.lam_model_path)
         self.check_tokens(vars(lam.spec), f"the LAM {self.lam_model_path}")
@@ -189,7 +189,7 @@ class LamConfig(Host):
         Args:
             spec: fields of a `LatentActionSpec`.
             source: what has them, for the message.
-            tokens_kind: "vq" after the quantiser, "continuous" before it; empty: either can be had.
+            tokens_kind: "vq" after the quantizer, "continuous" before it; empty: either can be had.
 
         Raises:
             UserError: they do not fit.

@@ -1,6 +1,6 @@
 """`lam_diffusion` and `lam_act`: LeRobot's policies with projected LAM tokens as their environment state.
 
-No code of the hosts is copied. The projection is attached inside the host's network, so that it is optimised,
+No code of the hosts is copied. The projection is attached inside the host's network, so that it is optimized,
 saved and moved with it; the LAM is not, so that no checkpoint holds it.
 """
 

@@ -1,7 +1,7 @@
 """What happens to a batch before the policy: LeRobot's own steps, and one that prepares the LAM's inputs.
 
-Tokens are left as they are, whatever LeRobot's normalisation of states is (the projection has their mean and
-deviation), and the LAM gets the camera's raw pixels, not normalised ones.
+Tokens are left as they are, whatever LeRobot's normalization of states is (the projection has their mean and
+deviation), and the LAM gets the camera's raw pixels, not normalized ones.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_lam_pre_post_processors(
 ) -> tuple[Any, Any]:
     """Return the pipelines before and after the policy."""
     steps = make_default_policy_processor_steps(config, dataset_stats)
-    steps.normalize.normalize_observation_keys = _normalised(config)
+    steps.normalize.normalize_observation_keys = _normalized(config)
     before = [
         steps.rename_observations,
         steps.add_batch_dim,
@@ -68,7 +68,7 @@ make_lam_diffusion_pre_post_processors = make_lam_pre_post_processors
 make_lam_act_pre_post_processors = make_lam_pre_post_processors
 
 
-def _normalised(config: LamConfig) -> set[str]:
-    """Return the inputs to normalise: all but the LAM's, of which some are flags and indices."""
+def _normalized(config: LamConfig) -> set[str]:
+    """Return the inputs to normalize: all but the LAM's, of which some are flags and indices."""
     lam = (config.lam_tokens_key, "observation.lam_")
     return {key for key in config.input_features or {} if not key.startswith(lam)}

@@ -20,7 +20,7 @@ def resize(
         return frames
     size = (resolution, resolution)
     if kernel == "pillow":
-        flat = frames[..., 0] if frames.shape[3] == 1 else frames  # Pillow's grey pictures have no channels
+        flat = frames[..., 0] if frames.shape[3] == 1 else frames  # Pillow's gray pictures have no channels
         pictures = (Image.fromarray(each).resize(size, Image.Resampling.BILINEAR) for each in flat)
         return np.stack([np.asarray(each) for each in pictures]).reshape(len(frames), *size, -1)
     planes = torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)

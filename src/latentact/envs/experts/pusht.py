@@ -27,7 +27,7 @@ CLEARANCE = 17.0
 CORNER = 25.0
 """Distance from the block of the corners of a way: the finger lags behind its target and cuts them."""
 ARENA = (22.0, 490.0)
-"""Where the finger's centre may be, on both axes."""
+"""Where the finger's center may be, on both axes."""
 EXPLORE = 24.0
 """Standard deviation of exploring moves, in pixels of 512."""
 WALK = 18.0
@@ -267,7 +267,7 @@ class _Copy:
         self.finger.position, self.finger.velocity = tuple(finger.tolist()), (0, 0)
         self.block.velocity, self.block.angular_velocity = (0, 0), 0
         self.block.angle = (
-            angle  # before the position: turning is about the centre of gravity, not the origin
+            angle  # before the position: turning is about the center of gravity, not the origin
         )
         self.block.position = tuple(position.tolist())
         self.space.reindex_shapes_for_body(self.block)

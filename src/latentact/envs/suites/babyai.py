@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TILE = 8
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 FLOOR_BELOW = 100
-"""Grey level of walls; floor is darker, lit or not, and so are the lines between its cells."""
+"""Gray level of walls; floor is darker, lit or not, and so are the lines between its cells."""
 HEADINGS = np.sqrt(2) * np.stack(
     [f(2 * np.pi * np.arange(len(ACTIONS)) / len(ACTIONS)) for f in (np.cos, np.sin)], 1
 )
@@ -125,9 +125,9 @@ def _levels() -> dict[str, str]:
 
 
 def _floor(frame: np.ndarray) -> np.ndarray:
-    """Where a frame shows bare floor: dark and without colour."""
-    grey = (frame == frame[..., :1]).all(-1)
-    return (grey & (frame[..., 0] < FLOOR_BELOW)).astype(np.float32)
+    """Where a frame shows bare floor: dark and without color."""
+    gray = (frame == frame[..., :1]).all(-1)
+    return (gray & (frame[..., 0] < FLOOR_BELOW)).astype(np.float32)
 
 
 def _state(grid: Any) -> np.ndarray:

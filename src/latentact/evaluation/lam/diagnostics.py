@@ -15,7 +15,7 @@ from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, Shaped
 
-DRAWS = 3  # of the k labelled episodes, for every k of the label-efficiency curve
+DRAWS = 3  # of the k labeled episodes, for every k of the label-efficiency curve
 SMALLEST_MSE = 1e-6  # a PSNR of 60 dB: below this a difference is of no use to anybody
 LEAD = 0.05  # by which another lag must beat the right one to be called the better
 TELLING = 0.25  # R2 below which a lag curve of numbers is too flat to tell where actions belong
@@ -73,10 +73,10 @@ def past_future_cosine(past: Float[np.ndarray, "n f"], future: Float[np.ndarray,
     """Return the agreement of the latents that lead to one frame from its past and back from its future.
 
     Near 1 a latent tells what the frame it leads to looks like, not what moved. `s_pcfc` is the plain cosine
-    as published; `centred` leaves out what all latents have in common.
+    as published; `centered` leaves out what all latents have in common.
     """
     mean = np.concatenate([past, future]).mean(0)
-    return {"s_pcfc": mean_cosine(past, future), "centred": mean_cosine(past - mean, future - mean)}
+    return {"s_pcfc": mean_cosine(past, future), "centered": mean_cosine(past - mean, future - mean)}
 
 
 def future_dependence(
@@ -178,7 +178,7 @@ def label_efficiency(
     `low` and `high` are the worst and the best draw.
 
     Args:
-        fit: latents to draw labelled episodes from.
+        fit: latents to draw labeled episodes from.
         score: latents of other episodes.
         floor_fit: the same transitions as `fit`, seen without latents.
         floor_score: the same as `score`.

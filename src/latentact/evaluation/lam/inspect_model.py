@@ -1,6 +1,6 @@
-"""What an inspection asks a latent action model beyond labelling: pairs of frames that training never shows.
+"""What an inspection asks a latent action model beyond labeling: pairs of frames that training never shows.
 
-Frames reversed, still, across cuts, rolled out with latents of another video, with parts greyed out. Nothing
+Frames reversed, still, across cuts, rolled out with latents of another video, with parts grayed out. Nothing
 but the contract of `LatentActionModel` is used, so that any model can be asked.
 """
 
@@ -36,9 +36,9 @@ PAIRS = 256  # transitions that are asked about
 BATCH = 64
 STEPS = 4  # of a rollout, as in Genie
 GAPS = (0.5, 1, 2, 4)  # frame gaps of the gap curve, in gaps of the model
-CELLS = 8  # per side, of the picture parts that are greyed out in turn
-SALIENT = 12  # transitions whose parts are greyed out
-MOVES = 8  # grey levels by which a pixel that moves changes
+CELLS = 8  # per side, of the picture parts that are grayed out in turn
+SALIENT = 12  # transitions whose parts are grayed out
+MOVES = 8  # gray levels by which a pixel that moves changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ def _motion(now: UInt8[np.ndarray, "h w c"], after: UInt8[np.ndarray, "h w c"]) 
 
 
 def saliency(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """How much latents answer to what lies where something moves: parts of both frames are greyed in turn."""
+    """How much latents answer to what lies where something moves: parts of both frames are grayed in turn."""
     rows = case.rows
     motion = np.array([_motion(case.store.frames[r], case.store.frames[r + case.gap]) for r in rows[:PAIRS]])
     order = np.flatnonzero(motion > 0)

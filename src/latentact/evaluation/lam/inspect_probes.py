@@ -123,7 +123,7 @@ class Probed:
             self.probes["nuisance_from_action"] = linear_probe(*pair, seed=self.case.seed).to_json()
 
     def label_efficiency(self) -> list[dict[str, Any]]:
-        """The curve over k labelled episodes; empty without actions."""
+        """The curve over k labeled episodes; empty without actions."""
         if not self.enough or "latent_linear" not in self.probes:
             return []
         taken, known = self._actions()

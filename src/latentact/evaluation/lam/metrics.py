@@ -36,7 +36,7 @@ COLLAPSED_BELOW = 0.1  # perplexity over codebook size
 
 @dataclass(frozen=True, kw_only=True)
 class LamEvaluation:
-    """The judgement of one latent action model."""
+    """The judgment of one latent action model."""
 
     numbers: dict[str, Any]
     """Content of `lam.json`: errors, probes, codebook, warnings."""

@@ -2,7 +2,7 @@
 
 A probe is fitted on one set of episodes and scored on another (LAPO's `train_decoder` and LAOM's linear
 probe, but held out). Discrete actions are scored by accuracy, continuous ones by R2 over dimensions that are
-standardised on the fitting set. The interval comes from a bootstrap over episodes.
+standardized on the fitting set. The interval comes from a bootstrap over episodes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, Shaped
 
-RIDGE = 1.0  # weight of the L2 penalty on standardised features, as in scikit-learn's Ridge
+RIDGE = 1.0  # weight of the L2 penalty on standardized features, as in scikit-learn's Ridge
 LOGISTIC_PENALTY = 1e-3  # the same for the mean cross-entropy
 MLP_HIDDEN = 128  # LAPO's decoder: two hidden layers of 128
 MLP_STEPS = 500
@@ -40,7 +40,7 @@ class ProbeScore:
     """95 % interval of a bootstrap over the scored episodes."""
 
     def to_json(self) -> dict[str, object]:
-        """Return the score as it stands in `lam.json`; R2 also as normalised squared error, 1 - R2."""
+        """Return the score as it stands in `lam.json`; R2 also as normalized squared error, 1 - R2."""
         nmse = {"nmse": 1 - self.score, "nmse_ci95": [1 - self.ci95[1], 1 - self.ci95[0]]}
         values = {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
         return values | (nmse if self.metric == "r2" else {})
@@ -165,16 +165,16 @@ def _logistic(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
     inputs, labels = torch.from_numpy(x), torch.from_numpy(target)
     weight = torch.zeros(x.shape[1], len(classes), dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(classes), dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = F.cross_entropy(inputs @ weight + bias, labels) + LOGISTIC_PENALTY * weight.square().sum()
         loss.backward()
         return loss
 
     with _small_training():
-        optimiser.step(closure)
+        optimizer.step(closure)
     logits = x_new @ weight.detach().numpy() + bias.detach().numpy()
     return classes[logits.argmax(1)]
 
@@ -193,16 +193,16 @@ def _mlp(x: np.ndarray, y: np.ndarray, x_new: np.ndarray, *, seed: int) -> np.nd
             *(nn.Linear(MLP_HIDDEN, MLP_HIDDEN), nn.ReLU()),
             nn.Linear(MLP_HIDDEN, outputs),
         )
-        optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
-        rate = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, total_iters=MLP_STEPS)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
+        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=MLP_STEPS)
         for _ in range(MLP_STEPS):
             batch = torch.randint(len(inputs), (min(MLP_BATCH, len(inputs)),))
             prediction = net(inputs[batch])
             loss_of = F.cross_entropy if discrete else F.mse_loss
             loss = loss_of(prediction, labels[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             rate.step()
         answer = net(torch.from_numpy(x_new).float()).detach().numpy()
     return classes[answer.argmax(1)] if discrete else answer.astype(np.float64)

@@ -16,7 +16,7 @@ MATTERS_ABOVE = 1.2  # prediction error with another's latent over that with its
 GAIN = 0.02  # by which a probe must pass its floor, besides its interval
 LEAKS_BELOW = 0.5  # error across a cut over that of copying
 REPLACES_BELOW = 0.2  # the same, where a latent replaces the picture
-MIRROR_ABOVE = 0.9  # centred cosine of forward and backward latents of one frame
+MIRROR_ABOVE = 0.9  # centered cosine of forward and backward latents of one frame
 MIRROR_REPLACES = 0.8  # the same, where a latent replaces the picture
 MIRROR_WITH_CUTS = 0.5  # the same, where pictures across cuts are good
 
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The judgement of a latent action model."""
+    """The judgment of a latent action model."""
 
     go: bool
     """Whether to go on with it."""
@@ -163,7 +163,7 @@ def _unread(numbers: dict[str, Any]) -> Iterator[Finding]:
             said="latents explain the picture, but tell "
             + ("the moving background or camera instead of" if worse else "nothing about")
             + " the action.",
-            next="Train with the actions of a few labelled episodes (labelled_episodes=K with an action "
+            next="Train with the actions of a few labeled episodes (labeled_episodes=K with an action "
             "head), or weight the loss towards what the robot moves.",
         )
     elif read and matters is False:
@@ -189,7 +189,7 @@ def _unread(numbers: dict[str, Any]) -> Iterator[Finding]:
             name="no_action",
             level="no-go",
             said="latents tell nothing about the action that the present does not tell already.",
-            next="Add a few labelled episodes or try a larger frame gap; see the gap curve.",
+            next="Add a few labeled episodes or try a larger frame gap; see the gap curve.",
         )
 
 
@@ -280,14 +280,14 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
         yield caution(
             "leaks",
             f"latents tell {told} rather than what moved: from its past and back from its future they agree "
-            f"({leak['centred']:.2f}){cut}.",
+            f"({leak['centered']:.2f}){cut}.",
             f"{remedy}.",
         )
     if numbers["probes"] and _tells_nuisance(numbers):
         yield caution(
             "nuisance",
             "latents tell more about the moving background or camera than about the action.",
-            "Train with the actions of a few labelled episodes, or mask the background in the loss.",
+            "Train with the actions of a few labeled episodes, or mask the background in the loss.",
         )
 
 
@@ -295,7 +295,7 @@ def _replaces(leak: dict[str, Any] | None) -> bool:
     """Whether any picture comes out of a latent, whatever it is applied to."""
     if not leak or leak["across_cuts"] is None:
         return False
-    return leak["across_cuts"] < REPLACES_BELOW and leak["centred"] > MIRROR_REPLACES
+    return leak["across_cuts"] < REPLACES_BELOW and leak["centered"] > MIRROR_REPLACES
 
 
 def _mirrors(leak: dict[str, Any]) -> bool:
@@ -303,7 +303,7 @@ def _mirrors(leak: dict[str, Any]) -> bool:
 
     Cuts alone prove nothing: where scenes are alike, a jump across a cut is a motion too.
     """
-    return leak["centred"] > (MIRROR_WITH_CUTS if _good_across_cuts(leak) else MIRROR_ABOVE)
+    return leak["centered"] > (MIRROR_WITH_CUTS if _good_across_cuts(leak) else MIRROR_ABOVE)
 
 
 def _good_across_cuts(leak: dict[str, Any]) -> bool:

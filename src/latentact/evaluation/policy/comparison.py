@@ -1,6 +1,6 @@
 """The comparison: every method with the same labels, seeds and episodes, and a verdict that names the winner.
 
-Methods with k labelled episodes are `latent`, `latent_joint` (the LAM saw the labels too), `bc_k`, `idm_k`;
+Methods with k labeled episodes are `latent`, `latent_joint` (the LAM saw the labels too), `bc_k`, `idm_k`;
 `oracle` is BC on all labels (its k is None).
 """
 
@@ -35,7 +35,7 @@ class Row:
     method: str
     """A key of `METHODS`."""
     k: int | None
-    """Labelled episodes; None for all of them."""
+    """Labeled episodes; None for all of them."""
     seed: int
     """Of training."""
     episodes: int
@@ -97,7 +97,7 @@ class Result:
     method: str
     """A key of `METHODS`."""
     k: int | None
-    """Labelled episodes; None for all of them."""
+    """Labeled episodes; None for all of them."""
     seeds: int
     """Trained with."""
     episodes: int
@@ -211,8 +211,8 @@ def _number(result: Result) -> str:
     return f"{result.score:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _labelled(k: int | None) -> str:
-    return f"{k} labelled episode{'' if k == 1 else 's'}"
+def _labeled(k: int | None) -> str:
+    return f"{k} labeled episode{'' if k == 1 else 's'}"
 
 
 def _winner(ranked: Sequence[Result]) -> str | None:
@@ -228,16 +228,16 @@ def _sentences(ranked: Sequence[Result]) -> list[str]:
     first, measure = ranked[0], "return" if ranked[0].success is None else "success"
     if len(ranked) == 1:
         return [
-            f"{first.label} with {_labelled(first.k)} reaches {measure} {_number(first)}; nothing to compare."
+            f"{first.label} with {_labeled(first.k)} reaches {measure} {_number(first)}; nothing to compare."
         ]
     if first.success == 0:
-        return [f"No method wins with {_labelled(first.k)}: none ever succeeds in {first.episodes} episodes."]
+        return [f"No method wins with {_labeled(first.k)}: none ever succeeds in {first.episodes} episodes."]
     second = ranked[1]
     if _winner(ranked) is None:
         tied = " and ".join(r.label for r in ranked if r.score == first.score)
-        return [f"{tied} tie with {_labelled(first.k)}: {measure} {_number(first)} each."]
+        return [f"{tied} tie with {_labeled(first.k)}: {measure} {_number(first)} each."]
     said = [
-        f"{first.label} wins with {_labelled(first.k)}: {measure} {_number(first)} against {_number(second)} "
+        f"{first.label} wins with {_labeled(first.k)}: {measure} {_number(first)} against {_number(second)} "
         f"for {second.label}, the next best; {_certain(first, second)}."
     ]
     family = first.method in LATENT
@@ -274,6 +274,6 @@ def _from_oracle(winner: Result, oracle: Result | None) -> list[str]:
         return [f"The oracle, BC on all labels, reaches only {_number(oracle)}, so it sets no ceiling here."]
     share = f"{winner.score / oracle.score:.0%} of" if winner.score < oracle.score else "not behind"
     return [
-        f"The best with {_labelled(winner.k)} is {share} the oracle, BC on all labels, "
+        f"The best with {_labeled(winner.k)} is {share} the oracle, BC on all labels, "
         f"which reaches {_number(oracle)}."
     ]

@@ -209,10 +209,10 @@ def _play(
 def success_interval(successes: Sequence[bool] | np.ndarray) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a success rate (Wilson, 1927)."""
     n, rate, z = len(successes), float(np.mean(successes)), 1.959963984540054
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At the ends the formula gives 0 and 1, but for rounding.
-    return (max(0.0, centre - half) if rate > 0 else 0.0), (min(1.0, centre + half) if rate < 1 else 1.0)
+    return (max(0.0, center - half) if rate > 0 else 0.0), (min(1.0, center + half) if rate < 1 else 1.0)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:

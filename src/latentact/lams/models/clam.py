@@ -2,7 +2,7 @@
 
 Inverse dynamics from three moments to a few numbers, forward dynamics from the last two and those numbers,
 over `steps` steps in which each prediction takes the place of what it predicts, and an MLP that reads the
-robot's action on the labelled steps while all of it is learned. Moments are pictures, robot states or both.
+robot's action on the labeled steps while all of it is learned. Moments are pictures, robot states or both.
 Departures: latent actions are whitened instead of free, so that they cannot collapse.
 """
 
@@ -22,10 +22,16 @@ from latentact.lams.contract import (
     action_loss,
     at_steps,
     batched,
-    floats,
+    normalize_frames,
     window_steps,
 )
-from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
+from latentact.lams.targets import (
+    FeatureFdm,
+    TargetConfig,
+    frame_encoder,
+    no_pixel_decoder_error,
+    pixel_error,
+)
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
@@ -76,7 +82,7 @@ class ClamConfig:
     state_weight: float = 1.0
     """Weight of the FDM's error on states, in deviations of the batch."""
     action_weight: float = 0.0
-    """Weight of the action decoder's loss on labelled steps (published: 1 for states, 0.01 for pictures);
+    """Weight of the action decoder's loss on labeled steps (published: 1 for states, 0.01 for pictures);
     0 builds none."""
     decoder: tuple[int, ...] = (1024, 1024, 1024)
     """Widths of the action decoder's hidden layers."""
@@ -202,31 +208,31 @@ class Clam(LatentActionModel):
         steps, real = window_steps(valid, self.context, last)
         s = self._states(state[None] if state is not None and state.ndim == 2 else state)
         seen = _Moments(
-            floats(at_steps(frames, steps), self.config.size) if self.sees else None,
+            normalize_frames(at_steps(frames, steps), self.config.size) if self.sees else None,
             None if s is None else at_steps(s, steps),
         )
-        return self._told(self._infer(seen), real)
+        return self._to_latent_actions(self._infer(seen), real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
         """Return the next frame at the model's size, uint8."""
         if not self.generative:
-            raise refuse_pictures(self)
+            raise no_pixel_decoder_error(self)
         older = frames[:, [max(-2, -frames.shape[1]), -1]]
-        predicted = self._picture(floats(older, self.config.size), vectors.flatten(1))
+        predicted = self._picture(normalize_frames(older, self.config.size), vectors.flatten(1))
         return ((predicted + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean error of the predicted steps + the bottleneck's loss + the decoder's on labelled steps."""
+        """Mean error of the predicted steps + the bottleneck's loss + the decoder's on labeled steps."""
         seen = _Moments(
-            floats(clip.frames, self.config.size) if self.sees else None, self._states(clip.states)
+            normalize_frames(clip.frames, self.config.size) if self.sees else None, self._states(clip.states)
         )
         device = clip.frames.device
         total, recon, guess = torch.zeros((), device=device), torch.zeros((), device=device), None

@@ -1,7 +1,7 @@
 """Supervised inverse dynamics, the VPT baseline (arXiv 2206.11795): frames to robot actions.
 
-Learned from labelled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
-behaviour cloning: the honest rival of every latent action model that gets the same labels. It has no forward
+Learned from labeled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
+behavior cloning: the honest rival of every latent action model that gets the same labels. It has no forward
 dynamics.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, floats, pairs
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.types import ActionSpace, Clip, LatentActions
@@ -23,7 +23,7 @@ from latentact.types import ActionSpace, Clip, LatentActions
 @LAMS.register("idm")
 @dataclass(frozen=True, kw_only=True)
 class IdmConfig:
-    """Settings of supervised inverse dynamics; needs labelled episodes."""
+    """Settings of supervised inverse dynamics; needs labeled episodes."""
 
     kind: str = "idm"
     """Registered name."""
@@ -75,8 +75,8 @@ class Idm(LatentActionModel):
             robot_actions=True,
         )
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps."""
         if not self.space.discrete:
             self.mean.copy_(actions.mean(0))
             self.std.copy_(actions.std(0).clamp(min=1e-4))
@@ -102,14 +102,14 @@ class Idm(LatentActionModel):
         raise UserError("lam=idm has no forward dynamics and predicts no frames; use lam=lapo for that.")
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss over labelled steps."""
+        """Return the loss over labeled steps."""
         assert clip.action is not None
         assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
         return action_loss(self._scores(clip.frames[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
-        x = floats(windows, self.config.size)
+        x = normalize_frames(windows, self.config.size)
         frames = [*x.unbind(1)]
         if gain := self.config.difference_input:
             frames.append((x[:, -1] - x[:, -2]) * gain)

@@ -1,8 +1,8 @@
 """LAOM: latent actions among distractors, from features rather than pixels (arXiv 2502.00379).
 
-No quantiser; inverse dynamics between the current observation and one k steps ahead, k drawn from 1 to
+No quantizer; inverse dynamics between the current observation and one k steps ahead, k drawn from 1 to
 `horizon`; forward dynamics of one step between features, against a moving average of the encoder; every
-observation shifted, rotated or put in perspective; a linear head that reads the action of few labelled steps.
+observation shifted, rotated or put in perspective; a linear head that reads the action of few labeled steps.
 Departures: the package's encoders end in a vector, whose numbers inverse and forward dynamics count in
 deviations of the batch; latent actions are whitened so that they cannot collapse. A pixel network that learns
 from the latent actions and teaches them nothing may be added, for pictures and reconstruction errors.
@@ -17,8 +17,14 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, floats, pairs
-from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
+from latentact.lams.targets import (
+    FeatureFdm,
+    TargetConfig,
+    frame_encoder,
+    no_pixel_decoder_error,
+    pixel_error,
+)
 from latentact.nn.augment import augment
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.patch import PatchUNet
@@ -57,7 +63,7 @@ class LaomConfig:
     """observation: each of the observations of a transition moves by itself, as published; clip: they move
     together, so that small movements stay what they are; none."""
     action_weight: float = 0.0
-    """Weight of the linear head's loss on labelled steps (published: 0.001 to 0.01); 0 builds none."""
+    """Weight of the linear head's loss on labeled steps (published: 0.001 to 0.01); 0 builds none."""
     picture_channels: tuple[int, ...] = ()
     """Channels of the levels of the pixel network; empty: there is none and the model predicts no frames."""
     motion_weight: float = 0.0
@@ -137,29 +143,31 @@ class Laom(LatentActionModel):
     ) -> LatentActions:
         """Return the latent actions of single steps."""
         windows, real = pairs(frames, valid, self.context, last)
-        x = floats(windows, self.config.size)
+        x = normalize_frames(windows, self.config.size)
         latent, _ = self._infer(x[:, :-1], x[:, 1:])
-        return self._told(latent, real)
+        return self._to_latent_actions(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
         """Return what the pixel network makes of the last frame, uint8."""
         if self.pictures is None:
-            raise refuse_pictures(self)
-        predicted = self._picture(floats(frames[:, -1:], self.config.size)[:, 0], vectors.flatten(1))
+            raise no_pixel_decoder_error(self)
+        predicted = self._picture(
+            normalize_frames(frames[:, -1:], self.config.size)[:, 0], vectors.flatten(1)
+        )
         return ((predicted + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward dynamics in feature space + the bottleneck's loss + the action head's on labelled steps."""
+        """Forward dynamics in feature space + the bottleneck's loss + the action head's on labeled steps."""
         c = self.config
-        x = floats(clip.frames, c.size)
+        x = normalize_frames(clip.frames, c.size)
         b, device = len(x), x.device
         ahead = torch.randint(1, c.horizon + 1, (b, 1), device=device)
         steps = torch.arange(c.stack, device=device)
@@ -206,7 +214,7 @@ class Laom(LatentActionModel):
 
     @torch.no_grad()
     def _seen(self, x: Tensor) -> Tensor:
-        """Return the latent action of the step from the current frame, as labelling would."""
+        """Return the latent action of the step from the current frame, as labeling would."""
         training = self.training
         self.eval()
         latent, _ = self._infer(x[:, : self.config.stack], x[:, 1 : self.config.stack + 1])

@@ -1,8 +1,8 @@
-"""LAPO: inverse and forward dynamics around a quantised latent action (arXiv 2312.10812).
+"""LAPO: inverse and forward dynamics around a quantized latent action (arXiv 2312.10812).
 
 The defaults are the published model: IMPALA IDM on three stacked frames, U-Net FDM, VQ-EMA. The options train
 in minutes on small data: patch networks, whitened latents instead of codes, a difference input, no FDM
-context, a loss weighted by motion, and an action head on few labelled steps (as in LAOM, 2502.00379, and
+context, a loss weighted by motion, and an action head on few labeled steps (as in LAOM, 2502.00379, and
 CLAM, 2505.04999). Grids of integers (XLand, 5x5x2) go through embeddings and are predicted by cross-entropy.
 """
 
@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from latentact.errors import UserError
 from latentact.io.tensors import load_weights
 from latentact.io.unpickle import read_pickled
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, floats, pairs
-from latentact.lams.targets import FeatureFdm, TargetConfig, frame_encoder, pixel_error, refuse_pictures
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
+from latentact.lams.targets import (
+    FeatureFdm,
+    TargetConfig,
+    frame_encoder,
+    no_pixel_decoder_error,
+    pixel_error,
+)
 from latentact.nn.grid import GridDecoder, GridEncoder
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
@@ -67,7 +73,7 @@ class LapoConfig:
     motion_dilation: int = 0
     """Pixels by which the motion weight spreads around what changes."""
     action_weight: float = 0.0
-    """Weight of the loss of an action head on labelled steps; 0 builds none. What the head says of any step
+    """Weight of the loss of an action head on labeled steps; 0 builds none. What the head says of any step
     joins the latent action as further numbers, so that the FDM uses it and few labels suffice to read it."""
 
     def __post_init__(self) -> None:
@@ -223,14 +229,14 @@ class Lapo(LatentActionModel):
         """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
         windows, real = pairs(frames, valid, self.context, last, self.config.frame_channels)
         latent, _ = self._infer(self._pixels(windows))
-        return self._told(latent, real)
+        return self._to_latent_actions(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
         """Return the next frame at the model's size, uint8."""
         if not self.generative:
-            raise refuse_pictures(self)
+            raise no_pixel_decoder_error(self)
         older = frames[:, [max(-2, -frames.shape[1]), -1]]
         predicted = self._predict(self._pixels(older), vectors.flatten(1))
         if self.config.backbone == "grid":
@@ -238,14 +244,14 @@ class Lapo(LatentActionModel):
         size = self.config.size
         return ((predicted[..., :size, :size] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction of the next frame + the bottleneck's loss + the action head's on labelled steps."""
+        """Reconstruction of the next frame + the bottleneck's loss + the action head's on labeled steps."""
         x = self._pixels(clip.frames[:, -3:])
         latent, said = self._infer(x)
         if isinstance(self.fdm, FeatureFdm):
@@ -293,7 +299,7 @@ class Lapo(LatentActionModel):
         """Frames uint8 `[n, t, c, h, w]` of any size to -0.5..0.5 at the inner size; grids stay integers."""
         if self.config.backbone == "grid":
             return frames
-        x = floats(frames, self.config.size)
+        x = normalize_frames(frames, self.config.size)
         if pad := self.inner - self.config.size:
             x = F.pad(x.flatten(0, 1), (0, pad, 0, pad), mode="replicate").unflatten(0, x.shape[:2])
         return x

@@ -1,4 +1,4 @@
-"""LAQ: the latent action quantisation of LAPA (arXiv 2410.11758), C-ViViT around a quantised difference.
+"""LAQ: the latent action quantization of LAPA (arXiv 2410.11758), C-ViViT around a quantized difference.
 
 `compat` is the published model to the digit, slips included (see `nn/cvivit.py`); `read_published` builds it
 from LAPA's files. Without it, as is the default for training, the slips are gone and a frame's tokens do not
@@ -165,7 +165,7 @@ class Laq(LatentActionModel):
         windows, real = pairs(frames, valid, 0, last)
         deltas = [*self._deltas(windows)] if len(windows) else [windows.new_zeros(0, self._width).float()]
         latent = self.bottleneck(torch.cat(deltas))
-        return self._told(latent, real)
+        return self._to_latent_actions(latent, real)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]

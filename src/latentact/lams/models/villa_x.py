@@ -1,6 +1,6 @@
 """villa-X's latent action model: a spatio-temporal transformer over windows of frames (arXiv 2507.23682).
 
-The IDM reads `d_t` frames at once and pools each transition into a few quantised tokens; the FDM is a vision
+The IDM reads `d_t` frames at once and pools each transition into a few quantized tokens; the FDM is a vision
 transformer on one frame and one action token. Weights keep their published names. With `window: sliding` the
 numbers are those of the published `idm`; `chunked` lets windows overlap by one frame only, as in training.
 The proprio FDM, which the paper describes and nobody released, is ours: one hidden layer from latent action,
@@ -23,7 +23,7 @@ from latentact.config import from_dict
 from latentact.errors import UserError
 from latentact.io.atomic import read_json
 from latentact.io.tensors import WEIGHTS, load_tensors, load_weights
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, batched, floats
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, batched, normalize_frames
 from latentact.nn.st_transformer import StDecoder, StEncoder
 from latentact.quantizers.quantizer import BottleneckConfig
 from latentact.quantizers.vq import Vq
@@ -66,7 +66,7 @@ class VillaXConfig:
     encoder_n_heads: int = 8
     """Attention heads of the IDM's blocks."""
     st_use_qk_norm: bool = True
-    """Whether the IDM normalises queries and keys."""
+    """Whether the IDM normalizes queries and keys."""
     num_learned_tokens: int = 4
     """Tokens of a latent action."""
     action_latent_dim: int = 128
@@ -82,7 +82,7 @@ class VillaXConfig:
     decoder_n_heads: int = 16
     """Attention heads of the FDM."""
     use_qk_norm: bool = True
-    """Whether the FDM normalises queries and keys."""
+    """Whether the FDM normalizes queries and keys."""
     random_crop_scale: tuple[float, float] = (0.8, 1.0)
     """Share of the picture that a random crop keeps in training."""
     random_crop_ratio: tuple[float, float] = (0.75, 4 / 3)
@@ -97,7 +97,7 @@ class VillaXConfig:
     augment: bool = True
     """Whether training crops each clip at random."""
     action_weight: float = 0.0
-    """Weight of the proprio FDM's loss on actions of labelled steps; 0: it does not look at actions."""
+    """Weight of the proprio FDM's loss on actions of labeled steps; 0: it does not look at actions."""
     state_weight: float = 0.0
     """Weight of the proprio FDM's loss on the next robot state; 0: it does not look at states."""
     state_size: int = 0
@@ -219,7 +219,7 @@ class VillaX(LatentActionModel):
                 qk_norm=config.use_qk_norm,
                 latent_dim=latent_dim,
             )
-        self.apply(_initialise)
+        self.apply(_initialize)
         self.proprio = (
             Proprio(latent_dim, config.state_size, self.actions)
             if config.state_weight or self.actions
@@ -265,7 +265,7 @@ class VillaX(LatentActionModel):
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
-        """Return the next frame at the model's resolution; fractions of grey levels are cut off."""
+        """Return the next frame at the model's resolution; fractions of gray levels are cut off."""
         if not self.generative:
             raise UserError("this villa-X model has no forward dynamics and predicts no frames.")
         patches = self.decoder(self._pixels(frames[:, -1]), vectors.flatten(1)).float()
@@ -276,17 +276,17 @@ class VillaX(LatentActionModel):
             p=self.config.patch_size,
             c=3,
         )
-        mean, std = _colours(x)
+        mean, std = _colors(x)
         return ((x * std + mean) * 255).clamp(0, 255).to(torch.uint8)
 
-    def normalise_by(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labelled steps."""
+    def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
+        """Take mean and deviation of continuous actions from the labeled steps."""
         if self.proprio is not None and len(self.proprio.action_mean):
             self.proprio.action_mean.copy_(actions.mean(0))
             self.proprio.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the next frames' normalised patches + codebook + proprio FDM of the last step."""
+        """Squared error of the next frames' normalized patches + codebook + proprio FDM of the last step."""
         if not self.generative:
             raise UserError("a villa-X model without FDM cannot be trained; set lam.decoder=true.")
         b, t = clip.valid.shape
@@ -348,9 +348,9 @@ class VillaX(LatentActionModel):
         return torch.cat(parts)[place[which] + now - earliest[which]]
 
     def _pixels(self, frames: UInt8[Tensor, "*n c h w"]) -> Float[Tensor, "m c h2 w2"]:
-        """Return frames at the model's size with the colour statistics of ImageNet."""
-        x = floats(frames.flatten(0, -4)[None], self.config.resolution)[0] + 0.5
-        mean, std = _colours(x)
+        """Return frames at the model's size with the color statistics of ImageNet."""
+        x = normalize_frames(frames.flatten(0, -4)[None], self.config.resolution)[0] + 0.5
+        mean, std = _colors(x)
         return (x - mean) / std
 
     def _cropped(self, frames: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
@@ -415,13 +415,13 @@ class Proprio(nn.Module):
         return losses
 
 
-def _colours(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of ImageNet's colours, to use on `[..., 3, h, w]`."""
+def _colors(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of ImageNet's colors, to use on `[..., 3, h, w]`."""
     mean, std = like.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return mean, std
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
     if isinstance(module, nn.Linear):

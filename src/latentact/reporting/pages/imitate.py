@@ -140,9 +140,9 @@ def _chart(found: dict[str, Any], fps: float) -> str:
             "name": name,
             "x": times,
             "y": values,
-            "line": {"color": colour, "width": 2, "dash": dash},
+            "line": {"color": color, "width": 2, "dash": dash},
         }
-        for name, values, colour, dash in lines
+        for name, values, color, dash in lines
     ]
     layout = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": found["measure"]}}}
     return chart({"data": data, "layout": layout}, label="Line chart of the agreement over time")

@@ -180,7 +180,7 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
         anchor="probes",
         title="What latents tell",
         what=("A probe is fitted on half of the episodes and scored on the others. " if many else "")
-        + "Grey bars are floors and controls: what rises above them was found in the change. Brackets are "
+        + "Gray bars are floors and controls: what rises above them was found in the change. Brackets are "
         f"95 % intervals over {'episodes' if many else 'transitions'}.",
         body="".join(parts) + fold("All probes as numbers", _table(rows)),
     )
@@ -200,11 +200,11 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
         return None
     return Section(
         anchor="labels",
-        title="How many labelled episodes it takes",
+        title="How many labeled episodes it takes",
         what="A straight line from latents to actions, fitted on k episodes. The gap between the lines is "
         "what latents are worth with few labels.",
         body=figure(
-            chart(charts.labels(curve), label="Line chart of probe score over labelled episodes"),
+            chart(charts.labels(curve), label="Line chart of probe score over labeled episodes"),
             "Mean over draws of the k episodes; the band spans the worst and the best draw. The floor sees "
             "the present alone with the same labels. What the state of the robot tells of its action "
             "is taken out first, where actions are numbers.",
@@ -276,7 +276,7 @@ def _content(numbers: dict[str, Any]) -> Section:
         ("Spread", latents["spread"], "deviation over size; 0 is collapse"),
         ("Dependence on the future", latents["future_dependence"], "0: the next frame is not looked at"),
         ("S-PCFC", leak.get("s_pcfc"), "near 1: latents show the target frame; low is better"),
-        ("S-PCFC, centred", leak.get("centred"), "the same without what all latents share"),
+        ("S-PCFC, centered", leak.get("centered"), "the same without what all latents share"),
         ("Error across cuts", leak.get("across_cuts"), "of that of copying; low: they may carry the picture"),
         ("Additivity", algebra.get("additivity"), "|z(a,c) - z(a,b) - z(b,c)| / |z|; 0 is exact"),
         ("Reversal", algebra.get("reversal"), "|z(a,b) + z(b,a)| / |z|; 0 is exact"),
@@ -302,7 +302,7 @@ def _map(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section:
     return Section(
         anchor="map",
         title="Map of latent actions",
-        what="Every point is one transition. Colours by action should form islands or a slope; islands by "
+        what="Every point is one transition. Colors by action should form islands or a slope; islands by "
         "episode mean that latents know the scene, a slope over time that they drift.",
         body="".join(parts),
     )
@@ -323,7 +323,7 @@ def _saliency(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section
         f"{found['area']:.0%} of the picture.",
         body=figure(
             f'<div class="videos">{cells}</div>',
-            "Parts of both frames are greyed out in turn; the brighter a part, the more the latent changes.",
+            "Parts of both frames are grayed out in turn; the brighter a part, the more the latent changes.",
         ),
     )
 

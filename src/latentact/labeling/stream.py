@@ -62,7 +62,7 @@ class TokenStream(IterableDataset):
         camera: key of the frames.
         gap_s: seconds between the two frames of a transition.
         name: says which data this is, such as its hub id and revision; tokens are kept under it.
-        kind: continuous (before the quantiser) or vq (after it).
+        kind: continuous (before the quantizer) or vq (after it).
         observed: moments that the policy looks at.
         batch_size: items that are waited for and encoded together.
         cache_dir: where tokens are kept; empty: $LATENTACT_CACHE, or ~/.cache/latentact.

@@ -58,7 +58,7 @@ def frozen_features(
 ) -> Float16[np.ndarray, "n f"]:
     """Return the features of every row of the store, memory-mapped, computing what no earlier run has."""
     if store.frames.shape[-1] != 3:
-        raise UserError(f"{store.path} holds no colour pictures, which frozen_features wants; use pixels.")
+        raise UserError(f"{store.path} holds no color pictures, which frozen_features wants; use pixels.")
     backbone, weights = load_backbone(target.backbone, device)
     key = blake2b(json.dumps([_VERSION, store.digest, weights, target.grid]).encode())
     folder = store.folder.parent / "features"
@@ -120,7 +120,7 @@ def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 
         load = _timm if name.startswith("timm/") else _transformers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # parts that a checkpoint lacks, such as an unused pooler, are drawn
-            model, maps, size, colours = load(name.removeprefix("timm/"))
+            model, maps, size, colors = load(name.removeprefix("timm/"))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
@@ -128,7 +128,7 @@ def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 
             f"id or folder of a vision model of transformers."
         ) from error
     model.eval().requires_grad_(False).to(device)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in colours)
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in colors)
 
     @torch.no_grad()
     def features(frames: Tensor) -> Float[Tensor, "b d y x"]:
@@ -166,8 +166,8 @@ def _transformers(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]
         said, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:  # weights without a recipe for pictures, which then are those of ImageNet
         said = {}
-    colours = said.get("image_mean", IMAGENET[0]), said.get("image_std", IMAGENET[1])
-    return model, lambda x: _as_map(model(pixel_values=x).last_hidden_state), size, colours
+    colors = said.get("image_mean", IMAGENET[0]), said.get("image_std", IMAGENET[1])
+    return model, lambda x: _as_map(model(pixel_values=x).last_hidden_state), size, colors
 
 
 def _as_map(out: Tensor) -> Float[Tensor, "b d y x"]:

@@ -32,13 +32,13 @@ from latentact.data.cache import cache_folder, writable
 from latentact.data.decode.pipeline import unreadable_message
 from latentact.data.digest import blake2b
 from latentact.data.stream import FrameStream
-from latentact.device import multiplies_int8
+from latentact.device import supports_int8
 from latentact.errors import UserError, did_you_mean
 from latentact.io.arrays import load_npy, load_npz
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, read_record
-from latentact.labelling.episode import Unit, encoders
-from latentact.labelling.precision import PRECISIONS, States, fastest_faithful, prepared
+from latentact.labeling.episode import Unit, encoders
+from latentact.labeling.precision import PRECISIONS, States, prepared, select_precision
 from latentact.lams.contract import LatentActionModel
 from latentact.progress import Progress
 from latentact.types import LatentActionSpec
@@ -49,7 +49,7 @@ _VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class DatasetLatents:
     """Latent actions of every frame of a dataset's readable episodes, memory-mapped."""
 
     spec: LatentActionSpec
@@ -57,7 +57,7 @@ class Encoded:
     key: str
     """Content key of the frames."""
     vectors: Float32[np.ndarray, "n k d"]
-    """After the quantiser, where there is one; zeros where not valid."""
+    """After the quantizer, where there is one; zeros where not valid."""
     continuous: Float32[np.ndarray, "n k d"]
     """Before it."""
     codes: Int64[np.ndarray, "n k"] | None
@@ -128,7 +128,7 @@ class EncodeOptions:
             raise UserError(f"--num-workers is {self.workers}; wanted at least 0.")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision is {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}")
-        if self.precision == "int8" and not multiplies_int8(self.device):
+        if self.precision == "int8" and not supports_int8(self.device):
             raise UserError(
                 f"--precision is int8, which wants a CPU with VNNI and not this {self.device}; give auto."
             )
@@ -168,7 +168,7 @@ def gap_in_frames(spec: LatentActionSpec, fps: float, data: Path, seconds: float
 
 def encode_dataset(
     model: LatentActionModel, stream: FrameStream, gap: int, options: EncodeOptions
-) -> Encoded | None:
+) -> DatasetLatents | None:
     """Return the latent actions of a dataset, computing what no earlier run has.
 
     Args:
@@ -190,7 +190,7 @@ def encode_dataset(
         )
     states = _states(model, stream)
     if options.precision == "auto":
-        fastest = fastest_faithful(model, stream, gap, options.device, options.workers, states)
+        fastest = select_precision(model, stream, gap, options.device, options.workers, states)
         log.info("computing in %s", fastest)
         options = replace(options, precision=fastest)
     share = options.share
@@ -412,10 +412,10 @@ def _encoded(
     stream: FrameStream,
     spec: LatentActionSpec,
     precision: str,
-) -> Encoded:
+) -> DatasetLatents:
     with atomic_write(entry / "used") as draft:
         draft.write_bytes(os.fsencode(stream.path.resolve()) + b"\n")
-    return Encoded(
+    return DatasetLatents(
         spec=spec,
         key=stream.key,
         vectors=arrays["vectors"],

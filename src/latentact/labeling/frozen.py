@@ -29,11 +29,11 @@ class FrozenLam:
 
     @torch.no_grad()
     def tokens(
-        self, frames: UInt8[Tensor, "b t c h w"], transitions: int, quantised: bool
+        self, frames: UInt8[Tensor, "b t c h w"], transitions: int, quantized: bool
     ) -> Float32[Tensor, "b n d"]:
         """Return the tokens of the last transitions of a window, each flattened to one vector."""
         model = self._model.to(frames.device)
         with torch.autocast(frames.device.type, enabled=False):  # a policy's precision is not the LAM's
             actions = model.encode(frames, last=transitions == 1)
-        tokens = actions.vectors if quantised else actions.continuous
+        tokens = actions.vectors if quantized else actions.continuous
         return tokens[:, -transitions:].flatten(2).float()

@@ -11,8 +11,8 @@ import torch
 
 from latentact.data.format import Unreadable
 from latentact.data.stream import FrameStream
-from latentact.device import multiplies_bf16, multiplies_int8
-from latentact.labelling.episode import encode_clip
+from latentact.device import supports_bf16, supports_int8
+from latentact.labeling.episode import encode_clip
 from latentact.lams.contract import LatentActionModel
 from latentact.nn.int8 import int8
 from latentact.types import LatentActions
@@ -30,7 +30,7 @@ def prepared(model: LatentActionModel, precision: str) -> LatentActionModel:
     return int8(model) if precision == "int8" else model
 
 
-def fastest_faithful(
+def select_precision(
     model: LatentActionModel, stream: FrameStream, gap: int, device: str, workers: int, states: States | None
 ) -> str:
     """Return int8, bf16 or fp32: the first that the device multiplies natively and that keeps the codes.
@@ -44,7 +44,7 @@ def fastest_faithful(
         workers: decoding threads.
         states: of the robot, for a model that observes them.
     """
-    native = {"int8": multiplies_int8(device), "bf16": multiplies_bf16(device)}
+    native = {"int8": supports_int8(device), "bf16": supports_bf16(device)}
     if not any(native.values()):
         return "fp32"
     number = next(i for i, length in enumerate(stream.lengths) if length > gap)
