@@ -48,7 +48,7 @@ MODELS: dict[str, tuple[str, ...]] = {
     "idm": ("lam=idm", *PATCHES, "lam.difference_input=4.0", "training.lr=5e-4"),
 }
 """Model -> its settings of train-lam at a size for a laptop."""
-NETWORK = NetworkConfig(backbone="patch", patch=4, channels=(64, 128, 128), frames=2)
+NETWORK = NetworkConfig(backbone="patch", patch=4, channels=(64, 128, 128), n_obs_steps=2)
 """What BC looks with: the pictures alone, like the models."""
 NAMES = {"idm": "IDM-k (supervised)", "bc": "BC-k"}
 COLUMNS = ("probe", "motion", "k_labels", "nuisance")
@@ -216,8 +216,8 @@ def _train_bc(
         store,
         target=np.zeros((len(store.episode), policy.spec.target.size), np.float32),
         exists=chosen,
-        frames=NETWORK.frames,
-        chunk=NETWORK.chunk,
+        frames=NETWORK.n_obs_steps,
+        chunk=NETWORK.chunk_size,
         stride=policy.spec.stride,
         words=policy.spec.words,
     )
