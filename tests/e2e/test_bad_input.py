@@ -219,7 +219,7 @@ CASES = {
     ),
     "a model that no memory holds": (
         lambda f: lam(f, "lam.idm_channels=[65537,65537]"),
-        "must have at most 2,000,000,000 parameters",
+        "parameters to be trained in the memory of this machine",
     ),
     "label: a resolution of letters": (
         lambda f: ("label", "--lam", f.root / "lam", "--resolution", "X"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from latentact.errors import UserError
-from latentact.robots import control as module
+from latentact.robots import connection
 from latentact.robots.control import ControlLog, control
 from latentact.robots.safety import Safety, SafetyConfig, UnsafeActionError
 from latentact.robots.setup import RobotSetup, RobotView, make_robot
@@ -335,7 +335,7 @@ def test_a_robot_that_does_not_connect_or_disconnect(monkeypatch, caplog):
     assert "torque" in caplog.text
     robot = Fake()
     robot.disconnect = lambda: robot.release.wait()
-    monkeypatch.setattr(module, "DISCONNECT_S", 0.1)
+    monkeypatch.setattr(connection, "DISCONNECT_S", 0.1)
     with pytest.raises(UserError, match="does not answer while disconnecting"):
         drive(robot, right, max_steps=2)
     robot.release.set()

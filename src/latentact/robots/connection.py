@@ -14,6 +14,13 @@ import numpy as np
 
 from latentact.errors import UserError
 
+DISCONNECT_S = 5.0
+"""Seconds that a robot has to disconnect."""
+
+
+CONNECT_S = 120.0
+"""Seconds that a robot has to connect; some calibrate meanwhile."""
+
 
 @runtime_checkable
 class Robot(Protocol):
@@ -171,11 +178,3 @@ class Link:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-DISCONNECT_S = 5.0
-"""Seconds that a robot has to disconnect."""
-
-
-CONNECT_S = 120.0
-"""Seconds that a robot has to connect; some calibrate meanwhile."""
