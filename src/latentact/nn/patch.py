@@ -51,6 +51,10 @@ class PatchEncoder(nn.Module):
         super().__init__()
         _require_sizes(patch, channels)
         grain = patch * 2 ** (len(channels) - 1 if halve else 0)
+        if patch > size or grain > 4 * size:
+            raise ValueError(
+                f"patches of {patch} pixels on {len(channels)} levels must fit frames of {size} pixels"
+            )
         self.pad = -size % grain
         size += self.pad
         layers: list[nn.Module] = []
