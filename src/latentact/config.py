@@ -1,7 +1,7 @@
-"""Dataclass -> Hydra schema, command line -> dataclass. The only file that knows Hydra.
+"""Dataclass -> Hydra schema, command line -> dataclass. The only file that uses Hydra.
 
-A stage's frozen dataclass is the one source of defaults, types and help. A field made by `choice` is a Hydra
-config group whose options are the entries of a registry. Named experiments are the YAML files of
+The frozen dataclass of a stage is the single source of defaults, types and help. A field created by `choice`
+is a Hydra config group whose options are the entries of a registry. Named experiments are the YAML files in
 `conf/<stage>/experiment`.
 """
 
@@ -18,10 +18,10 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from latentact.errors import UserError, did_you_mean, require_between
 from latentact.registry import Registry
@@ -33,27 +33,79 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LARGEST = 2**31 - 1
-"""Largest size of a number in settings and flags."""
+"""Largest magnitude of a number in settings and flags."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Between:
+    """Smallest and largest value of a number, both allowed: `episodes: Annotated[int, Between(1, 100)]`."""
+
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Values that a text may have: `mode: Annotated[str, OneOf(MODES)]`.
+
+    With a registry of environment suites a value may also be a suite, a slash and a level.
+    """
+
+    names: Collection[str] | Registry
+
+    def known(self) -> list[str]:
+        """Return the values."""
+        return self.names.names() if isinstance(self.names, Registry) else [*self.names]
+
+
+Seed = Annotated[int, Between(0, LARGEST)]
+Count = Annotated[int, Between(1, 10**9)]
+Limit = Annotated[int, Between(0, 10**9)]
+BatchSize = Annotated[int, Between(1, 1 << 16)]
+Workers = Annotated[int, Between(0, 1024)]
+Pixels = Annotated[int, Between(0, 4096)]
+Fraction = Annotated[float, Between(0, 1)]
+Rate = Annotated[float, Between(0, 10**6)]
+Seconds = Annotated[float, Between(0, 10**6)]
+"""Types of settings that several stages have."""
+
+
+def constraints(cls: type) -> dict[str, Between | OneOf]:
+    """Return the `Between` or `OneOf` in the type of each field of a dataclass, by field name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        name: constraint
+        for name, hint in hints.items()
+        for constraint in getattr(hint, "__metadata__", ())
+        if isinstance(constraint, (Between, OneOf))
+    }
+
+
+def check_bounds(config: Any) -> None:
+    """Raise a UserError unless every number of a dataclass lies in the `Between` of its type."""
+    for name, bounds in constraints(type(config)).items():
+        if isinstance(bounds, Between):
+            require_between(name, getattr(config, name), bounds.low, bounds.high)
 
 
 def choice(registry: Registry, default: str) -> Any:
-    """Return a dataclass field that holds a config registered in `registry`, by default `default`."""
+    """Return a dataclass field for a config registered in `registry`; `default` is the default entry."""
     return dataclasses.field(
         default_factory=lambda: registry.get(default)(), metadata={"registry": registry, "default": default}
     )
 
 
 def to_dict(config: Any) -> Any:
-    """Return a config as plain dicts, lists and scalars."""
+    """Convert a config to plain dicts, lists and scalars."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [to_dict(v) for v in config] if isinstance(config, (tuple, list)) else config
 
 
 def current_names(cls: type, values: Any) -> Any:
-    """Return the settings of a config that an older release wrote by the names of today.
+    """Return the settings of a config with renamed settings under their current names.
 
-    A dataclass lists its renamed settings in `RENAMED`, old name -> new name.
+    A dataclass lists its renamed settings in `RENAMED`, old name -> current name.
     """
     if not isinstance(values, dict):
         return values
@@ -63,7 +115,7 @@ def current_names(cls: type, values: Any) -> Any:
 
 
 def _class_of(cls: type, name: Any, value: Any) -> type:
-    """Return the dataclass of a setting that holds settings of its own; `object` where it holds none."""
+    """Return the dataclass of a setting with nested settings; `object` for any other setting."""
     field = (
         next((f for f in dataclasses.fields(cls) if f.name == name), None)
         if dataclasses.is_dataclass(cls)
@@ -78,7 +130,7 @@ def _class_of(cls: type, name: Any, value: Any) -> type:
 
 
 def _current_override(cls: type, override: str) -> str:
-    """Return an override by the names of today; a renamed one is logged."""
+    """Return an override with current names; log a warning for each deprecated name."""
     key, equals, value = override.partition("=")
     classes, names = [cls], []
     for name in key.split("."):
@@ -94,13 +146,13 @@ def _current_override(cls: type, override: str) -> str:
 
 
 def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Build a config from what `to_dict` returned, also in an older release.
+    """Build a config from the output of `to_dict`, including that of earlier releases.
 
     Raises:
-        UserError: a key is unknown or a value does not fit; the message names the field.
+        UserError: a key is unknown or a value is invalid; the message names the field.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{where or 'the content'} must be settings by name, got {values!r}.")
+        raise UserError(f"{where or 'the content'} must be a mapping of settings, got {values!r}.")
     renamed: dict[str, str] = getattr(cls, "RENAMED", {})
     values = {renamed.get(key, key): value for key, value in values.items()}
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -119,16 +171,20 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
         raise UserError(f"incomplete settings{f' in {where}' if where else ''}: {error}.") from error
 
 
-def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list[str], example: str) -> None:
+def run_stage(
+    stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list[str], example: str
+) -> list[Any]:
     """Run a stage as a Hydra application: `experiment=`, overrides, `--multirun`, `--cfg job`.
 
     Args:
-        stage: name of the stage; its experiments are the files of `conf/<stage>/experiment`.
-        cls: the stage's config; its field `out` is the run folder, and a sweep's jobs get a folder each
-            inside it.
+        stage: name of the stage; its experiments are the files in `conf/<stage>/experiment`.
+        cls: config of the stage; its field `out` is the run folder. Each job of a sweep runs in a subfolder.
         run: called as `run(config, out)`.
-        argv: what was typed after the command.
-        example: one command line for `--help`.
+        argv: command-line arguments after the command.
+        example: command line shown by `--help`.
+
+    Returns:
+        The result of `run` of each job; empty if nothing ran (`--help`, `--cfg job`).
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -138,7 +194,7 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
 
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(_help(stage, cls, example, argv))
-        return
+        return []
     _register(stage, cls)
 
     @hydra.main(version_base="1.3", config_path=f"pkg://latentact.conf.{stage}", config_name=stage)
@@ -148,15 +204,16 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             single = HydraConfig.get().mode == RunMode.RUN
             out = config.out if single else HydraConfig.get().runtime.output_dir
             if not out:
-                raise UserError("out is empty; name a folder.")
-            run(config, Path(out).absolute())
-        except (UserError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
+                raise UserError("out must be a folder, got an empty path. Give out=FOLDER.")
+            results.append(run(config, Path(out).absolute()))
+        except (UserError, OmegaConfBaseException) as error:  # the other jobs of a sweep continue
             failures.append(error)
 
     saved, saved_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [stage, *(_current_override(cls, word) if "=" in word else word for word in _flags_last(argv))]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[Exception] = []
+    results: list[Any] = []
     try:
         app()
     except (HydraException, OmegaConfBaseException) as error:
@@ -167,39 +224,38 @@ def run_stage(stage: str, cls: type, run: Callable[[Any, Path], Any], argv: list
             del os.environ["HYDRA_FULL_ERROR"]
     for error in failures:
         raise error if isinstance(error, UserError) else UserError(_explain(error, cls)) from error
+    return results
 
 
-FLAGS = (
-    *(
-        "--hydra-help",
-        "--version",
-        "--cfg",
-        "-c",
-        "--resolve",
-        "--package",
-        "-p",
-        "--run",
-        "-r",
-        "--info",
-        "-i",
-    ),
-    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
-    *("--config-dir", "-cd", "--experimental-rerun"),
-)
-"""What Hydra takes beside overrides."""
+SHORT_FLAGS = {
+    "--hydra-help": "",
+    "--version": "",
+    "--cfg": "-c",
+    "--resolve": "",
+    "--package": "-p",
+    "--run": "-r",
+    "--info": "-i",
+    "--multirun": "-m",
+    "--shell-completion": "-sc",
+    "--config-path": "-cp",
+    "--config-name": "-cn",
+    "--config-dir": "-cd",
+    "--experimental-rerun": "",
+}
+"""Flags of Hydra and their short forms."""
 
 
 def _flags_last(argv: list[str]) -> list[str]:
-    """Put flags behind the overrides, as Hydra wants it.
+    """Move flags after the overrides, as Hydra requires.
 
     Raises:
-        UserError: a flag that Hydra does not have, or a number that Python does not read.
+        UserError: a flag is unknown to Hydra, or a number has too many digits for Python.
     """
-    known = [flag for flag in FLAGS if flag.startswith("--")]
+    known = {*SHORT_FLAGS, *SHORT_FLAGS.values()}
     for word in argv:
         flag = word.partition("=")[0]
-        if flag.startswith("-") and flag not in FLAGS:
-            raise UserError(f"unknown flag {flag!r}; settings are KEY=VALUE{did_you_mean(flag, known)}")
+        if flag.startswith("-") and flag not in known:
+            raise UserError(f"unknown flag {flag!r}; settings are KEY=VALUE{did_you_mean(flag, SHORT_FLAGS)}")
         if re.search(r"\d{1000}", word):
             raise UserError(f"{flag} must be a number of fewer than 1000 digits, got {len(word)} characters.")
     overrides = [word for word in argv if "=" in word and not word.startswith("-")]
@@ -207,16 +263,16 @@ def _flags_last(argv: list[str]) -> list[str]:
 
 
 def _quoted(override: str) -> str:
-    """Put quotes around a plain value with an equals sign in it, which Hydra cannot read without."""
+    """Quote a plain value that contains an equals sign, which Hydra cannot parse unquoted."""
     key, _, value = override.partition("=")
     return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"()[]{}$\\") else override
 
 
 def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
-    """Return the config that a stage's command line would get from `overrides`.
+    """Return the config that the command line of a stage composes from `overrides`.
 
     Raises:
-        UserError: an override or an experiment does not exist or does not fit.
+        UserError: an override or an experiment is unknown or invalid.
     """
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
@@ -231,11 +287,11 @@ def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
 
 
 def _register(stage: str, cls: type) -> None:
-    """Tell Hydra the schema of a stage and the options of its groups."""
+    """Register the schema of a stage and the options of its groups with Hydra."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for field in dataclasses.fields(cls):  # another stage's group of this name would hide the setting
+    for field in dataclasses.fields(cls):  # a group of this name from another stage hides the setting
         store.repo.pop(field.name, None)
     store.store(name=stage, node=_schema(cls, stage))
     for group, registry in _choices(cls):
@@ -252,7 +308,7 @@ def _decode[T](cls: type[T], composed: DictConfig) -> T:
 
 
 def field_help(cls: type) -> dict[str, str]:
-    """Return the string under each field of a dataclass, by field name."""
+    """Return field name -> docstring below the field, for the fields of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     found = {}
     for field, text in pairwise(body):
@@ -274,7 +330,7 @@ def _choices(cls: type) -> Iterator[tuple[str, Registry]]:
 def _chosen(registry: Registry, values: Any, path: str) -> Any:
     if not isinstance(values, dict) or "kind" not in values:
         raise UserError(
-            f"{path} is {values!r}; wanted a {registry.kind}{did_you_mean(str(values), registry.names())}"
+            f"{path} must be a {registry.kind}, got {values!r}{did_you_mean(str(values), registry.names())}"
         )
     return from_dict(registry.get(str(values["kind"])), values, path)
 
@@ -286,7 +342,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if isinstance(value, typing.cast(type, hint)):
             return value
         if not isinstance(value, dict):
-            raise UserError(f"{path} must be settings by name, got {value!r}.")
+            raise UserError(f"{path} must be a mapping of settings, got {value!r}.")
         return from_dict(typing.cast(type, hint), value, path)
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
@@ -303,7 +359,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint in (bool, int, float, str) and type(value) is not hint:
         raise UserError(f"{path} must be of type {hint.__name__}, got {value!r}.")
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{path} must be text without NUL, got {value!r}.")
+        raise UserError(f"{path} must not contain NUL characters, got {value!r}.")
     return value
 
 
@@ -312,7 +368,7 @@ def _numbered(inner: tuple[Any, ...]) -> str:
 
 
 def _schema(cls: type, stage: str | None) -> DictConfig:
-    """Return the Hydra node of a config; `stage` is None for an option of a group."""
+    """Return the Hydra node of a config; `stage` is None for the option of a group."""
     from omegaconf import OmegaConf
 
     groups, hints = dict(_choices(cls)), typing.get_type_hints(cls)
@@ -330,7 +386,7 @@ def _schema(cls: type, stage: str | None) -> DictConfig:
     root.update({k: node._get_node(k) for k in node})
     root.experiment = None
     sweep = {"dir": "${out}", "subdir": "${hydra.job.num}"}
-    # A run's own folder is made by its stage, once everything it was given has been checked.
+    # The stage creates the run folder after it has validated its inputs.
     root.hydra = {"run": {"dir": "."}, "sweep": sweep, "output_subdir": None, "job": {"chdir": False}}
     return root
 
@@ -344,13 +400,13 @@ def _schema_default(field: dataclasses.Field, hint: Any) -> Any:
         return field.default
     if field.default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=field.default_factory)
-    if dataclasses.is_dataclass(hint):  # its own required settings stay required
+    if dataclasses.is_dataclass(hint):  # its required settings stay required
         return dataclasses.field(default_factory=lambda: hint)
     return "???"
 
 
 def _thaw(node: Any) -> Any:
-    """Let a frozen dataclass be overridden: OmegaConf would make its node read-only."""
+    """Make the node of a frozen dataclass writable, so that overrides apply."""
     node._set_flag("readonly", None)
     for child in node._content.values() if isinstance(node._content, dict) else ():
         if isinstance(getattr(child, "_content", None), dict):
@@ -361,7 +417,7 @@ def _thaw(node: Any) -> Any:
 def _keys(
     cls: type, prefix: str = "", chosen: dict[str, str] | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, help) for every setting; `chosen` are options of groups."""
+    """Yield (dotted key, type, default, help) of every setting; `chosen` maps groups to options."""
     hints, texts = typing.get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
@@ -383,7 +439,7 @@ def _keys(
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a field holds, `X` or `X | None`."""
+    """Return the dataclass X of a field annotated `X` or `X | None`; None for any other annotation."""
     options = [hint, *typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
     return next((typing.cast(type, h) for h in options if dataclasses.is_dataclass(h)), None)
 
@@ -402,13 +458,13 @@ def _help(stage: str, cls: type, example: str, argv: list[str]) -> str:
     lines += [
         "",
         *(f"{group}=NAME --help lists the settings of another {group}." for group, _ in _choices(cls)),
-        "Hydra's own flags work: --multirun, --cfg job, --info, --shell-completion; see --hydra-help.",
+        "Hydra flags such as --multirun, --cfg job, --info and --shell-completion work; see --hydra-help.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _explain(error: Exception, cls: type) -> str:
-    """Turn a message of Hydra or OmegaConf into one sentence."""
+    """Convert a Hydra or OmegaConf error to a one-sentence message."""
     merging = "Error merging override" in str(error) and error.__cause__
     text, cause = str(merging or error), error.__cause__ or error
     key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
@@ -429,15 +485,15 @@ def _explain(error: Exception, cls: type) -> str:
         siblings = {k for k in same_level if k[:-1] == tuple(parts[:-1])} or same_level
         return f"unknown setting {name!r}{did_you_mean(name, map('.'.join, siblings))}"
     if "could not be converted to" in text:
-        wanted = text.rpartition("could not be converted to ")[2].split()[0]
-        return f"{key} must be of type {wanted}, got {text.split(chr(39))[1]!r}."
+        expected = text.rpartition("could not be converted to ")[2].split()[0]
+        return f"{key} must be of type {expected}, got {text.split(chr(39))[1]!r}."
     if "is not a ListConfig" in text:
-        return f"{key} must be a list, as in {key}=[VALUE], got one value."
+        return f"{key} must be a list, as in {key}=[VALUE], got a single value."
     if "Invalid type assigned" in text:
-        own = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
-        return f"{key} holds settings of its own; give one of them, for example {own}=VALUE."
-    if typed := getattr(error, "override", None):
-        return f"{typed!r} is not a setting; give KEY=VALUE, with quotes around values of special characters."
+        nested = next(k for k, *_ in _keys(cls) if k.startswith(f"{key}."))
+        return f"{key} is a group of settings; set one of them, for example {nested}=VALUE."
+    if override := getattr(error, "override", None):
+        return f"{override!r} is not a setting; give KEY=VALUE, and quote values with special characters."
     if "Missing mandatory value" in text:
-        return f"{key or text.rpartition(': ')[2]} is not set; give it as KEY=VALUE on the command line."
+        return f"{key or text.rpartition(': ')[2]} is required; give it as KEY=VALUE on the command line."
     return f"{' '.join(text.partition('full_key')[0].split())}{f' ({key})' if key else ''}"

@@ -1,4 +1,4 @@
-"""What the machine can compute with, and how its C library treats memory."""
+"""Compute devices, their memory and the precisions that they support."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ def require_device(device: str) -> None:
     """Check that torch can compute on a device.
 
     Raises:
-        UserError: it is unknown, or not there.
+        UserError: the device is unknown or not available.
     """
     import torch
 
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(str(device).partition(":")[0], False):
-        usable = ", ".join(name for name, found in there.items() if found)
-        raise UserError(f"device is {device!r}; torch can use {usable} here.")
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(str(device).partition(":")[0], False):
+        usable = " or ".join(name for name, usable in available.items() if usable)
+        raise UserError(f"device must be {usable} on this machine, got {device!r}.")
 
 
 def memory_bytes(device: str) -> int:
-    """Return the size of the memory of a device, cpu or cuda."""
+    """Return the memory size of a device (cpu or cuda) in bytes."""
     import torch
 
     if device == "cuda":
@@ -32,7 +36,7 @@ def memory_bytes(device: str) -> int:
 
 
 def supports_bf16(device: str) -> bool:
-    """Return whether a device (auto: the one that torch would take) multiplies bf16 natively."""
+    """Return whether a device supports bf16 natively; `auto` is CUDA where available, else the CPU."""
     import torch
 
     if device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available():
@@ -41,20 +45,20 @@ def supports_bf16(device: str) -> bool:
 
 
 def supports_int8(device: str) -> bool:
-    """Return whether a device is a CPU that multiplies 8-bit integers natively, and torch can ask it to."""
+    """Return whether a device is a CPU with native int8 products that this torch build can use."""
     import torch
 
     return device == "cpu" and torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qconv_prepack")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next step instead of returning them to the system.
+    """Make glibc keep freed memory for reuse instead of returning it to the operating system.
 
-    Without it every large activation is mapped, zeroed and unmapped again at each step, which costs a CPU
-    training step up to a quarter of its time. Does nothing where the C library has no `mallopt`.
+    Otherwise every large activation is mapped, zeroed and unmapped at each step, which costs up to a quarter
+    of a training step on the CPU. Does nothing if the C library has no `mallopt`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD: the largest
-        mallopt(-8, 1)  # M_ARENA_MAX: threads share what is freed
+        mallopt(-8, 1)  # M_ARENA_MAX: threads share freed memory

@@ -1,4 +1,4 @@
-"""What the product says when a person's input cannot be used: got, wanted, next step."""
+"""User-facing errors: what was given, what is expected, how to fix it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Input that cannot be used: a file, a configuration, a dataset, a checkpoint.
+    """Invalid user input: a file, a configuration, a dataset or a checkpoint.
 
-    The message is one sentence that says what was given, what is wanted and what to do next. The command line
-    prints it without a traceback and exits with code 2.
+    The message states what was given, what is expected and how to fix it. The command line prints it without
+    a traceback and exits with code 2.
     """
 
 
 def require_between(name: str, value: int | float | None, low: int | float, high: int | float) -> None:
-    """Raise a UserError unless `value` is None or a number from `low` to `high`; NaN is not."""
+    """Raise a UserError unless `value` is None or between `low` and `high`; NaN is rejected."""
     if value is not None and not low <= value <= high:
         raise UserError(f"{name} must be between {low:.10g} and {high:.10g}, got {value}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'? Known: ..."`` for an unknown name, nearest match first."""
+    """Return ``"; did you mean 'x'? Known: ..."`` for an unknown name, with its closest match."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -30,7 +30,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def missing_extra(module: str, extra: str) -> UserError:
-    """Return the error for an optional package that is not installed."""
+    """Return the error for a missing optional package; it names the extra that installs the package."""
     return UserError(f"{module!r} is not installed; install it with: pip install 'latentact[{extra}]'.")
 
 
@@ -51,4 +51,4 @@ EXTRAS = {
     "transformers": "features",
     "wandb": "wandb",
 }
-"""Optional packages and the extra that installs each."""
+"""Optional module -> extra that installs it."""

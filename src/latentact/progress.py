@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain log lines otherwise."""
+"""Progress reports: a bar with rate and remaining time on a terminal, log lines otherwise."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows how far work is: `with Progress("decoding", 1000, "frames") as p: p.advance(10)`.
+    """Report progress: `with Progress("decoding", 1000, "frames") as p: p.advance(10)`.
 
     Args:
-        what: what is done, as a verb.
-        total: steps of the whole work; may be near.
-        unit: name of the steps.
-        done: steps that were done before.
+        what: activity, such as "decoding".
+        total: number of steps; may be an estimate.
+        unit: plural name of a step.
+        done: steps completed by an earlier run.
         every_s: seconds between log lines.
     """
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, every_s: float = 10.0) -> None:
-        """Prepare; nothing shows before the `with` block."""
-        self._what, self._total, self._unit, self._done, self._every = what, total, unit, done, every_s
-        self._before = done
-        self._begun = self._said = time.monotonic()
+        """Create the report; it is displayed inside the `with` block only."""
+        self._what = what
+        self._total = total
+        self._unit = unit
+        self._done = self._initial = done
+        self._every_s = every_s
+        self._start_time = self._last_log_time = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
-            columns = (
+            self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-            )
-            self._bar = Bar(
-                *columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True), transient=True
+                TextColumn("{task.fields[rate]}"),
+                console=Console(stderr=True),
+                transient=True,
             )
             self._task = self._bar.add_task(what, total=total, completed=done, rate="")
 
     def __enter__(self) -> Progress:
-        """Start showing."""
+        """Start the bar."""
         if self._bar:
             self._bar.start()
         return self
@@ -52,27 +55,32 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop showing, and say what was done."""
+        """Stop the bar and log the total."""
         if self._bar:
             self._bar.stop()
-        if error is None and self._done > self._before:
+        if error is None and self._done > self._initial:
             logger.info("%s: %d %s (%s)", self._what, self._done, self._unit, self._rate())
 
     def advance(self, steps: int) -> None:
-        """Count `steps` more as done."""
+        """Add `steps` completed steps."""
         self._done += steps
         if self._bar:
             self._bar.update(self._task, completed=self._done, rate=self._rate())
-        elif time.monotonic() - self._said > self._every:
-            self._said = time.monotonic()
-            left = max(0, self._total - self._done) / self._per_second()
+        elif time.monotonic() - self._last_log_time > self._every_s:
+            self._last_log_time = time.monotonic()
+            remaining_s = max(0, self._total - self._done) / self._per_second()
             logger.info(
                 "%s: %d of %d %s (%s, %s left)",
-                *(self._what, self._done, self._total, self._unit, self._rate(), duration(left)),
+                self._what,
+                self._done,
+                self._total,
+                self._unit,
+                self._rate(),
+                duration(remaining_s),
             )
 
     def _per_second(self) -> float:
-        return max(self._done - self._before, 1e-9) / max(time.monotonic() - self._begun, 1e-9)
+        return max(self._done - self._initial, 1e-9) / max(time.monotonic() - self._start_time, 1e-9)
 
     def _rate(self) -> str:
         rate = self._per_second()
@@ -82,7 +90,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Format a duration: `40 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

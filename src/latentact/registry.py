@@ -1,7 +1,7 @@
-"""Named choices: `LAMS.get("lapo")`, with did-you-mean, filled by import and by entry points.
+"""Registries of named entries: `LAMS.get("lapo")`.
 
-A choice joins by one new file in the registry's folder that calls `register`; a package outside joins by an
-entry point in the registry's group (for example `latentact.lams`) whose module does the same.
+To add an entry, add a file to the registry's folder that calls `register`. An external package declares an
+entry point in the registry's group (for example `latentact.lams`) whose module calls `register`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from latentact.errors import UserError, did_you_mean
 
 
 class Registry[T]:
-    """Choices of one kind, discovered on first use from the modules of `package` and its entry points.
+    """Entries of one kind, discovered on first use from the modules of `package` and from entry points.
 
     Args:
-        kind: what a choice is called in messages ("lam", "format").
-        package: dotted name of the folder whose modules register themselves.
-        group: entry-point group of packages outside; `package` by default.
+        kind: name of the kind in messages ("lam", "format").
+        package: dotted name of the package whose modules register the entries.
+        group: entry-point group of external packages; `package` by default.
     """
 
     def __init__(self, kind: str, package: str, group: str | None = None) -> None:
@@ -29,25 +29,25 @@ class Registry[T]:
         self._discovered = False
 
     def register[U](self, name: str) -> Callable[[U], U]:
-        """Return a decorator that files its argument under `name`."""
+        """Return a decorator that registers its argument as `name`."""
 
         def add(item: U) -> U:
             if self._items.setdefault(name, item) is not item:  # type: ignore[comparison-overlap,arg-type]
-                raise ValueError(f"two choices of {self.kind} are called {name!r}")
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
             return item
 
         return add
 
     def names(self) -> list[str]:
-        """Return every known name, sorted."""
+        """Return the registered names, sorted."""
         self._discover()
         return sorted(self._items)
 
     def get(self, name: str) -> T:
-        """Return the choice called `name`.
+        """Return the entry registered as `name`.
 
         Raises:
-            UserError: the name is unknown; the message lists the known ones and the nearest.
+            UserError: the name is unknown; the message suggests the closest known name.
         """
         self._discover()
         if name not in self._items:

@@ -1,8 +1,8 @@
-"""Builds one cache entry: decodes every episode once, in order; a killed build goes on where it stopped.
+"""Build one cache entry: decode every episode once, in order; an interrupted build resumes.
 
-An entry under construction is a folder `<key>.partial` with the frames so far and a journal of complete
-episodes. Only a whole entry bears the name `<key>`. Frames reach the disk before the journal line that
-vouches for them.
+An unfinished entry is a folder `<key>.partial` with the frames written so far and a journal of complete
+episodes; a complete entry is renamed to `<key>`. The frames of an episode are flushed to disk before its
+journal line.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ _ARRAYS = ("episodes", "lengths", "frame_times", "frame_indices")
 
 @dataclass
 class Journal:
-    """What a partial entry holds for certain."""
+    """Complete episodes of a partial entry."""
 
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """One per finished episode, in order: {"times", "frame_indices", "shape"}, or {"unreadable": reason}."""
+    """One per complete episode, in order: {"times", "frame_indices", "shape"}, or {"unreadable": reason}."""
 
     @property
     def frames(self) -> int:
-        """Frames of the finished episodes."""
+        """Number of frames of the complete episodes."""
         return sum(len(line.get("times", ())) for line in self.lines)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(h, w, c) of every frame; None while there is none."""
+        """(h, w, c) of every frame; None before the first frame."""
         return next((tuple(line["shape"]) for line in self.lines if "shape" in line), None)
 
 
 class _Line(Record):
-    """A line of the journal."""
+    """One line of the journal."""
 
     times: tuple[float, ...] | None = Field(default=None, strict=False)
     frame_indices: tuple[int, ...] | None = Field(default=None, strict=False)
@@ -65,20 +65,20 @@ class _Line(Record):
     unreadable: str | None = None
 
     @model_validator(mode="after")
-    def _is_whole(self) -> _Line:
+    def _check(self) -> _Line:
         read = None not in (self.times, self.frame_indices, self.shape)
         if read == (self.unreadable is not None) or len(self.times or ()) != len(self.frame_indices or ()):
-            raise ValueError("an episode that is read, or the reason why it is not")
+            raise ValueError("the frames of an episode, or the reason why it is unreadable")
         return self
 
 
 def build(spec: DecodeSpec, folder: Path) -> None:
-    """Make the cache entry `folder`, going on from what an earlier build left in `<folder>.partial`.
+    """Build the cache entry `folder`; resume from `<folder>.partial` if an earlier build was interrupted.
 
     Raises:
-        UserError: nothing is readable; something is not and the spec is strict; or sizes differ and the
-            resolution is 0. Nothing is left behind.
-        OSError: the disk is full; what was decoded is kept for the next build.
+        UserError: no episode is readable, an episode is unreadable and the spec is strict, or frame sizes
+            differ and the resolution is 0. The partial entry is removed.
+        OSError: the disk is full; the partial entry is kept for the next build.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:
@@ -94,32 +94,32 @@ def build(spec: DecodeSpec, folder: Path) -> None:
 
 
 def _resume(log: BinaryIO, frames: BinaryIO) -> Journal:
-    """Read the journal, and cut off whatever lies after the last episode that it vouches for."""
+    """Read the journal and truncate both files after the last complete episode."""
     log.seek(0)
     journal, end = Journal(), 0
     for line in log:
         try:
-            found = parse_record(_Line, parse_json(line.decode(), "journal"), "journal")
+            parsed = parse_record(_Line, parse_json(line.decode(), "journal"), "journal")
         except (UserError, UnicodeDecodeError):
             break
         if not line.endswith(b"\n"):
             break
-        journal.lines.append(found.model_dump(exclude_none=True))
+        journal.lines.append(parsed.model_dump(exclude_none=True))
         end += len(line)
-    vouched = journal.frames * int(np.prod(journal.shape or (0,)))
-    if frames.seek(0, os.SEEK_END) < vouched:
-        journal, end, vouched = Journal(), 0, 0
+    complete_bytes = journal.frames * int(np.prod(journal.shape or (0,)))
+    if frames.seek(0, os.SEEK_END) < complete_bytes:
+        journal, end, complete_bytes = Journal(), 0, 0
     log.truncate(end)
-    frames.truncate(vouched)
+    frames.truncate(complete_bytes)
     if journal.lines:
-        logger.info("going on from episode %d of an interrupted build", len(journal.lines))
+        logger.info("resuming an interrupted build at episode %d", len(journal.lines))
     return journal
 
 
 def _append(spec: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO) -> None:
-    """Decode what the journal lacks."""
+    """Decode the episodes that are not in the journal."""
     todo = range(len(journal.lines), len(spec.source.episodes))
-    shape, waiting, committed = journal.shape, [], time.monotonic()
+    shape, pending, last_commit = journal.shape, [], time.monotonic()
     with (
         Progress("decoding", _expected_frames(spec), "frames", done=journal.frames) as progress,
         closing(decoded(spec, todo)) as episodes,
@@ -141,25 +141,25 @@ def _append(spec: DecodeSpec, journal: Journal, log: BinaryIO, frames: BinaryIO)
                 line = {"unreadable": str(error)}
             if spec.strict and "unreadable" in line:
                 raise UserError(unreadable_message({label: line["unreadable"]}))
-            waiting.append(line)
-            if time.monotonic() - committed > _COMMIT_S:
-                _commit(journal, waiting, log, frames)
-                committed = time.monotonic()
-    _commit(journal, waiting, log, frames)
+            pending.append(line)
+            if time.monotonic() - last_commit > _COMMIT_S:
+                _commit(journal, pending, log, frames)
+                last_commit = time.monotonic()
+    _commit(journal, pending, log, frames)
 
 
-def _commit(journal: Journal, waiting: list[dict[str, Any]], log: BinaryIO, frames: BinaryIO) -> None:
+def _commit(journal: Journal, pending: list[dict[str, Any]], log: BinaryIO, frames: BinaryIO) -> None:
     _sync(frames)
-    log.write(b"".join(json.dumps(line).encode() + b"\n" for line in waiting))
+    log.write(b"".join(json.dumps(line).encode() + b"\n" for line in pending))
     _sync(log)
-    journal.lines += waiting
-    waiting.clear()
+    journal.lines += pending
+    pending.clear()
 
 
 def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> None:
-    """Turn a partial entry whose episodes are all there into a whole one."""
+    """Convert a partial entry with all episodes to a complete entry."""
     episodes = spec.source.episodes
-    broken = {
+    unreadable = {
         episodes[number].label: line["unreadable"]
         for number, line in enumerate(journal.lines)
         if "unreadable" in line
@@ -167,7 +167,7 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
     kept = [number for number, line in enumerate(journal.lines) if "unreadable" not in line]
     if journal.shape is None:
         raise UserError(
-            f"nothing is left to read: {unreadable_message({**spec.source.unreadable, **broken})}"
+            f"the data has no readable frames: {unreadable_message({**spec.source.unreadable, **unreadable})}"
         )
     lines = [journal.lines[number] for number in kept]
     arrays = {
@@ -184,7 +184,7 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
         "shape": [journal.frames, *journal.shape],
         "fps": float(spec.fps or spec.source.fps),
         "camera": spec.source.camera,
-        "unreadable": broken,
+        "unreadable": unreadable,
     }
     meta["digest"] = _digest(meta, [(partial / f"{name}.npy").read_bytes() for name in _ARRAYS])
     with (partial / "meta.json").open("wb") as file:
@@ -198,7 +198,7 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
 
 
 class _Meta(Record):
-    """`meta.json` of an entry."""
+    """Content of `meta.json`."""
 
     shape: tuple[int, int, int, int] = Field(strict=False)
     fps: float
@@ -209,38 +209,38 @@ class _Meta(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a whole entry holds besides its frames."""
+    """Contents of a complete entry, except the pixels."""
 
     shape: tuple[int, int, int, int]
-    """(n, h, w, c) of the frames."""
+    """Shape (n, h, w, c) of the frames."""
     fps: float
     """Frames per second."""
     unreadable: dict[str, str]
-    """Episodes that cannot be decoded: name -> reason."""
+    """Skipped episodes: name -> reason."""
     episodes: Int64[np.ndarray, " e"]
-    """Place of each episode in the data's list."""
+    """Index of each episode in `Source.episodes`."""
     lengths: Int64[np.ndarray, " e"]
-    """Frames of each of them."""
+    """Number of frames of each episode."""
     frame_times: Float64[np.ndarray, " n"]
-    """Seconds from the episode's first frame at which each frame was taken."""
+    """Time of each frame in seconds since the first frame of its episode."""
     frame_indices: Int64[np.ndarray, " n"]
-    """Number of each frame among the episode's frames before resampling."""
+    """Index of each frame in its episode before resampling."""
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """Return what the cache entry at `folder` holds; None: there is none, or it is damaged."""
+    """Return the contents of the cache entry at `folder`; None if it is missing or damaged."""
     if not folder.is_dir():
         return None
     try:
         meta = read_record(_Meta, folder / "meta.json")
         data = [(folder / f"{name}.npy").read_bytes() for name in _ARRAYS]
-        whole = meta.digest == _digest(meta.model_dump(exclude={"digest"}), data)
-        if whole and (folder / "frames").stat().st_size == math.prod(meta.shape):
+        intact = meta.digest == _digest(meta.model_dump(exclude={"digest"}), data)
+        if intact and (folder / "frames").stat().st_size == math.prod(meta.shape):
             arrays: Any = {n: np.load(io.BytesIO(d)) for n, d in zip(_ARRAYS, data, strict=True)}
             return Entry(shape=meta.shape, fps=meta.fps, unreadable=meta.unreadable, **arrays)
     except (UserError, OSError) as error:
         logger.debug("%s", error)
-    logger.warning("the cache entry %s is damaged: its frames are decoded again", folder.name)
+    logger.warning("the cache entry %s is damaged: decoding its frames again", folder.name)
     return None
 
 
@@ -249,13 +249,16 @@ def _digest(meta: Mapping[str, Any], arrays: Sequence[bytes]) -> str:
 
 
 def _expected_frames(spec: DecodeSpec) -> int:
-    """Return the number of frames of the whole entry; near where frames are resampled."""
+    """Return the number of frames of the complete entry; an estimate if frames are resampled."""
     ratio = spec.fps / spec.source.fps if spec.fps and spec.source.fps else 1.0
     return sum(max(1, round(episode.frames * ratio)) for episode in spec.source.episodes)
 
 
 def needed_bytes(spec: DecodeSpec) -> int:
-    """Return the size of the whole entry; near where frames are resampled, 0 when no frame can be decoded."""
+    """Return the size of the complete entry in bytes; 0 if no frame can be decoded.
+
+    The size is an estimate if frames are resampled.
+    """
     for number in range(len(spec.source.episodes)):
         with suppress(Unreadable):
             for _, frame in spec.source.frames(number):
@@ -265,8 +268,8 @@ def needed_bytes(spec: DecodeSpec) -> int:
 
 
 def _require_room(spec: DecodeSpec, partial: Path) -> None:
-    there = (partial / "frames").stat().st_size if (partial / "frames").exists() else 0
-    if shutil.disk_usage(partial.parent).free < needed_bytes(spec) - there:
+    written = (partial / "frames").stat().st_size if (partial / "frames").exists() else 0
+    if shutil.disk_usage(partial.parent).free < needed_bytes(spec) - written:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(partial.parent))
 
 

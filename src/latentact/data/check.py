@@ -1,7 +1,7 @@
-"""What there is to know about a dataset before hours are spent on it: `latentact check-data`.
+"""Checks of a dataset before it is used: `latentact check-data`.
 
-Tables and video packets are read, and of the frames as many as asked for are decoded, small. Whatever a
-reader refuses, leaves out or repairs later is found here first, by the same functions.
+Tables and video packets are read, and up to a given number of frames are decoded at a small size. Whatever a
+reader refuses, leaves out or repairs is reported here first, by the same functions.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from latentact.data.cache import cache_folder
+from latentact.data.cache import cache_folder, finite_rows
 from latentact.data.decode.pipeline import DecodeSpec, decoded
 from latentact.data.decode.resize import resize
-from latentact.data.decode.video import VideoLook, frame_times, look
+from latentact.data.decode.video import VideoProperties, frame_times, video_properties
 from latentact.data.digest import Memo
 from latentact.data.format import Source, Unreadable, open_source
 from latentact.data.formats.npz import NpzSource
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.metadata import cameras, read_info
+from latentact.data.lerobot.openable import problems, total_problems
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem, first_unmatched
 from latentact.errors import UserError
@@ -34,13 +35,15 @@ SIZE = 96
 """Height and width in pixels at which frames are compared."""
 STILL_S = 1.0
 """Seconds without a change that count as a still span."""
+WHOLE_RATE = 1e-3
+"""Largest distance of the frames per second from an integer, which LeRobot datasets have."""
 _STILL_LEVELS = 0.5
 _SHOWN = 8
 
 
 @dataclass(kw_only=True)
 class DataCheck:
-    """What was found; plain values throughout."""
+    """The findings, as plain JSON values."""
 
     path: str
     kind: str = ""
@@ -48,34 +51,34 @@ class DataCheck:
     cameras: list[dict[str, Any]] = field(default_factory=list)
     """One entry per camera: key, size, codec, color, orientation."""
     episodes: dict[str, Any] = field(default_factory=dict)
-    """How many, how long."""
+    """Their number and lengths."""
     rate: dict[str, Any] = field(default_factory=dict)
-    """Frames per second, and whether they vary."""
+    """Frames per second, and whether the rate varies."""
     clocks: dict[str, int] = field(default_factory=dict)
-    """Episodes by what their column `timestamp` is: regular, offset, gaps, jitter, impossible."""
+    """Number of episodes by kind of `timestamp` column: regular, offset, gaps, jitter, impossible."""
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Numeric columns: shape, rows without finite numbers, the first of them."""
+    """Numeric columns: shape, number of rows that are not finite, and the first of them."""
     tasks: list[str] = field(default_factory=list)
     actions: str = ""
-    """What an action is; empty: there are none."""
+    """Description of the action space; empty: no actions."""
     decoded_frames: int = 0
-    """Frames that were looked at."""
+    """Number of frames that were decoded."""
     still: list[dict[str, Any]] = field(default_factory=list)
-    """Spans without a change: episode, seconds from and to."""
+    """Spans in which nothing changes: episode, seconds from and to."""
     duplicates: list[list[str]] = field(default_factory=list)
-    """Episodes that show the same."""
+    """Groups of episodes with the same frames."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Files that are not read: name -> reason."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files and episodes that cannot be read: name -> reason."""
     errors: list[str] = field(default_factory=list)
-    """Why the data cannot be used."""
+    """Reasons why the data is not usable."""
     warnings: list[str] = field(default_factory=list)
-    """What is left out, repaired or doubtful."""
+    """What is left out, repaired or inconsistent."""
 
     @property
     def usable(self) -> bool:
-        """Whether anything can be trained on it."""
+        """Whether a model can be trained on it."""
         return not self.errors
 
     @property
@@ -88,7 +91,7 @@ class DataCheck:
         return f"Ready: {size}." if not count else f"Usable with care ({count} to look at): {size}."
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything, the verdict included."""
+        """Return all fields and the verdict."""
         return {"verdict": self.verdict, "usable": self.usable, **asdict(self)}
 
 
@@ -98,12 +101,12 @@ class Sheet:
 
     camera: str
     episode: str
-    frames: list[UInt8[np.ndarray, "h w c"]]
+    frames: list[UInt8[np.ndarray, "_ _ c"]]
     """First, middle and last, in their own size."""
 
 
 def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[DataCheck, list[Sheet]]:
-    """Look at a dataset.
+    """Check a dataset.
 
     Args:
         path: as `data.path`.
@@ -111,7 +114,7 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
         max_frames: frames to decode of each camera, of episodes spread over the data; 0: none.
 
     Returns:
-        What was found, and frames for a contact sheet.
+        The findings, and frames for a contact sheet.
     """
     check, sheets = DataCheck(path=str(path)), []
     try:
@@ -151,7 +154,7 @@ def _camera_keys(path: Path) -> list[str]:
 
 
 def _describe(check: DataCheck, path: Path, source: Source) -> None:
-    """Fill in what all cameras share."""
+    """Fill in what does not depend on the camera."""
     kinds = {VideoFolderSource: "video" if path.is_file() else "folder of videos", NpzSource: "npz episodes"}
     version = lerobot_version(path) if path.is_dir() else ""
     check.kind = f"LeRobot {version}" if version else kinds.get(type(source), "dataset")
@@ -163,6 +166,7 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
     if source.uneven:
         check.warnings.append(f"frame rates vary: frames are resampled by time to {source.fps:g} fps")
     _check_columns(check, source)
+    _check_conversion(check, source, version)
     if isinstance(source, LeRobotSource):
         if source.absent and version.startswith("v3"):
             check.warnings.append(
@@ -170,7 +174,9 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
             )
         if version.startswith("v3") and not (path / "meta/stats.json").is_file():
             check.warnings.append("meta/stats.json is missing, without which LeRobot trains no policy")
-        _check_totals(check, source)
+        found = [] if version.startswith("v3") else [*total_problems(source)]
+        found += [f"{text}; precompute --output column refuses it" for text in problems(path, source)]
+        check.warnings += found
         _check_clocks(check, source)
     alike = defaultdict(list)
     for episode in source.episodes:
@@ -179,7 +185,7 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
 
 
 def _count(check: DataCheck, source: Source) -> None:
-    """Count the episodes that are left once all that is unreadable is known."""
+    """Count the readable episodes."""
     frames = [e.frames for e in source.episodes if not {e.label, e.name} & check.unreadable.keys()]
     check.episodes = {
         "count": len(frames),
@@ -190,15 +196,40 @@ def _count(check: DataCheck, source: Source) -> None:
     }
 
 
-def _check_totals(check: DataCheck, source: LeRobotSource) -> None:
-    for name, there in (("total_frames", source.tables.rows), ("total_episodes", len(source.tables.spans))):
-        announced = getattr(source.info, name)
-        if announced is not None and announced != there:
-            check.warnings.append(f"meta/info.json: {name} is {announced}, and {there} are there")
+def _check_conversion(check: DataCheck, source: Source, version: str) -> None:
+    """Find why videos or LeRobot v2 data cannot be converted to version 3."""
+    refused = "; precompute --output column refuses"
+    if (
+        not version.startswith("v3")
+        and not source.uneven
+        and abs(source.fps - round(source.fps)) > WHOLE_RATE
+    ):
+        check.warnings.append(f"{source.fps:g} frames per second is not an integer{refused} it")
+    if not isinstance(source, VideoFolderSource):
+        return
+    others = [file.name for file in source.files if file.suffix.lower() != ".mp4"]
+    if others:
+        check.warnings.append(f"videos other than mp4: {len(others)}, such as {others[0]}{refused} them")
+    if source.uneven:
+        return
+    irregular = []
+    for file in source.files:
+        try:
+            times = frame_times(file)
+        except Unreadable:
+            continue  # `_check_camera` reports it
+        regular = np.arange(len(times)) / max(1, round(source.fps))
+        if (np.abs(times - regular) > LEROBOT_TOLERANCE_S).any():
+            irregular.append(file.name)
+    if irregular and not others:
+        check.warnings.append(
+            f"videos with frames that are not at row / fps: {len(irregular)}, such as "
+            f"{irregular[0]}{refused} them"
+        )
 
 
 def _check_columns(check: DataCheck, source: Source) -> None:
-    """Look at numeric columns: those that are used, and of LeRobot data all."""
+    """Check numeric columns: state and action, and all columns of LeRobot data."""
     names = {"observation.state", "action"}
     if isinstance(source, LeRobotSource):
         names |= {name for name, feature in source.tables.features.items() if feature.numeric}
@@ -206,7 +237,7 @@ def _check_columns(check: DataCheck, source: Source) -> None:
         column = source.column(name)
         if column is None:
             continue
-        wrong = np.flatnonzero(~np.isfinite(column.reshape(len(column), -1).astype(np.float64)).all(1))
+        wrong = np.flatnonzero(~finite_rows(column))
         check.columns[name] = {"shape": list(column.shape[1:]), "rows": len(column), "nonfinite": len(wrong)}
         if len(wrong):
             check.columns[name]["first"] = int(wrong[0])
@@ -240,7 +271,7 @@ def _check_clocks(check: DataCheck, source: LeRobotSource) -> None:
 
 
 def _clock(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[str, float]:
-    """Return what a column `timestamp` is, and how many gaps it has or how many seconds it is off."""
+    """Return the kind of a `timestamp` column, and its number of gaps or its largest error in seconds."""
     if clock_problem(timestamps):
         return "impossible", 0.0
     off = np.abs(timestamps - timestamps[0] - np.arange(len(timestamps)) / fps)
@@ -255,7 +286,7 @@ def _clock(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[str, floa
 
 
 def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
-    """Look at the videos of one camera: codec, color and orientation, and whether rows find their frames."""
+    """Check the videos of one camera: codec, color, orientation, and whether each row has a frame."""
     check.unreadable |= source.unreadable
     files: dict[Path, list[int]] = defaultdict(list)
     if isinstance(source, VideoFolderSource):
@@ -264,11 +295,11 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
         for number, recording in enumerate(source.recordings):
             if recording.video:
                 files[source.video_file(number)].append(number)
-    looks: list[VideoLook] = []
+    looks: list[VideoProperties] = []
     turned = []
     for file, numbers in files.items():
         try:
-            looks.append(look(file))
+            looks.append(video_properties(file))
             if looks[-1].orientation != (1, 0, 0, 1):
                 turned.append(file.name)
             if isinstance(source, LeRobotSource):
@@ -294,7 +325,7 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
 
 
 def _check_rows(check: DataCheck, source: LeRobotSource, file: Path, numbers: list[int]) -> None:
-    """Find the episodes of a video that have a row without a frame, from the video's packets."""
+    """Find episodes with rows that have no frame, from the packets of their video."""
     shown, apart = frame_times(file), []
     for number in numbers:
         recording, episode = source.recordings[number], source.episodes[number]
@@ -317,7 +348,7 @@ def _check_rows(check: DataCheck, source: LeRobotSource, file: Path, numbers: li
 
 
 def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max_frames: int) -> list[Sheet]:
-    """Decode frames, small, and find still spans, episodes that show the same, and damage."""
+    """Decode frames at a small size; find still spans, duplicate episodes, size changes and damage."""
     if not source.episodes or not max_frames:
         return []
     order = np.argsort(np.arange(len(source.episodes)) * 0.618034 % 1)  # spread over the data
@@ -327,13 +358,17 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
     sheets: list[Sheet] = []
     alike: dict[str, list[str]] = defaultdict(list)
     still: list[dict[str, Any]] = []
+    resized: list[str] = []
     total = sum(source.episodes[n].frames for n in chosen)
     with (
         Progress(f"checking {camera or 'frames'}", total, "frames") as progress,
         closing(decoded(spec, chosen)) as episodes,
     ):
         for number, chunks in episodes:
-            episode, seen = source.episodes[number], _Seen(source.episodes[number].frames, source.resizable)
+            episode, seen = (
+                source.episodes[number],
+                _EpisodeStatistics(source.episodes[number].frames, source.resizable),
+            )
             try:
                 for chunk in chunks:
                     seen.add(chunk.frames, chunk.times)
@@ -343,10 +378,18 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
                 continue
             check.decoded_frames += seen.frames
             alike[seen.digest].append(episode.name)
+            if len(seen.sizes) > 1:
+                sizes = ", ".join(f"{width}x{height}" for height, width in seen.sizes)
+                resized.append(f"{episode.name} ({sizes})")
             for begin, end in still_spans(np.array(seen.changes), np.array(seen.times)):
                 still.append({"camera": camera, "episode": episode.name, "from_s": begin, "to_s": end})
             if len(sheets) < _SHOWN:
                 sheets.append(Sheet(camera=camera, episode=episode.name, frames=seen.kept))
+    if resized:
+        check.warnings.append(
+            f"episodes whose frames change size: {len(resized)}, such as {resized[0]}; precompute --output "
+            f"column and resolution 0 refuse them"
+        )
     if still:
         check.still += still
         check.warnings.append(
@@ -357,8 +400,8 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
     return sheets
 
 
-class _Seen:
-    """What is kept of an episode's frames while they go by."""
+class _EpisodeStatistics:
+    """Statistics of an episode's frames, updated chunk by chunk."""
 
     def __init__(self, expected: int, resizable: bool) -> None:
         self._size = SIZE if resizable else 0
@@ -366,6 +409,7 @@ class _Seen:
         self.times: list[float] = []
         self.changes: list[float] = []
         self.kept: list[np.ndarray] = []
+        self.sizes: dict[tuple[int, ...], None] = {}
         self._places = {0, expected // 2, max(expected - 1, 0)}
         self._hash = hashlib.blake2b(digest_size=16)
         self._last: np.ndarray | None = None
@@ -376,6 +420,7 @@ class _Seen:
 
     def add(self, frames: UInt8[np.ndarray, "n h w c"], times: list[float]) -> None:
         self.kept += [frame for n, frame in enumerate(frames, self.frames) if n in self._places]
+        self.sizes[frames.shape[1:3]] = None
         small = resize(frames, self._size)
         self._hash.update(np.ascontiguousarray(small))
         whole = small if self._last is None else np.concatenate([self._last[None], small])
@@ -386,7 +431,7 @@ class _Seen:
 def still_spans(
     changes: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"]
 ) -> list[tuple[float, float]]:
-    """Return (from, to) in seconds of every span of at least `STILL_S` in which nothing changes.
+    """Return (from, to) in seconds of every span of at least `STILL_S` seconds in which nothing changes.
 
     Args:
         changes: mean difference of neighboring frames in gray levels, one fewer than frames.
@@ -402,5 +447,5 @@ def _add_duplicates(check: DataCheck, groups: list[list[str]]) -> None:
     if new:
         check.duplicates += new
         check.warnings.append(
-            f"groups of episodes that show the same: {len(new)}, such as {', '.join(new[0][:3])}"
+            f"groups of episodes with the same frames: {len(new)}, such as {', '.join(new[0][:3])}"
         )

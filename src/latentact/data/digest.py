@@ -1,4 +1,4 @@
-"""Content digests, remembered by (path, size, time of change) so that a second open reads no file again."""
+"""Content digests, memoized by (path, size, modification time) so that files are hashed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 1 << 20
 
 
 def blake2b(*parts: bytes) -> str:
-    """Return the hex digest of byte strings; where one ends and the next begins counts."""
+    """Return the hex digest of a sequence of byte strings; their boundaries are part of it."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -32,37 +32,37 @@ def file_digest(path: Path) -> str:
 
 
 class Memo:
-    """What was found out about the files of one dataset, until a file's size or time of change differs.
+    """Memoized facts about the files of one dataset, valid while size and modification time are unchanged.
 
     Args:
-        folder: where memos lie; one file per dataset.
+        folder: folder of the memos; one file per dataset.
         dataset: path of the dataset.
     """
 
     def __init__(self, folder: Path, dataset: Path) -> None:
-        """Read what is known."""
+        """Load the memo of the dataset."""
         self._file = folder / f"{blake2b(os.fsencode(dataset.resolve()))}.json"
         self._known: dict[str, list[Any]] = {}
         self._changed = False
-        # None yet, cut short by a full disk or damaged: everything is found out anew.
+        # missing, truncated by a full disk or damaged: start with an empty memo
         with suppress(OSError, ValueError, RecursionError):
             values = json.loads(self._file.read_text())
             if isinstance(values, dict) and values.get("digest") == _digest(values.get("known")):
                 self._known = values["known"]
 
     def get(self, path: Path, what: str, find: Callable[[Path], Any]) -> Any:
-        """Return `find(path)`, which must be plain json; calls it only for a new or changed file."""
+        """Return `find(path)`, a JSON value; call `find` only for a new or changed file."""
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns]
+        stamp = [stat.st_size, stat.st_mtime_ns]
         key = f"{what}:{path.resolve()}"
-        known = self._known.get(key)
-        if known is None or known[:2] != mark:
-            known = self._known[key] = [*mark, find(path)]
+        entry = self._known.get(key)
+        if entry is None or entry[:2] != stamp:
+            entry = self._known[key] = [*stamp, find(path)]
             self._changed = True
-        return known[2]
+        return entry[2]
 
     def save(self) -> None:
-        """Write what was found out since the memo was read."""
+        """Write the memo if it has changed."""
         if not self._changed:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)

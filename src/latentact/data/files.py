@@ -1,4 +1,4 @@
-"""The files at and below a folder: links are entered, cycles are not, and nothing is left out silently."""
+"""List the files of a folder: links are followed, cycles are not, and skipped files are reported."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from pathlib import Path
 
 
 def files_below(path: Path, suffixes: Collection[str] | None = None) -> tuple[list[Path], dict[str, str]]:
-    """Return the files at or below a path, sorted by name, and what was left out.
+    """Return the files of a folder and its subfolders, sorted by name, and the skipped files.
 
     Args:
-        path: a folder, or a file, which is returned as it is.
-        suffixes: endings to keep, lower case with the dot; None: every file, hidden ones too.
+        path: folder; or a file, which is returned alone.
+        suffixes: file name suffixes to keep, lower case with the dot; None: every file, hidden ones too.
 
     Returns:
-        The files, and a reason for each name (relative to `path`) that was left out: hidden, of another
-        ending, a link to nothing, or a link back to a folder that it lies in.
+        The files, and name (relative to `path`) -> reason for the skipped files: hidden, another suffix, a
+        dangling link, or a link to a parent folder.
     """
     if not path.is_dir():
         return [path], {}
     kept: list[Path] = []
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for file, reason in _walk(path, ()):
         if not reason and suffixes is not None:
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
             if hidden:
                 reason = "hidden"
             elif file.suffix.lower() not in suffixes:
-                reason = f"files that end in {file.suffix or 'nothing'} are not read"
+                reason = f"unsupported suffix {file.suffix!r}"
         if reason:
-            left_out[shown(file.relative_to(path))] = reason
+            skipped[printable(file.relative_to(path))] = reason
         else:
             kept.append(file)
-    return sorted(kept), left_out
+    return sorted(kept), skipped
 
 
-def shown(name: str | os.PathLike[str]) -> str:
-    """Return a file's name as text that can be printed: forward slashes, other bytes than UTF-8 escaped."""
+def printable(name: str | os.PathLike[str]) -> str:
+    """Return a file name as printable text: forward slashes, bytes outside UTF-8 escaped."""
     text = Path(name).as_posix()
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (file, reason to leave it out); `above` are the folders that this one lies in."""
+def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str]]:
+    """Yield (file, reason to skip it, or ""); `parents` are (device, inode) of the parent folders."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
-    if here in above:
-        yield folder, "a link to a folder that it lies in"
+    if here in parents:
+        yield folder, "a link to a parent folder"
         return
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -57,9 +57,9 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Pa
     for entry in entries:
         path = Path(entry.path)
         if not path.exists():
-            yield path, "a link to nothing"
+            yield path, "a dangling link"
         elif entry.is_dir():
-            yield from _walk(path, (*above, here))
+            yield from _walk(path, (*parents, here))
         elif entry.is_file():
             yield path, ""
         else:

@@ -1,4 +1,4 @@
-"""How data on disk is read: the `Format` extension point.
+"""Datasets on disk: the `Format` extension point.
 
 To add a format, put one file into `latentact/data/formats` (or into a package of yours, under the entry-point
 group `latentact.data.formats`) with a class that is registered under its name::
@@ -11,7 +11,7 @@ group `latentact.data.formats`) with a class that is registered under its name::
         @staticmethod
         def open(path: Path, camera: str, memo: Memo) -> Source: ...
 
-`open` reads what is small (names, tasks, lengths) and returns a `Source`, which decodes an episode at a time.
+`open` reads metadata (names, tasks, lengths) and returns a `Source`, which decodes one episode at a time.
 `tests/conformance/test_formats.py` checks every registered format.
 """
 
@@ -26,43 +26,46 @@ import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
 
 from latentact.data.digest import Memo
+from latentact.data.files import files_below
 from latentact.errors import UserError, did_you_mean
 from latentact.registry import Registry
 from latentact.types import ActionSpace
 
+SLOWEST, FASTEST = 1e-4, 1e6
+"""Frames per second that data may have."""
 _MOST_CLASSES = 4096
 
 
 class Unreadable(Exception):
-    """An episode's frames cannot be decoded; the message says why, without the file's name."""
+    """An episode's frames cannot be decoded; the message gives the reason, without the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One episode of a dataset, as far as it is known without decoding."""
+    """Metadata of one episode, known without decoding."""
 
     name: str
-    """A name that a person recognizes."""
+    """Human-readable name."""
     file: str
     """The file that holds its frames, relative to the dataset."""
     task: str
-    """Task text; empty where there is none; all of them, in order, where it changes."""
+    """Task text; empty if it has none; all of them, in order, if it changes."""
     frames: int
     """Frames in the data, before resampling."""
     content: str
-    """Digest of the bytes that decide its frames and their times."""
+    """Digest of the bytes that determine its frames and their times."""
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
         return self.name if self.name == self.file else f"{self.name} in {self.file}"
 
 
 @runtime_checkable
 class Source(Protocol):
-    """An opened dataset: what it holds, and its frames one episode at a time.
+    """An opened dataset: its metadata, and its frames one episode at a time.
 
-    `frames` is called from several threads at once, each for another episode.
+    `frames` is called from several threads at once, each for a different episode.
     """
 
     camera: str
@@ -73,7 +76,7 @@ class Source(Protocol):
     """Whether the rate varies, inside a video or between videos; all are then resampled to `fps`, the
     slowest."""
     resizable: bool
-    """Whether frames are pictures; grids of integers are not resized."""
+    """Whether frames are images; grids of integers are not resized."""
     episodes: Sequence[Episode]
     """The readable episodes, in the order of the data."""
     first_rows: Sequence[int]
@@ -81,13 +84,13 @@ class Source(Protocol):
     unreadable: Mapping[str, str]
     """Files and episodes that cannot be read: name -> reason."""
     skipped: Mapping[str, str]
-    """Files that are no data of this format: relative name -> reason."""
+    """Files that this format does not read: relative name -> reason."""
     notes: Sequence[str]
-    """Sentences about what the reader had to decide or repair."""
+    """Sentences about what the reader repaired or left out."""
     tasks: Sequence[str]
     """Task texts, each once."""
     action_space: ActionSpace | None
-    """What an action is; None where the data has none."""
+    """Action space; None if the data has no actions."""
     action_names: tuple[str, ...]
     """Names of the classes of a discrete action, or of the dimensions of a continuous one; may be empty."""
 
@@ -95,29 +98,29 @@ class Source(Protocol):
         """Yield (seconds, frame) for the episode at place `number` of `episodes`.
 
         Raises:
-            Unreadable: the file is damaged, or has fewer frames than the data says.
+            Unreadable: the file is damaged, or has fewer frames than its metadata names.
         """
         ...
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return a numeric column of the data, all rows; None where there is none of this name.
+        """Return all rows of a numeric column; None if the data has no column of this name.
 
         A row without a value is NaN, in integer columns too. `action` of a discrete space holds the data's
-        own numbers.
+        own values.
 
         Raises:
-            UserError: it is damaged, or rows differ in size.
+            UserError: the column is damaged, or its rows differ in size.
         """
         ...
 
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
-        """Return which of `tasks` each frame of an episode, before resampling, belongs to; -1: none."""
+        """Return the index into `tasks` of each frame of an episode, before resampling; -1: no task."""
         ...
 
 
 @runtime_checkable
 class Format(Protocol):
-    """A kind of dataset on disk."""
+    """A format of datasets on disk."""
 
     def detect(self, path: Path) -> bool:
         """Return whether this format, and no other, reads `path`, which exists."""
@@ -129,10 +132,10 @@ class Format(Protocol):
         Args:
             path: file or folder for which `detect` is true.
             camera: camera key, or empty for the only one.
-            memo: remembers what is slow to find out about a file.
+            memo: cache of what is slow to find out about a file.
 
         Raises:
-            UserError: the data is inconsistent, the camera is unknown, or none is named of several.
+            UserError: the data is inconsistent, or the camera is unknown or must be named.
         """
         ...
 
@@ -141,37 +144,44 @@ FORMATS: Registry[Format] = Registry("format", "latentact.data.formats")
 
 
 def open_source(path: Path, camera: str, memo: Memo) -> Source:
-    """Return the data at `path`, whatever its format.
+    """Open the dataset at `path` with the format that reads it.
 
     Raises:
-        UserError: there is nothing at `path`, or nothing that a format reads.
+        UserError: `path` does not exist, or no format reads it.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a LeRobot dataset, a folder of videos or a video file.")
     fitting = [name for name in FORMATS.names() if FORMATS.get(name).detect(path)]
     if len(fitting) != 1:
-        found = (
-            f"is claimed by the formats {', '.join(fitting)}" if fitting else "holds no data that can be read"
-        )
+        found = f"is claimed by the formats {', '.join(fitting)}"
+        if not fitting:
+            skipped = files_below(path, ())[1]
+            name, reason = next(iter(skipped.items()), ("", ""))
+            more = f" ({len(skipped)} files skipped, such as {name}: {reason})" if skipped else ""
+            found = f"holds no data that can be read{more}"
         raise UserError(
             f"{path} {found}; give a LeRobot dataset (meta/info.json of version 2 or 3), a video, or a "
-            f"folder with videos (mp4, webm, mkv, mov, gif, avi and others) or npz episodes."
+            f"folder with videos (mp4, webm, mkv, mov, gif, avi and others) or npz episodes. Formats: "
+            f"{', '.join(FORMATS.names())}."
         )
     return FORMATS.get(fitting[0]).open(path, camera, memo)
 
 
 def discrete_space(values: np.ndarray, names: tuple[str, ...] = ()) -> ActionSpace:
-    """Return the space of discrete actions: the classes that names tell, or the values that occur.
+    """Return the space of discrete actions: its classes are the names, or else the values that occur.
 
     Args:
-        values: whole numbers; NaN: no action.
-        names: of the classes 0, 1, ...; empty: unknown.
+        values: integers; NaN: no action.
+        names: names of the classes 0, 1, ...; may be empty.
 
     Raises:
-        ValueError: there are more than 4,096 classes.
+        ValueError: the values have more than 4,096 classes, or exceed int64.
     """
     known = values[np.isfinite(values)] if values.dtype.kind == "f" else values
-    found = np.unique(known).astype(np.int64)
+    found = np.unique(known)
+    if len(found) and (int(found[-1]) >= 2**63 or int(found[0]) < -(2**63)):
+        raise ValueError(f"discrete actions must lie between -2**63 and 2**63 - 1, got {found[-1]}")
+    found = found.astype(np.int64)
     size = max(len(names), len(found), 1)
     if size > _MOST_CLASSES:
         raise ValueError(f"discrete actions must have at most {_MOST_CLASSES} classes, got {size}")
@@ -182,10 +192,10 @@ def discrete_space(values: np.ndarray, names: tuple[str, ...] = ()) -> ActionSpa
 
 
 def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
-    """Return `camera`, or the only one where none is named.
+    """Return `camera`, or the only camera if it is empty.
 
     Raises:
-        UserError: there is no such camera, or there are several and none is named.
+        UserError: no camera has this name, or several exist and none is named.
     """
     known = ", ".join(cameras) or "none"
     if camera and camera not in cameras:

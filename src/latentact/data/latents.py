@@ -1,17 +1,18 @@
-"""Latent actions of a dataset on disk: the labels of `latentact label`, the token files of `precompute`.
+"""Latent actions on disk: the labels of `latentact label`, the token files of `precompute`, guides.
 
 Labels are `lam_tokens.safetensors` and `manifest.json`, one row per row of the store: `vectors`, `continuous`
-[n, k, d] float32, `codes` [n, k] int64 where the LAM has codes, `valid` [n] bool: False where an episode ends
-before the frame gap. A token file is complete in itself and has one row per row of the dataset.
+[n, k, d] float32, `codes` [n, k] int64 if the LAM has codes, `valid` [n] bool: False if the episode ends
+before the frame gap. A token file is self-contained and has one row per row of the dataset.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
@@ -19,16 +20,14 @@ from pydantic import Field
 
 from latentact.config import from_dict, to_dict
 from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.locate import absolute_name
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, naming, parse_record, read_record
 from latentact.io.specs import SpecRecord, Text
-from latentact.io.tensors import load_about, load_tensors, require_array, save_tensors, to_arrays
+from latentact.io.tensors import load_about, load_tensors, require_array, to_arrays
 from latentact.io.unpickle import read_pickled
 from latentact.types import LatentActionSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MANIFEST = "manifest.json"
 TOKENS = "lam_tokens.safetensors"
@@ -37,7 +36,112 @@ DTYPES = ("float32", "float16")
 TOKENS_KEY, CODES, VALID = "observation.lam_tokens", "observation.lam_codes", "observation.lam_valid"
 """Columns of a dataset."""
 KINDS = {"continuous": "continuous", "vq": "vectors"}
-"""What `--tokens` names -> field of `LatentActions`."""
+"""Value of `--tokens` -> field of `LatentActions`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSequence:
+    """Latent actions in time; entry i is the transition from frame i.
+
+    Labels, guides and encoded datasets are such sequences. Files of labels, guides and tokens are read by
+    `read_arrays` and written by `write_arrays`.
+    """
+
+    spec: LatentActionSpec
+    """Their meaning."""
+    vectors: Float32[np.ndarray, "n k d"]
+    """After the quantizer, if there is one; zeros where not valid."""
+    continuous: Float32[np.ndarray, "n k d"]
+    """Before the quantizer."""
+    codes: Int64[np.ndarray, "n k"] | None
+    """Codebook indices, if there is a codebook."""
+    valid: Bool[np.ndarray, " n"]
+    """Whether the entry is a transition; False if the episode ends before the frame gap."""
+
+    def __len__(self) -> int:
+        """Return the number of entries."""
+        return len(self.vectors)
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any] | None) -> None:
+    """Write arrays and JSON metadata atomically, as `.safetensors` or as `.pt` by the file's suffix."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: torch.from_numpy(np.require(array, requirements=["C", "W"])) for name, array in arrays.items()
+    }
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in addresses:  # safetensors refuses tensors that share memory
+            tensors[name] = tensor.clone()
+        addresses.add(tensor.data_ptr())
+    text = None if metadata is None else json.dumps(metadata)
+    with atomic_write(file) as partial:
+        if file.suffix == ".pt":
+            with partial.open("wb") as opened:
+                torch.save({**tensors, "metadata": json.loads(text or "null")}, opened)
+        else:
+            save_file(tensors, partial, metadata=None if text is None else {"latentact": text})
+            partial.chmod(0o644)
+
+
+def read_arrays(file: Path) -> tuple[dict[str, np.ndarray], Any]:
+    """Return the arrays of a `.safetensors` or `.pt` file, and its metadata; None if it has none.
+
+    Raises:
+        UserError: the file is missing, truncated or something else; nothing in it is executed.
+    """
+    import torch
+
+    if file.suffix != ".pt":
+        return to_arrays(load_tensors(file), file), load_about(file)
+    if not file.is_file():
+        raise UserError(f"{file} does not exist. Give the file that an earlier command wrote.")
+    values = read_pickled(file)
+    tensors = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return to_arrays(tensors, file), values.get("metadata")
+
+
+def check_arrays(
+    file: Path,
+    arrays: Mapping[str, np.ndarray],
+    spec: LatentActionSpec,
+    rows: int,
+    *,
+    latents: Sequence[str] = ("vectors", "continuous"),
+    dtypes: Sequence[str] = ("float32",),
+    columns: Mapping[str, str] = MappingProxyType({"valid": "bool"}),
+) -> Int64[np.ndarray, "n k"] | None:
+    """Check the arrays of a latent sequence and return its codes; None for latent actions without codes.
+
+    Args:
+        file: their file, for messages.
+        arrays: what `read_arrays` returned.
+        spec: meaning of the latent actions.
+        rows: n, the expected number of entries.
+        latents: names of the arrays `[n, k, d]`.
+        dtypes: their allowed dtypes.
+        columns: names and dtypes of the arrays `[n]`.
+
+    Raises:
+        UserError: an array is missing, of another type or shape, or codes are not entries of the codebook.
+    """
+    for name in latents:
+        require_array(file, name, arrays.get(name), (rows, spec.tokens, spec.token_dim), (*dtypes,))
+    for name, dtype in columns.items():
+        require_array(file, name, arrays.get(name), (rows,), (dtype,))
+    if spec.codebook_size is None:
+        return None
+    codes = arrays.get("codes")
+    require_array(file, "codes", codes, (rows, spec.tokens), ("int64",))
+    assert codes is not None
+    if codes.size and not 0 <= codes.min() <= codes.max() < spec.codebook_size:
+        raise UserError(
+            f"{file} must hold codes from 0 to {spec.codebook_size - 1}, got {codes.min()} to {codes.max()}. "
+            f"Make the file again."
+        )
+    return codes
 
 
 class Manifest(Record):
@@ -51,7 +155,7 @@ class Manifest(Record):
 
 
 class TokensRecord(Record):
-    """What a token file, and the sidecar of a dataset with tokens, say about the tokens."""
+    """Metadata of a token file, and of the sidecar of a dataset with tokens."""
 
     spec: SpecRecord
     digest: str
@@ -60,33 +164,21 @@ class TokensRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
+class Labels(LatentSequence):
     """Latent actions of every row of a store."""
 
-    spec: LatentActionSpec
-    """What they mean."""
     data: DataConfig
-    """The data they belong to."""
-    vectors: Float32[np.ndarray, "n k d"]
-    """After the quantizer."""
-    continuous: Float32[np.ndarray, "n k d"]
-    """Before it."""
-    codes: Int64[np.ndarray, "n k"] | None
-    """Codebook indices."""
-    valid: Bool[np.ndarray, "n"]
-    """Whether the row has a latent action."""
+    """The labeled data."""
 
 
 def write_labels(out: Path, labels: Labels, digest: str, provenance: dict[str, Any]) -> None:
-    """Write labels of the frames with this content key, whole or not at all."""
-    import torch
-
+    """Write labels of the frames with this content key atomically."""
     arrays = {"vectors": labels.vectors, "continuous": labels.continuous, "valid": labels.valid}
     if labels.codes is not None:
         arrays["codes"] = labels.codes
     with atomic_dir(out) as folder:
-        save_tensors(folder / TOKENS, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
-        data = {**to_dict(labels.data), "path": str(Path(labels.data.path).absolute())}
+        write_arrays(folder / TOKENS, arrays, None)
+        data = {**to_dict(labels.data), "path": absolute_name(labels.data.path)}
         manifest = {
             "spec": asdict(labels.spec),
             "data": data,
@@ -97,7 +189,7 @@ def write_labels(out: Path, labels: Labels, digest: str, provenance: dict[str, A
 
 
 def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
-    """Return labels that `write_labels` wrote, and the store they belong to.
+    """Return the labels of `write_labels`, and the store that they belong to.
 
     Raises:
         UserError: the folder holds no labels, they are truncated, or the data has changed since.
@@ -105,51 +197,27 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"{folder} holds no latent labels; "
-            f"make them with: latentact label --lam LAM --data DATA --out DIR."
+            f"{folder} holds no latent labels. "
+            f"Make them with: latentact label --lam LAM --data DATA --out DIR."
         )
     file = folder / TOKENS
     manifest = read_record(Manifest, folder / MANIFEST)
     with naming(folder / MANIFEST):
         data = from_dict(DataConfig, manifest.data, "data")
-    spec, arrays = manifest.spec.spec(), to_arrays(load_tensors(file), file)
-    n, shape = manifest.rows, (manifest.rows, spec.tokens, spec.token_dim)
-    for name in ("vectors", "continuous"):
-        require_array(file, name, arrays.get(name), shape, ("float32",))
-    require_array(file, "valid", arrays.get("valid"), (n,), ("bool",))
+    spec, (arrays, _) = manifest.spec.spec(), read_arrays(file)
+    codes = check_arrays(file, arrays, spec, manifest.rows)
     labels = Labels(
         spec=spec,
         data=data,
         vectors=arrays["vectors"],
         continuous=arrays["continuous"],
-        codes=require_codes(file, arrays, spec, n),
+        codes=codes,
         valid=arrays["valid"],
     )
     store = open_store(labels.data)
-    if store.digest != manifest.digest or len(store.frames) != n:
-        raise UserError(f"{labels.data.path} is not the data that {folder} labels any more; label it again.")
+    if store.digest != manifest.digest or len(store.frames) != manifest.rows:
+        raise UserError(f"{labels.data.path} has changed since {folder} was made. Label it again.")
     return labels, store
-
-
-def require_codes(
-    path: Path, arrays: Mapping[str, np.ndarray], spec: LatentActionSpec, rows: int
-) -> Int64[np.ndarray, "n k"] | None:
-    """Return the codes that a file holds; None where latent actions have none.
-
-    Raises:
-        UserError: they are missing, of another shape, or no entries of the codebook.
-    """
-    if spec.codebook_size is None:
-        return None
-    codes = arrays.get("codes")
-    require_array(path, "codes", codes, (rows, spec.tokens), ("int64",))
-    assert codes is not None
-    if codes.size and not 0 <= codes.min() <= codes.max() < spec.codebook_size:
-        raise UserError(
-            f"{path} must hold codes from 0 to {spec.codebook_size - 1}, got {codes.min()} to {codes.max()}; "
-            f"make the file again."
-        )
-    return codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +225,11 @@ class TokenFile:
     """LAM tokens of every row of a dataset, in the order of its rows."""
 
     path: Path
-    """Where they were read."""
+    """The file."""
     tokens: Float32[np.ndarray, "n f"]
-    """k * d numbers per row; zeros where `valid` is False."""
+    """k * d values per row; zeros where `valid` is False."""
     codes: Int64[np.ndarray, "n k"] | None
-    """Codebook indices, where the LAM has codes."""
+    """Codebook indices, if the LAM has codes."""
     valid: Bool[np.ndarray, " n"]
     """Whether the row has a latent action."""
     episode_index: Int64[np.ndarray, " n"]
@@ -169,58 +237,50 @@ class TokenFile:
     frame_index: Int64[np.ndarray, " n"]
     """LeRobot's column of this name."""
     spec: LatentActionSpec
-    """What the tokens mean."""
+    """Meaning of the tokens."""
     digest: str
-    """Content key of the frames that they were computed from."""
+    """Content key of the encoded frames."""
     tokens_kind: str
     """continuous: before the quantizer; vq: after it."""
     metadata: Mapping[str, Any]
-    """All that the file says about itself."""
+    """Metadata of the file."""
 
-    def refuse_other_rows(self, episode_index: np.ndarray, frame_index: np.ndarray, dataset: str) -> None:
-        """Raise a UserError unless these are the rows of a dataset, by LeRobot's columns of these names."""
+    def check_rows(self, episode_index: np.ndarray, frame_index: np.ndarray, dataset: str) -> None:
+        """Raise a UserError unless these columns of a LeRobot dataset are those of the file."""
         if len(episode_index) != len(self.valid):
             raise UserError(
-                f"{self.path} has tokens for {len(self.valid)} rows and {dataset} has {len(episode_index)}; "
-                f"run latentact precompute on that dataset."
+                f"{self.path} must have tokens for the {len(episode_index)} rows of {dataset}, got "
+                f"{len(self.valid)}. Run latentact precompute on that dataset."
             )
         same = (self.episode_index == episode_index) & (self.frame_index == frame_index)
         if not same.all():
             row = int(np.argmin(same))
             raise UserError(
-                f"{self.path} has tokens of another dataset than {dataset}: row {row} is frame "
-                f"{self.frame_index[row]} of episode {self.episode_index[row]} there and frame "
-                f"{frame_index[row]} of episode {episode_index[row]} here; run latentact precompute on it."
+                f"{self.path} has tokens of another dataset than {dataset}: row {row} must be frame "
+                f"{frame_index[row]} of episode {episode_index[row]}, got frame {self.frame_index[row]} of "
+                f"episode {self.episode_index[row]}. Run latentact precompute on it."
             )
 
 
 def write_token_files(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Write `lam_tokens.safetensors` and `lam_tokens.pt` into a folder, each whole or not at all.
+    """Write `lam_tokens.safetensors` and `lam_tokens.pt` into a folder, each atomically.
 
     Args:
-        folder: where they go; it exists.
+        folder: an existing folder.
         arrays: `latent_actions` float32 or float16 [n, k, d], `valid` bool [n], `episode_index` and
-            `frame_index` int64 [n], and `codes` int64 [n, k] where the LAM has codes.
-        metadata: json; at least `spec`, `digest` and `tokens`.
+            `frame_index` int64 [n], and `codes` int64 [n, k] if the LAM has codes.
+        metadata: JSON values; at least `spec`, `digest` and `tokens`.
     """
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    text = json.dumps(metadata)
-    with atomic_write(folder / TOKENS) as partial:
-        save_file(tensors, partial, metadata={"latentact": text})
-        partial.chmod(0o644)
-    with atomic_write(folder / TOKENS_PT) as partial, partial.open("wb") as file:
-        torch.save({**tensors, "metadata": json.loads(text)}, file)
+    for name in (TOKENS, TOKENS_PT):
+        write_arrays(folder / name, arrays, metadata)
 
 
 def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -> TokenFile:
-    """Return the tokens that `latentact precompute --output file` wrote.
+    """Return the tokens of `latentact precompute --output file`.
 
     Args:
-        path: `lam_tokens.safetensors`, `lam_tokens.pt`, or the folder they are in.
-        spec: what the tokens must mean; None: anything.
+        path: `lam_tokens.safetensors`, `lam_tokens.pt`, or their folder.
+        spec: expected meaning of the tokens; None: any.
 
     Raises:
         UserError: the file is missing, truncated, something else, of a wrong type or shape, or of another
@@ -230,26 +290,31 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
     file = path / TOKENS if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"{file} is missing; make it with: latentact precompute --output file --output-dir {file.parent}."
+            f"{file} does not exist. Make it with: latentact precompute --output file --output-dir "
+            f"{file.parent}."
         )
-    tensors, metadata = load_described(file)
+    arrays, metadata = read_arrays(file)
     if metadata is None:
         raise UserError(
-            f"{file} does not say what its tokens mean; make a token file with latentact precompute."
+            f"{file} must describe its tokens, got no metadata. Make it with latentact precompute."
         )
     about = parse_record(TokensRecord, metadata, str(file))
-    found, arrays = about.spec.spec(), to_arrays(tensors, file)
-    n, k, d = len(tensors.get("valid", ())), found.tokens, found.token_dim
-    require_array(file, "valid", arrays.get("valid"), (n,), ("bool",))
-    require_array(file, "latent_actions", arrays.get("latent_actions"), (n, k, d), DTYPES)
-    for name in ("episode_index", "frame_index"):
-        require_array(file, name, arrays.get(name), (n,), ("int64",))
+    found, n = about.spec.spec(), len(np.atleast_1d(arrays.get("valid", ())))
+    codes = check_arrays(
+        file,
+        arrays,
+        found,
+        n,
+        latents=("latent_actions",),
+        dtypes=DTYPES,
+        columns={"valid": "bool", "episode_index": "int64", "frame_index": "int64"},
+    )
     if spec is not None:
-        spec.check_compatible(found, "the LAM that is wanted", str(file))
+        spec.check_compatible(found, "the expected LAM", str(file))
     return TokenFile(
         path=file,
         tokens=arrays["latent_actions"].astype(np.float32).reshape(n, -1),
-        codes=require_codes(file, arrays, found, n),
+        codes=codes,
         valid=arrays["valid"],
         episode_index=arrays["episode_index"],
         frame_index=arrays["frame_index"],
@@ -258,20 +323,3 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
         tokens_kind=about.tokens,
         metadata=metadata,
     )
-
-
-def load_described(file: Path) -> tuple[dict[str, Tensor], Any]:
-    """Return the tensors of a `.safetensors` or `.pt` file and what it says about them; None: nothing.
-
-    Raises:
-        UserError: the file is missing, truncated or something else; nothing in it is executed.
-    """
-    import torch
-
-    if file.suffix != ".pt":
-        return load_tensors(file), load_about(file)
-    if not file.is_file():
-        raise UserError(f"{file} is missing; give the file that an earlier command wrote.")
-    values = read_pickled(file)
-    tensors = {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return tensors, values.get("metadata")

@@ -1,4 +1,4 @@
-"""What policies learn from: observations and chunks of targets (robot actions or latent actions)."""
+"""Training samples of policies (observations, chunks of targets) and decoders (inputs, robot actions)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch:
-    """Observations and what to predict from them; `o` observed frames, latest last; `l` targets ahead."""
+    """Observations and targets; `o` observed frames, latest last; `l` targets ahead."""
 
     frames: UInt8[Tensor, "b o c h w"]
     """0..255."""
     state: Float32[Tensor, "b s"] | None
     """Robot state at the latest frame, in the dataset's units."""
     words: Float32[Tensor, "b v"]
-    """How often each word of the vocabulary stands in the task text; v is 0 without one."""
+    """How often each word of the vocabulary occurs in the task text; v is 0 without one."""
     target: Shaped[Tensor, "b l f"]
     """float32 numbers or int64 classes."""
     mask: Bool[Tensor, "b l"]
     """Whether the target exists."""
     guide: Float32[Tensor, "b g d"] | None = None
-    """LAM tokens of what comes next, where a policy is guided; NaN where there is no guide."""
+    """LAM tokens of the steps ahead, for a guided policy; NaN where there is no guide."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         """Return the batch on `device`."""
@@ -54,7 +54,8 @@ class PolicySamples(Dataset):
         stride: rows between observed frames and between targets.
         words: vocabulary of the task text.
         guide: LAM tokens of each row ``[n, f]`` and whether they exist ``[n]``.
-        offsets: rows ahead of the current one whose tokens guide it; beyond the last token that one stays.
+        offsets: rows ahead of the current one whose tokens guide it; beyond an episode's last token, that
+            one repeats.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class PolicySamples(Dataset):
         self.store, self.target, self.exists = store, target, exists & store.usable
         self.rows = np.flatnonzero(self.exists)
         if not len(self.rows):
-            raise UserError("no step of the data has a target to learn from; label more episodes.")
+            raise UserError(
+                "the data must have a step with a target to learn from, got none; label more episodes."
+            )
         self.past = np.arange(1 - frames, 1) * stride
         self.ahead = np.arange(chunk) * stride
         self.guide = guide[0] if guide else None
@@ -116,13 +119,46 @@ class PolicySamples(Dataset):
         return np.where(last[..., None] >= 0, tokens, np.float32(np.nan))
 
 
+@dataclass(frozen=True)
+class LabeledBatch:
+    """Inputs with the robot actions that belong to them."""
+
+    inputs: Tensor
+    """float32 ``[b, f]``: normalized latent actions, or features."""
+    state: Tensor | None
+    """Normalized robot state ``[b, s]``."""
+    actions: Tensor
+    """Robot actions: int64 classes or float32, ``[b, ...]``."""
+
+    def to(self, device: torch.device | str) -> LabeledBatch:
+        """Return the batch on `device`."""
+        state = None if self.state is None else self.state.to(device)
+        return LabeledBatch(self.inputs.to(device), state, self.actions.to(device))
+
+
+class LabeledRows(Dataset):
+    """A `LabeledBatch` of all rows, in memory."""
+
+    def __init__(self, inputs: Tensor, state: Tensor | None, actions: Tensor) -> None:
+        self.inputs, self.state, self.actions = inputs, state, actions
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.inputs)
+
+    def __getitems__(self, positions: list[int]) -> LabeledBatch:
+        """Return a batch."""
+        state = None if self.state is None else self.state[positions]
+        return LabeledBatch(self.inputs[positions], state, self.actions[positions])
+
+
 def vocabulary(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words that tell tasks apart, sorted; empty when there is only one task."""
+    """Return the words that not all tasks share, sorted; empty when there is only one task."""
     texts = [set(task.lower().split()) for task in tasks]
     return tuple(sorted(set.union(*texts) - set.intersection(*texts))) if texts else ()
 
 
 def count_words(task: str, words: tuple[str, ...]) -> list[float]:
-    """Return how often each of `words` stands in a task text; unknown words count nothing."""
+    """Return how often each of `words` occurs in a task text; unknown words are ignored."""
     present = task.lower().split()
     return [float(present.count(word)) for word in words]

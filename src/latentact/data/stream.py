@@ -1,6 +1,6 @@
-"""The frames of a dataset an episode at a time: out of the cache where it has them, else decoded on the way.
+"""Stream the frames of a dataset episode by episode, from the cache if cached, else decoded on the fly.
 
-For work that looks at every frame once and keeps none, so that neither memory nor disk bounds the dataset.
+For single-pass work such as labeling, where neither memory nor disk should limit the size of the dataset.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -17,6 +16,7 @@ from latentact.data.build import Entry, read_entry
 from latentact.data.cache import DataConfig, finite, resolve_source, usable_rows
 from latentact.data.decode.pipeline import Chunk, decoded, require_shape, unreadable_message
 from latentact.data.format import Source, Unreadable
+from latentact.data.locate import resolve_dataset
 from latentact.data.time_base import valid_transitions
 from latentact.errors import UserError
 
@@ -24,50 +24,51 @@ _CHUNK_BYTES = 4 << 20
 
 
 class FrameStream:
-    """What `config` names, decoded as `open_store` would.
+    """Frames of a dataset, episode by episode; the same pixels and timestamps as `open_store` returns.
 
     Args:
-        config: the data.
+        config: dataset and decoding settings.
 
     Raises:
-        UserError: nothing is there to read.
+        UserError: the dataset is missing or has no readable episode.
     """
 
     def __init__(self, config: DataConfig) -> None:
-        """Look at what is there; no frame is decoded."""
+        """Scan the dataset; no frame is decoded."""
         self._spec, self._folder, memo = resolve_source(config)
-        with suppress(OSError):  # on a full or read-only disk no more is lost than a note
+        with suppress(OSError):  # full or read-only disk: only bookkeeping is lost
             memo.save()
-        self.path = Path(config.path)
-        """The dataset."""
+        self.path = resolve_dataset(config.path)
+        """Path of the dataset."""
         self.source: Source = self._spec.source
-        """The opened dataset."""
+        """Opened dataset."""
         self.key = self._folder.name
-        """Content key of the frames: `digest` of a `FrameStore`."""
+        """Key of the cache entry, as `FrameStore.digest`."""
         self.fps = self._spec.fps or self.source.fps
         """Frames per second, after resampling."""
         self.resampled = bool(self._spec.fps)
-        """Whether frames are picked by time, so that there is not one for each row of the data."""
+        """Whether frames are resampled by time, so that frames and table rows differ in number."""
         ratio = self.fps / self.source.fps if self.source.fps else 1.0
         self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
-        """Frames of each episode; near where they are resampled."""
+        """Number of frames of each episode; an estimate if frames are resampled."""
         self.strict = config.strict
-        """Whether an unreadable file is an error."""
+        """Whether unreadable files raise an error."""
         self.resampled_from = self.source.fps if self.resampled else 0.0
-        """Frames per second before resampling; 0: frames are as they were."""
+        """Frames per second before resampling; 0: not resampled."""
         self._drop_nonfinite = config.drop_nonfinite
         self._shape: tuple[int, ...] | None = None
 
     def episodes(self, numbers: Sequence[int], workers: int = 0) -> Generator[tuple[int, Iterator[Chunk]]]:
-        """Yield the named episodes in order, each as the chunks of its frames; threads decode ahead.
+        """Yield (episode, chunks of frames) in the given order; threads decode ahead.
 
         Args:
-            numbers: places in `source.episodes`.
+            numbers: indices into `source.episodes`.
             workers: decoding threads; 0: one per core.
 
         Raises:
-            Unreadable: by the chunks of an episode that is damaged.
-            UserError: likewise, where the data is to be read strictly; or sizes differ and stay.
+            Unreadable: while iterating over the chunks of a damaged episode.
+            UserError: an episode is damaged and `strict` is set, or frame sizes differ and the resolution
+                is 0.
         """
         entry = read_entry(self._folder)
         if entry is None:
@@ -76,24 +77,27 @@ class FrameStream:
                     yield number, self._checked(self.source.episodes[number].label, chunks)
             return
         frames = np.memmap(self._folder / "frames", dtype=np.uint8, mode="r", shape=entry.shape)
-        ends = dict(zip(entry.episodes.tolist(), entry.lengths.cumsum().tolist(), strict=True))
-        sizes = dict(zip(entry.episodes.tolist(), entry.lengths.tolist(), strict=True))
+        ends = entry.lengths.cumsum()
+        spans = {
+            int(number): (int(end - length), int(end))
+            for number, length, end in zip(entry.episodes, entry.lengths, ends, strict=True)
+        }
         for number in numbers:
-            if number in ends:
-                yield number, _stored(frames, entry, ends[number] - sizes[number], ends[number])
+            if number in spans:
+                yield number, _stored(frames, entry, *spans[number])
             else:
                 yield number, _damaged(entry.unreadable[self.source.episodes[number].label])
 
     def transitions(
         self, number: int, times: Sequence[float], frame_indices: Sequence[int], gap: int
     ) -> Bool[np.ndarray, " n"]:
-        """Return from which frames of an episode a transition of `gap` frames starts; as of a `FrameStore`.
+        """Return the mask of frames that start a valid transition, as `FrameStore.transitions` does.
 
         Args:
-            number: place of the episode in `source.episodes`.
-            times: `times` of its chunks.
-            frame_indices: likewise.
-            gap: frames.
+            number: index into `source.episodes`.
+            times: times of all frames of the episode, from its chunks.
+            frame_indices: frame indices of all frames of the episode, from its chunks.
+            gap: number of frames.
         """
         valid = valid_transitions(
             np.asarray(times), np.zeros(len(times), np.int64), gap, self.fps, self.resampled_from
@@ -105,24 +109,27 @@ class FrameStream:
 
     @cached_property
     def usable(self) -> Bool[np.ndarray, " rows"]:
-        """Rows of the data's tables to use: all, or with `drop_nonfinite` those with finite numbers."""
+        """Mask of table rows to use: all, or with `drop_nonfinite` those with finite state and action."""
         usable = usable_rows(self.source)
         return usable if self._drop_nonfinite else np.ones_like(usable)
 
     @cached_property
     def state(self) -> Float32[np.ndarray, "rows s"] | None:
-        """Robot state of each row of the data's tables; None where the data has none.
+        """Robot state of each table row; None for data without states.
 
         Raises:
-            UserError: a number is missing, NaN or infinite; with `drop_nonfinite` such rows are zeros.
+            UserError: a value is missing, NaN or infinite; with `drop_nonfinite` such rows are zeros instead.
         """
         column = self.source.column("observation.state")
         if column is None:
             return None
         column = column.reshape(len(column), -1).astype(np.float32)
-        where = f"{self.path}, column observation.state"
         return finite(
-            column, np.ones(len(column), bool), self._drop_nonfinite, where, lambda row: f"row {row}"
+            column,
+            required=np.ones(len(column), bool),
+            drop=self._drop_nonfinite,
+            where=f"{self.path}, column observation.state",
+            row_name=lambda row: f"row {row}",
         )
 
     def _checked(self, label: str, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -138,6 +145,7 @@ class FrameStream:
 
 
 def _stored(frames: np.ndarray, entry: Entry, begin: int, end: int) -> Iterator[Chunk]:
+    """Yield rows begin to end of a cache entry as chunks."""
     step = max(1, _CHUNK_BYTES // max(1, frames[0].nbytes))
     for first in range(begin, end, step):
         rows = slice(first, min(first + step, end))

@@ -1,14 +1,16 @@
-"""What time a frame, a row and a transition has: every rule about time is here.
+"""The time base: times of frames, rows and transitions, and whether rates and gaps agree.
 
-- A frame of a video has the presentation time of its container, edit lists applied. Where the container names
-  none it follows the one before at the stream's rate; where times go back the video is unreadable.
-- A row of a LeRobot dataset shows the frame nearest to `from_timestamp + timestamp`, as in LeRobot. Rows of
-  images show their own image, and `timestamp` only says when.
-- A transition is valid if both of its frames are real, differ, and lie as far apart as the frame gap says.
+- A frame of a video has the presentation time of its container, edit lists applied. A frame without one
+  follows the previous frame at the stream's rate; a video whose times decrease is unreadable.
+- A row of a LeRobot dataset has the frame nearest to `from_timestamp + timestamp`, as in LeRobot. Rows with
+  images have their own image at `timestamp`.
+- A transition is valid if both of its frames are valid, differ, and are one frame gap apart.
+- Two gaps agree within `GAP_TOLERANCE`, two rates within `RATE_TOLERANCE`, everywhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,24 +18,94 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from latentact.data.format import Unreadable
+from latentact.errors import UserError
+from latentact.types import LatentActionSpec
 
 LEROBOT_TOLERANCE_S = 1e-4
-"""LeRobot's `tolerance_s`: how far the frame of a row may lie from the row's time."""
+"""LeRobot's `tolerance_s`: maximum distance of a row's frame from the row's time."""
 CONTAINER_TOLERANCE_S = 1e-3
-"""A frame counts as not later than a time when it is later by less: Matroska rounds to milliseconds."""
+"""Rounding of container times: Matroska rounds to milliseconds."""
 GAP_TOLERANCE = 0.25
-"""Share of the frame gap by which the real distance of two frames may differ from it."""
+"""Relative difference up to which two time gaps agree."""
+RATE_TOLERANCE = 0.01
+"""Relative difference up to which two frame rates agree."""
 _JITTER = 0.25
-"""Share of a frame's duration by which the times of a row and of its frame may differ."""
+"""Maximum difference between the times of a row and of its frame, in frames."""
 _UNEVEN = 0.1
-"""Share of the usual interval by which the intervals of a constant rate may differ, besides rounding."""
+"""Maximum relative deviation from the median interval at a constant rate, besides rounding."""
+
+
+def gaps_agree(seconds: float, reference: float) -> bool:
+    """Return whether a time gap is within `GAP_TOLERANCE` of a reference."""
+    return bool(abs(seconds - reference) <= GAP_TOLERANCE * reference)
+
+
+def rates_agree(fps: float, reference: float) -> bool:
+    """Return whether a rate is within `RATE_TOLERANCE` of a reference."""
+    return bool(abs(fps - reference) <= RATE_TOLERANCE * reference)
+
+
+def require_gap(seconds: float) -> None:
+    """Check a frame gap before any frame is decoded; 0 means the LAM's own.
+
+    Raises:
+        UserError: it is negative or not finite.
+    """
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"--frame-gap-s must be at least 0 seconds and finite, got {seconds:g}.")
+
+
+def frames_in_gap(seconds: float, fps: float, data: object, *, setting: str, remedy: str = "") -> int:
+    """Return the whole number of frames nearest to a gap, at least 1.
+
+    Args:
+        seconds: the gap, more than 0.
+        fps: frames per second of the data.
+        data: name of the data for the message.
+        setting: name of the gap for the message.
+        remedy: advice of the message; empty: the nearest gap of the data.
+
+    Raises:
+        UserError: that number of frames does not agree with the gap.
+    """
+    frames = max(1, round(seconds * fps))
+    if not gaps_agree(frames / fps, seconds):
+        remedy = remedy or f"Set it to {frames / fps:.3g}, the nearest, or give data at another rate."
+        raise UserError(
+            f"{setting} must be near a whole number of frames of {data}, which has a frame every "
+            f"{1 / fps:g} s, got {seconds:g} s. {remedy}"
+        )
+    return frames
+
+
+def lam_frame_gap(
+    spec: LatentActionSpec, fps: float, data: object, seconds: float = 0.0, remedy: str = ""
+) -> int:
+    """Return the number of frames of the data that a transition of a LAM spans.
+
+    Args:
+        spec: of the LAM.
+        fps: frames per second of the data; 0: unknown.
+        data: name of the data for the message.
+        seconds: gap to use; 0: that of the LAM, in frames if it has none in seconds.
+        remedy: as for `frames_in_gap`.
+
+    Raises:
+        UserError: no number of frames of the data agrees with the gap.
+    """
+    gap = seconds or spec.frame_gap_s
+    if not gap or not fps:
+        return spec.frame_gap
+    setting = "--frame-gap-s" if seconds else f"the frame gap of the LAM {spec.model}"
+    remedy = remedy or f"Give --frame-gap-s {max(1, round(gap * fps)) / fps:.3g}, the nearest, or other data."
+    return frames_in_gap(gap, fps, data, setting=setting, remedy=remedy)
 
 
 class FrameClock:
-    """Turns presentation times of decoded frames into seconds.
+    """Converts presentation times of decoded frames to seconds.
 
     Args:
-        rate: frames per second that the stream names; 0: none.
+        rate: frames per second of the stream; 0: unknown.
     """
 
     def __init__(self, rate: float) -> None:
@@ -45,18 +117,18 @@ class FrameClock:
         """Return the time of the next frame.
 
         Args:
-            seconds: what the container says; None: nothing.
+            seconds: presentation time of the container; None: the frame has none.
 
         Raises:
-            Unreadable: that is before the frame shown before it.
+            Unreadable: the time is before that of the previous frame.
         """
         last = self._last
         if seconds is None:
             seconds = 0.0 if last is None else last + self._period
         elif last is not None and seconds < last:
             raise Unreadable(
-                f"its timestamps go back from {last:.3f} s to {seconds:.3f} s at frame {self._frames}; "
-                f"encode it again"
+                f"its timestamps must not decrease, got {seconds:.3f} s after {last:.3f} s at frame "
+                f"{self._frames}; encode it again"
             )
         self._last = seconds
         self._frames += 1
@@ -65,12 +137,12 @@ class FrameClock:
 
 @dataclass(frozen=True, kw_only=True)
 class FrameRate:
-    """How fast the frames of a video follow each other."""
+    """Frame rate of a video."""
 
     fps: float
-    """Frames per second; of a video whose rate varies, the slowest that it keeps up. 0: unknown."""
+    """Frames per second; for a variable rate, that of its longest intervals. 0: unknown."""
     fastest: float
-    """Frames per second of its shortest intervals; equal to `fps` where the rate is constant."""
+    """Frames per second of its shortest intervals; equal to `fps` if the rate is constant."""
     uneven: bool
     """Whether the rate varies."""
 
@@ -80,7 +152,7 @@ def frame_rate(times: Float64[np.ndarray, " n"], named: float) -> FrameRate:
 
     Args:
         times: seconds.
-        named: frames per second that the stream names; 0: none.
+        named: frames per second of the stream; 0: unknown.
     """
     intervals = np.diff(times)
     if not len(intervals) or not intervals.any():
@@ -94,7 +166,7 @@ def frame_rate(times: Float64[np.ndarray, " n"], named: float) -> FrameRate:
 
 
 def clock_problem(timestamps: Float64[np.ndarray, " n"]) -> str:
-    """Return why the column `timestamp` of an episode is no clock, with the row; empty if it is one."""
+    """Return the first problem of an episode's column `timestamp`, with its row; empty if there is none."""
     wrong = np.flatnonzero(~np.isfinite(timestamps))
     if len(wrong):
         return f"column timestamp must be finite, got {timestamps[wrong[0]]} in row {wrong[0]}"
@@ -107,17 +179,15 @@ def clock_problem(timestamps: Float64[np.ndarray, " n"]) -> str:
 
 
 def image_times(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[Float64[np.ndarray, " n"], str]:
-    """Return the seconds, from the first, of rows with their own images, and what is wrong with their clock.
+    """Return the times of rows with images, relative to the first, and the problem of their timestamps.
 
-    A clock that is none, or whose rate is not the dataset's, is replaced by row / fps, as LeRobot counts.
+    Timestamps with a problem, or of another rate than the dataset, are replaced by row / fps, as in LeRobot.
     """
     problem = clock_problem(timestamps)
     if not problem and len(timestamps) > 1:
         usual = float(np.median(np.diff(timestamps)))
-        if abs(usual * fps - 1) > GAP_TOLERANCE:
-            problem = (
-                f"column timestamp has a row every {usual:.9g} s and the dataset has {fps:g} rows per second"
-            )
+        if not gaps_agree(usual, 1 / fps):
+            problem = f"column timestamp must have {fps:g} rows per second, got a row every {usual:.9g} s"
     if problem:
         return np.arange(len(timestamps)) / fps, problem
     return timestamps - timestamps[:1], ""
@@ -128,16 +198,15 @@ def nearest_frames[F](
 ) -> Iterator[tuple[float, F]]:
     """Yield (time of the frame, frame) for each row of a table: the frame nearest to the row's time.
 
-    LeRobot asks for frames within `LEROBOT_TOLERANCE_S`. A row further off still has its frame as long as no
-    other frame can be meant.
+    LeRobot requires frames within `LEROBOT_TOLERANCE_S`. A row further off has a frame if it is unambiguous.
 
     Args:
         frames: (seconds, frame), ascending.
-        times: seconds at which rows look into the video, ascending.
+        times: times of the rows in the video, seconds, ascending.
         fps: rows per second.
 
     Raises:
-        Unreadable: no frame is near enough to a row, or it is the frame of the row before.
+        Unreadable: no frame is near enough to a row, or two rows have the same frame.
     """
     iterator = iter(frames)
     held, ahead, last = next(iterator, None), next(iterator, None), None
@@ -163,7 +232,7 @@ def nearest_frames[F](
 
 
 def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np.ndarray, " n"]:
-    """Return how far the frame of each row may lie from the row's time, in seconds."""
+    """Return the maximum distance of each row's frame from the row's time, in seconds."""
     rounding = 2 * np.finfo(np.float32).eps * np.abs(times)  # LeRobot compares in float32
     return np.maximum(LEROBOT_TOLERANCE_S + rounding, _JITTER / fps)
 
@@ -171,13 +240,13 @@ def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np
 def first_unmatched(
     shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float, *, lerobot: bool = False
 ) -> int | None:
-    """Return the first row for which `nearest_frames` would find no frame; None: there is none.
+    """Return the first row for which `nearest_frames` fails; None if there is none.
 
     Args:
-        shown: seconds at which the video shows frames, ascending.
-        times: seconds at which rows look into the video, ascending.
+        shown: presentation times of the video's frames, seconds, ascending.
+        times: times of the rows in the video, seconds, ascending.
         fps: rows per second.
-        lerobot: whether LeRobot's own tolerance counts, instead of that of `nearest_frames`.
+        lerobot: whether to use LeRobot's tolerance instead of that of `nearest_frames`.
     """
     padded = np.concatenate([[-np.inf], shown, [np.inf]])
     after = np.searchsorted(padded, times).clip(1, len(padded) - 1)
@@ -190,32 +259,32 @@ def first_unmatched(
 def at_times[F](
     frames: Iterable[tuple[float, F]], times: Iterable[float], tolerance: float = CONTAINER_TOLERANCE_S
 ) -> Iterator[tuple[float, int, F]]:
-    """Yield (time of the frame, its number, frame): for each time, the last frame that is not later.
+    """Yield (time of the frame, its number, frame) of the last frame at or before each time.
 
-    Times after the last frame are left out: what follows it is not known. Frames and times ascend.
+    Times after the last frame are left out. Frames and times ascend.
 
     Args:
         frames: (seconds, frame).
         times: seconds; may be endless.
-        tolerance: seconds by which a frame may be later than the time for which it is taken.
+        tolerance: seconds by which a frame may be later than its time.
     """
-    wanted = iter(times)
-    time = next(wanted, None)
+    remaining = iter(times)
+    time = next(remaining, None)
     held: tuple[float, int, F] | None = None
     seconds = -np.inf
     for number, (seconds, frame) in enumerate(frames):
         while held is not None and time is not None and seconds > time + tolerance:
             yield held
-            time = next(wanted, None)
+            time = next(remaining, None)
         if time is None:
             return
         if held is not None or seconds <= time + tolerance:
             held = seconds, number, frame
         else:
-            raise Unreadable(f"its first frame, at {seconds:.3f} s, is later than the first time asked for")
+            raise Unreadable(f"its first frame, at {seconds:.3f} s, is later than the first requested time")
     while held is not None and time is not None and time <= seconds + tolerance:
         yield held
-        time = next(wanted, None)
+        time = next(remaining, None)
 
 
 def valid_transitions(
@@ -225,15 +294,15 @@ def valid_transitions(
     fps: float,
     resampled_from: float = 0.0,
 ) -> Bool[np.ndarray, " n"]:
-    """Return from which frames a transition of `gap` frames starts.
+    """Return the frames that start a valid transition of `gap` frames.
 
     Args:
-        times: seconds at which each frame was taken.
+        times: time of each frame, seconds.
         episode: number of each frame's episode.
         gap: frames.
-        fps: frames per second of the whole, so that a transition spans `gap / fps` seconds.
+        fps: frames per second; a transition spans `gap / fps` seconds.
         resampled_from: frames per second before resampling, which moves a frame by up to half its duration;
-            0: frames are as they were.
+            0: not resampled.
     """
     valid = np.zeros(len(times), bool)
     if gap >= len(times):

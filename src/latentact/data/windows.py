@@ -1,4 +1,4 @@
-"""Windows of frames over a `FrameStore`, never across two episodes, gathered a batch at a time."""
+"""Windows of frames of a `FrameStore`, each within one episode, gathered a batch at a time."""
 
 from __future__ import annotations
 
@@ -14,41 +14,24 @@ from latentact.errors import UserError
 from latentact.types import Clip
 
 
-def frame_gap(store: FrameStore, seconds: float) -> int:
-    """Return how many frames apart two moments are that lie `seconds` apart; 0 seconds: one frame.
-
-    Raises:
-        UserError: that is less than half a frame.
-    """
-    frames = seconds * store.fps
-    if seconds == 0:
-        return 1
-    if frames < 0.5:
-        raise UserError(
-            f"a gap of {seconds} s is less than half a frame of {store.path}, which has {store.fps:g} frames "
-            f"per second; use at least {1 / store.fps:.3g} s, or 0 for one frame."
-        )
-    return max(1, round(frames))
-
-
 class Clips(Dataset[Clip]):
-    """Windows of frames at row - context*gap, ..., row, ..., row + horizon*gap, inside one episode.
+    """Windows of frames at row - context*gap, ..., row, ..., row + horizon*gap, within one episode.
 
     Use with `DataLoader(clips, batch_size=..., collate_fn=lambda clip: clip)`: a batch is one gather.
 
     Args:
         store: the data.
-        episodes: numbers of the episodes to take windows from.
-        frame_gap: frames between two moments of a window.
-        context: moments before the current one; before the episode's start its first frame is repeated, and
-            marked as not valid.
-        horizon: moments after the current one; all of them lie inside the episode, a gap apart in time.
-        labeled: episodes whose robot actions are seen; those of all others are hidden.
-        features: numbers known of each row of the store ``[n, f]``.
-        held_out: whether messages call the episodes held out.
+        episodes: indices of the episodes with windows.
+        frame_gap: rows between two frames of a window.
+        context: frames before the current one; before the episode's start its first frame is repeated, and is
+            not valid.
+        horizon: frames after the current one; all are within the episode, a gap apart in time.
+        labeled: episodes with robot actions; those of all others are hidden.
+        features: features of each row of the store ``[n, f]``.
+        held_out: whether the episodes are held out, for messages.
 
     Raises:
-        UserError: no episode is long enough for a window, or no two frames are as far apart as the gap says.
+        UserError: no episode is long enough for a window, or no two frames are one gap apart.
     """
 
     def __init__(
@@ -68,29 +51,30 @@ class Clips(Dataset[Clip]):
         self._features = features
         ahead = horizon * frame_gap
         chosen = np.unique(np.asarray(list(episodes), np.int64))
+        # complete[row]: row, row + gap, ... all start a valid transition
         transition = store.transitions(frame_gap)
-        whole = np.isin(store.episode, chosen)
+        complete = np.isin(store.episode, chosen)
         for step in range(horizon):
-            later = min(step * frame_gap, len(whole))
-            whole[len(whole) - later :] = False
-            whole[: len(whole) - later] &= transition[later:]
-        self.rows: Int64[np.ndarray, " m"] = np.flatnonzero(whole)
-        """Every row whose future lies inside its episode, each step a gap later."""
+            shift = min(step * frame_gap, len(complete))
+            complete[len(complete) - shift :] = False
+            complete[: len(complete) - shift] &= transition[shift:]
+        self.rows: Int64[np.ndarray, " m"] = np.flatnonzero(complete)
+        """Every row whose next `horizon` frames, a gap apart, are within its episode."""
         if not len(self.rows):
             kind, longest = "held-out " if held_out else "", int(store.lengths[chosen].max(initial=0))
             remedy = "a smaller gap or longer videos"
             remedy = f"another split_seed, a larger held_out, {remedy}" if held_out else remedy
             if longest <= ahead:
                 raise UserError(
-                    f"a window needs {ahead + 1} frames (frame gap {frame_gap}), and the longest of "
-                    f"{len(chosen)} {kind}episodes of {store.path} has {longest} frames; use {remedy}."
+                    f"{kind}episodes of {store.path} must have at least {ahead + 1} frames for a window "
+                    f"(frame gap {frame_gap}), got {longest} in the longest of {len(chosen)}. Use {remedy}."
                 )
             raise UserError(
-                f"no two frames of the {len(chosen)} {kind}episodes of {store.path} are "
-                f"{frame_gap / store.fps:g} s apart (frame gap {frame_gap}); see their times with latentact "
+                f"{kind}episodes of {store.path} must have frames {frame_gap / store.fps:g} s apart (frame "
+                f"gap {frame_gap}), got none in {len(chosen)} episodes. Check their times with latentact "
                 f"check-data."
             )
-        self._frames = np.asarray(store.frames)  # indexing a memmap is slower by a third
+        self._frames = np.asarray(store.frames)  # indexing a memmap is a third slower
         self._offsets = np.arange(-context, horizon + 1) * frame_gap
         self._actions = self._labeled = None
         if store.action_space is not None:
@@ -115,19 +99,19 @@ class Clips(Dataset[Clip]):
         """Return the windows around these rows of the store as one batch.
 
         Raises:
-            ValueError: the future of a row lies outside its episode.
+            ValueError: a window extends past the end of its episode.
         """
         starts = self.store.starts[self.store.episode[rows]]
         ends = starts + self.store.lengths[self.store.episode[rows]]
         if (rows + self._offsets[-1] >= ends).any():
-            raise ValueError("a window would leave its episode")
-        wanted = rows[:, None] + self._offsets
-        inside = np.maximum(wanted, starts[:, None])
+            raise ValueError("a window extends past the end of its episode")
+        window = rows[:, None] + self._offsets  # [b, t] rows of the store, some before the episode's start
+        inside = np.maximum(window, starts[:, None])
         batch = torch.from_numpy(self._frames[inside])
         index = torch.from_numpy(np.ascontiguousarray(rows))
         return Clip(
             frames=batch.permute(0, 1, 4, 2, 3),
-            valid=torch.from_numpy(wanted == inside),
+            valid=torch.from_numpy(window == inside),
             index=index,
             action=None if self._actions is None else self._actions[index],
             labeled=None if self._labeled is None else self._labeled[index],

@@ -1,1 +1,1 @@
-"""Files: written atomically, read safely, moved to and from the Hugging Face hub, encoded as video."""
+"""File input and output: atomic writes, safe reads, the Hugging Face hub, video encoding."""

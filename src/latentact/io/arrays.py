@@ -1,4 +1,4 @@
-"""Arrays as npy and npz: load files that may be damaged."""
+"""Load npy and npz files that may be damaged."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ import numpy as np
 from latentact.errors import UserError
 
 DAMAGED = (
-    *(OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError, MemoryError),
-    *(RuntimeError, SyntaxError, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
-"""What numpy raises on a damaged file, whose header it parses as Python source."""
+"""Exceptions that numpy raises for a damaged file; it parses headers as Python source."""
 
 
 def load_npy(path: Path, remedy: str) -> np.ndarray:
-    """Return the array of an npy file, mapped from the disk.
+    """Return the array of an npy file, memory-mapped read-only.
 
     Args:
         path: file.
-        remedy: what messages advise to do about a damaged file.
+        remedy: advice at the end of error messages.
 
     Raises:
-        UserError: it is missing or damaged; nothing in it is executed.
+        UserError: the file is missing or damaged; its content is never executed.
     """
     try:
         return np.lib.format.open_memmap(path, mode="r")
@@ -36,15 +47,15 @@ def load_npy(path: Path, remedy: str) -> np.ndarray:
 
 
 def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Return arrays of an npz file; `names`: the ones to return where it has them, all without.
+    """Return the arrays of an npz file by name.
 
     Args:
         path: file.
-        remedy: what messages advise to do about a damaged file.
-        names: of the arrays.
+        remedy: advice at the end of error messages.
+        names: arrays to load, those absent from the file are ignored; None: all.
 
     Raises:
-        UserError: it is missing or damaged; nothing in it is executed.
+        UserError: the file is missing or damaged; its content is never executed.
     """
     try:
         with np.load(path) as file:

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and JSON."""
+"""Atomic writes of files and folders, and JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from latentact.errors import UserError
 
 @contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path` that takes its place when the block ends without an error.
+    """Yield a temporary folder that replaces `path` when the block ends without an error.
 
     Raises:
-        UserError: the disk is full; nothing is left behind.
+        UserError: the disk is full; the temporary folder is removed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -35,17 +35,17 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if disk_full(error):
             raise UserError(
-                f"the disk of {path.parent} is full; free some space and run the same command again."
+                f"the disk of {path.parent} is full; free some space and re-run the command."
             ) from error
         raise
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a new file name beside `path` that takes its place when the block ends without an error.
+    """Yield the path of a temporary file that replaces `path` when the block ends without an error.
 
     Raises:
-        UserError: the disk is full; nothing is left behind.
+        UserError: the disk is full; the temporary file is removed.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -57,27 +57,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         if disk_full(error):
             raise UserError(
-                f"the disk of {path.parent} is full; free some space and run the same command again."
+                f"the disk of {path.parent} is full; free some space and re-run the command."
             ) from error
         raise
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that no space is left, also when a library rewrote it."""
+    """Return whether an error, or the library error that wraps it, reports a full disk."""
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write json atomically."""
+    """Write JSON atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file that `write_json` wrote holds.
+    """Read a JSON file.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds a number that is not finite.
+        UserError: the file is missing, is not JSON, or contains a number that is not finite.
     """
     try:
         return json.loads(Path(path).read_text(), parse_constant=_finite, parse_float=_finite)
@@ -89,12 +89,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else.
+        UserError: the file is missing, is not JSON, or is not an object.
     """
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} must hold a JSON object, got {type(values).__name__}; delete it, or copy it again."
+            f"{path} must contain a JSON object, got {type(values).__name__}; delete it, or copy it again."
         )
     return values
 

@@ -1,7 +1,7 @@
-"""Metadata files as typed records: JSON, JSON lines and parquet are validated once, here.
+"""Metadata files as typed records: JSON, JSON lines, YAML and parquet are validated once, here.
 
-Whatever is wrong with a file becomes a `UserError` that names the file, the field, what it must be and what
-it is. A record is a pydantic model with the fields that are used; fields that it does not name are ignored.
+A file that does not fit raises a `UserError` that names the file, the field, what it must be and what it is.
+A record is a pydantic model with the fields that are used; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _SHOWN = 60
 
 
 class Record(BaseModel):
-    """What a metadata file or one line of it holds; values keep their JSON type (`"3"` is not 3)."""
+    """A metadata file or one line of it; values keep their JSON type (`"3"` is not 3)."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 def parse_record[R: Record](kind: type[R], values: Any, where: str) -> R:
-    """Return `values` as a record.
+    """Validate `values` as a record.
 
     Args:
         kind: the record's class.
-        values: what the file holds.
-        where: what messages call the place: the file, or the file and the line.
+        values: the parsed content of the file.
+        where: the file, or the file and the line, for messages.
 
     Raises:
-        UserError: a field is missing or is not what the record says.
+        UserError: a field is missing or does not fit the record.
     """
     try:
         return kind.model_validate(values)
@@ -46,7 +46,7 @@ def parse_record[R: Record](kind: type[R], values: Any, where: str) -> R:
 
 
 def read_record[R: Record](kind: type[R], file: Path) -> R:
-    """Return a JSON file as a record.
+    """Read a JSON file as a record.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or does not fit.
@@ -55,7 +55,7 @@ def read_record[R: Record](kind: type[R], file: Path) -> R:
 
 
 def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
-    """Return the lines of a JSON lines file as records; empty lines are left out.
+    """Read the lines of a JSON lines file as records; empty lines are skipped.
 
     Raises:
         UserError: the file cannot be read, or a line is not JSON or does not fit.
@@ -67,12 +67,14 @@ def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
 
 
 def read_text(file: Path) -> str:
-    """Return a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+    """Read a text file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
+        if file.exists() and not file.is_file():  # reading a pipe would block
+            raise UserError(f"{file} must be a regular file, got a folder, pipe or device; replace it.")
         data = file.read_bytes()
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         return data.decode("utf-16" if wide else "utf-8-sig").replace("\r\n", "\n")
@@ -81,23 +83,58 @@ def read_text(file: Path) -> str:
             f"{file} must be UTF-8 text, got another encoding at byte {error.start}; save it as UTF-8."
         ) from error
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); copy it again.") from error
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return what JSON text holds.
+    """Parse JSON text.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is not JSON, an object has two values for one key, or a text is not Unicode.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found and found[key] != value:
+                raise UserError(
+                    f"{where}: {key!r} must have one value, got {found[key]!r} and {value!r}; keep one."
+                )
+            found[key] = value
+        return found
+
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); repair the file or copy it again.") from error
+    return _require_unicode(value, text, where)
+
+
+def _require_unicode(value: Any, text: str, where: str) -> Any:
+    """Return `value`, which was parsed from `text`, if its texts are Unicode.
+
+    An escape can write half of a character (a lone surrogate), which no file in UTF-8 can hold.
+
+    Raises:
+        UserError: a text is not.
+    """
+    left, seen = [value] if "\\u" in text.lower() else [], set()
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            if lone := next((char for char in item if "\ud800" <= char <= "\udfff"), ""):
+                raise UserError(
+                    f"{where} must be Unicode text, got half of a character, \\u{ord(lone):04x}; repair the "
+                    f"file or copy it again."
+                )
+        elif isinstance(item, (dict, list)) and id(item) not in seen:
+            seen.add(id(item))  # YAML can refer to an object from inside it
+            left += [*item, *item.values()] if isinstance(item, dict) else item
+    return value
 
 
 def read_yaml(file: Path) -> Any:
-    """Return what a YAML file holds.
+    """Read a YAML file.
 
     Raises:
         UserError: the file cannot be read or is not YAML of plain values.
@@ -106,7 +143,8 @@ def read_yaml(file: Path) -> Any:
 
     odd = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of values with a tag
     try:
-        return yaml.safe_load(read_text(file))
+        text = read_text(file)
+        return _require_unicode(yaml.safe_load(text), text, str(file))
     except (yaml.YAMLError, *odd) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file} is not YAML ({reason}); repair the file or copy it again.") from error
@@ -114,7 +152,7 @@ def read_yaml(file: Path) -> Any:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Put the name of the file that is read before the message of a `UserError`."""
+    """Prefix the message of a `UserError` with the name of the file that is read."""
     try:
         yield
     except UserError as error:
@@ -122,7 +160,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table:
-    """Return a parquet file, or the named columns of it.
+    """Read a parquet file, or the named columns of it.
 
     Raises:
         UserError: the file is missing, damaged, not parquet, or lacks a column.
@@ -139,7 +177,11 @@ def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table
                     f"{file} must have the column {lacking[0]!r}, got {', '.join(known)}; copy the dataset "
                     f"again."
                 )
-            return opened.read(columns=None if columns is None else list(columns))
+            table = opened.read(columns=None if columns is None else list(columns))
+            for column in table.columns:
+                if not pa.types.is_primitive(column.type):
+                    column.validate(full=True)  # finds texts that are not UTF-8
+            return table
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _not_parquet(file, error) from error
 
@@ -165,17 +207,17 @@ def _not_parquet(file: Path, error: Exception) -> UserError:
 
 
 def _first(error: ValidationError) -> str:
-    """Describe the first problem: field, what it must be, what it is."""
+    """Describe the first problem: the field, what it must be, what it is."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(map(str, problem["loc"])) or "the content"
     if problem["type"] == "missing":
         return f"{field} is missing"
     if problem["type"] == "extra_forbidden":
         return f"{field} is not a known field"
-    wanted = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    wanted = wanted.replace("greater than or equal to", "at least").replace(
+    expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = expected.replace("greater than or equal to", "at least").replace(
         "less than or equal to", "at most"
     )
     got = repr(problem["input"])
     got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
-    return f"{field} must be {wanted}, got {got}"
+    return f"{field} must be {expected}, got {got}"

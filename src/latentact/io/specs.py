@@ -1,4 +1,4 @@
-"""The spec of latent actions as it stands in files: `spec.json`, manifests, token files and guides."""
+"""Read the latent action spec of `spec.json`, manifests, token files and guides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Text = Annotated[str, AfterValidator(_text)]
 
 
 class SpecRecord(Record):
-    """`LatentActionSpec` in JSON; an unknown field would change what latent actions mean."""
+    """`LatentActionSpec` in JSON; unknown fields are errors because they could change its meaning."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,20 +53,20 @@ class SpecRecord(Record):
 
 
 def parse_spec(values: Any, where: str) -> LatentActionSpec:
-    """Return the spec that `dataclasses.asdict` made, also when JSON has been between.
+    """Return the spec from the output of `dataclasses.asdict`; accepts JSON.
 
     Args:
-        values: what was saved.
-        where: what messages call the place, such as the file.
+        values: fields of the spec.
+        where: file or place, for messages.
 
     Raises:
-        UserError: a field is missing, unknown or of another kind.
+        UserError: a field is missing, unknown or of the wrong type.
     """
     return parse_record(SpecRecord, values, where).spec()
 
 
 def load_spec(path: Path) -> LatentActionSpec:
-    """Return the spec that `LatentActionSpec.save` wrote.
+    """Load a spec written by `LatentActionSpec.save`.
 
     Raises:
         UserError: the file is missing or is not a spec.

@@ -1,4 +1,4 @@
-"""Tensors as safetensors: save, load, hash, and put into a module."""
+"""Safetensors files: save, load, hash, and load into a module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 
 def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors and return the blake2b hash of the file; without a path only the hash."""
+    """Write a safetensors file and return its blake2b hash; with path None only compute the hash."""
     from safetensors.torch import save, save_file
 
     on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -31,35 +31,35 @@ def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
 
 
 def weights_hash(path: Path) -> str:
-    """Return the hash of a file that `save_tensors` wrote."""
+    """Return the hash of a file written by `save_tensors`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read safetensors onto the CPU.
+    """Load a safetensors file onto the CPU.
 
     Raises:
-        UserError: the file is missing, truncated or something else; nothing in it is executed.
+        UserError: the file is missing, truncated or not a safetensors file; its content is never executed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UserError(f"{path} is missing; give a folder that a finished run or `save_pretrained` wrote.")
+        raise UserError(f"{path} is missing; give a folder written by a finished run or `save_pretrained`.")
     try:
         return load_file(path)
-    except (SafetensorError, *BROKEN) as error:  # of shapes and offsets that no tensor has, too
+    except (SafetensorError, *BROKEN) as error:  # BROKEN: invalid shapes and offsets
         raise UserError(
-            f"{path} is not a whole safetensors file ({error}); make or download it again."
+            f"{path} is not a complete safetensors file ({error}); create or download it again."
         ) from error
 
 
 def load_about(path: Path) -> Any:
-    """Return the JSON that a safetensors file says about itself under `latentact`; None without it.
+    """Return the JSON metadata that a safetensors file has under `latentact`; None if it has none.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: the metadata is not JSON.
     """
     from safetensors import safe_open
 
@@ -69,19 +69,19 @@ def load_about(path: Path) -> Any:
 
 
 def to_arrays(tensors: Mapping[str, Tensor], path: Path) -> dict[str, np.ndarray]:
-    """Return tensors of a file as arrays.
+    """Convert the tensors of a file to numpy arrays.
 
     Raises:
-        UserError: one is of a kind that numpy does not have.
+        UserError: numpy does not support the dtype of a tensor.
     """
     arrays = {}
     for name, tensor in tensors.items():
         try:
             arrays[name] = tensor.numpy()
         except (RuntimeError, TypeError) as error:
-            kind = str(tensor.dtype).removeprefix("torch.")
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
-                f"{path} must hold plain numbers, got {name!r} of {kind}; make the file again."
+                f"{path} must contain arrays of a numpy dtype, got {name!r} of {dtype}; create it again."
             ) from error
     return arrays
 
@@ -89,69 +89,71 @@ def to_arrays(tensors: Mapping[str, Tensor], path: Path) -> dict[str, np.ndarray
 def require_array(
     path: Path, name: str, array: np.ndarray | None, shape: tuple[int, ...], dtypes: tuple[str, ...]
 ) -> None:
-    """Raise a UserError unless an array of a file has this shape, one of these dtypes and finite numbers."""
-    wanted = f"{' or '.join(dtypes)} {list(shape)}"
+    """Raise a UserError unless an array of a file has this shape, one of these dtypes and finite values."""
+    expected = f"{' or '.join(dtypes)} {list(shape)}"
     if array is None:
-        raise UserError(f"{path} must hold {name!r} of {wanted}, got none; make the file again.")
+        raise UserError(f"{path} must contain {name!r} of {expected}, got none; create the file again.")
     if array.shape != shape or str(array.dtype) not in dtypes:
         raise UserError(
-            f"{path} must hold {name!r} of {wanted}, got {array.dtype} {list(array.shape)}; make the file "
-            f"again."
+            f"{path} must contain {name!r} of {expected}, got {array.dtype} {list(array.shape)}; create the "
+            f"file again."
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"{path} must hold finite numbers, got others in {name!r}; make the file again.")
+        raise UserError(f"{path} must contain finite numbers, got NaN or inf in {name!r}; create it again.")
 
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
-"""What building a network from settings that do not belong together raises."""
+"""Exceptions raised by building a network from inconsistent settings."""
 
 
 @contextmanager
 def settings_of(path: Path) -> Iterator[None]:
-    """Turn what a network raises that is built from the settings of a file into a UserError."""
+    """Convert exceptions from building a network with the settings of a file to a UserError."""
     try:
         yield
     except BROKEN as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{path} is damaged, or its settings make no model ({type(error).__name__}: {first}); give the "
-            f"folder of a finished run, or download it again."
+            f"{path} is damaged, or its settings are inconsistent ({type(error).__name__}: {first}); give "
+            f"the folder of a finished run, or download it again."
         ) from error
 
 
 def load_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Put tensors into a module, all of them or none.
+    """Load tensors into a module after checking all of them.
 
     Raises:
-        UserError: names or shapes do not match those of the module, or a number is not finite.
+        UserError: names or shapes do not match those of the module, or a value is not finite.
     """
     require_weights(module, tensors, path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{path} is damaged: {name!r} holds numbers that are not finite.")
+            raise UserError(
+                f"{path} must contain finite numbers, got NaN or inf in {name!r}; create it again."
+            )
     on_meta = any(tensor.is_meta for tensor in module.state_dict().values())
     module.load_state_dict(tensors, assign=on_meta)
 
 
 def require_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that are not the weights of a module, which may be on the meta device.
+    """Check that tensors are the weights of a module, which may be on the meta device.
 
     Raises:
-        UserError: names, shapes or kinds of numbers do not match those of the module.
+        UserError: names, shapes or dtypes do not match those of the module.
     """
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    both = sorted(own.keys() & tensors.keys())
-    wrong = [k for k in both if own[k].shape != tensors[k].shape]
-    kinds = [k for k in both if own[k].is_floating_point() != tensors[k].is_floating_point()]
-    for what, names in (
-        ("lacks", missing),
-        ("has unknown", extra),
-        ("has a wrong shape for", wrong),
-        ("has numbers of a wrong kind for", kinds),
-    ):
+    expected = module.state_dict()
+    common = sorted(expected.keys() & tensors.keys())
+    problems = {
+        "lacks": sorted(expected.keys() - tensors.keys()),
+        "has unknown": sorted(tensors.keys() - expected.keys()),
+        "has a wrong shape for": [k for k in common if expected[k].shape != tensors[k].shape],
+        "has a wrong dtype for": [
+            k for k in common if expected[k].is_floating_point() != tensors[k].is_floating_point()
+        ],
+    }
+    for problem, names in problems.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
-                f"{path} {what} {names[0]!r}{more}; it belongs to another model than its settings say."
+                f"{path} {problem} {names[0]!r}{more}; the weights do not match the settings beside them."
             )

@@ -1,4 +1,4 @@
-"""Read files of `torch.save` without running anything that they name."""
+"""Read `torch.save` files without executing code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentact.errors import UserError
 
 
 class _Inert:
-    """Takes the place of an object that only the program that pickled it understands; forgets everything."""
+    """Stand-in for an object of the program that wrote the pickle; discards its state."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return super().__new__(cls)
@@ -39,13 +39,14 @@ _INERT_NAMES: dict[str, Any] = {
 
 
 def read_pickled(path: Path) -> dict[str, Any]:
-    """Read the dict that `torch.save` wrote to a file, without running anything that the file names.
+    """Read a dict written by `torch.save` without executing code.
 
-    Tensors, plain values and containers come back as they were; settings and loggers of the programs that
-    published models were trained with come back empty.
+    Tensors, plain values and containers are restored; settings and loggers of the programs that trained the
+    published models become empty stand-ins.
 
     Raises:
-        UserError: the file is missing, damaged, no dict, or names a class or function that is not known here.
+        UserError: the file is missing or damaged, is not a dict, or names a class or function that is not on
+            the allow-list.
     """
     import pickle
     import zipfile
@@ -53,38 +54,53 @@ def read_pickled(path: Path) -> dict[str, Any]:
     import torch
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-    damaged = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError)
-    broken = (*damaged, AssertionError, ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError)
+    damaged = (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        struct.error,
+        zipfile.BadZipFile,
+    )
     try:
         zipped = zipfile.is_zipfile(path)
         if not zipped:
             with path.open("rb") as file:
                 if file.read(1) == b"\x80":
                     raise UserError(
-                        f"{path} is a bare pickle, which can run code, so it was not read; save its weights "
-                        f"again with `torch.save` of torch 1.6 or newer."
+                        f"{path} is a bare pickle, which can execute code, so it was not read; save its "
+                        f"weights again with `torch.save` of torch 1.6 or later."
                     )
         else:
             with zipfile.ZipFile(path) as archive:
                 if member := archive.testzip():
                     raise ValueError(f"the checksum of {member} is wrong")
         named = get_unsafe_globals_in_checkpoint(path) if zipped else []
-        strange = [
+        unknown = [
             name
             for name in named
             if name.partition(".")[0] not in _INERT_MODULES and name not in _INERT_NAMES
         ]
-        if strange:
+        if unknown:
             raise UserError(
-                f"{path} is a pickle that names {strange[0]!r}, which no published model needs; it was not "
-                f"loaded, because such a file can run code."
+                f"{path} is a pickle that refers to {unknown[0]!r}, which no published model needs; it was "
+                f"not loaded because such a file can execute code."
             )
         with safe_globals([(_INERT_NAMES.get(name, _Inert), name) for name in named]):
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    except (*broken, zipfile.BadZipFile) as error:
+    except damaged as error:
         raise UserError(
-            f"{path} is not a whole file of `torch.save` with plain weights; download it again."
+            f"{path} is not a complete `torch.save` file with plain weights; download it again."
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not named weights; give another file.")
+        raise UserError(
+            f"{path} must contain a dict of weights, got {type(values).__name__}; give another file."
+        )
     return values

@@ -1,4 +1,4 @@
-"""Write frames as a video that browsers play."""
+"""Write frames as H.264 video."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import numpy as np
 from jaxtyping import UInt8
 
 SMALLEST_VIDEO = 224
-"""Height and width in pixels below which a video is enlarged for the person who watches it."""
+"""Height and width in pixels below which frames are enlarged for viewing."""
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "t h w 3"], fps: int | float) -> None:
-    """Write an h264 video that every browser plays, whole or not at all.
+    """Write an H.264 mp4 that browsers play, atomically.
 
-    Small frames are enlarged by a whole factor; an odd height or width loses its last row or column.
+    Frames smaller than `SMALLEST_VIDEO` are enlarged by an integer factor; an odd last row or column is
+    cropped.
+
+    Args:
+        path: mp4 file.
+        frames: RGB, 0..255.
+        fps: frames per second.
     """
     import av
 

@@ -1,1 +1,1 @@
-"""From files to RGB frames with times."""
+"""Decode video files to RGB frames with timestamps."""

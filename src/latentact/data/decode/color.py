@@ -1,8 +1,8 @@
-"""Decoded frames and images as upright 8-bit RGB: the one place that decides color, depth and orientation.
+"""Convert decoded frames and images to upright 8-bit RGB; the only code for color, depth and orientation.
 
-Video follows FFmpeg's command line: the matrix and range that the stream names (BT.601 where it names none,
-whatever its size), bicubic chroma, alpha dropped, and the display matrix applied, mirroring included. Images
-in tables follow LeRobot, which shows them as Pillow decodes them, turned by their EXIF orientation.
+Video frames equal those of the FFmpeg command line: color matrix and range of the stream (BT.601 if
+unspecified, at any size), bicubic chroma, no alpha, and the display matrix applied, including mirroring.
+Images in tables equal those of LeRobot: decoded by Pillow, with the EXIF orientation applied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 
 
 class Converter:
-    """Converts the frames of one video stream to RGB; keeps swscale's context between frames."""
+    """Convert the frames of one video stream to RGB; reuses the swscale context between frames."""
 
     def __init__(self) -> None:
         self._reformatter = VideoReformatter()
@@ -35,10 +35,10 @@ class Converter:
         self._matrix = (1, 0, 0, 1)
 
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        """Return a decoded frame as upright RGB, values 0..255.
+        """Return a decoded frame as upright RGB, 0..255.
 
         Raises:
-            Unreadable: its display matrix is no multiple of a quarter turn.
+            Unreadable: the display matrix is not a multiple of 90 degrees.
         """
         kind = (frame.width, frame.height, frame.colorspace, frame.color_range)
         if kind != self._kind:
@@ -49,15 +49,15 @@ class Converter:
 
 
 def _colors(frame: VideoFrame) -> dict[str, int]:
-    """Return the matrix and range of a frame as PyAV's arguments; none where swscale assumes them anyway."""
+    """Return color matrix and range as arguments of PyAV; empty if they are the defaults of swscale."""
     matrix = int(frame.colorspace) if frame.colorspace in _MATRICES else _BT601
-    assumed = frame.format.name.startswith(("yuvj", "gray", "ya"))  # full range
-    full = frame.color_range == ColorRange.JPEG if frame.color_range else assumed
-    if frame.format.is_rgb or (matrix in _BT601_NAMES and full == assumed):
+    full_by_default = frame.format.name.startswith(("yuvj", "gray", "ya"))
+    full = frame.color_range == ColorRange.JPEG if frame.color_range else full_by_default
+    if frame.format.is_rgb or (matrix in _BT601_NAMES and full == full_by_default):
         return {}
     return {
         "src_colorspace": matrix,
-        # RGB has no matrix: PyAV applies that of the source only where the two differ.
+        # RGB has no matrix; PyAV applies the source matrix only if the two differ.
         "dst_colorspace": _BT601 if matrix == _BT709 else _BT709,
         "src_color_range": ColorRange.JPEG if full else ColorRange.MPEG,
         "dst_color_range": ColorRange.JPEG,
@@ -65,44 +65,49 @@ def _colors(frame: VideoFrame) -> dict[str, int]:
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """Return the signs (a, b, c, d) of a frame's display matrix; (1, 0, 0, 1): it is shown as it is stored.
+    """Return the signs (a, b, c, d) of a frame's display matrix; (1, 0, 0, 1) is the identity.
+
+    A matrix with a column of zeros, which has no angle, is ignored, as FFmpeg does.
 
     Raises:
-        Unreadable: it is no multiple of a quarter turn.
+        Unreadable: the display matrix is not a multiple of 90 degrees.
     """
     attached: Any = frame.side_data
     side_data = attached.get(Type.DISPLAYMATRIX)
     if side_data is None:
         return 1, 0, 0, 1
     entries = np.frombuffer(bytes(side_data), np.int32)[[0, 1, 3, 4]].astype(np.int64)
+    if not (entries[[0, 2]].any() and entries[[1, 3]].any()):
+        return 1, 0, 0, 1
     small = np.abs(entries).max() / 100
     signs = np.where(np.abs(entries) <= small, 0, np.sign(entries))
     a, b, c, d = (int(sign) for sign in signs)
     if not (a and d and not b and not c) and not (b and c and not a and not d):
         raise Unreadable(
-            f"its display matrix {entries.tolist()} is no multiple of a quarter turn; encode it again"
+            f"its display matrix must be a multiple of 90 degrees, got {entries.tolist()}; encode it again"
         )
     return a, b, c, d
 
 
 def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Apply a display matrix."""
     a, b, c, d = matrix
     if (a, b, c, d) == (1, 0, 0, 1):
         return pixels
-    if b:  # x and y change places
+    if b:  # swaps x and y
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return np.ascontiguousarray(pixels[:: d or 1, :: a or 1])
 
 
 def image_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an image as upright RGB, values 0..255; alpha is dropped, gray repeated, palettes looked up.
+    """Return an image as upright RGB, 0..255; drops alpha, repeats gray, applies palettes.
 
     Raises:
-        Unreadable: it has more than 8 bits per value, as depth and infrared images have.
+        Unreadable: the image has more than 8 bits per channel, as depth and infrared images do.
     """
     if image.mode not in _EIGHT_BITS:
         raise Unreadable(
-            f"its images must have 8 bits per value, got mode {image.mode}, which depth and infrared cameras "
-            f"write; convert them to 8 bits, or name another camera"
+            f"its images must have 8 bits per channel, got mode {image.mode}, as depth and infrared cameras "
+            f"write; convert them to 8 bits, or choose another camera"
         )
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

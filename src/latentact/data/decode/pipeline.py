@@ -1,4 +1,4 @@
-"""Decode the episodes of a dataset in order, while threads decode the next ones ahead."""
+"""Decode the episodes of a dataset in order; threads decode ahead."""
 
 from __future__ import annotations
 
@@ -26,67 +26,71 @@ _CHUNKS_AHEAD = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSpec:
-    """What one entry holds."""
+    """What to decode and how."""
 
     source: Source
+    """Opened dataset."""
     fps: float
-    """Rate to resample to; 0: every frame as it is."""
+    """Frames per second to resample to; 0: no resampling."""
     resolution: int
-    """0: frames keep their size."""
+    """Height and width in pixels to resize to; 0: no resizing."""
     resize: str
-    """How they change it."""
+    """Resize method, one of `latentact.types.KERNELS`."""
     strict: bool
-    """Whether a damaged episode ends the build."""
+    """Raise an error for an unreadable episode instead of skipping it."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some consecutive frames of one episode."""
+    """Consecutive frames of one episode."""
 
     frames: UInt8[np.ndarray, "n h w c"]
     times: list[float]
-    """Seconds from the episode's first frame at which each was taken."""
+    """Time of each frame in seconds since the first frame of the episode."""
     frame_indices: list[int]
-    """Number of each frame among the episode's frames before resampling."""
+    """Index of each frame in the episode before resampling."""
 
 
 def unreadable_message(files: Mapping[str, str]) -> str:
-    """Return the sentence that names what cannot be read, with reasons; the first few of many."""
-    alike: dict[str, list[str]] = {}
+    """Return a message that lists unreadable files with reasons, at most eight of them."""
+    by_reason: dict[str, list[str]] = {}
     for name, reason in list(files.items())[:8]:
-        alike.setdefault(reason, []).append(name)
-    named = ", ".join(f"{', '.join(names)} ({reason})" for reason, names in alike.items())
+        by_reason.setdefault(reason, []).append(name)
+    named = ", ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
     rest = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    return f"{len(files)} unreadable: {named}{rest}; replace or remove what cannot be read."
+    return f"{len(files)} unreadable: {named}{rest}; replace or remove these files."
 
 
 def skipped_message(files: Mapping[str, str]) -> str:
-    """Return how many files were left out for each reason, with an example."""
-    alike: dict[str, list[str]] = {}
+    """Return the number of skipped files per reason, with one example each."""
+    by_reason: dict[str, list[str]] = {}
     for name, reason in files.items():
-        alike.setdefault(reason, []).append(name)
-    counts = [f"{len(names)} ({reason}: {names[0]})" for reason, names in list(alike.items())[:6]]
-    return f"{', '.join(counts)}{' and others' if len(alike) > 6 else ''}"
+        by_reason.setdefault(reason, []).append(name)
+    counts = [f"{len(names)} ({reason}: {names[0]})" for reason, names in list(by_reason.items())[:6]]
+    return f"{', '.join(counts)}{' and others' if len(by_reason) > 6 else ''}"
 
 
 def decoded(
     spec: DecodeSpec, numbers: Sequence[int], workers: int = 0
 ) -> Generator[tuple[int, Iterator[Chunk]]]:
-    """Yield each episode and its chunks, in order, while threads decode the next ones ahead.
+    """Yield (episode, chunks of frames) in the given order; threads decode ahead.
 
     Args:
-        spec: what is decoded, and how.
-        numbers: episodes, by their place in `spec.source.episodes`.
+        spec: what to decode and how.
+        numbers: indices into `spec.source.episodes`.
         workers: threads; 0: one per core, at most 16.
+
+    Raises:
+        Unreadable: while iterating over the chunks of a damaged episode.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(workers or min(cores, 16), len(numbers)))
     stop = threading.Event()
     started: deque[tuple[int, Queue[Chunk | None], Future[None]]] = deque()
-    todo = iter(numbers)
+    remaining = iter(numbers)
 
     def start_next(pool: ThreadPoolExecutor) -> None:
-        if (number := next(todo, None)) is not None:
+        if (number := next(remaining, None)) is not None:
             queue: Queue[Chunk | None] = Queue(_CHUNKS_AHEAD)
             started.append((number, queue, pool.submit(_fill, spec, number, queue, stop)))
 
@@ -104,7 +108,7 @@ def decoded(
 
 
 def _fill(spec: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threading.Event) -> None:
-    """Put an episode's chunks into `queue`, and None at the end, also when the end is an error."""
+    """Put the chunks of an episode into `queue`, followed by None even if decoding fails."""
 
     def put(item: Chunk | None) -> bool:
         while not stop.is_set():
@@ -122,40 +126,44 @@ def _fill(spec: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threa
 
 
 def _drain(queue: Queue[Chunk | None], future: Future[None]) -> Iterator[Chunk]:
-    """Yield what a thread puts, then raise the error that ended it, if one did."""
+    """Yield the chunks that a thread decodes; raise its error, if any, at the end."""
     while (item := queue.get()) is not None:
         yield item
     future.result()
 
 
 def _chunks(spec: DecodeSpec, number: int) -> Iterator[Chunk]:
-    """Yield an episode resampled and resized."""
+    """Yield an episode, resampled and resized."""
     frames = spec.source.frames(number)
     if spec.fps:
         sampled = at_times(frames, (k / spec.fps for k in count()))
     else:
-        sampled = ((seconds, place, frame) for place, (seconds, frame) in enumerate(frames))
-    held: list[tuple[float, int, np.ndarray]] = []
-    for seconds, place, frame in sampled:
-        small = resize(frame[None], spec.resolution, spec.resize)[0]
-        if held and (small.shape != held[0][2].shape or len(held) * small.nbytes >= _CHUNK_BYTES):
-            yield _chunk(held)
-            held = []
-        held.append((seconds, place, small))
-    if held:
-        yield _chunk(held)
+        sampled = ((seconds, index, frame) for index, (seconds, frame) in enumerate(frames))
+    pending: list[tuple[float, int, np.ndarray]] = []
+    for seconds, index, frame in sampled:
+        small = resize(np.ascontiguousarray(frame)[None], spec.resolution, spec.resize)[0]
+        if pending and (small.shape != pending[0][2].shape or len(pending) * small.nbytes >= _CHUNK_BYTES):
+            yield _chunk(pending)
+            pending = []
+        pending.append((seconds, index, small))
+    if pending:
+        yield _chunk(pending)
 
 
-def _chunk(held: list[tuple[float, int, np.ndarray]]) -> Chunk:
-    times, frame_indices, frames = zip(*held, strict=True)
+def _chunk(samples: list[tuple[float, int, np.ndarray]]) -> Chunk:
+    times, frame_indices, frames = zip(*samples, strict=True)
     return Chunk(np.stack(frames), list(times), list(frame_indices))
 
 
-def require_shape(spec: DecodeSpec, wanted: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
-    """Refuse an episode whose frames differ in size from those before it."""
-    if got == wanted:
+def require_shape(spec: DecodeSpec, expected: tuple[int, ...], got: tuple[int, ...], label: str) -> None:
+    """Raise a UserError if the frames of an episode differ in shape from those of earlier episodes."""
+    if got == expected:
         return
     hint = (
-        "set `resolution` to resize them" if spec.source.resizable else "keep grids of different sizes apart"
+        "set `resolution` to resize them"
+        if spec.source.resizable
+        else "keep grids of different sizes in separate datasets"
     )
-    raise UserError(f"{label} has frames of {got}, those before it are {wanted}; {hint}.")
+    raise UserError(
+        f"{label} must have frames of shape {expected} as those of earlier episodes, got {got}; {hint}."
+    )

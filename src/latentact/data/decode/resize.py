@@ -1,4 +1,4 @@
-"""How pictures change size: training data, what an environment shows, what a published model is given."""
+"""Resize frames: the same code for training data, environments and published models."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch.nn.functional import interpolate
 def resize(
     frames: UInt8[np.ndarray, "n h w c"], resolution: int, kernel: str = "uint8"
 ) -> UInt8[np.ndarray, "n h2 w2 c"]:
-    """Return frames at `resolution` x `resolution`, bilinear and antialiased; 0: as they are.
+    """Resize frames to `resolution` x `resolution`, bilinear and antialiased; 0 returns them unchanged.
 
-    `kernel` is one of `latentact.types.KERNELS`.
+    Args:
+        frames: 0..255.
+        resolution: pixels.
+        kernel: one of `latentact.types.KERNELS`.
     """
     if resolution == 0 or frames.shape[1:3] == (resolution, resolution):
         return frames
     size = (resolution, resolution)
     if kernel == "pillow":
-        flat = frames[..., 0] if frames.shape[3] == 1 else frames  # Pillow's gray pictures have no channels
-        pictures = (Image.fromarray(each).resize(size, Image.Resampling.BILINEAR) for each in flat)
-        return np.stack([np.asarray(each) for each in pictures]).reshape(len(frames), *size, -1)
+        arrays = (
+            frames[..., 0] if frames.shape[3] == 1 else frames
+        )  # Pillow's gray images have no channel axis
+        images = (Image.fromarray(array).resize(size, Image.Resampling.BILINEAR) for array in arrays)
+        return np.stack([np.asarray(image) for image in images]).reshape(len(frames), *size, -1)
     planes = torch.from_numpy(np.require(frames, requirements=("C", "W"))).permute(0, 3, 1, 2)
     if kernel == "float":
         small = interpolate(planes.float(), size, mode="bilinear", antialias=True).round_().byte()

@@ -1,4 +1,4 @@
-"""Video files: what is in them, and their frames with times, as FFmpeg's command line decodes them."""
+"""Probe and decode video files; frames and timestamps equal those of the FFmpeg command line."""
 
 from __future__ import annotations
 
@@ -25,62 +25,66 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset(
     {
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".gif",
+        ".3gp",
         ".apng",
-        ".mpg",
-        ".mpeg",
-        ".ts",
+        ".avi",
+        ".flv",
+        ".gif",
         ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
         ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
     }
-    | {".wmv", ".flv", ".ogv", ".3gp"}
 )
-"""Endings of video files, lower case."""
+"""Suffixes of video files, lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video file holds."""
+    """Number and rate of the frames of a video file."""
 
     frames: int
-    """Number of frames that a player shows; a few codecs hide some that only decoding finds."""
+    """Number of displayed frames, from the packets; decoding a few codecs yields fewer."""
     rate: FrameRate
-    """How fast they follow each other."""
+    """Frame rate and its variation."""
 
     @property
     def fps(self) -> float:
-        """Frames per second; 0 when there is a single frame and the file names no rate."""
+        """Frames per second; 0 for a single frame in a file without a rate."""
         return self.rate.fps
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoLook:
-    """What one looks at before using a video; `check-data` shows it."""
+class VideoProperties:
+    """Codec, size, color and orientation of a video, for `check-data`."""
 
     codec: str
     pixel_format: str
     width: int
-    """Pixels, as stored."""
+    """Stored width in pixels."""
     height: int
+    """Stored height in pixels."""
     matrix: str
-    """Color matrix that the stream names; empty: none, which means BT.601."""
+    """Color matrix of the stream; empty: unspecified, decoded as BT.601."""
     orientation: tuple[int, int, int, int]
-    """Signs of the display matrix; (1, 0, 0, 1): shown as stored."""
+    """Signs (a, b, c, d) of the display matrix; (1, 0, 0, 1) is the identity."""
     streams: int
-    """Video streams in the file."""
+    """Number of video streams in the file."""
 
 
 def probe(path: Path) -> VideoInfo:
-    """Return what a video file holds, from its packets, without decoding them.
+    """Return the number and rate of a video's frames from its packets, without decoding.
 
     Raises:
-        Unreadable: it is not a video, or it is cut short.
+        Unreadable: the file is not a video or is truncated.
     """
     try:
         with closing(_open(path)) as container:
@@ -90,10 +94,10 @@ def probe(path: Path) -> VideoInfo:
 
 
 def frame_times(path: Path) -> Float64[np.ndarray, " n"]:
-    """Return the seconds at which a video's frames are shown, ascending, from its packets.
+    """Return the presentation times of a video's frames in seconds, ascending, from its packets.
 
     Raises:
-        Unreadable: it is not a video.
+        Unreadable: the file is not a video.
     """
     try:
         with closing(_open(path)) as container:
@@ -103,11 +107,11 @@ def frame_times(path: Path) -> Float64[np.ndarray, " n"]:
         raise Unreadable(_reason(error)) from error
 
 
-def look(path: Path) -> VideoLook:
+def video_properties(path: Path) -> VideoProperties:
     """Return codec, size, color and orientation of a video, from its first frame.
 
     Raises:
-        Unreadable: it is not a video, or its first frame cannot be decoded.
+        Unreadable: the file is not a video, or its first frame cannot be decoded.
     """
     try:
         with closing(_open(path)) as container:
@@ -115,7 +119,7 @@ def look(path: Path) -> VideoLook:
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise Unreadable("it has no frames")
-            return VideoLook(
+            return VideoProperties(
                 codec=stream.codec_context.name,
                 pixel_format=frame.format.name,
                 width=frame.width,
@@ -143,12 +147,17 @@ _MATRIX_NAMES = {
 def decode(
     path: Path, start: float = -math.inf, stop: float = math.inf
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
-    """Yield (seconds, upright RGB frame) for the frames of a video with start <= seconds < stop, in order.
+    """Yield (seconds, upright RGB frame 0..255) for the frames with start <= seconds < stop, in order.
 
-    Of several video streams the one that FFmpeg and players choose is decoded.
+    Of several video streams, decodes the one that FFmpeg selects.
+
+    Args:
+        path: video file.
+        start: first time in seconds.
+        stop: end of the span in seconds, exclusive.
 
     Raises:
-        Unreadable: it is not a video, or damaged.
+        Unreadable: the file is not a video or is damaged.
     """
     convert = Converter()
     try:
@@ -160,11 +169,11 @@ def decode(
 
 
 def _open(path: Path, **options: str) -> InputContainer:
-    """Open a video; quietly each time, because lerobot's writers switch FFmpeg's own messages back on."""
+    """Open a video; silences FFmpeg each time because the writers of lerobot turn its log back on."""
     av.logging.set_level(None)
     try:
         name = str(path).encode().decode()
-    except UnicodeEncodeError:  # PyAV takes UTF-8 names only
+    except UnicodeEncodeError:  # PyAV accepts UTF-8 names only
         return av.open(path.open("rb"), "r", options=options)
     return av.open(name if name.startswith("/") else f"./{name}", "r", options=options)
 
@@ -173,8 +182,8 @@ def _video_stream(container: InputContainer) -> av.VideoStream:
     stream: Any = container.streams.best("video")
     if stream is None:
         raise Unreadable("it has no video stream")
-    if stream.codec_context is None:  # decoding it all the same would end the process
-        raise Unreadable("its codec is not known; encode it again, with H.264 for example")
+    if stream.codec_context is None:  # decoding would crash the process
+        raise Unreadable("its codec is unknown; encode it again, for example with H.264")
     return stream
 
 
@@ -185,35 +194,34 @@ def _probe(container: InputContainer, path: Path) -> VideoInfo:
     shown = [p for p in packets if not p.is_discard]
     if not shown:
         raise Unreadable("it has no frames")
-    if len(packets) < stream.frames:  # an edit list may hide some; without it all of them must be there
-        with closing(_open(path, ignore_editlist="1")) as whole:
-            there = sum(1 for p in whole.demux(_video_stream(whole)) if p.size)
-        if there < stream.frames:
-            raise Unreadable(f"it is cut short: {there} of its {stream.frames} frames are there")
+    if len(packets) < stream.frames:  # frames may be hidden by an edit list; count again without it
+        with closing(_open(path, ignore_editlist="1")) as unedited:
+            present = sum(1 for p in unedited.demux(_video_stream(unedited)) if p.size)
+        if present < stream.frames:
+            raise Unreadable(f"it is truncated: {present} of {stream.frames} frames are present")
     times = _times(shown, stream)
-    rate = frame_rate(times, _named_rate(stream))
-    if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska names no number of frames
+    rate = frame_rate(times, _stream_rate(stream))
+    if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska stores no frame count
         last = max(shown, key=lambda p: p.pts or p.dts or 0)
-        lasts = float((last.duration or 0) * base) or 1 / rate.fps
-        named = container.duration / av.time_base  # from 0, wherever the first frame lies
-        if len(times) and times[-1] + lasts < named - max(0.5, 3 / rate.fps):
-            raise Unreadable(f"it is cut short: {times[-1] + lasts:.1f} of its {named:.1f} seconds are there")
+        end = times[-1] + (float((last.duration or 0) * base) or 1 / rate.fps) if len(times) else math.inf
+        duration = container.duration / av.time_base  # from 0, wherever the first frame lies
+        if end < duration - max(0.5, 3 / rate.fps):
+            raise Unreadable(f"it is truncated: {end:.1f} of {duration:.1f} seconds are present")
     return VideoInfo(frames=len(shown), rate=rate)
 
 
-def _named_rate(stream: av.VideoStream) -> float:
-    """Return the frames per second that FFmpeg counts with where frames have no times; 0: none."""
+def _stream_rate(stream: av.VideoStream) -> float:
+    """Return the frames per second that FFmpeg assumes for frames without timestamps; 0: unknown."""
     return float(stream.guessed_rate or stream.average_rate or 0)
 
 
 def _times(packets: list[av.Packet], stream: av.VideoStream) -> Float64[np.ndarray, " n"]:
+    """Return the presentation times of packets in seconds, ascending."""
     ticks = [p.pts if p.pts is not None else p.dts for p in packets]
     known = np.sort(np.array([tick for tick in ticks if tick is not None], np.float64))
-    return (
-        known
-        if stream.time_base is None
-        else known * stream.time_base.numerator / stream.time_base.denominator
-    )
+    if stream.time_base is None:
+        return known
+    return known * stream.time_base.numerator / stream.time_base.denominator
 
 
 def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -223,12 +231,12 @@ def _frames(container: InputContainer, start: float, stop: float) -> Iterator[tu
         container.seek(int(start / stream.time_base), stream=stream)
         first = next(frames, None)
         if first is None or (_seconds(first) or 0.0) > start:
-            # Seeking goes by decoding time, so with reordered frames it can land late: start over.
+            # Seeking uses decoding times, so it can overshoot if frames are reordered: start over.
             container.seek(0, stream=stream)
             frames = container.decode(stream)
         else:
             frames = itertools.chain([first], frames)
-    clock = FrameClock(_named_rate(stream))
+    clock = FrameClock(_stream_rate(stream))
     for frame in frames:
         seconds = clock(_seconds(frame))
         if seconds >= stop:

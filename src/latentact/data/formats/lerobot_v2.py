@@ -1,4 +1,4 @@
-"""LeRobot datasets of versions 2.0 and 2.1, as they lie on disk: a parquet file and a video per episode."""
+"""LeRobot datasets of versions 2.0 and 2.1: one parquet file and one video per episode."""
 
 from __future__ import annotations
 
@@ -22,22 +22,32 @@ class LeRobotV2:
 
     @staticmethod
     def open(path: Path, camera: str, memo: Memo) -> LeRobotSource:
-        """Return the dataset: those of the listed episodes whose files are there.
+        """Open the dataset with the listed episodes whose files are present.
 
         Raises:
-            UserError: metadata is missing or broken, no episode is there, or the camera is unknown.
+            UserError: metadata is missing or invalid, no episode is present, or the camera is unknown.
         """
         info = read_info(path)
         camera = choose_camera(cameras(info.features), camera, path)
         video = info.features[camera].dtype == "video"
         recordings, files = [], []
-        for line in read_episode_lines(path):
-            places = {
+        lines = read_episode_lines(path)
+        for line in lines:
+            location = {
                 "episode_chunk": line.episode_index // info.chunks_size,
                 "episode_index": line.episode_index,
             }
-            files.append(path / info.file(path, "data_path", **places))
-            name = info.file(path, "video_path", **places, video_key=camera) if video else ""
-            recordings.append(Recording(line.episode_index, line.texts, name))
+            files.append(path / info.file(path, "data_path", **location))
+            video_file = info.file(path, "video_path", **location, video_key=camera) if video else ""
+            recordings.append(Recording(line.episode_index, line.texts, video_file))
         tables = Tables(path, info.features, sorted(file for file in set(files) if file.is_file()))
-        return LeRobotSource(path, camera, info, tables, recordings, read_tasks(path), memo)
+        source = LeRobotSource(path, camera, info, tables, recordings, read_tasks(path).texts, memo)
+        for line in lines:
+            span = tables.spans.get(line.episode_index)
+            if span and line.length is not None and line.length != span.end - span.begin:
+                source.notes.append(
+                    f"meta/episodes.jsonl: length of episode {line.episode_index} must be "
+                    f"{span.end - span.begin} as in its table, got {line.length}; the table's rows are used"
+                )
+                break
+        return source

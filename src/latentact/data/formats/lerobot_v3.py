@@ -1,4 +1,4 @@
-"""LeRobot datasets of version 3: many episodes per parquet file and per video."""
+"""LeRobot datasets of version 3: many episodes per parquet file and video."""
 
 from __future__ import annotations
 
@@ -23,41 +23,44 @@ class LeRobotV3:
 
     @staticmethod
     def open(path: Path, camera: str, memo: Memo) -> LeRobotSource:
-        """Return the dataset; videos are not touched yet.
+        """Open the dataset without reading its videos.
 
         Raises:
-            UserError: metadata is missing or broken, no episode is there, or the camera is unknown.
+            UserError: metadata is missing or invalid, no episode is present, or the camera is unknown.
         """
         info = read_info(path)
         camera = choose_camera(cameras(info.features), camera, path)
         video = info.features[camera].dtype == "video"
         files = sorted((path / "data").glob("*/*.parquet"))
         if info.total_episodes == 0:
-            raise UserError(f"{path} has no episodes; was its recording finalized?")
+            raise UserError(f"{path} must have at least one episode, got none. Finalize its recording.")
         if not files:
             raise UserError(
-                f"{path} has no data/*/*.parquet; copy the dataset again, or finalize its recording."
+                f"{path} must have files data/*/*.parquet; copy the dataset again, or finalize its recording."
             )
         columns = read_episode_table(path, camera if video else "").to_pydict()
         order = list(dict.fromkeys(int(episode) for episode in columns["episode_index"]))
         if order != sorted(order):
             raise UserError(
-                f"{path}: meta/episodes must list episodes in the order of episode_index, by which LeRobot "
-                f"finds them, got {order[:8]}; sort its rows."
+                f"{path}: meta/episodes must be sorted by episode_index, because LeRobot looks episodes up "
+                f"by position, got {order[:8]}; sort its rows."
             )
-        tasks = columns.get("tasks") or [()] * len(columns["episode_index"])
+        texts = columns.get("tasks") or [()] * len(columns["episode_index"])
         recordings = []
-        for place, episode in enumerate(columns["episode_index"]):
-            if not video:
-                recordings.append(Recording(int(episode), task_list(tasks[place])))
-                continue
-            chunk, file, start = (
-                columns[f"videos/{camera}/{name}"][place]
-                for name in ("chunk_index", "file_index", "from_timestamp")
-            )
-            name = info.file(
-                path, "video_path", video_key=camera, chunk_index=int(chunk), file_index=int(file)
-            )
-            recordings.append(Recording(int(episode), task_list(tasks[place]), name, float(start)))
+        for row, episode in enumerate(columns["episode_index"]):
+            video_file, start = "", 0.0
+            if video:
+                video_file = info.file(
+                    path,
+                    "video_path",
+                    video_key=camera,
+                    chunk_index=int(columns[f"videos/{camera}/chunk_index"][row]),
+                    file_index=int(columns[f"videos/{camera}/file_index"][row]),
+                )
+                start = float(columns[f"videos/{camera}/from_timestamp"][row])
+            recordings.append(Recording(int(episode), task_list(texts[row]), video_file, start))
         tables = Tables(path, info.features, files)
-        return LeRobotSource(path, camera, info, tables, recordings, read_tasks(path), memo)
+        tasks = read_tasks(path)
+        source = LeRobotSource(path, camera, info, tables, recordings, tasks.texts, memo)
+        source.notes += tasks.notes
+        return source

@@ -1,11 +1,12 @@
-"""Episodes in npz files: `obs` uint8 [n, h, w, c]; optional `action` (or `ta`) and `done` [n], and `fps`.
+"""Episodes in npz files: `obs` uint8 [n, h, w, c]; optional `action` (or `ta`), `states`, `done` and `fps`.
 
-`observations` [e, n, h, w, c], with `states` [e, n, s], holds e episodes of n steps.
+Reads the chunks of expert play that LAPO publishes (https://github.com/schmidtdominik/LAPO), and grids of
+integer features such as XLand's 5x5x2. A file is one stream of n steps; `done` at step i ends an episode
+there. Unlike in LAPO's own loader, no window crosses such an end. `observations` [e, n, h, w, c] holds e
+episodes of n steps, and the other arrays then begin with the axes [e, n], too.
 
-Takes the chunks of expert play that LAPO publishes (https://github.com/schmidtdominik/LAPO), and grids of
-integer features such as XLand's 5x5x2. A file is one stream of steps; `done` at step i ends an episode there.
-Unlike in LAPO's own loader, no window ever crosses such an end. Actions of whole numbers are classes, those
-of floating-point numbers are continuous.
+Integer actions [n] are classes, floating-point actions [n, a] are continuous. An array whose type or shape
+does not fit its frames makes the file unreadable; `_scan` decides.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Shaped, UInt8
+from jaxtyping import Bool, Int64, Shaped, UInt8
 
 from latentact.data.digest import Memo, blake2b, file_digest
-from latentact.data.files import files_below, shown
-from latentact.data.format import FORMATS, Episode, discrete_space
+from latentact.data.files import files_below, printable
+from latentact.data.format import FASTEST, FORMATS, SLOWEST, Episode, Unreadable, discrete_space
 from latentact.data.formats.video_folder import has_videos
 from latentact.errors import UserError
 from latentact.io.arrays import DAMAGED
@@ -32,6 +33,8 @@ _SMALLEST_IMAGE = 32
 _SUFFIXES = (".npz",)
 _ACTIONS = ("action", "ta")
 _FRAMES = ("obs", "observations")
+_KINDS = {"b": "integer", "i": "integer", "u": "integer", "f": "float"}
+"""Type of a column by numpy's kind."""
 
 
 @FORMATS.register("npz")
@@ -40,9 +43,9 @@ class Npz:
 
     @staticmethod
     def detect(path: Path) -> bool:
-        """Return whether `path` is an npz file, or a folder with some that is no other format's."""
-        if path.is_file():
-            return path.suffix.lower() in _SUFFIXES
+        """Return whether `path` is an npz file, or a folder with npz files that no other format reads."""
+        if not path.is_dir():
+            return path.is_file() and path.suffix.lower() in _SUFFIXES
         return (
             not (path / "meta/info.json").exists()
             and not has_videos(path)
@@ -51,7 +54,7 @@ class Npz:
 
     @staticmethod
     def open(path: Path, camera: str, memo: Memo) -> NpzSource:
-        """Return the episodes of every file, in the order of their names.
+        """Return the episodes of every file, in the order of the file names.
 
         Raises:
             UserError: a camera is named.
@@ -68,7 +71,7 @@ class NpzSource:
 
     Args:
         path: a file or a folder.
-        memo: remembers what each file holds.
+        memo: cache of the scan of each file.
     """
 
     camera = ""
@@ -77,7 +80,12 @@ class NpzSource:
     tasks = ()
 
     def __init__(self, path: Path, memo: Memo) -> None:
-        """Scan every file."""
+        """Scan every file.
+
+        Raises:
+            UserError: the files have columns of different types or shapes.
+        """
+        self._path = path
         root = path if path.is_dir() else path.parent
         files, self.skipped = files_below(path, _SUFFIXES)
         self.unreadable: dict[str, str] = {}
@@ -85,20 +93,21 @@ class NpzSource:
         self.episodes: list[Episode] = []
         self.first_rows: list[int] = []
         self._spans: list[tuple[Path, int, int]] = []
-        self._files: list[Path] = []
-        scans: list[dict[str, Any]] = []
+        self._files: dict[Path, tuple[int, ...]] = {}
+        scans: dict[str, dict[str, Any]] = {}
         row = 0
         for file in files:
-            name = shown(file.relative_to(root))
-            scan: dict[str, Any] = memo.get(file, "npz.3", _scan)
-            if "error" not in scan and scans and scan["fps"] != scans[0]["fps"]:
-                rates = f"{scan['fps']:g} and the files before it {scans[0]['fps']:g}"
+            name = printable(file.relative_to(root))
+            scan: dict[str, Any] = memo.get(file, "npz.4", _scan)
+            first = next(iter(scans.values()), scan)
+            if "error" not in scan and scan["fps"] != first["fps"]:
+                rates = f"{scan['fps']:g} and the files before it {first['fps']:g}"
                 scan = {"error": f"it has {rates} frames per second; keep rates apart"}
             if "error" in scan:
                 self.unreadable[name] = scan["error"]
                 continue
-            scans.append(scan)
-            self._files.append(file)
+            scans[name] = scan
+            self._files[file] = tuple(scan["axes"])
             for place, (begin, end) in enumerate(scan["spans"]):
                 content = blake2b(scan["digest"].encode(), b"%d:%d" % (begin, end))
                 label = f"{name} #{place}"
@@ -108,11 +117,12 @@ class NpzSource:
                 self.first_rows.append(row + begin)
                 self._spans.append((file, begin, end))
             row += scan["rows"]
-        self.resizable = all(scan["image"] for scan in scans)
-        self.fps = float(scans[0]["fps"]) if scans else 1.0
-        if scans and not all(scan["timed"] for scan in scans):
+        self.resizable = all(scan["image"] for scan in scans.values())
+        self.fps = float(next(iter(scans.values()))["fps"]) if scans else 1.0
+        if not all(scan["timed"] for scan in scans.values()):
             self.notes.append("the arrays name no fps: steps count as a second each")
-        self.action_space = _space(path, [scan["action"] for scan in scans])
+        self._columns = self._common_columns(path, scans)
+        self.action_space = _space(path, [scan["classes"] for scan in scans.values()], self._columns)
         self._lock = threading.Lock()
         self._obs = functools.lru_cache(maxsize=2)(self._read_obs)
 
@@ -125,17 +135,17 @@ class NpzSource:
             yield (step - begin) / self.fps, obs[step]
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return an array that every file has, over all files."""
-        if name == "action":
-            return (
-                np.concatenate([_action(_load(file)) for file in self._files]) if self.action_space else None
-            )
-        if name in _FRAMES or not self._files:
-            return None
+        """Return an array that every file has, over all files: float32, integer or bool."""
         name = "states" if name == "observation.state" else name
-        if not all(name in _load(file) for file in self._files):
+        checked = name in ("states", "action")
+        if not self._files or name in (*_FRAMES, "fps") or (checked and name not in self._columns):
             return None
-        return np.concatenate([_flat(_load(file), name) for file in self._files])
+        if not checked and not all(name in _load(file) for file in self._files):
+            return None
+        try:
+            return np.concatenate([_column(_load(file), name, axes) for file, axes in self._files.items()])
+        except Unreadable as error:
+            raise UserError(f"{self._path}: {error}; repair the array or remove it.") from error
 
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
         """Return -1 for each step: arrays have no task."""
@@ -143,23 +153,52 @@ class NpzSource:
 
     def _read_obs(self, file: Path) -> UInt8[np.ndarray, "n h w c"]:
         arrays = _load(file)
-        return _flat(arrays, _frames(arrays))
+        obs = arrays[_frames(arrays)]
+        return obs.reshape(-1, *obs.shape[-3:])
+
+    def _common_columns(self, path: Path, scans: dict[str, dict[str, Any]]) -> dict[str, list[Any]]:
+        """Return the kind and shape of each column that all files have; others are left out with a note.
+
+        Raises:
+            UserError: a column differs in kind or shape between files.
+        """
+        columns: dict[str, list[Any]] = {}
+        for name in dict.fromkeys(column for scan in scans.values() for column in scan["columns"]):
+            found = {file: scan["columns"][name] for file, scan in scans.items() if name in scan["columns"]}
+            file, (kind, shape) = next(iter(found.items()))
+            for other, (got_kind, got_shape) in found.items():
+                if [got_kind, got_shape] != [kind, shape]:
+                    raise UserError(
+                        f"{path}: `{name}` must have the same type and shape in every file, got {kind} "
+                        f"[n{_more(shape)}] in {file} and {got_kind} [n{_more(got_shape)}] in {other}; keep "
+                        f"them apart."
+                    )
+            if len(found) == len(scans):
+                columns[name] = [kind, shape]
+                continue
+            lacking = [other for other in scans if other not in found]
+            self.notes.append(
+                f"column {name} is missing from {len(lacking)} of {len(scans)} files, such as {lacking[0]}, "
+                f"and left out"
+            )
+        return columns
 
 
-def _space(path: Path, actions: list[dict[str, Any] | None]) -> ActionSpace | None:
-    """Return the space of the actions of all files; None: some have none."""
-    known = [action for action in actions if action is not None]
-    if not known or len(known) < len(actions):
+def _more(shape: list[int]) -> str:
+    return "".join(f", {size}" for size in shape)
+
+
+def _space(path: Path, classes: list[list[int]], columns: dict[str, list[Any]]) -> ActionSpace | None:
+    """Return the action space of all files; None where one has no actions."""
+    if "action" not in columns:
         return None
-    kinds = {(action["kind"], action.get("size")) for action in known}
-    if len(kinds) > 1:
-        raise UserError(
-            f"the files of {path} must have actions of one kind, got {sorted(map(str, kinds))}; keep "
-            f"them apart."
-        )
-    if known[0]["kind"] == "continuous":
-        return ActionSpace(kind="continuous", size=known[0]["size"])
-    return discrete_space(np.unique(np.concatenate([np.array(a["values"], np.int64) for a in known])))
+    kind, shape = columns["action"]
+    if kind == "float":
+        return ActionSpace(kind="continuous", size=shape[0])
+    try:
+        return discrete_space(np.unique(np.concatenate([np.array(each, np.int64) for each in classes])))
+    except ValueError as error:
+        raise UserError(f"{path}, `action`: {error}; store numbers as float32.") from error
 
 
 def _load(file: Path) -> np.lib.npyio.NpzFile:
@@ -170,65 +209,141 @@ def _frames(arrays: np.lib.npyio.NpzFile) -> str:
     return next(name for name in _FRAMES if name in arrays)
 
 
-def _flat(arrays: np.lib.npyio.NpzFile, name: str) -> Shaped[np.ndarray, " n *shape"]:
-    """An array over steps; one over episodes and steps (frames of five axes) loses the first axis."""
-    values = arrays[name]
-    return values.reshape(-1, *values.shape[2:]) if arrays[_frames(arrays)].ndim == 5 else values
+def _column(
+    arrays: np.lib.npyio.NpzFile, name: str, axes: tuple[int, ...]
+) -> Shaped[np.ndarray, " n *shape"]:
+    """Return an array with one row per frame, as float32, integer or bool.
 
+    Args:
+        arrays: the file.
+        name: of the array; `action`: classes int64 `[n]` or float32 `[n, a]`, whatever its name.
+        axes: of the frames before height, width and channels: (n,) or (episodes, steps).
 
-def _action(arrays: np.lib.npyio.NpzFile) -> Shaped[np.ndarray, " n *a"]:
-    """Return classes int64 `[n]` or numbers float32 `[n, a]`."""
-    values = _flat(arrays, next(name for name in _ACTIONS if name in arrays))
+    Raises:
+        Unreadable: its type or shape does not fit the frames.
+    """
+    stored = next(key for key in _ACTIONS if key in arrays) if name == "action" else name
+    values = arrays[stored]
+    if values.dtype.kind not in "biuf":
+        raise Unreadable(f"`{stored}` must hold numbers, got {values.dtype}")
+    if values.shape[: len(axes)] != axes:
+        got = f"got {list(values.shape)}"
+        rows = f"one row for each of {axes[0]} frames" if len(axes) == 1 else f"the axes {list(axes)} first"
+        raise Unreadable(f"`{stored}` must have {rows}, {got}")
+    values = values.reshape(-1, *values.shape[len(axes) :])
     if values.dtype.kind == "f":
-        return values.reshape(len(values), -1).astype(np.float32)
+        with np.errstate(over="ignore"):  # beyond float32: infinite, which readers report by row
+            values = values.astype(np.float32)
+        return values.reshape(len(values), -1) if name == "action" else values
+    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+        row = int(np.argmax(values.reshape(len(values), -1).max(1) > np.iinfo(np.int64).max))
+        raise Unreadable(f"`{stored}` must be at most 2**63 - 1, got {values.max()} in row {row}")
+    if name != "action":
+        return values
+    if values.size != len(values):
+        raise Unreadable(
+            f"`{stored}` of {values.dtype} must have one class per frame, got {list(values.shape)}; store "
+            f"continuous actions as float32"
+        )
     return values.reshape(-1).astype(np.int64)
 
 
+def _done(arrays: np.lib.npyio.NpzFile, axes: tuple[int, ...]) -> Bool[np.ndarray, " n"]:
+    """Return at which frames an episode ends.
+
+    Raises:
+        Unreadable: `done` is something else.
+    """
+    values = _column(arrays, "done", axes)
+    if values.size != len(values):
+        raise Unreadable(f"`done` must have one flag per frame, got {list(values.shape)}")
+    values = values.reshape(-1)
+    wrong = np.flatnonzero((values != 0) & (values != 1))
+    if len(wrong):
+        raise Unreadable(f"`done` must be 0 or 1, got {values[wrong[0]]} in row {wrong[0]}")
+    return values.astype(bool)
+
+
+def _fps(arrays: np.lib.npyio.NpzFile) -> float:
+    """Return the frames per second.
+
+    Raises:
+        Unreadable: `fps` is something else.
+    """
+    values = arrays["fps"]
+    if values.dtype.kind not in "iuf" or values.size != 1 or not SLOWEST <= values.item() <= FASTEST:
+        got = values.item() if values.size == 1 else f"{values.dtype} {list(values.shape)}"
+        raise Unreadable(f"`fps` must be one number between {SLOWEST:g} and {FASTEST:g}, got {got!r}")
+    return float(values.item())
+
+
+def _obs_shape(arrays: np.lib.npyio.NpzFile) -> tuple[int, ...]:
+    """Return the shape of the frames.
+
+    Raises:
+        Unreadable: they are something else than uint8 images or grids with their channels last.
+    """
+    name = _frames(arrays)
+    obs = arrays[name]
+    if obs.ndim not in (4, 5) or obs.dtype != np.uint8 or not obs.size:
+        raise Unreadable(f"`{name}` must be uint8 [n, h, w, c], got {obs.dtype} {list(obs.shape)}")
+    if obs.shape[-3] < _SMALLEST_IMAGE <= min(obs.shape[-2:]):
+        raise Unreadable(
+            f"`{name}` must be [n, h, w, c], got {list(obs.shape)}, whose channels come first; transpose it"
+        )
+    return obs.shape
+
+
 def _scan(file: Path) -> dict[str, Any]:
-    """Return what a file holds: digest, rows, spans of episodes, actions, rate; or why it is unreadable."""
+    """Return what a file holds, as plain JSON values, or {"error": why it is unreadable}.
+
+    Returns:
+        digest; rows; spans [begin, end) of episodes; axes: those before height, width and channels; image:
+        whether frames are images; columns: name -> [kind, shape of a row]; classes of a discrete action; fps;
+        timed: whether the file names its fps.
+    """
     try:
         arrays = _load(file)
         if not isinstance(arrays, np.lib.npyio.NpzFile) or not any(name in arrays for name in _FRAMES):
             return {"error": "it has no array `obs`"}
-        name = _frames(arrays)
-        if arrays[name].ndim not in (4, 5) or arrays[name].dtype != np.uint8 or not arrays[name].size:
-            got = f"{arrays[name].dtype} {list(arrays[name].shape)}"
-            return {"error": f"`{name}` must be uint8 [n, h, w, c], got {got}"}
-        if arrays[name].shape[-3] in (1, 3) and min(arrays[name].shape[-2:]) >= _SMALLEST_IMAGE:
-            got = list(arrays[name].shape)
-            return {
-                "error": f"`{name}` must be [n, h, w, c], got {got}, whose channels come first; transpose it"
-            }
-        obs, steps = _flat(arrays, name), arrays[name].shape[1] if arrays[name].ndim == 5 else 0
-        done = np.arange(1, len(obs) + 1) % steps == 0 if steps else np.zeros(len(obs), bool)
-        if "done" in arrays:
-            ends = _flat(arrays, "done").reshape(-1)
-            if len(ends) != len(obs):
-                return {"error": f"`done` must have {len(obs)} flags, one per frame, got {len(ends)}"}
-            done = done | ends.astype(bool)
-        action = None
-        if any(name in arrays for name in _ACTIONS):
-            values = _action(arrays)
-            if len(values) != len(obs):
-                return {"error": f"`action` must have {len(obs)} entries, one per frame, got {len(values)}"}
-            if values.ndim > 1:
-                action = {"kind": "continuous", "size": values.shape[1]}
-            else:
-                discrete_space(values)  # refuses too many classes
-                action = {"kind": "discrete", "values": np.unique(values).tolist()}
-        fps = float(arrays["fps"]) if "fps" in arrays else 1.0
-        if not 0 < fps < math.inf:
-            return {"error": f"`fps` must be a number above 0, got {fps:g}"}
+        return _contents(file, arrays)
+    except Unreadable as error:
+        return {"error": str(error)}
     except DAMAGED as error:
         return {"error": f"it is not a file of plain arrays ({error})"}
-    ends = [int(i) + 1 for i in np.flatnonzero(done)]
-    ends += [] if ends and ends[-1] == len(obs) else [len(obs)]
+
+
+def _contents(file: Path, arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
+    *axes, height, width, channels = _obs_shape(arrays)
+    rows = math.prod(axes)
+    done = np.zeros(rows, bool)
+    if "done" in arrays:
+        done |= _done(arrays, tuple(axes))
+    if len(axes) == 2:
+        done[axes[1] - 1 :: axes[1]] = True
+    done[-1] = True
+    ends = (np.flatnonzero(done) + 1).tolist()
+    columns: dict[str, list[Any]] = {}
+    classes: list[int] = []
+    for name in ("states", "action"):
+        if name not in arrays and not (name == "action" and any(key in arrays for key in _ACTIONS)):
+            continue
+        values = _column(arrays, name, tuple(axes))
+        columns[name] = [_KINDS[values.dtype.kind], list(values.shape[1:])]
+        if name == "action" and values.ndim == 1:
+            classes = np.unique(values).tolist()
+            try:
+                discrete_space(values)
+            except ValueError as error:
+                raise Unreadable(f"`action`: {error}; store numbers as float32") from error
     return {
         "digest": file_digest(file),
-        "rows": len(obs),
+        "rows": rows,
         "spans": list(zip([0, *ends[:-1]], ends, strict=True)),
-        "image": obs.shape[3] in (1, 3) and min(obs.shape[1:3]) >= _SMALLEST_IMAGE,
-        "action": action,
-        "fps": fps,
+        "image": channels in (1, 3) and min(height, width) >= _SMALLEST_IMAGE,
+        "axes": axes,
+        "columns": columns,
+        "classes": classes,
+        "fps": _fps(arrays) if "fps" in arrays else 1.0,
         "timed": "fps" in arrays,
     }

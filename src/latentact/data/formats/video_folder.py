@@ -1,4 +1,4 @@
-"""A folder of videos, nested as one likes, or a single video: each file is an episode.
+"""A folder of videos, nested to any depth, or a single video: each file is an episode.
 
 An optional `metadata.csv` or `metadata.jsonl` in the folder has the columns `file_name` (relative to it) and
 `task`.
@@ -18,18 +18,18 @@ from jaxtyping import Int64, UInt8
 
 from latentact.data.decode.video import SUFFIXES, decode, probe
 from latentact.data.digest import Memo, file_digest
-from latentact.data.files import files_below, shown
+from latentact.data.files import files_below, printable
 from latentact.data.format import FORMATS, Episode, Unreadable
+from latentact.data.time_base import rates_agree
 from latentact.errors import UserError
 from latentact.io.records import Record, parse_json, parse_record, read_text
 
-_SAME_RATE = 0.01
 _METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 @FORMATS.register("video_folder")
 class VideoFolder:
-    """Files with a video's ending (`decode.video.SUFFIXES`); hidden files and folders are left out."""
+    """Files with a video's ending (`decode.video.SUFFIXES`); hidden files and folders are skipped."""
 
     @staticmethod
     def detect(path: Path) -> bool:
@@ -53,7 +53,7 @@ class VideoFolderSource:
 
     Args:
         path: folder or video file.
-        memo: remembers digest, length and rate of each file.
+        memo: cache of the digest, length and rate of each file.
     """
 
     camera = ""
@@ -74,7 +74,7 @@ class VideoFolderSource:
         texts = _tasks(path) if path.is_dir() else {}
         uneven: dict[str, str] = {}
         for file in files:
-            name = shown(file.relative_to(root))
+            name = printable(file.relative_to(root))
             found = memo.get(file, "video.2", _scan)
             if "error" in found:
                 self.unreadable[name] = found["error"]
@@ -93,7 +93,7 @@ class VideoFolderSource:
                 )
             )
         known = [rate for rate in rates if rate]
-        self.uneven = bool(uneven) or (bool(known) and max(known) > (1 + _SAME_RATE) * min(known))
+        self.uneven = bool(uneven) or (bool(known) and not rates_agree(max(known), min(known)))
         self.fps = 1.0 if not known else min(known) if self.uneven else median(known)
         if uneven:
             first, rate = next(iter(uneven.items()))
@@ -116,14 +116,16 @@ class VideoFolderSource:
         """Return None: video has no numeric columns."""
 
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
-        """Return which task each frame of a video belongs to."""
+        """Return the index into `tasks` of each frame of a video; -1: no task."""
         episode = self.episodes[number]
         return np.full(episode.frames, self.tasks.index(episode.task) if episode.task else -1)
 
 
 def has_videos(path: Path) -> bool:
-    """Return whether there is a video file at or below a path."""
-    return path.suffix.lower() in SUFFIXES if path.is_file() else bool(files_below(path, SUFFIXES)[0])
+    """Return whether a path is a video file, or a folder that contains one."""
+    if path.is_dir():
+        return bool(files_below(path, SUFFIXES)[0])
+    return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
 def _scan(file: Path) -> dict[str, Any]:
@@ -156,13 +158,16 @@ def _tasks(folder: Path) -> dict[str, str]:
             f"{folder} must have one table of metadata, got {', '.join(t.name for t in tables)}; keep one."
         )
     table = tables[0]
+    rows: list[tuple[int, Any]]
     if table.suffix.lower() == ".csv":
-        rows = _csv(table)
+        rows = [*_csv(table)]
     else:
         numbered = enumerate(read_text(table).split("\n"), 1)
         rows = [(n, parse_json(line, f"{table}, line {n}")) for n, line in numbered if line.strip()]
     found: dict[str, str] = {}
     for number, row in rows:
+        if isinstance(row, dict):
+            _require_once(list(row), f"{table}, line {number}")
         fields = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else row
         line = parse_record(_Line, fields, f"{table}, line {number}")
         name = line.file_name.strip().replace("\\", "/").removeprefix("./")
@@ -172,6 +177,18 @@ def _tasks(folder: Path) -> dict[str, str]:
                 f"{table}, line {number}: {name} has two tasks, {found[name]!r} and {task!r}; keep one."
             )
     return found
+
+
+def _require_once(names: list[str], where: str) -> None:
+    """Check that no column that is read has two names, such as `task` and `Task`.
+
+    Raises:
+        UserError: one has.
+    """
+    for column in _Line.model_fields:
+        same = [name for name in names if str(name).strip().lower() == column]
+        if len(same) > 1:
+            raise UserError(f"{where} must have one column {column}, got {', '.join(same)}; keep one.")
 
 
 def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -184,6 +201,7 @@ def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        _require_once(list(reader.fieldnames or ()), str(file))
         for row in reader:
             if any(cell.strip() for cell in row.pop(None, None) or ()):
                 raise UserError(

@@ -1,8 +1,8 @@
-"""New columns for a LeRobot v3 dataset: tables are rewritten, videos hard-linked, statistics written.
+"""Add columns to a LeRobot v3 dataset: rewrite tables, hard-link videos, write statistics.
 
-lerobot's own `add_features` copies the videos, needs all values in memory and writes no statistics. Here
-files go through one by one, and the episodes get their statistics too, without which lerobot's editing tools
-would drop those of the new columns.
+`add_features` of lerobot copies the videos, needs all values in memory and writes no statistics. This module
+streams file by file and also writes per-episode statistics, which the editing tools of lerobot need to keep
+the statistics of the new columns.
 """
 
 from __future__ import annotations
@@ -32,32 +32,31 @@ _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """Numbers for every row of a dataset."""
+    """A numeric column with values for every row of a dataset."""
 
     dtype: str
     """float32, float16, int64 or bool."""
     size: int
-    """Numbers per row."""
+    """Values per row."""
     read: Callable[[int, int], Shaped[np.ndarray, "m size"]]
-    """Returns those of rows begin to end, counted over all files in the order of their names."""
+    """`read(begin, end)` returns the values of these rows, counted over all files sorted by name."""
 
     @property
     def feature(self) -> dict[str, Any]:
-        """The column as `meta/info.json` describes it."""
+        """The feature of the column in `meta/info.json`."""
         return {"dtype": self.dtype, "shape": [self.size], "names": None}
 
 
 def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
-    """Write a LeRobot v3 dataset that is another one with more columns; columns of the same name give way.
+    """Copy a LeRobot v3 dataset with additional columns; existing columns of the same name are replaced.
 
     Args:
-        source: the dataset to start from; it is not changed.
-        out: an existing empty folder for the new dataset; the caller makes sure it is seen whole or not at
-            all.
-        columns: name -> numbers.
+        source: folder of the dataset; not modified.
+        out: existing empty folder for the new dataset; the caller makes the write atomic.
+        columns: name -> column.
 
     Raises:
-        UserError: `source` is not a whole LeRobot v3 dataset.
+        UserError: `source` is not a complete LeRobot v3 dataset.
     """
     info = read_json(source / "meta/info.json")
     files = sorted((source / "data").glob("*/*.parquet"))
@@ -65,7 +64,7 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     for name in tables.missing:
         del info["features"][name]
     for feature in info["features"].values():
-        feature["shape"] = feature["shape"] or [1]  # LeRobot has no shape []
+        feature["shape"] = feature["shape"] or [1]  # LeRobot does not support shape []
     info["features"] |= {name: column.feature for name, column in columns.items()}
     for folder in (source / "videos", source / "images"):
         for path in files_below(folder)[0] if folder.is_dir() else ():
@@ -77,15 +76,11 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     row = 0
     for file in files:
         row = _rewrite(file, out / file.relative_to(source), columns, schema, row)
-    per_episode = {
-        episode: number_statistics(
-            {
-                name: column.read(span.first_row, span.first_row + span.end - span.begin)
-                for name, column in columns.items()
-            }
-        )
-        for episode, span in tables.spans.items()
-    }
+    per_episode = {}
+    for episode, span in tables.spans.items():
+        begin, end = span.first_row, span.first_row + span.end - span.begin
+        values = {name: column.read(begin, end) for name, column in columns.items()}
+        per_episode[episode] = number_statistics(values)
     for file in sorted((out / "meta/episodes").glob("*/*.parquet")):
         _add_episode_statistics(file, columns, per_episode)
     _add_statistics(out / "meta/stats.json", [per_episode[episode] for episode in sorted(per_episode)])
@@ -93,7 +88,7 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
 
 
 def link(path: Path, out: Path) -> None:
-    """Make `out` a second name of the file at `path`, or a copy of it; a symbolic link is followed."""
+    """Hard-link the file at `path` to `out`; copy it if linking is impossible. Follows symbolic links."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(path.resolve(), out)
@@ -104,7 +99,7 @@ def link(path: Path, out: Path) -> None:
 
 
 def _schema(features: Mapping[str, Any]) -> Any:
-    """Return the Arrow schema that lerobot reads tables with."""
+    """Return the Arrow schema of the tables, as lerobot defines it."""
     from lerobot.datasets.feature_utils import get_hf_features_from_features
 
     shaped = {
@@ -113,15 +108,15 @@ def _schema(features: Mapping[str, Any]) -> Any:
     return get_hf_features_from_features(shaped).arrow_schema
 
 
-def _rewrite(file: Path, out: Path, columns: Mapping[str, Column], wanted: Any, row: int) -> int:
-    """Write a table with more columns, a row group at a time; return the first row of the next file."""
+def _rewrite(file: Path, out: Path, columns: Mapping[str, Column], target: Any, row: int) -> int:
+    """Write a table with the added columns by row groups; return the first row of the next file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetFile(file) as table:
         kept = [field for field in table.schema_arrow if field.name not in columns]
-        schema = pa.schema([*kept, *(wanted.field(name) for name in columns)], metadata=wanted.metadata)
+        schema = pa.schema([*kept, *(target.field(name) for name in columns)], metadata=target.metadata)
         with pq.ParquetWriter(out, schema, compression="snappy", use_dictionary=True) as writer:
             for number in range(table.metadata.num_row_groups):
                 group = table.read_row_group(number, columns=[field.name for field in kept])
@@ -134,21 +129,23 @@ def _rewrite(file: Path, out: Path, columns: Mapping[str, Column], wanted: Any, 
     return row
 
 
-def _array(values: np.ndarray, kind: Any) -> Any:
+def _array(values: np.ndarray, arrow_type: Any) -> Any:
+    """Convert values `[m, size]` to an Arrow array of the given type."""
     import pyarrow as pa
 
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    if not pa.types.is_nested(kind):
-        return flat.cast(kind)
-    if pa.types.is_fixed_size_list(kind):
-        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-    ends = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
-    return pa.ListArray.from_arrays(ends, flat, type=kind)
+    if not pa.types.is_nested(arrow_type):
+        return flat.cast(arrow_type)
+    if pa.types.is_fixed_size_list(arrow_type):
+        return pa.FixedSizeListArray.from_arrays(flat, type=arrow_type)
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+    return pa.ListArray.from_arrays(offsets, flat, type=arrow_type)
 
 
 def _add_episode_statistics(
     file: Path, columns: Mapping[str, Column], per_episode: Mapping[int, Mapping[str, Any]]
 ) -> None:
+    """Add `stats/<column>/<statistic>` columns to a table of episodes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,7 +153,7 @@ def _add_episode_statistics(
     episodes = table["episode_index"].to_pylist()
     if absent := [episode for episode in episodes if episode not in per_episode]:
         raise UserError(
-            f"{file} lists episode {absent[0]}, of which there are no rows; copy the dataset again."
+            f"{file} lists episode {absent[0]}, which has no rows in data/; copy the dataset again."
         )
     statistics = [per_episode[episode] for episode in episodes]
     prefixes = tuple(f"stats/{name}/" for name in columns)
@@ -169,12 +166,13 @@ def _add_episode_statistics(
 
 
 def _add_statistics(file: Path, per_episode: list[dict[str, dict[str, np.ndarray]]]) -> None:
+    """Add the aggregated statistics of the new columns to `meta/stats.json`."""
     from lerobot.datasets.compute_stats import aggregate_stats
 
     statistics = read_json(file) if file.is_file() else {}
     if not isinstance(statistics, dict):
         raise UserError(
-            f"{file} must hold an object, got {type(statistics).__name__}; copy the dataset again."
+            f"{file} must contain a JSON object, got {type(statistics).__name__}; copy the dataset again."
         )
     for name, values in aggregate_stats(per_episode).items():
         statistics[name] = {kind: value.tolist() for kind, value in sorted(values.items())}

@@ -1,8 +1,8 @@
-"""LeRobot v2 datasets and folders of videos as a LeRobot v3 dataset, without touching a video.
+"""Write a LeRobot v3 dataset whose videos are hard links to existing files.
 
-Each episode keeps its own video file, which v3 allows: it is hard-linked. lerobot's own converter wants every
-episode that the metadata lists, and files of statistics; here what is there is taken, numbered anew, and its
-statistics are computed. Row i of the result shows the frame that row i of the data shows.
+Each episode keeps its own video file, which v3 allows. The converter of lerobot requires every listed episode
+and files of statistics; this one uses the available episodes, renumbers them and computes the statistics.
+Row i of the output has the same frame as row i of the input.
 """
 
 from __future__ import annotations
@@ -30,26 +30,35 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 
 
 @dataclass(frozen=True, kw_only=True)
-class Take:
-    """One episode to write."""
+class EpisodeData:
+    """Files and columns of one episode."""
 
     label: str
-    """What messages call it."""
+    """Name in messages."""
     times: Float64[np.ndarray, " n"] | None
-    """Seconds into the videos of each row; None: every frame of the video is a row."""
+    """Time of each row in its videos, in seconds; None: every frame of the video is a row."""
     tasks: list[str]
-    """Task text of each row; one for all rows where there is one."""
+    """Task text of each row, or a single text for all rows."""
     videos: dict[str, Path]
-    """Camera -> file that holds this episode and nothing else."""
+    """Camera -> video file that contains exactly this episode."""
     columns: Callable[[], dict[str, Any]]
-    """Returns its numbers, texts and images."""
+    """Returns the numeric, text and image columns."""
 
 
-def write_takes(root: Path, features: dict[str, Any], fps: int, robot: str | None, takes: list[Take]) -> None:
+def write_episodes(
+    root: Path, features: dict[str, Any], fps: int, robot: str | None, episodes: list[EpisodeData]
+) -> None:
     """Write episodes as a LeRobot v3 dataset whose videos are hard links.
 
+    Args:
+        root: folder to create.
+        features: name -> feature, as in `meta/info.json`.
+        fps: rows per second.
+        robot: robot type for the metadata.
+        episodes: episodes in order.
+
     Raises:
-        Unreadable: an image or video of one is damaged.
+        Unreadable: an image or a video is damaged.
     """
     from datasets import Dataset
     from lerobot.datasets import io_utils
@@ -57,40 +66,55 @@ def write_takes(root: Path, features: dict[str, Any], fps: int, robot: str | Non
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.utils.utils import SuppressProgressBars, flatten_dict
 
-    videos = any(feature["dtype"] == "video" for feature in features.values())
-    meta: Any = LeRobotDatasetMetadata.create("local/dataset", fps, features, robot, root, use_videos=videos)
-    rows, statistics, row = [], [], 0
-    with Table(meta) as table, Progress("converting", len(takes), "episodes") as progress:
-        for number, take in enumerate(takes):
+    meta: Any = LeRobotDatasetMetadata.create(
+        "local/dataset",
+        fps,
+        features,
+        robot,
+        root,
+        use_videos=any(feature["dtype"] == "video" for feature in features.values()),
+    )
+    rows, statistics, first_row = [], [], 0
+    with Table(meta) as table, Progress("converting", len(episodes), "episodes") as progress:
+        for number, episode in enumerate(episodes):
             stats: dict[str, Any] = {}
-            place: dict[str, Any] = {}
-            times = take.times
-            for key, file in take.videos.items():
+            video_location: dict[str, Any] = {}
+            times = episode.times
+            for key, file in episode.videos.items():
                 if times is None:
                     times = np.array([seconds for seconds, _ in decode(file)])
                     _require_regular(times, fps, file)
-                stats[key] = _video_statistics(file, take.label, times, features[key]["shape"], fps)
-                place |= _link_video(meta, key, file, number, times[0], times[-1] + 1 / fps)
+                stats[key] = _video_statistics(file, episode.label, times, features[key]["shape"], fps)
+                video_location |= _link_video(meta, key, file, number, times[0], times[-1] + 1 / fps)
             assert times is not None
-            length = len(times)
-            tasks = list(dict.fromkeys(take.tasks))
+            tasks = list(dict.fromkeys(episode.tasks))
             meta.save_episode_tasks(tasks)
-            columns = _bookkeeping(meta, number, row, take, times)
+            columns = _columns(meta, number, first_row, episode, times)
             stats |= number_statistics({k: v for k, v in columns.items() if isinstance(v, np.ndarray)})
             stats |= {key: _image_statistics(columns[key]) for key in meta.image_keys}
-            entry = {"episode_index": number, "tasks": tasks, "length": length}
-            entry |= {"dataset_from_index": row, "dataset_to_index": row + length}
             rows.append(
-                {**entry, **table.append(columns), **place, **flatten_dict({"stats": stats}), **EPISODES_FILE}
+                {
+                    "episode_index": number,
+                    "tasks": tasks,
+                    "length": len(times),
+                    "dataset_from_index": first_row,
+                    "dataset_to_index": first_row + len(times),
+                    **table.append(columns),
+                    **video_location,
+                    **flatten_dict({"stats": stats}),
+                    **EPISODES_FILE,
+                }
             )
             statistics.append(stats)
-            row += length
+            first_row += len(times)
             progress.advance(1)
     for key in meta.video_keys:
         meta.update_video_info(key)
     info = meta.info
-    info.total_episodes, info.total_frames, info.total_tasks = len(takes), row, len(meta.tasks)
-    info.splits = {"train": f"0:{len(takes)}"}
+    info.total_episodes = len(episodes)
+    info.total_frames = first_row
+    info.total_tasks = len(meta.tasks)
+    info.splits = {"train": f"0:{len(episodes)}"}
     io_utils.write_info(info, root)
     io_utils.write_stats(dict(sorted(aggregate_stats(statistics).items())), root)
     with SuppressProgressBars():
@@ -98,45 +122,53 @@ def write_takes(root: Path, features: dict[str, Any], fps: int, robot: str | Non
 
 
 def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:
-    """Refuse a video whose frames do not lie where LeRobot looks for them."""
+    """Check that frame i of a video is at i / fps, where LeRobot looks it up."""
     off = np.abs(times - np.arange(len(times)) / fps)
     if len(times) and off.max() > LEROBOT_TOLERANCE_S:
         frame = int(np.argmax(off > LEROBOT_TOLERANCE_S))
-        raise Unreadable(f"frame {frame} of {file} is at {times[frame]:.4f} s instead of {frame / fps:.4f} s")
+        raise Unreadable(f"frame {frame} of {file} must be at {frame / fps:.4f} s, got {times[frame]:.4f} s")
 
 
-def _bookkeeping(meta: Any, number: int, first: int, take: Take, times: np.ndarray) -> dict[str, Any]:
-    """Return an episode's columns, lerobot's own included."""
-    row, seconds = np.arange(len(times)), times - times[0]
-    regular = np.abs(seconds - row / meta.fps).max() < LEROBOT_TOLERANCE_S
-    tasks = take.tasks if len(take.tasks) > 1 else take.tasks * len(times)
+def _columns(
+    meta: Any, number: int, first_row: int, episode: EpisodeData, times: np.ndarray
+) -> dict[str, Any]:
+    """Return the columns of an episode, including the index columns of lerobot."""
+    frame_index, seconds = np.arange(len(times)), times - times[0]
+    regular = np.abs(seconds - frame_index / meta.fps).max() < LEROBOT_TOLERANCE_S
+    tasks = episode.tasks if len(episode.tasks) > 1 else episode.tasks * len(times)
     return {
-        **take.columns(),
-        "timestamp": (row / meta.fps if regular else seconds).astype(np.float32),
-        "frame_index": row,
-        "episode_index": np.full_like(row, number),
-        "index": first + row,
+        **episode.columns(),
+        "timestamp": (frame_index / meta.fps if regular else seconds).astype(np.float32),
+        "frame_index": frame_index,
+        "episode_index": np.full_like(frame_index, number),
+        "index": first_row + frame_index,
         "task_index": np.array([meta.get_task_index(task) for task in tasks]),
     }
 
 
 def _link_video(meta: Any, key: str, file: Path, number: int, start: float, stop: float) -> dict[str, Any]:
-    chunk, place = divmod(number, meta.chunks_size)
-    link(file, meta.root / meta.video_path.format(video_key=key, chunk_index=chunk, file_index=place))
-    values = {"chunk_index": chunk, "file_index": place, "from_timestamp": start, "to_timestamp": stop}
-    return {f"videos/{key}/{name}": value for name, value in values.items()}
+    """Hard-link the video of an episode; return its columns in `meta/episodes`."""
+    chunk_index, file_index = divmod(number, meta.chunks_size)
+    path = meta.video_path.format(video_key=key, chunk_index=chunk_index, file_index=file_index)
+    link(file, meta.root / path)
+    return {
+        f"videos/{key}/chunk_index": chunk_index,
+        f"videos/{key}/file_index": file_index,
+        f"videos/{key}/from_timestamp": start,
+        f"videos/{key}/to_timestamp": stop,
+    }
 
 
 def _video_statistics(
     file: Path, label: str, times: np.ndarray, shape: tuple[int, ...], fps: int
 ) -> dict[str, np.ndarray]:
-    """Return lerobot's statistics of a video from the rows that it would sample; checks all of them."""
+    """Return the statistics of a video from the rows that lerobot samples; decodes and checks all rows."""
     chosen, counts = set(_sampled(len(times))), []
     try:
         for row, (_, frame) in enumerate(nearest_frames(decode(file), times, float(fps))):
             if frame.shape != shape:
-                got, wanted = ("x".join(map(str, each[1::-1])) for each in (frame.shape, shape))
-                raise Unreadable(f"its frames must be {wanted} pixels as those before them, got {got}")
+                expected, got = (f"{width}x{height}" for height, width, _ in (shape, frame.shape))
+                raise Unreadable(f"its frames must be {expected} pixels as in earlier episodes, got {got}")
             if row in chosen:
                 counts.append(_counts(frame))
     except Unreadable as error:
@@ -150,8 +182,8 @@ def _image_statistics(cells: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _images(cells: list[dict[str, Any]]) -> Iterator[np.ndarray]:
-    for place in _sampled(len(cells)):
-        with Image.open(io.BytesIO(cells[place]["bytes"])) as image:
+    for row in _sampled(len(cells)):
+        with Image.open(io.BytesIO(cells[row]["bytes"])) as image:
             yield image_rgb(image)
 
 
@@ -162,5 +194,5 @@ def _sampled(length: int) -> list[int]:
 
 
 def _counts(frame: np.ndarray) -> np.ndarray:
-    """Return how often each value stands in each channel, `[3, 256]`."""
+    """Return the histogram `[3, 256]` of the values of each channel."""
     return np.stack([np.bincount(frame[..., channel].ravel(), minlength=256) for channel in range(3)])

@@ -5,17 +5,18 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, field_validator
 
+from latentact.data.format import FASTEST, SLOWEST
 from latentact.errors import UserError
 from latentact.io.records import Record, parquet_columns, read_parquet, read_record, read_records
 
 VISUAL = ("image", "video")
-"""Values of `dtype` that are a camera's."""
+"""Values of `dtype` that mark a camera."""
 _CHANNELS = (1, 3, 4)
 
 
@@ -49,7 +50,7 @@ class Feature(Record):
         """Height, width and channels of a camera, whichever order the shape has.
 
         Raises:
-            UserError: the shape is no image's.
+            UserError: the shape is not that of an image.
         """
         if len(self.shape) == 3:
             names = [str(name).lower() for name in self.names] if isinstance(self.names, Sequence) else []
@@ -67,11 +68,15 @@ class Info(Record):
     """`meta/info.json`."""
 
     codebase_version: str
-    fps: Annotated[float, Field(gt=0, le=1e6)]
+    fps: Annotated[float, Field(ge=SLOWEST, le=FASTEST)]
     features: dict[str, Feature]
     chunks_size: Annotated[int, Field(ge=1)] = 1000
-    total_episodes: int | None = None
-    total_frames: int | None = None
+    data_files_size_in_mb: Annotated[float, Field(gt=0)] = 100
+    video_files_size_in_mb: Annotated[float, Field(gt=0)] = 200
+    total_episodes: Annotated[int, Field(ge=0)] | None = None
+    total_frames: Annotated[int, Field(ge=0)] | None = None
+    total_tasks: Annotated[int, Field(ge=0)] | None = None
+    splits: dict[str, Any] | None = None
     robot_type: str | None = None
     data_path: str | None = None
     video_path: str | None = None
@@ -99,7 +104,7 @@ class Info(Record):
             values: its placeholders.
 
         Raises:
-            UserError: there is no template, or it has other placeholders.
+            UserError: the template is missing, or has other placeholders.
         """
         text = getattr(self, template)
         try:
@@ -159,56 +164,96 @@ def read_episode_lines(path: Path) -> list[EpisodeLine]:
     return read_records(EpisodeLine, path / "meta/episodes.jsonl")
 
 
-def read_tasks(path: Path) -> dict[int, str]:
-    """Return the text of each task index; empty where the dataset has no table of tasks.
+class Tasks(NamedTuple):
+    """The table of tasks."""
+
+    texts: dict[int, str]
+    """Text of each `task_index` of the data's rows."""
+    notes: list[str]
+    """Sentences about inconsistencies."""
+
+
+def read_tasks(path: Path) -> Tasks:
+    """Return the table of tasks; without texts where the dataset has none.
+
+    As in LeRobot, a `task_index` of version 2 is looked up in the column of this name of `tasks.jsonl`, and
+    one of version 3 is the number of a row of `tasks.parquet`.
 
     Raises:
-        UserError: the table cannot be read or does not fit.
+        UserError: the table cannot be read, does not fit or contradicts itself.
     """
     lines, table = path / "meta/tasks.jsonl", path / "meta/tasks.parquet"
     if lines.is_file():
-        return {line.task_index: line.task for line in read_records(_Task, lines)}
+        texts: dict[int, str] = {}
+        for line in read_records(_Task, lines):
+            if texts.setdefault(line.task_index, line.task) != line.task:
+                raise UserError(
+                    f"{lines}: task_index {line.task_index} must have one task, got "
+                    f"{texts[line.task_index]!r} and {line.task!r}; keep one."
+                )
+        return Tasks(texts, [])
     if not table.is_file():
-        return {}
+        return Tasks({}, [])
     rows = read_parquet(table)
     names = [name for name in ("task", "__index_level_0__") if name in rows.column_names]
-    texts = names or [n for n in rows.column_names if _is_text(rows[n].type)]
-    if not texts or "task_index" not in rows.column_names:
+    columns = names or [n for n in rows.column_names if _is_text(rows[n].type)]
+    if not columns or "task_index" not in rows.column_names:
         raise UserError(
             f"{table} must have the columns task_index and task, got {', '.join(rows.column_names)}; copy "
             f"the dataset again."
         )
     _require_numbers(rows, ["task_index"], table)
-    pairs = zip(rows["task_index"].to_pylist(), rows[texts[0]].to_pylist(), strict=True)
-    return {int(index): str(text) for index, text in pairs if text is not None}
+    index = rows["task_index"].to_numpy()
+    texts = {n: str(text) for n, text in enumerate(rows[columns[0]].to_pylist()) if text is not None}
+    moved = np.flatnonzero(index != np.arange(len(index)))
+    if not len(moved):
+        return Tasks(texts, [])
+    note = (
+        f"meta/tasks.parquet: task_index must be the row's number, by which LeRobot finds a task, got "
+        f"{index[moved[0]]:g} in row {moved[0]}; tasks are read as LeRobot reads them"
+    )
+    return Tasks(texts, [note])
 
 
 def read_episode_table(path: Path, camera: str) -> pa.Table:
-    """Return `meta/episodes` of a version 3 dataset: what places its episodes, without their statistics.
+    """Return the columns of `meta/episodes` of a version 3 dataset that locate its episodes.
 
     Args:
         path: the dataset.
-        camera: key of the video whose place is read; empty: none.
+        camera: key of the video whose location is read; empty: none.
 
     Raises:
-        UserError: there is no such table, a file is damaged, or a column that is needed is missing or holds
-            something else.
+        UserError: the table is missing or damaged, or a column that is needed is missing or not numeric.
+    """
+    needed = (
+        [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        if camera
+        else []
+    )
+    return read_episodes(path, ["episode_index", *needed], ["tasks"])
+
+
+def read_episodes(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    """Return columns of `meta/episodes` of a version 3 dataset.
+
+    Args:
+        path: the dataset.
+        needed: columns of finite numbers; those of an index are whole.
+        optional: other columns, which may be missing.
+
+    Raises:
+        UserError: the table is missing or damaged, or a column that is needed is missing or not numeric.
     """
     files = sorted((path / "meta/episodes").glob("*/*.parquet"))
     if not files:
         raise UserError(
             f"{path} has no meta/episodes/*/*.parquet; copy the dataset again, or finalize its recording."
         )
-    needed = (
-        [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-        if camera
-        else []
-    )
     parts = []
     for file in files:
-        optional = {"tasks"} & set(parquet_columns(file))
-        table = read_parquet(file, ["episode_index", *needed, *optional])
-        _require_numbers(table, ["episode_index", *needed], file)
+        known = parquet_columns(file)
+        table = read_parquet(file, [*needed, *(name for name in optional if name in known)])
+        _require_numbers(table, needed, file)
         parts.append(table)
     try:
         return pa.concat_tables(parts, promote_options="permissive")
@@ -217,7 +262,7 @@ def read_episode_table(path: Path, camera: str) -> pa.Table:
 
 
 def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:
-    """Check that columns hold a finite number in every row."""
+    """Check that columns hold a finite number in every row, and those of an index whole ones."""
     for name in names if len(table) else ():
         kind = table[name].type
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -225,6 +270,13 @@ def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:
             raise UserError(
                 f"{file}: column {name} must hold a number in every row, got {kind} with "
                 f"{table[name].null_count} nulls; copy the dataset again."
+            )
+        values = table[name].to_numpy()
+        wrong = np.flatnonzero((values < 0) | (values != np.floor(values)))
+        if name.endswith("_index") and len(wrong):
+            raise UserError(
+                f"{file}: column {name} must hold whole numbers of at least 0, got {values[wrong[0]]:g} in "
+                f"row {wrong[0]}; copy the dataset again."
             )
 
 

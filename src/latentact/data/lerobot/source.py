@@ -1,4 +1,4 @@
-"""A LeRobot dataset of any version as a `Source`: tables, with videos beside them or images inside."""
+"""A LeRobot dataset of any version as a `Source`; frames are in videos or in the tables."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 class Recording(NamedTuple):
-    """Where an episode's frames are."""
+    """Location of the frames of an episode."""
 
     episode: int
-    """Its `episode_index`."""
+    """`episode_index` of the episode."""
     tasks: Sequence[str]
-    """Task texts that the list of episodes names."""
+    """Task texts from the list of episodes."""
     video: str = ""
-    """Video file relative to the dataset; empty where images are in the table."""
+    """Video file relative to the dataset; empty if images are in the table."""
     start: float = 0.0
-    """Seconds into the video of the time 0 of its table: `from_timestamp`."""
+    """Time in the video, in seconds, of timestamp 0 of the table (`from_timestamp`)."""
 
 
 def lerobot_version(path: Path) -> str:
-    """Return the `codebase_version` of a LeRobot dataset; empty when `path` is none.
+    """Return the `codebase_version` of a LeRobot dataset; empty if `path` is not a LeRobot dataset.
 
     Raises:
-        UserError: `meta/info.json` is there and is not json.
+        UserError: `meta/info.json` exists and is not JSON.
     """
     file = path / "meta" / "info.json"
     if not file.is_file():
@@ -48,23 +48,23 @@ def lerobot_version(path: Path) -> str:
     try:
         return str(json.loads(read_text(file)).get("codebase_version", ""))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is not json ({error}); copy the dataset again.") from error
+        raise UserError(f"{file} must be JSON ({error}); copy the dataset again.") from error
 
 
 class LeRobotSource:
     """An opened LeRobot dataset.
 
     Args:
-        path: its folder.
+        path: folder of the dataset.
         camera: key of the camera.
-        info: its metadata.
-        tables: its parquet files.
-        recordings: its episodes, in order.
-        texts: task text of each task index.
-        memo: remembers digests of videos and images.
+        info: metadata.
+        tables: parquet files.
+        recordings: locations of the episodes, in order.
+        texts: task index -> task text.
+        memo: memoizes digests of videos and images.
 
     Raises:
-        UserError: none of the episodes' files is there.
+        UserError: the files of all listed episodes are missing.
     """
 
     uneven = False
@@ -80,34 +80,39 @@ class LeRobotSource:
         texts: Mapping[int, str],
         memo: Memo,
     ) -> None:
-        """Scan what is there."""
+        """Scan the dataset."""
         self.camera, self.fps, self.info = camera, float(info.fps), info
         self._path = path
         self.tables = tables
-        """Its parquet files."""
+        """Parquet files of the dataset."""
         self.action_space, self.action_names = action_space(tables, path)
         self.skipped: dict[str, str] = {}
         if camera in tables.missing:
             raise UserError(
-                f"{path} names the camera {camera!r}, which its tables lack; copy the dataset again."
+                f"{path} must have a column for the camera {camera!r} in its tables; copy the dataset again."
             )
-        self.notes = [f"column {name} is missing from the tables and left out" for name in tables.missing]
-        recordings = list({r.episode: r for r in recordings}.values())  # one that is listed twice counts once
-        present = [r for r in recordings if self._is_here(r)]
+        self.notes = [f"column {name} is missing from the tables and is ignored" for name in tables.missing]
+        recordings = list({r.episode: r for r in recordings}.values())  # drop duplicates
+        present = [r for r in recordings if self._is_present(r)]
         self.absent = len(recordings) - len(present)
-        """Episodes that are listed and not there."""
+        """Number of listed episodes with missing files."""
         if not present:
             raise UserError(
-                f"{path} lists {len(recordings)} episodes and none of their files is there; copy them too."
+                f"{path} lists {len(recordings)} episodes but has the files of none; copy the missing files."
             )
         if len(present) < len(recordings):
             self.notes.append(
-                f"{len(recordings)} episodes are listed, of which {len(present)} are there: those are used"
+                f"{len(recordings)} episodes are listed; using the {len(present)} whose files are present"
+            )
+        if unlisted := sorted(tables.spans.keys() - {r.episode for r in recordings}):
+            self.notes.append(
+                f"rows of {len(unlisted)} episodes, such as episode {unlisted[0]}, are in the tables and not "
+                f"in the list of episodes: they are left out"
             )
         self._set_tasks(present, texts)
         digests = tables.image_digests(camera, memo) if any(not r.video for r in present) else {}
         self.recordings: list[Recording] = []
-        """Where the frames of each of `episodes` are."""
+        """Location of the frames of each of `episodes`."""
         self.episodes: list[Episode] = []
         self.unreadable: dict[str, str] = {}
         replaced: list[str] = []
@@ -124,64 +129,72 @@ class LeRobotSource:
             self.episodes.append(episode)
         if replaced:
             self.notes.append(
-                f"{replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''}: rows are "
-                f"timed by their number and the rate, {self.fps:g} fps"
+                f"{replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''}: using "
+                f"row / fps as timestamps, with {self.fps:g} fps"
             )
         self.first_rows = [tables.spans[r.episode].first_row for r in self.recordings]
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
-        """Yield (seconds from the first row, frame), one for each row of the episode's table."""
+        """Yield (seconds since the first row, frame) for each row of an episode."""
         recording = self.recordings[number]
         times = self.times(number)
         if not recording.video:
             yield from zip(times.tolist(), self.tables.images(self.camera, recording.episode), strict=True)
             return
-        lookup = recording.start + self.tables.timestamps(recording.episode)
-        frame = 1 / self.fps
-        video = decode(self._path / recording.video, lookup[0] - frame, lookup[-1] + frame)
-        for time, (_, pixels) in zip(times.tolist(), nearest_frames(video, lookup, self.fps), strict=True):
-            yield time, pixels
+        video_times = recording.start + self.tables.timestamps(recording.episode)
+        margin = 1 / self.fps
+        video = decode(
+            self._path / recording.video,
+            start=video_times[0] - margin,
+            stop=video_times[-1] + margin,
+        )
+        frames = nearest_frames(video, video_times, self.fps)
+        for seconds, (_, frame) in zip(times.tolist(), frames, strict=True):
+            yield seconds, frame
 
     def times(self, number: int) -> Float64[np.ndarray, " n"]:
-        """Return the seconds of an episode's rows, from the first."""
+        """Return the time of each row of an episode, in seconds since its first row."""
         recording = self.recordings[number]
         timestamps = self.tables.timestamps(recording.episode)
         return timestamps - timestamps[:1] if recording.video else image_times(timestamps, self.fps)[0]
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return a numeric column of the tables, all rows."""
+        """Return a numeric column for all rows of the tables; None if it does not exist."""
         return self.tables.column(name)
 
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
-        """Return which of `tasks` each row of an episode belongs to; -1: none."""
+        """Return the index into `tasks` of each row of an episode; -1: no task."""
         return self._row_tasks[self.recordings[number].episode]
 
     def video_file(self, number: int) -> Path:
-        """Return the video that holds an episode's frames."""
+        """Return the video file of an episode."""
         return self._path / self.recordings[number].video
 
     def _set_tasks(self, recordings: Sequence[Recording], texts: Mapping[int, str]) -> None:
-        """Find the task of each row: by `task_index`, or else the text that the list of episodes names."""
+        """Set the task of each row from `task_index`, or else from the list of episodes."""
         index = column_int(self.tables, "task_index") if texts else None
         known = {text: n for n, text in enumerate(dict.fromkeys(text for text in texts.values() if text))}
         self._row_tasks: dict[int, np.ndarray] = {}
         for recording in recordings:
             span = self.tables.spans[recording.episode]
             rows = slice(span.first_row, span.first_row + span.end - span.begin)
-            found = {} if index is None else {i: texts.get(int(i), "") for i in np.unique(index[rows])}
-            if index is not None and all(found.values()):
-                numbers = np.array([known[found[i]] for i in index[rows]])
+            used = {} if index is None else {i: texts.get(int(i), "") for i in np.unique(index[rows])}
+            if index is not None and all(used.values()):
+                numbers = np.array([known[used[i]] for i in index[rows]])
             else:
                 text = " / ".join(recording.tasks)
                 numbers = np.full(rows.stop - rows.start, known.setdefault(text, len(known)) if text else -1)
             self._row_tasks[recording.episode] = numbers
         self.tasks = list(known)
 
-    def _is_here(self, recording: Recording) -> bool:
-        there = recording.episode in self.tables.spans
-        return there and (not recording.video or (self._path / recording.video).is_file())
+    def _is_present(self, recording: Recording) -> bool:
+        """Return whether the table rows and the video of an episode exist."""
+        if recording.episode not in self.tables.spans:
+            return False
+        return not recording.video or (self._path / recording.video).is_file()
 
     def _describe(self, recording: Recording, digests: dict[int, str], memo: Memo) -> Episode:
+        """Return name, file, tasks, length and content digest of an episode."""
         times = self.tables.timestamps(recording.episode)
         if recording.video:
             video = memo.get(self._path / recording.video, "file", file_digest)
@@ -189,11 +202,11 @@ class LeRobotSource:
         else:
             content = blake2b(digests[recording.episode].encode(), times.tobytes())
         span = self.tables.spans[recording.episode]
-        used = dict.fromkeys(self._row_tasks[recording.episode].tolist())
+        tasks = dict.fromkeys(self._row_tasks[recording.episode].tolist())
         return Episode(
             name=f"episode {recording.episode}",
             file=recording.video or self.tables.files[span.file].relative_to(self._path).as_posix(),
-            task=" / ".join(self.tasks[n] for n in used if n >= 0),
+            task=" / ".join(self.tasks[n] for n in tasks if n >= 0),
             frames=len(times),
             content=content,
         )

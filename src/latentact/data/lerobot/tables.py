@@ -1,6 +1,6 @@
-"""The parquet tables of a LeRobot dataset: numeric columns, images, and what its features mean.
+"""The parquet tables of a LeRobot dataset: numeric columns, images and the action space.
 
-Shared by the LeRobot formats, whose versions differ in where things lie and not in what the tables hold.
+Shared by all versions of LeRobot datasets, which differ in file layout and not in the columns of the tables.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import io
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ from latentact.errors import UserError
 from latentact.io.records import parquet_columns, read_parquet
 from latentact.types import ActionSpace
 
+_COUNTERS = ("frame_index", "index", "task_index")
+"""Columns of indices, besides `episode_index`."""
+_EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
+"""Tag of the orientation, and its values that swap height and width."""
 _DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image."""
+"""What Pillow raises for bytes that are not an image."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Span:
     """Rows of one episode."""
 
     file: int
-    """Place of the file in `Tables.files`."""
+    """Index into `Tables.files`."""
     begin: int
     """First row inside the file."""
     end: int
@@ -67,15 +71,19 @@ class Tables:
         self._lock = threading.Lock()
         self._table = functools.lru_cache(maxsize=8)(self._open)
         self._row_group_column = functools.lru_cache(maxsize=4)(self._read_row_group)
+        stored: list[set[str]] = []
         row = 0
         for number, file in enumerate(self.files):
-            table = read_parquet(file, ["episode_index", "timestamp"])
-            episodes = _plain(table["episode_index"], file, "episode_index")
+            names = parquet_columns(file)
+            stored.append(set(names))
+            counters = [name for name in _COUNTERS if name in names]
+            table = read_parquet(file, ["episode_index", "timestamp", *counters])
+            for name in counters:
+                _counter(table[name], file, name)
+            episodes = _counter(table["episode_index"], file, "episode_index")
             self._timestamps.append(_plain(table["timestamp"], file, "timestamp").astype(np.float64))
             begins = np.flatnonzero(np.diff(episodes, prepend=np.nan))
             for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=False):  # no row, no begin
-                if not np.isfinite(episodes[begin]):
-                    raise UserError(f"{file}: episode_index must be a number in every row; rewrite the data.")
                 episode = int(episodes[begin])
                 if episode in self.spans:
                     raise UserError(
@@ -85,7 +93,6 @@ class Tables:
             row += len(episodes)
         self.rows = row
         """Rows of all files."""
-        stored = [set(parquet_columns(file)) for file in self.files]
         self.missing = [
             k for k, f in features.items() if f.dtype != "video" and not all(k in s for s in stored)
         ]
@@ -98,12 +105,12 @@ class Tables:
         return self._timestamps[span.file][span.begin : span.end]
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
-        """Return a numeric column over all files: float32, integer or bool; None: there is none.
+        """Return a numeric column over all files: float32, integer or bool; None if it does not exist.
 
         Where a row has no value it is NaN, and a column of integers float64.
 
         Raises:
-            UserError: a row has another number of values than the feature's shape says.
+            UserError: a row has another number of values than the feature's shape.
         """
         feature = self.features.get(name)
         if feature is None or not feature.numeric:
@@ -111,7 +118,16 @@ class Tables:
         size = int(np.prod(feature.shape))
         parts = [_numeric(read_parquet(file, [name])[name], size, file, name) for file in self.files]
         array = np.concatenate(parts) if parts else np.zeros((0, size), np.float32)
-        array = array.astype(np.float32) if feature.dtype.startswith("float") else array
+        if feature.dtype.startswith("float"):
+            with np.errstate(over="ignore"):  # beyond float32: infinite, which readers report by row
+                array = array.astype(np.float32)
+        elif array.dtype.kind == "f":
+            wrong = np.flatnonzero((np.isfinite(array) & (array != np.floor(array))).any(1))
+            if len(wrong):
+                raise UserError(
+                    f"{self.path}: column {name} of {feature.dtype} must hold whole numbers, got "
+                    f"{array[wrong[0]].tolist()} in row {wrong[0]}; repair the data or its dtype."
+                )
         return array.reshape(-1) if feature.shape in ((), (1,)) else array.reshape(-1, *feature.shape)
 
     def episode_column(self, name: str, episode: int) -> Any:
@@ -119,7 +135,7 @@ class Tables:
 
         Raises:
             Unreadable: a number or an image is missing.
-            UserError: a row has another number of values than the feature's shape says.
+            UserError: a row has another number of values than the feature's shape.
         """
         feature, span = self.features[name], self.spans[episode]
         if feature.visual:
@@ -149,6 +165,25 @@ class Tables:
                     yield image_rgb(image)
             except _DAMAGED_IMAGE as error:
                 raise Unreadable(f"an image in it cannot be decoded ({error})") from error
+
+    def image_shapes(self, camera: str, episode: int) -> list[tuple[int, int, int]]:
+        """Return height, width and channels, as LeRobot reads them, of an episode's first and last image.
+
+        Raises:
+            Unreadable: one is missing or damaged.
+        """
+        span = self.spans[episode]
+        shapes = []
+        for row in sorted({span.begin, span.end - 1}):
+            (data,) = self._image_bytes(camera, replace(span, begin=row, end=row + 1))
+            try:
+                with Image.open(io.BytesIO(data)) as image:
+                    turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _EXIF_TURNED
+                    width, height = image.size[::-1] if turned else image.size
+                    shapes.append((height, width, len(image.getbands())))
+            except _DAMAGED_IMAGE as error:
+                raise Unreadable(f"an image in it cannot be decoded ({error})") from error
+        return shapes
 
     def image_digests(self, camera: str, memo: Memo) -> dict[int, str]:
         """Return a digest of the encoded images of each episode; other columns do not enter.
@@ -254,7 +289,7 @@ def _cells(chunk: Any) -> list[bytes | str | None]:
 
 
 def action_space(tables: Tables, where: Path) -> tuple[ActionSpace | None, tuple[str, ...]]:
-    """Return what an action is, and the names of its classes or dimensions (empty where there are none).
+    """Return the action space, and the names of its classes or dimensions, which may be empty.
 
     Raises:
         UserError: discrete actions have too many classes.
@@ -277,11 +312,34 @@ def action_space(tables: Tables, where: Path) -> tuple[ActionSpace | None, tuple
 
 
 def column_int(tables: Tables, name: str) -> Int64[np.ndarray, " rows"] | None:
-    """Return a column of whole numbers; None where there is none, or a row has no value."""
+    """Return a column of integers; None if it does not exist or a row has no value."""
     column = tables.column(name)
     if column is None or column.ndim != 1 or (column.dtype.kind == "f" and not np.isfinite(column).all()):
         return None
     return column.astype(np.int64)
+
+
+def _counter(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
+    """Return a column of indices; a missing `task_index` is NaN.
+
+    Raises:
+        UserError: a row is not one integer of at least 0.
+    """
+    if pa.types.is_nested(column.type) or pa.types.is_boolean(column.type):
+        raise UserError(
+            f"{file}: column {name} must hold one whole number per row, got {column.type}; rewrite the data."
+        )
+    values = _plain(column, file, name)
+    right = (values >= 0) & (values == np.floor(values)) & np.isfinite(values)
+    if name == "task_index":
+        right |= np.isnan(values)
+    if not right.all():
+        row = int(np.argmin(right))
+        raise UserError(
+            f"{file}: column {name} must hold whole numbers of at least 0, got {values[row]:g} in row {row}; "
+            f"rewrite the data."
+        )
+    return values
 
 
 def _plain(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:

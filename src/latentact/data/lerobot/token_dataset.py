@@ -1,4 +1,4 @@
-"""A LeRobot dataset with LAM tokens from a file beside it."""
+"""A LeRobot dataset with LAM tokens from a separate file."""
 
 from __future__ import annotations
 
@@ -13,46 +13,47 @@ from latentact.data.lerobot.writer import number_statistics
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
-    """A `LeRobotDataset` whose items also have the LAM tokens of a file, as if they were a column.
+    """A `LeRobotDataset` with the LAM tokens of a file as an additional column.
 
     Args:
-        dataset: all episodes of it.
-        tokens: for each of its rows.
-        key: of the tokens in an item.
-        deltas: rows around the current one whose tokens an item has; None: its own, without an axis of time.
+        dataset: `LeRobotDataset` with all episodes.
+        tokens: tokens of every row.
+        key: key of the tokens in an item.
+        deltas: row offsets of the tokens in an item; None: only the tokens of the row, without a time axis.
 
     Raises:
-        UserError: the tokens are those of another dataset.
+        UserError: the tokens belong to another dataset.
     """
 
     def __init__(self, dataset: Any, tokens: TokenFile, key: str, deltas: list[int] | None) -> None:
         rows = {
             key: dataset.hf_dataset.data.column(key).to_numpy() for key in ("episode_index", "frame_index")
         }
-        tokens.refuse_other_rows(**rows, dataset=dataset.repo_id)
+        tokens.check_rows(**rows, dataset=dataset.repo_id)
         self._dataset, self.meta = dataset, dataset.meta
         self._deltas = deltas
         self._columns = {key: torch.from_numpy(tokens.tokens), VALID: torch.from_numpy(tokens.valid)}
-        row = np.arange(len(tokens.valid))
         _, episode, length = np.unique(rows["episode_index"], return_inverse=True, return_counts=True)
-        self._first = row - rows["frame_index"]
-        self._last = self._first + length[episode] - 1
-        for name, values in (found := {key: tokens.tokens, VALID: tokens.valid}).items():
+        # For each row of the dataset: first and last row of its episode.
+        self._first_row = np.arange(len(tokens.valid)) - rows["frame_index"]
+        self._last_row = self._first_row + length[episode] - 1
+        columns = {key: tokens.tokens, VALID: tokens.valid}
+        for name, values in columns.items():
             width = values.shape[1] if values.ndim == 2 else 1
             self.meta.features[name] = {"dtype": str(values.dtype), "shape": (width,), "names": None}
-        self.meta.stats |= number_statistics(found)
+        self.meta.stats |= number_statistics(columns)
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._dataset)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return a row with its tokens; rows outside of the episode repeat its first or last."""
+        """Return a row with its tokens; offsets outside the episode repeat its first or last row."""
         item = self._dataset[row]
-        wanted = row + np.array(self._deltas or [0])
-        inside = wanted.clip(self._first[row], self._last[row])
+        target = row + np.array(self._deltas or [0])
+        clipped = target.clip(self._first_row[row], self._last_row[row])
         for key, values in self._columns.items():
-            item[key] = values[inside] if self._deltas else values[inside[0]]
+            item[key] = values[clipped] if self._deltas else values[clipped[0]]
             if self._deltas:
-                item[f"{key}_is_pad"] = torch.from_numpy(wanted != inside)
+                item[f"{key}_is_pad"] = torch.from_numpy(target != clipped)
         return item

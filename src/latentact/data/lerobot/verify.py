@@ -1,4 +1,4 @@
-"""Open a dataset that was just written with LeRobot itself, before it gets its name."""
+"""Verify a dataset that was just written by opening it with LeRobot, before it gets its final name."""
 
 from __future__ import annotations
 
@@ -10,34 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from latentact.data.decode.video import look
+from latentact.data.decode.video import video_properties
 from latentact.data.format import Unreadable
 from latentact.data.lerobot.metadata import cameras, read_info
 from latentact.errors import UserError
 from latentact.progress import Progress
 
-_FAILURES = (
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
-    ArithmeticError,
-)
-"""What LeRobot raises for a dataset that it cannot read."""
-
 
 def verify_dataset(root: Path, remedy: str) -> None:
-    """Check files, counts, shapes, and each episode's first and last row as LeRobot shows them.
+    """Check files, counts, shapes, and the first and last row of each episode with LeRobot.
 
     Args:
         root: a LeRobot v3 dataset.
-        remedy: what messages advise.
+        remedy: what to do, for messages.
 
     Raises:
-        UserError: it does not.
+        UserError: LeRobot cannot read it.
     """
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.datasets.dataset_reader import DatasetReader
@@ -64,20 +52,28 @@ def verify_dataset(root: Path, remedy: str) -> None:
                         where = f"row {place} of what was written"
                         _check_item(reader.get_item(place), features, kept, episode)
                     progress.advance(1)
-    except _FAILURES as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"LeRobot cannot show {where} ({reason}); {remedy}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # LeRobot, datasets and Arrow may raise anything
+        raise UserError(f"LeRobot cannot read {where} ({_reason(error)}); {remedy}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the root cause; `datasets` wraps errors in ones that name nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def require_upright(videos: Iterable[Path]) -> None:
-    """Check that LeRobot's decoders, some of which ignore it, find no display matrix in videos.
+    """Check that videos have no display matrix, which some of LeRobot's decoders ignore.
 
     Raises:
-        UserError: one is rotated or mirrored.
+        UserError: a video is rotated or mirrored.
     """
     for file in sorted(videos):
         try:
-            upright = look(file).orientation == (1, 0, 0, 1)
+            upright = video_properties(file).orientation == (1, 0, 0, 1)
         except Unreadable:
             continue
         if not upright:
@@ -89,7 +85,7 @@ def require_upright(videos: Iterable[Path]) -> None:
 
 @contextmanager
 def _own_cache(root: Path) -> Iterator[None]:
-    """Let `datasets` keep its copy of the tables beside the dataset, for as long as it is looked at."""
+    """Let `datasets` keep its copy of the tables in a temporary folder beside the dataset."""
     from datasets import config
 
     before = config.HF_DATASETS_CACHE
@@ -118,7 +114,7 @@ def _check_counts(meta: Any, rows: int) -> None:
     ends = np.array(meta.episodes["dataset_to_index"][:])
     if not rows == meta.total_frames == lengths.sum() == ends[-1] or (np.cumsum(lengths) != ends).any():
         raise ValueError(
-            f"{rows} rows are there, {meta.total_frames} are announced, episodes have {lengths.sum()}"
+            f"the tables have {rows} rows, info.json names {meta.total_frames}, episodes have {lengths.sum()}"
         )
 
 
@@ -131,6 +127,6 @@ def _check_item(item: dict[str, Any], features: Any, kept: list[str], episode: i
                 raise ValueError(f"{key} is null, which LeRobot cannot put into a batch")
             got = tuple(item[key].shape)
             height, width, channels = feature.hwc if feature.visual else (0, 0, 0)
-            wanted = (channels, height, width) if feature.visual else feature.shape
-            if got != wanted and not (wanted == (1,) and got == ()):
-                raise ValueError(f"{key} must have the shape {list(wanted)}, got {list(got)}")
+            expected = (channels, height, width) if feature.visual else feature.shape
+            if got != expected and not (expected == (1,) and got == ()):
+                raise ValueError(f"{key} must have the shape {list(expected)}, got {list(got)}")

@@ -1,9 +1,9 @@
-"""Writing a LeRobot v3 dataset: episodes are staged one by one, in any order and process, then put together.
+"""Write a LeRobot v3 dataset: stage episodes in any order and process, then assemble them.
 
-Staging does the costly work (compressing frames, counting pixel values), so that it runs in parallel and
-survives a kill; putting together copies bytes. Schema and metadata files are lerobot's. Its recorder is not
-used: it writes every frame to a file of its own and all statistics anew after every episode, 33 ms for seven
-small frames. The statistics have lerobot's form; an episode's quantiles are exact, not read off histograms.
+Staging compresses frames and counts pixel values, runs in parallel and survives interruptions; assembling
+copies bytes. Schema and metadata files are those of lerobot. Its recorder is not used because it writes every
+frame to a separate file and all statistics after every episode (33 ms for seven small frames). Statistics
+have the form of lerobot; the quantiles of an episode are exact instead of estimated from histograms.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from latentact.io.arrays import load_npz
 from latentact.types import ActionSpace
 
 SMALLEST_VIDEO = 96
-"""Height and width in pixels below which lossy video would spoil the frames."""
+"""Height and width in pixels below which frames are stored losslessly as PNG."""
 GOP, CRF, PRESET = 2, 30, 12
-"""lerobot's own video settings: AV1, a key frame every other frame for fast random access."""
+"""Video settings of lerobot: AV1, a key frame every other frame for fast random access."""
 QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 STATISTICS = ("min", "max", "mean", "std", "q01", "q10", "q50", "q90", "q99")
 EPISODES_FILE = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
@@ -37,34 +37,34 @@ EPISODES_FILE = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class RecordSpec:
-    """What the rows of a dataset hold."""
+    """Contents of the rows of a dataset."""
 
     fps: int
     """Rows per second."""
     camera: str
     """Key of the frames, `observation.images.<camera>`."""
     height: int
-    """Of a frame, in pixels."""
+    """Frame height in pixels."""
     width: int
-    """Of a frame, in pixels."""
+    """Frame width in pixels."""
     action_space: ActionSpace
-    """What an action is."""
+    """Space of the actions."""
     action_names: tuple[str, ...]
-    """Names of the classes or of the dimensions."""
+    """Names of the action classes or dimensions."""
     state_names: tuple[str, ...]
-    """Names of the numbers of the state; empty where there is none."""
+    """Names of the state dimensions; empty: no state."""
     robot_type: str
-    """What the data was recorded on."""
+    """Robot or environment of the recording."""
     nuisance_names: tuple[str, ...] = ()
-    """Names of the numbers of the distractors' state; empty where there are none."""
+    """Names of the dimensions of the distractor state; empty: no distractors."""
 
     @property
     def lossless(self) -> bool:
-        """Whether frames are stored as PNG in the table: too small for lossy video, or of an odd size."""
+        """Whether frames are stored as PNG in the table: small frames, or an odd height or width."""
         return min(self.height, self.width) < SMALLEST_VIDEO or self.height % 2 == 1 or self.width % 2 == 1
 
     def features(self) -> dict[str, dict[str, Any]]:
-        """Return the columns as lerobot describes them."""
+        """Return name -> feature, as in `meta/info.json`."""
         frame = {
             "dtype": "image" if self.lossless else "video",
             "shape": (self.height, self.width, 3),
@@ -93,31 +93,36 @@ class RecordSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One episode of n rows; the last is the final observation with an action that is not taken any more."""
+    """One episode of n rows; the last row has the final observation and an action that is not executed."""
 
     frames: UInt8[np.ndarray, "n h w 3"]
-    """0..255."""
+    """RGB, 0..255."""
     state: Float32[np.ndarray, "n s"] | None
-    """None where the robot tells no state."""
+    """Robot state; None if the robot has none."""
     action: Shaped[np.ndarray, " n *a"]
     """int64 class `[n]` or float32 `[n, a]`."""
     reward: Float32[np.ndarray, " n"]
-    """Of the row's action."""
+    """Reward of the action of each row."""
     success: Bool[np.ndarray, " n"]
-    """Whether the task was done after the row's action."""
+    """Whether the task is solved after the action of each row."""
     task: str
-    """What was to be done, in words."""
+    """Task description."""
     nuisance: Float32[np.ndarray, "n q"] | None = None
-    """State of the distractors, where there are any."""
+    """State of the distractors; None without distractors."""
 
 
 def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
-    """Write one episode to `path` (a `.npz`; video goes beside it as `.mp4`), whole or not at all."""
-    values = np.stack(
-        [np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(episode.frames, -1, 0)]
-    )
-    columns: dict[str, Any] = {"action": episode.action, "next.reward": episode.reward}
-    columns |= {"next.success": episode.success, "pixel_counts": values, "task": np.array(episode.task)}
+    """Write one episode atomically to `path` (`.npz`, and `.mp4` with the same stem for video)."""
+    pixel_counts = [
+        np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(episode.frames, -1, 0)
+    ]
+    columns: dict[str, Any] = {
+        "action": episode.action,
+        "next.reward": episode.reward,
+        "next.success": episode.success,
+        "pixel_counts": np.stack(pixel_counts),
+        "task": np.array(episode.task),
+    }
     if episode.state is not None:
         columns["observation.state"] = episode.state
     if episode.nuisance is not None:
@@ -136,7 +141,7 @@ def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
 
 
 def require_lerobot() -> None:
-    """Raise the UserError that names the extra where lerobot is not installed; imports nothing."""
+    """Raise a UserError that names the extra if lerobot is not installed; imports nothing."""
     if importlib.util.find_spec("lerobot") is None:
         raise missing_extra("lerobot", "lerobot")
 
@@ -144,15 +149,15 @@ def require_lerobot() -> None:
 def write_dataset(
     root: Path, spec: RecordSpec, staged: Sequence[Path], *, sidecars: Mapping[str, dict[str, Any]]
 ) -> int:
-    """Put staged episodes together, in the order given, and return the number of rows.
+    """Assemble staged episodes in the given order, atomically, and return the number of rows.
 
-    The same episodes give the same bytes. Nothing is at `root` until everything is there.
+    The output is deterministic: the same episodes give the same bytes.
 
     Args:
         root: folder to create.
-        spec: what the rows hold.
-        staged: files that `stage_episode` wrote.
-        sidecars: file name -> content of json files for `meta/` that say where the data comes from.
+        spec: contents of the rows.
+        staged: files written by `stage_episode`.
+        sidecars: file name -> content of JSON files for `meta/` that record the provenance of the data.
     """
     draft = root.with_name(f".{root.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -172,41 +177,52 @@ def _write(root: Path, spec: RecordSpec, staged: Sequence[Path]) -> int:
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.utils.utils import SuppressProgressBars, flatten_dict
 
-    videos = not spec.lossless
     meta: Any = LeRobotDatasetMetadata.create(
-        "local/dataset", spec.fps, spec.features(), spec.robot_type, root, use_videos=videos
+        "local/dataset", spec.fps, spec.features(), spec.robot_type, root, use_videos=not spec.lossless
     )
-    places = _join_videos(meta, spec, staged) if videos else [{}] * len(staged)
-    rows, statistics, rows_so_far = [], [], 0
+    video_locations = [{}] * len(staged) if spec.lossless else _join_videos(meta, spec, staged)
+    rows, statistics, first_row = [], [], 0
     with Table(meta) as table:
         for number, path in enumerate(staged):
-            episode = load_npz(path, "delete it and run the same command again")
+            episode = load_npz(path, "delete it and re-run the command")
             task, n = str(episode.pop("task")), len(episode["action"])
             meta.save_episode_tasks([task])
-            columns = _columns(meta, number, rows_so_far, meta.get_task_index(task), episode)
+            columns = _columns(meta, number, first_row, meta.get_task_index(task), episode)
             stats = {
                 **number_statistics(columns),
                 spec.camera: pixel_statistics(episode["pixel_counts"], n),
             }
             if spec.lossless:
                 columns[spec.camera] = _embedded(episode)
-            row = {"episode_index": number, "tasks": [task], "length": n, **table.append(columns)}
-            row |= {"dataset_from_index": rows_so_far, "dataset_to_index": rows_so_far + n, **places[number]}
-            rows.append({**row, **flatten_dict({"stats": stats}), **EPISODES_FILE})
+            rows.append(
+                {
+                    "episode_index": number,
+                    "tasks": [task],
+                    "length": n,
+                    **table.append(columns),
+                    "dataset_from_index": first_row,
+                    "dataset_to_index": first_row + n,
+                    **video_locations[number],
+                    **flatten_dict({"stats": stats}),
+                    **EPISODES_FILE,
+                }
+            )
             statistics.append(stats)
-            rows_so_far += n
+            first_row += n
     info = meta.info
-    info.total_episodes, info.total_frames, info.total_tasks = len(staged), rows_so_far, len(meta.tasks)
+    info.total_episodes = len(staged)
+    info.total_frames = first_row
+    info.total_tasks = len(meta.tasks)
     info.splits = {"train": f"0:{len(staged)}"}
     io_utils.write_info(info, root)
     io_utils.write_stats(dict(sorted(aggregate_stats(statistics).items())), root)
     with SuppressProgressBars():
         io_utils.write_episodes(Dataset.from_list(rows), root)
-    return rows_so_far
+    return first_row
 
 
 class Table:
-    """The rows: parquet files of at most `data_files_size_in_mb`, one row group per episode."""
+    """Writer of the parquet files: at most `data_files_size_in_mb` each, one row group per episode."""
 
     def __init__(self, meta: Any) -> None:
         from lerobot.datasets.feature_utils import get_hf_features_from_features
@@ -217,7 +233,7 @@ class Table:
         self._file, self._bytes = -1, 0
 
     def __enter__(self) -> Table:
-        """Return itself."""
+        """Return the writer."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -226,7 +242,7 @@ class Table:
             self._writer.close()
 
     def append(self, columns: dict[str, Any]) -> dict[str, int]:
-        """Write one episode; return where it lies."""
+        """Write one episode; return its `data/` columns in `meta/episodes`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -236,20 +252,20 @@ class Table:
         if self._writer is None or full:
             self.__exit__()
             self._file, self._bytes = self._file + 1, 0
-            path = self._meta.root / self._meta.data_path.format(**self._place())
+            path = self._meta.root / self._meta.data_path.format(**self._location())
             path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(path, self._schema, compression="snappy", use_dictionary=True)
         self._writer.write_table(table)
         self._bytes += table.nbytes
-        return {f"data/{key}": value for key, value in self._place().items()}
+        return {f"data/{key}": value for key, value in self._location().items()}
 
-    def _place(self) -> dict[str, int]:
+    def _location(self) -> dict[str, int]:
         chunk, file = divmod(self._file, self._meta.chunks_size)
         return {"chunk_index": chunk, "file_index": file}
 
 
 def _arrow(values: Any, kind: Any) -> Any:
-    """Return a column as Arrow, also one of matrices, whose type is an extension of `datasets`."""
+    """Convert a column to Arrow; columns of matrices use an extension type of `datasets`."""
     import pyarrow as pa
 
     if not isinstance(kind, pa.ExtensionType):
@@ -258,24 +274,26 @@ def _arrow(values: Any, kind: Any) -> Any:
     return pa.ExtensionArray.from_storage(kind, storage)
 
 
-def _columns(meta: Any, number: int, first: int, task: int, episode: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the columns that are numbers, lerobot's own bookkeeping included."""
-    moment = np.arange(len(episode["action"]))
+def _columns(
+    meta: Any, number: int, first_row: int, task: int, episode: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return the numeric columns of an episode, including the index columns of lerobot."""
+    frame_index = np.arange(len(episode["action"]))
     return {
         **{key: episode[key] for key in meta.features if key in episode},
-        "timestamp": (moment / meta.fps).astype(np.float32),
-        "frame_index": moment,
-        "episode_index": np.full_like(moment, number),
-        "index": first + moment,
-        "task_index": np.full_like(moment, task),
+        "timestamp": (frame_index / meta.fps).astype(np.float32),
+        "frame_index": frame_index,
+        "episode_index": np.full_like(frame_index, number),
+        "index": first_row + frame_index,
+        "task_index": np.full_like(frame_index, task),
     }
 
 
 def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return lerobot's statistics of columns of one length, all columns in one go."""
+    """Return the statistics of equally long columns in the form of lerobot: column -> statistic -> values."""
     n = len(next(iter(columns.values())))
     table = np.column_stack([column.reshape(n, -1) for column in columns.values()]).astype(np.float64)
-    if np.isnan(table).any():  # rows without a value do not count; a column without any is zeros
+    if np.isnan(table).any():  # ignore missing values; zeros for a column without values
         table = np.where(np.isnan(table).all(0), 0.0, table)
         values = [np.nanmin(table, 0), np.nanmax(table, 0), np.nanmean(table, 0), np.nanstd(table, 0)]
         values += list(np.nanquantile(table, QUANTILES, axis=0))
@@ -291,21 +309,27 @@ def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.
 
 
 def pixel_statistics(counts: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """Return lerobot's statistics of n frames, `[3, 1, 1]` in 0..1, from counts `[3, 256]` of values."""
+    """Return the statistics `[3, 1, 1]` of n frames in the form of lerobot, with pixel values in 0..1.
+
+    Args:
+        counts: histogram `[3, 256]` of the pixel values of each channel.
+        n: number of frames.
+    """
     level = np.arange(256) / 255
-    share = counts / counts.sum(1, keepdims=True)
-    mean = share @ level
+    probability = counts / counts.sum(1, keepdims=True)
+    mean = probability @ level
     values = [
         level[(counts > 0).argmax(1)],
         level[255 - (counts[:, ::-1] > 0).argmax(1)],
         mean,
-        np.sqrt((share * (level - mean[:, None]) ** 2).sum(1)),
-        *(level[(share.cumsum(1) >= q - 1e-9).argmax(1)] for q in QUANTILES),
+        np.sqrt((probability * (level - mean[:, None]) ** 2).sum(1)),
+        *(level[(probability.cumsum(1) >= q - 1e-9).argmax(1)] for q in QUANTILES),
     ]
     return {**{k: v[:, None, None] for k, v in zip(STATISTICS, values, strict=True)}, "count": np.array([n])}
 
 
 def _embedded(episode: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """Yield the PNG images of a staged episode as cells of an image column."""
     ends = episode["png_sizes"].cumsum()
     data = episode["png"].tobytes()
     for i, (end, size) in enumerate(zip(ends, episode["png_sizes"], strict=True)):
@@ -313,12 +337,16 @@ def _embedded(episode: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
 
 
 def _join_videos(meta: Any, spec: RecordSpec, staged: Sequence[Path]) -> list[dict[str, Any]]:
-    """Put the episodes' videos into files of at most `video_files_size_in_mb`; return where each lies."""
+    """Concatenate the videos of the episodes into files of at most `video_files_size_in_mb`.
+
+    Returns:
+        The `videos/` columns of each episode in `meta/episodes`.
+    """
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.video_utils import concatenate_video_files, get_video_duration_in_s
 
     groups: list[list[Path]] = [[]]
-    size, start, places = 0, 0.0, []
+    size, start, locations = 0, 0.0, []
     for path in (p.with_suffix(".mp4") for p in staged):
         size += path.stat().st_size
         if groups[-1] and size > meta.video_files_size_in_mb * 2**20:
@@ -327,8 +355,14 @@ def _join_videos(meta: Any, spec: RecordSpec, staged: Sequence[Path]) -> list[di
         groups[-1].append(path)
         end = start + get_video_duration_in_s(path)
         chunk, file = divmod(len(groups) - 1, meta.chunks_size)
-        place = {"chunk_index": chunk, "file_index": file, "from_timestamp": start, "to_timestamp": end}
-        places.append({f"videos/{spec.camera}/{key}": value for key, value in place.items()})
+        locations.append(
+            {
+                f"videos/{spec.camera}/chunk_index": chunk,
+                f"videos/{spec.camera}/file_index": file,
+                f"videos/{spec.camera}/from_timestamp": start,
+                f"videos/{spec.camera}/to_timestamp": end,
+            }
+        )
         start = end
     for i, group in enumerate(groups):
         chunk, file = divmod(i, meta.chunks_size)
@@ -336,13 +370,13 @@ def _join_videos(meta: Any, spec: RecordSpec, staged: Sequence[Path]) -> list[di
         concatenate_video_files([*group], path)
         path.chmod(0o644)
     meta.update_video_info(spec.camera, RGBEncoderConfig(g=GOP, crf=CRF, preset=PRESET))
-    return places
+    return locations
 
 
 def _encode_video(path: Path, frames: np.ndarray, fps: int) -> None:
     import av
 
-    os.environ.setdefault("SVT_LOG", "1")  # errors only; the encoder else prints a page per video
+    os.environ.setdefault("SVT_LOG", "1")  # errors only; the default is a page of log lines per video
     options = {"g": str(GOP), "crf": str(CRF), "preset": str(PRESET), "svtav1-params": "lp=1"}
     with av.open(str(path), "w", format="mp4") as container:
         stream: Any = container.add_stream("libsvtav1", fps, options=options)

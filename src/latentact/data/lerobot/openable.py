@@ -1,0 +1,196 @@
+"""Why LeRobot cannot open a dataset: `check-data` reports these problems and `precompute` refuses them.
+
+The rules read the files alone, without LeRobot; `verify.py` opens written datasets with LeRobot itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from latentact.data.decode.video import video_properties
+from latentact.data.format import Unreadable
+from latentact.data.lerobot.metadata import cameras, read_episodes
+from latentact.data.lerobot.source import LeRobotSource
+from latentact.errors import UserError
+from latentact.io.records import parquet_columns, parse_json, read_parquet, read_text
+
+_SAMPLED = 32
+"""Episodes whose images are read, spread over the data."""
+_PLACE = ("chunk_index", "file_index")
+_COUNTED = ("length", "dataset_from_index", "dataset_to_index")
+
+
+def require_openable(path: Path, source: LeRobotSource) -> None:
+    """Check that LeRobot can open a dataset, or version 3 of it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for problem in problems(path, source):
+        raise UserError(f"{path}: {problem}; repair the dataset, or use --output file.")
+
+
+def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+    """Yield why LeRobot cannot open a dataset, or version 3 of it: file, field, what it must be and is."""
+    yield from _feature_problems(source)
+    yield from _image_problems(source)
+    if not source.info.codebase_version.startswith("v3"):
+        return
+    yield from total_problems(source)
+    yield from _episode_problems(path, source)
+    yield from _task_problems(path, source)
+    statistics = path / "meta/stats.json"
+    if statistics.is_file():
+        try:
+            values = parse_json(read_text(statistics), "meta/stats.json")
+            if not isinstance(values, dict) or not all(isinstance(each, dict) for each in values.values()):
+                yield "meta/stats.json must hold an object of statistics for each feature"
+        except UserError as error:
+            yield str(error).rstrip(".").replace(str(statistics), "meta/stats.json")
+
+
+def total_problems(source: LeRobotSource) -> Iterator[str]:
+    """Yield which totals of `meta/info.json` contradict the tables; version 3 needs all of them."""
+    needed = source.info.codebase_version.startswith("v3")
+    counted = {"total_frames": source.tables.rows, "total_episodes": len(source.tables.spans)}
+    for name, count in counted.items():
+        named = getattr(source.info, name)
+        if named != count and (needed or named is not None):
+            yield f"meta/info.json: {name} must be {count} as in the tables, got {named}"
+    if needed and not source.info.total_tasks:
+        yield f"meta/info.json: total_tasks must be at least 1, got {source.info.total_tasks}"
+
+
+def _feature_problems(source: LeRobotSource) -> Iterator[str]:
+    for name, feature in source.tables.features.items():
+        if not feature.numeric:
+            continue
+        try:
+            np.dtype(feature.dtype)
+        except TypeError:
+            yield f"meta/info.json: features.{name}.dtype must be a type of numbers, got {feature.dtype!r}"
+
+
+def _image_problems(source: LeRobotSource) -> Iterator[str]:
+    """Compare images with the shape that LeRobot expects: the first and last one of some episodes."""
+    converted = not source.info.codebase_version.startswith("v3")
+    for name in cameras(source.tables.features):
+        feature = source.tables.features[name]
+        if feature.dtype != "image":
+            continue
+        height, width, channels = feature.hwc
+        expected = (height, width, 3 if converted else channels)
+        for recording in source.recordings[:: max(1, len(source.recordings) // _SAMPLED)]:
+            try:
+                found = source.tables.image_shapes(name, recording.episode)
+            except Unreadable:
+                continue  # decoding reports it
+            wrong = next((shape for shape in found if shape != expected), None)
+            if wrong:
+                yield (
+                    f"camera {name}: images must be [h, w, c] = {list(expected)} as LeRobot reads them, got "
+                    f"{list(wrong)} in episode {recording.episode}"
+                )
+                break
+
+
+def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+    """Compare `meta/episodes`, in which LeRobot finds an episode by its row, with the tables."""
+    info, spans = source.info, source.tables.spans
+    videos = [key for key, feature in info.features.items() if feature.dtype == "video"]
+    files = {key: [f"videos/{key}/{name}" for name in _PLACE] for key in videos}
+    files["data"] = [f"data/{name}" for name in _PLACE]
+    starts = [f"videos/{key}/from_timestamp" for key in videos]
+    needed = ["episode_index", *_COUNTED, *(name for names in files.values() for name in names), *starts]
+    where = "meta/episodes"
+    for file in sorted((path / where).glob("*/*.parquet")):
+        known = parquet_columns(file)
+        if lacking := [name for name in needed if name not in known]:
+            yield f"{where}: the column {lacking[0]} is missing"
+            return
+    try:
+        table = read_episodes(path, needed)
+    except UserError as error:
+        yield str(error).rstrip(".")
+        return
+    for name in table.column_names:
+        if name not in starts and not pa.types.is_integer(table[name].type):
+            yield f"{where}: column {name} must hold integers, got {table[name].type}"
+            return
+    listed = table["episode_index"].to_pylist()
+    if listed != list(range(len(listed))):
+        row = next(n for n, episode in enumerate(listed) if episode != n)
+        yield f"{where}: episode_index must be the row's number, got {listed[row]} in row {row}"
+        return
+    if unlisted := sorted(spans.keys() - set(listed)):
+        yield f"{where} must list every episode of the tables, and lacks episode {unlisted[0]}"
+    order = sorted(spans, key=lambda episode: spans[episode].first_row)
+    if order != sorted(order):
+        yield f"data: rows must be in the order of episode_index, got episodes {str(order[:8])[1:-1]}"
+    columns = table.to_pydict()
+    for episode in listed:
+        if episode not in spans:
+            yield f"{where} lists episode {episode}, of which the tables have no row"
+            break
+        span = spans[episode]
+        rows = span.end - span.begin
+        for name, count in zip(_COUNTED, (rows, span.first_row, span.first_row + rows), strict=True):
+            if columns[name][episode] != count:
+                yield (
+                    f"{where}: {name} of episode {episode} must be {count} as in the tables, got "
+                    f"{columns[name][episode]}"
+                )
+                return
+    yield from _file_problems(path, source, {key: [columns[name] for name in files[key]] for key in files})
+
+
+def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list[int]]]) -> Iterator[str]:
+    """Check the files that `meta/episodes` names, and the size of the videos.
+
+    Args:
+        path: the dataset.
+        source: likewise.
+        files: camera key, or "data" -> chunk index and file index of each episode.
+    """
+    info = source.info
+    for key, indices in files.items():
+        template, camera = ("data_path", {}) if key == "data" else ("video_path", {"video_key": key})
+        for place in sorted(set(zip(*indices, strict=True))):
+            try:
+                file = info.file(path, template, **dict(zip(_PLACE, place, strict=True)), **camera)
+            except UserError as error:
+                yield str(error).rstrip(".").replace(str(path / "meta/info.json"), "meta/info.json")
+                break
+            if not (path / file).is_file():
+                yield f"meta/episodes names the file {file}, which is missing"
+                break
+            if key == "data" or info.features[key].depth:
+                continue
+            try:
+                seen = video_properties(path / file)
+            except Unreadable:
+                continue  # decoding reports it
+            shape, named = [seen.height, seen.width, 3], list(info.features[key].hwc)
+            if shape != named:
+                yield f"meta/info.json: features.{key}.shape must be {shape} as in {file}, got {named}"
+                break
+
+
+def _task_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+    file = path / "meta/tasks.parquet"
+    if not file.is_file():
+        yield "meta/tasks.parquet is missing"
+        return
+    count, index = len(read_parquet(file)), source.column("task_index")
+    if index is None:
+        return
+    wrong = np.flatnonzero(~(index < count))
+    if len(wrong):
+        yield (
+            f"column task_index must be below {count}, the number of tasks in meta/tasks.parquet, got "
+            f"{index[wrong[0]]:g} in row {wrong[0]}"
+        )
