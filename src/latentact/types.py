@@ -1,6 +1,6 @@
-"""The data that parts of latentact hand to each other.
+"""Data types that the parts of latentact exchange.
 
-Shape letters: b batch, t time, k latent tokens per step, d numbers per token, c h w image, a action, s state,
+Shape letters: b batch, t time, k latent tokens per step, d dims per token, c h w image, a action, s state,
 n frames.
 """
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # at run time this would import torch into `import latentact`
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpace:
-    """What a robot action is: `size` classes of a discrete choice, or `size` real numbers."""
+    """A space of robot actions: `size` discrete classes, or `size` continuous dimensions."""
 
     kind: Literal["discrete", "continuous"]
     size: int
     values: tuple[int, ...] = ()
-    """The number that stands for each class in the data and in the environment; empty: 0 to size - 1."""
+    """Value of each class in the data and in the environment; empty: 0 to size - 1."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -45,34 +45,34 @@ class ActionSpace:
         return self.kind == "discrete"
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Human-readable form, e.g. "4 classes"."""
         return f"{self.size} {'classes' if self.discrete else 'numbers'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A batch of windows of consecutive moments; no window spans two episodes.
+    """A batch of windows of consecutive timesteps; no window spans two episodes.
 
-    The last two frames are the transition that a pair model learns; frames before them are context. A context
-    frame from before the episode's start repeats the first frame and is not valid.
+    The last two frames are the transition that a model of frame pairs learns; frames before them are context.
+    Context before the episode's start repeats its first frame and is not valid.
     """
 
     frames: UInt8[Tensor, "b t c h w"]
     """0..255."""
     valid: Bool[Tensor, "b t"]
-    """False where a frame was repeated because the episode has none there."""
+    """False for frames that repeat the first one, before the episode's start."""
     index: Int64[Tensor, "b"]
-    """Row in the dataset of the frame from which the last transition starts."""
+    """Row in the dataset of the first frame of the last transition."""
     action: Shaped[Tensor, "b *a"] | None = None
-    """Robot action taken at `index`: int64 class `[b]` or float32 `[b, a]`; zeros where hidden."""
+    """Robot action at `index`: int64 class `[b]` or float32 `[b, a]`; zeros where not labeled."""
     labeled: Bool[Tensor, "b"] | None = None
-    """Whether the action is shown; there where `action` is."""
+    """Whether the action is labeled; set if `action` is."""
     state: Float32[Tensor, "b s"] | None = None
     """Robot state at `index`."""
     states: Float32[Tensor, "b t s"] | None = None
-    """Robot state at every moment; the last two are the transition's, as of the frames."""
+    """Robot state at every frame."""
     features: Float32[Tensor, "b t f"] | None = None
-    """Features of a frozen network at every moment, where a model's target is such."""
+    """Features of a frozen network at every frame, only for models with a feature-space target."""
 
     def to(self, device: str) -> Clip:
         """Return the clip on `device`."""
@@ -87,26 +87,26 @@ class LatentActions:
     """Latent actions of a batch of clips; entry i is the transition from frame i to frame i+1."""
 
     vectors: Float32[Tensor, "b t k d"]
-    """After the quantizer, where there is one."""
+    """After the quantizer, if there is one."""
     continuous: Float32[Tensor, "b t k d"]
     """Before the quantizer."""
     codes: Int64[Tensor, "b t k"] | None
-    """Codebook indices, where there is a codebook."""
+    """Codebook indices, if there is a codebook."""
     valid: Bool[Tensor, "b t"]
-    """Whether both frames of the transition are real."""
+    """Whether both frames of the transition are valid."""
 
 
 KERNELS = ("uint8", "float", "pillow")
-"""How pictures are resized: in whole numbers throughout, the fastest; as torchvision resizes tensors; as
-Pillow resizes pictures. They differ by a gray level where rounding does."""
+"""Resize kernels: in integers, the fastest; as torchvision resizes tensors; as Pillow resizes images. Results
+differ by at most a gray level, by rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentActionSpec:
-    """What a latent action means: the contract between LAM, labels and policies.
+    """The meaning of a latent action: the contract between LAM, labels and policies.
 
-    Saved in every LAM checkpoint, label manifest and policy. Two artifacts with different specs refuse each
-    other.
+    Saved in every LAM checkpoint, label manifest and policy. Artifacts with different specs cannot be
+    combined.
     """
 
     model: str
@@ -114,38 +114,38 @@ class LatentActionSpec:
     tokens: int
     """k: latent tokens per transition."""
     token_dim: int
-    """d: numbers per token."""
+    """d: dims per token."""
     codebook_size: int | None
-    """Codes per token, or None where latent actions have no codes."""
+    """Number of codes, or None for latent actions without codes."""
     frame_gap: int
-    """Frames between the two moments of a transition."""
+    """Frames between the two frames of a transition: 1 for neighbors."""
     frame_gap_s: float
-    """The same in seconds; 0 while the model has not seen data."""
+    """The same in seconds; 0 before training."""
     fps: float
-    """Frames per second of the video it was trained on; 0 while unknown."""
+    """Frames per second of the training video; 0 if unknown."""
     resolution: int
-    """Height and width in pixels to which the model resizes what it is given."""
+    """Height and width in pixels to which the model resizes frames."""
     camera: str
     """Camera key of the training data; empty for plain video."""
     value_range: tuple[float, float] = (0.0, 255.0)
-    """Values of the frames it takes."""
+    """Value range of its input frames."""
     resize: str = "uint8"
-    """How frames were resized in its training, one of `KERNELS`."""
+    """Resize kernel of its training frames, one of `KERNELS`."""
     robot_actions: bool = False
     """Whether its latent actions are robot actions (supervised inverse dynamics)."""
     weights: str = ""
-    """Hash of the weights (blake2b of the safetensors file), empty before saving."""
+    """Hash of the weights (blake2b of the safetensors file); empty before saving."""
 
     def check_compatible(self, other: LatentActionSpec, mine: str, theirs: str) -> None:
-        """Raise a UserError that names the first field in which two artifacts disagree."""
+        """Raise a UserError that names the first field in which two artifacts differ."""
         for field in fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)
             if a != b:
                 raise UserError(
-                    f"{mine} and {theirs} hold different latent actions: {field.name} is {a!r} in the first "
-                    f"and {b!r} in the second; label the data and train the policy with the same LAM."
+                    f"{field.name} of the latent actions must be the same in {mine} and {theirs}, got "
+                    f"{a!r} and {b!r}. Label the data and train the policy with the same LAM."
                 )
 
     def save(self, path: Path) -> None:
-        """Write the spec as json."""
+        """Write the spec as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Frames that stream in, clips of them that are encoded, and the part on disk that both become."""
+"""Encode streamed frames of episodes in batches of clips, and write the results as one part on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from latentact.lams.contract import LatentActionModel
 from latentact.progress import Progress
 from latentact.types import LatentActions
 
-_CPU_BATCH = 32  # more rows at a time are no faster there, and take more memory
+_CPU_BATCH = 32  # larger batches are not faster on a CPU and take more memory
 
 
 @torch.inference_mode()
@@ -33,23 +33,22 @@ def encode_clip(
     precision: str,
     valid: torch.Tensor | None = None,
     last: bool = False,
-    state: torch.Tensor | None = None,
+    states: torch.Tensor | None = None,
 ) -> LatentActions:
-    """Return what a model says of clips; `state` is for models that observe it.
+    """Encode clips in a precision; see `LatentActionModel.encode` for the arguments.
 
-    For int8 the model has to come from `int8`; what has no such layer is computed in bf16.
+    int8 needs a model from `apply_precision`; its other layers compute in bf16.
     """
-    more: dict[str, Any] = {} if state is None else {"state": state}
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=precision != "fp32"):
-        return model.encode(frames, valid, last=last, **more)
+        return model.encode(frames, valid, last=last, states=states)
 
 
 @contextmanager
 def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield threads that encode, and how many batches may wait.
+    """Yield a pool of encoding threads, and the maximum number of queued batches.
 
-    On a CPU each core takes a batch of its own. Cores that share a batch would make the last bits of the
-    numbers depend on how many cores there are.
+    On a CPU each core encodes a batch of its own. If cores shared a batch, the last bits of the results would
+    depend on the number of cores.
     """
     threads = torch.get_num_threads()
     keep_freed_memory()
@@ -62,11 +61,15 @@ def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
         torch.set_num_threads(threads)
 
 
-class Unit:
-    """Encodes the frames of some episodes, holding only those of which a transition is still to be encoded.
+class EpisodeEncoder:
+    """Encodes the frames of a shard of episodes; keeps only frames that later clips need.
 
-    Positions count the unit's frames, also those of episodes that turn out to be damaged. A clip holds
-    `stretch` transitions, each one gap after the one before, and is named by the first one's position.
+    A clip has `transitions_per_window` transitions, each one gap after the previous.
+
+    Index spaces: a position counts the frames of all episodes of the part, damaged ones included; `_base` is
+    the position of the first kept frame, `_end` that after the last, `_next` that of the next transition to
+    queue. A row of `_clips` is (position of the first transition, start and end of the known frames of its
+    episode).
     """
 
     def __init__(
@@ -84,20 +87,21 @@ class Unit:
         self._model, self._gap, self._encoders = model, gap, encoders
         self._device, self._precision, self._states = device, precision, states
         self._transitions = transitions
-        self._stretch, self._context = model.stretch, model.context if model.stretch == 1 else 0
+        self._per_window = model.transitions_per_window
+        self._context = model.context if self._per_window == 1 else 0
         most = min(batch_size, _CPU_BATCH if device == "cpu" else sys.maxsize)
-        self._batch_size = max(1, most // self._stretch)
-        self._offsets = np.arange(-self._context, self._stretch + 1) * gap
+        self._batch_size = max(1, most // self._per_window)
+        self._offsets = np.arange(-self._context, self._per_window + 1) * gap
         self._held: list[UInt8[np.ndarray, "m h w c"]] = []
         self._held_states: list[Float32[np.ndarray, "m s"]] = []
         self._base = self._end = self._next = 0
-        self._clips = np.zeros((0, 3), np.int64)  # position, start and end of what is known of its episode
+        self._clips = np.zeros((0, 3), np.int64)
         self._episodes: dict[int, tuple[int, list[int], np.ndarray]] = {}
         self._unreadable: dict[int, str] = {}
         self._encoded: list[Future[dict[str, np.ndarray]]] = []
 
     def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
-        """Take in an episode; yields what the encoders have to do."""
+        """Add an episode; yields the futures of its batches."""
         start, frame_indices, times = self._end, [], []
         self._next = start
         try:
@@ -109,7 +113,7 @@ class Unit:
                 self._held_states.append(states.astype(np.float32))
                 frame_indices += chunk.frame_indices
                 times += chunk.times
-                self._queue(start, self._stretch)
+                self._queue(start, self._per_window)
                 while len(self._clips) >= self._batch_size:
                     yield self._batch(start)
                 progress.advance(len(chunk.frames))
@@ -123,32 +127,38 @@ class Unit:
             self._clips = self._clips[self._clips[:, 0] < start]
 
     def end(self, writer: ThreadPoolExecutor, path: Path) -> Iterator[Future[Any]]:
-        """Encode what is left, and write the part."""
+        """Encode the remaining clips and write the part; yields the futures."""
         self._next = self._end
         while len(self._clips):
             yield self._batch(self._end)
         yield writer.submit(self._save, path)
 
     def _queue(self, start: int, transitions: int) -> None:
-        """Queue the clips of which so many transitions can be seen."""
+        """Queue the clips that have this many transitions within the known frames."""
         until = max(self._next, self._end - transitions * self._gap)
         positions = np.arange(self._next, until)
-        first = positions[(positions - start) // self._gap % self._stretch == 0]
+        first = positions[(positions - start) // self._gap % self._per_window == 0]
         known = np.broadcast_to([[start, self._end]], (len(first), 2))
         self._clips = np.concatenate([self._clips, np.column_stack([first, known])])
         self._next = until
 
     def _batch(self, start: int) -> Future[Any]:
-        """Encode the oldest clips, and let go of frames that no later clip looks at."""
+        """Encode the oldest clips, and drop the frames that no later clip needs."""
         clips, self._clips = self._clips[: self._batch_size], self._clips[self._batch_size :]
         frames, states = (
             held[0] if len(held) == 1 else np.concatenate(held) for held in (self._held, self._held_states)
         )
-        wanted = clips[:, :1] + self._offsets
-        inside = np.clip(wanted, clips[:, 1:2], clips[:, 2:] - 1)
+        positions = clips[:, :1] + self._offsets  # [b, t], some outside the known frames
+        inside = np.clip(positions, clips[:, 1:2], clips[:, 2:] - 1)
         low, high = int(inside.min()), int(inside.max()) + 1
-        seen, told = (each[low - self._base : high - self._base] for each in (frames, states))
-        future = self._encoders.submit(self._encode, wanted, seen, told, inside - low, wanted == inside)
+        future = self._encoders.submit(
+            self._encode,
+            positions,
+            frames[low - self._base : high - self._base],
+            states[low - self._base : high - self._base],
+            inside - low,
+            positions == inside,
+        )
         self._encoded.append(future)
         needed = max(start, self._next + self._offsets[0])
         if len(self._clips):
@@ -159,28 +169,33 @@ class Unit:
 
     def _encode(
         self,
-        wanted: np.ndarray,
+        positions: np.ndarray,
         frames: np.ndarray,
         states: np.ndarray,
-        places: np.ndarray,
+        index: np.ndarray,
         valid: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        seen = torch.from_numpy(frames).to(self._device)
-        clips = seen[torch.from_numpy(places).to(seen.device)].permute(0, 1, 4, 2, 3)
-        known = torch.from_numpy(valid).to(seen.device)
-        state = torch.from_numpy(states[places]).to(seen.device) if self._states else None
-        last = self._stretch == 1
-        latent = encode_clip(self._model, clips, self._precision, known, last=last, state=state)
-        real = valid[:, 1 + self._context :]
-        found = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
-        numbers = {k: v.numpy(force=True)[real] for k, v in found.items() if v is not None}
-        return {"rows": wanted[:, self._context : -1][real], **numbers}
+        """Encode clips; `index` [b, t] are rows of `frames` and `states`, `positions` those of the part."""
+        device_frames = torch.from_numpy(frames).to(self._device)
+        device = device_frames.device
+        latent = encode_clip(
+            self._model,
+            device_frames[torch.from_numpy(index).to(device)].permute(0, 1, 4, 2, 3),
+            self._precision,
+            torch.from_numpy(valid).to(device),
+            last=self._per_window == 1,
+            states=torch.from_numpy(states[index]).to(device) if self._states else None,
+        )
+        kept = valid[:, 1 + self._context :]
+        values = {"vectors": latent.vectors, "continuous": latent.continuous, "codes": latent.codes}
+        arrays = {name: v.numpy(force=True)[kept] for name, v in values.items() if v is not None}
+        return {"positions": positions[:, self._context : -1][kept], **arrays}
 
     def _save(self, path: Path) -> None:
         episodes = self._episodes.values()
         kept = [np.arange(start, start + len(indices)) for start, indices, _ in episodes]
         positions = np.concatenate([np.zeros(0, np.int64), *kept])
-        near = np.concatenate([np.zeros(0, bool), *(valid for *_, valid in episodes)])
+        valid = np.concatenate([np.zeros(0, bool), *(valid for *_, valid in episodes)])
         arrays: dict[str, Any] = {
             "episodes": np.array([*self._episodes], np.int64),
             "lengths": np.array([len(each) for each in kept], np.int64),
@@ -190,13 +205,13 @@ class Unit:
         }
         for future in self._encoded:
             batch = future.result()
-            inside = np.isin(batch["rows"], positions[near])
-            at = np.searchsorted(positions, batch.pop("rows")[inside])
-            arrays["valid"][at] = True
+            inside = np.isin(batch["positions"], positions[valid])
+            rows = np.searchsorted(positions, batch.pop("positions")[inside])  # rows of the part's arrays
+            arrays["valid"][rows] = True
             for name, values in batch.items():
                 if name not in arrays:
                     arrays[name] = np.zeros((len(positions), *values.shape[1:]), values.dtype)
-                arrays[name][at] = values[inside]
+                arrays[name][rows] = values[inside]
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         with atomic_write(path) as partial:

@@ -1,7 +1,7 @@
 """Features of every frame under a frozen vision backbone of timm or transformers, computed once and kept.
 
-They lie beside the decoded frames, under a key made of the frames, the backbone and its weights. A run that
-is killed goes on with the next batch.
+They are cached beside the decoded frames, under a key of frames, backbone and its weights. A killed run
+resumes with the next batch.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def with_features(
 ) -> tuple[Any, Float16[np.ndarray, "n f"] | None]:
     """Return a LAM's settings with the size of its target, and the features of every row of the store.
 
-    Settings whose target is not frozen features come back as they are, with None.
+    Settings with another target are returned unchanged, with None.
 
     Raises:
-        UserError: the backbone, or the package that holds it, is not there, or the disk is full.
+        UserError: the backbone or its package is missing, or the disk is full.
     """
     target: TargetConfig | None = getattr(lam, "target", None)
     if target is None or target.kind != "frozen_features":
@@ -56,9 +56,12 @@ def with_features(
 def frozen_features(
     store: FrameStore, target: TargetConfig, device: str = "cpu"
 ) -> Float16[np.ndarray, "n f"]:
-    """Return the features of every row of the store, memory-mapped, computing what no earlier run has."""
+    """Return the features of every row of the store, memory-mapped, from the cache if possible."""
     if store.frames.shape[-1] != 3:
-        raise UserError(f"{store.path} holds no color pictures, which frozen_features wants; use pixels.")
+        raise UserError(
+            f"{store.path} must hold color images for frozen_features, got {store.frames.shape[-1]} "
+            f"channels. Use pixels."
+        )
     backbone, weights = load_backbone(target.backbone, device)
     key = blake2b(json.dumps([_VERSION, store.digest, weights, target.grid]).encode())
     folder = store.folder.parent / "features"
@@ -74,15 +77,15 @@ def frozen_features(
         if not disk_full(error):
             raise
         raise UserError(
-            f"{folder} has no room for the features of {store.path}; free space there, choose a smaller "
-            f"lam.target.grid, or set data.cache_dir to a folder on another disk."
+            f"the disk of {folder} is full. Free space there, choose a smaller lam.target.grid, or set "
+            f"data.cache_dir to a folder on another disk."
         ) from error
     size = int((entry / "size").read_text())
     return np.memmap(entry / "features", np.float16, "r", shape=(len(store.frames), size))
 
 
 def _compute(store: FrameStore, grid: int, backbone: Callable[[Tensor], Tensor], partial: Path) -> int:
-    """Write the features of all rows, whole batches at a time, after those that are there."""
+    """Write the features of all rows in batches, after those already written."""
 
     def rows(start: int) -> Float16[np.ndarray, "m f"]:
         frames = torch.from_numpy(np.array(store.frames[start : start + _BATCH])).permute(0, 3, 1, 2)
@@ -105,11 +108,11 @@ def _compute(store: FrameStore, grid: int, backbone: Callable[[Tensor], Tensor],
 
 
 def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 h w"]], Tensor], str]:
-    """Return a frozen backbone, from frames to feature maps ``[b, d, y, x]``, and the hash of its weights.
+    """Return a function from frames to feature maps ``[b, d, y, x]``, and the hash of its weights.
 
     Args:
         name: timm/NAME, or the hub id or folder of a vision model of transformers.
-        device: where it computes.
+        device: cpu, cuda or mps.
 
     Raises:
         UserError: it cannot be loaded, or its package is not installed.
@@ -119,13 +122,13 @@ def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 
     try:
         load = _timm if name.startswith("timm/") else _transformers
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # parts that a checkpoint lacks, such as an unused pooler, are drawn
+            torch.manual_seed(0)  # parts missing in a checkpoint, such as an unused pooler, are random
             model, maps, size, colors = load(name.removeprefix("timm/"))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"lam.target.backbone is {name!r}, which cannot be loaded ({first}); give timm/NAME, or the hub "
-            f"id or folder of a vision model of transformers."
+            f"lam.target.backbone must be timm/NAME, or the hub id or folder of a vision model of "
+            f"transformers, got {name!r} ({first})."
         ) from error
     model.eval().requires_grad_(False).to(device)
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in colors)
@@ -146,8 +149,13 @@ def _timm(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]:
     except ImportError as error:
         raise missing_extra("timm", "features") from error
     model: Any = timm.create_model(name, pretrained=True, features_only=True, out_indices=[-1])
-    said = resolve_model_data_config(model)
-    return model, lambda x: model(x)[-1], said["input_size"][-1], (said["mean"], said["std"])
+    data_config = resolve_model_data_config(model)
+    return (
+        model,
+        lambda x: model(x)[-1],
+        data_config["input_size"][-1],
+        (data_config["mean"], data_config["std"]),
+    )
 
 
 def _transformers(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]:
@@ -159,19 +167,19 @@ def _transformers(name: str) -> tuple[Any, Callable[[Tensor], Tensor], int, Any]
         raise missing_extra("transformers", "features") from error
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
-    whole: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
-    model = getattr(whole, "vision_model", whole)
+    loaded: Any = AutoModel.from_pretrained(name, trust_remote_code=False)
+    model = getattr(loaded, "vision_model", loaded)
     size = getattr(model.config, "image_size", None) or 224
     try:
-        said, _ = BaseImageProcessor.get_image_processor_dict(name)
-    except OSError:  # weights without a recipe for pictures, which then are those of ImageNet
-        said = {}
-    colors = said.get("image_mean", IMAGENET[0]), said.get("image_std", IMAGENET[1])
+        processor, _ = BaseImageProcessor.get_image_processor_dict(name)
+    except OSError:  # without a preprocessor: the statistics of ImageNet
+        processor = {}
+    colors = processor.get("image_mean", IMAGENET[0]), processor.get("image_std", IMAGENET[1])
     return model, lambda x: _as_map(model(pixel_values=x).last_hidden_state), size, colors
 
 
 def _as_map(out: Tensor) -> Float[Tensor, "b d y x"]:
-    """Return tokens as the square that they come from; class and register tokens lie before it."""
+    """Return the last tokens as a square map, without class and register tokens."""
     if out.ndim == 4:
         return out
     side = math.isqrt(out.shape[1])

@@ -1,4 +1,4 @@
-"""In which precision a LAM is computed, and the fastest that says the same of given data."""
+"""Precisions of a LAM, and the fastest that preserves the codes of given data."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from latentact.types import LatentActions
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
-_TRIED, _KEPT = 32, 0.99  # transitions on which a precision is tried, and what share of them it has to keep
+_TRIED, _KEPT = 32, 0.99  # transitions for the trial, and the share of codes to preserve
 type States = Callable[[int, Sequence[int]], np.ndarray]
-"""Episode and rows in it -> the robot's states there."""
+"""Function from episode and rows within it to robot states ``[n, s]``."""
 
 
-def prepared(model: LatentActionModel, precision: str) -> LatentActionModel:
-    """Return the model with the layers that a precision wants."""
+def apply_precision(model: LatentActionModel, precision: str) -> LatentActionModel:
+    """Return the model with the layers of a precision."""
     return int8(model) if precision == "int8" else model
 
 
 def select_precision(
     model: LatentActionModel, stream: FrameStream, gap: int, device: str, workers: int, states: States | None
 ) -> str:
-    """Return int8, bf16 or fp32: the first that the device multiplies natively and that keeps the codes.
+    """Return the fastest of int8, bf16 and fp32 that the device supports natively and that preserves codes.
 
     Args:
         model: in evaluation mode, on the device.
-        stream: the data, of whose first transitions 99 % have to stay the same; without a codebook, 99 % of
-            their variance.
-        gap: frames between the two moments of a transition.
+        stream: the data; 99 % of the codes of its first transitions must be equal to those of fp32, or
+            without a codebook 99 % of their variance preserved.
+        gap: frames between the two frames of a transition.
         device: cpu, cuda or mps.
         workers: decoding threads.
-        states: of the robot, for a model that observes them.
+        states: robot states, for a model that uses them.
     """
     native = {"int8": supports_int8(device), "bf16": supports_bf16(device)}
     if not any(native.values()):
@@ -58,25 +58,27 @@ def select_precision(
                 if sum(map(len, frames)) > _TRIED * gap:
                     break
         except Unreadable:
-            return "fp32"  # what cannot be tried is not risked
+            return "fp32"  # no trial without frames
     clip = torch.from_numpy(np.concatenate(frames)[::gap][: _TRIED + 1]).permute(0, 3, 1, 2)
-    clip, state = clip.to(device), None
+    clip, clip_states = clip.to(device), None
     if states:
-        told = states(number, frame_indices[::gap][: len(clip)])[None].astype(np.float32)
-        state = torch.from_numpy(told).to(device)
-    exact = encode_clip(model, clip[None], "fp32", state=state)
+        rows = states(number, frame_indices[::gap][: len(clip)])[None].astype(np.float32)
+        clip_states = torch.from_numpy(rows).to(device)
+    exact = encode_clip(model, clip[None], "fp32", states=clip_states)
     what = "variance of the latent actions" if exact.codes is None else "codes"
     for precision in (name for name, here in native.items() if here):
-        quick = encode_clip(prepared(model, precision), clip[None], precision, state=state)
+        quick = encode_clip(apply_precision(model, precision), clip[None], precision, states=clip_states)
         share = _agreement(exact, quick)
-        log.info("%s keeps %.1f %% of the %s of %d transitions", precision, 100 * share, what, len(clip) - 1)
+        log.info(
+            "%s preserves %.1f %% of the %s of %d transitions", precision, 100 * share, what, len(clip) - 1
+        )
         if share >= _KEPT:
             return precision
     return "fp32"
 
 
 def _agreement(exact: LatentActions, quick: LatentActions) -> float:
-    """Return the share of equal codes, or without codes that of the variance which is kept."""
+    """Return the share of equal codes, or without codes that of the preserved variance."""
     if exact.codes is not None and quick.codes is not None:
         return (exact.codes == quick.codes).float().mean().item()
     x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)

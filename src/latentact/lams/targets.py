@@ -1,4 +1,4 @@
-"""What forward dynamics is asked to predict: pixels, its own averaged features, or those of a frozen network.
+"""Prediction targets of forward dynamics: pixels, averaged features of the encoder, or frozen features.
 
 ema_features: a moving average of the model's own encoder (LAOM, 2502.00379). frozen_features: those of any
 vision backbone of timm or transformers, as in UniVLA (2505.06111), computed once by `frozen_features.py`.
@@ -26,35 +26,36 @@ KINDS = ("pixels", "ema_features", "frozen_features")
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Settings of what forward dynamics predicts."""
+    """Prediction target of forward dynamics."""
 
     kind: str = "pixels"
-    """pixels, ema_features (of a moving average of the own encoder) or frozen_features (of a backbone)."""
+    """pixels, ema_features (of a moving average of the encoder) or frozen_features (of a backbone)."""
     backbone: str = ""
     """frozen_features: timm/NAME, or the hub id or folder of a vision model of transformers."""
     grid: int = 4
-    """frozen_features: features are averaged to this many cells along each side of the picture."""
+    """frozen_features: features are averaged to a grid of this many cells per side."""
     size: int = 0
-    """frozen_features: numbers per frame; train-lam finds it."""
+    """frozen_features: features per frame; set by train-lam."""
     features: int = 256
-    """ema_features: numbers per frame."""
+    """ema_features: features per frame."""
     hidden: int = 1024
-    """Width of the forward dynamics in feature space."""
+    """Width of forward dynamics in feature space."""
     tau: float = 0.001
-    """ema_features: share of the encoder that enters its average at each step."""
+    """ema_features: weight of the encoder in its moving average at each step."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         if self.kind not in KINDS:
-            raise UserError(f"lam.target.kind is {self.kind!r}; wanted one of {', '.join(KINDS)}.")
+            raise UserError(f"lam.target.kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
         if (self.kind == "frozen_features") != bool(self.backbone):
             raise UserError(
-                f"lam.target.kind is {self.kind} and lam.target.backbone is {self.backbone!r}; "
-                f"frozen_features wants a backbone such as timm/resnet18, and the others want none."
+                f"lam.target.backbone must be set for frozen_features, such as timm/resnet18, and empty "
+                f"for other kinds, got {self.backbone!r} for {self.kind}."
             )
         if self.grid < 1 or not 0 < self.tau <= 1:
             raise UserError(
-                f"lam.target.grid is {self.grid} and lam.target.tau {self.tau:g}; wanted at least 1 and 0..1."
+                f"lam.target.grid must be at least 1 and lam.target.tau in 0..1, got {self.grid} and "
+                f"{self.tau:g}."
             )
 
 
@@ -69,18 +70,18 @@ def frame_encoder(
     features: int = 256,
     precise: bool = False,
 ) -> nn.Module:
-    """Return a network from a picture to a vector.
+    """Return a network from an image to a vector.
 
     Args:
         backbone: impala or patch.
-        in_channels: channels of the picture.
+        in_channels: channels of the image.
         size: its height and width in pixels.
         scale: impala: multiplier of the channels (16, 32, 32).
         patch: patch: side of a patch.
         channels: patch: channels of the levels.
         features: length of the vector.
-        precise: whether the vector is in full precision also under autocast. Half precision would drown how
-            two successive pictures differ in what all pictures have in common.
+        precise: whether the vector has full precision under autocast too. Half precision would hide how
+            consecutive frames differ in what all frames share.
 
     Raises:
         UserError: the backbone is unknown.
@@ -90,7 +91,7 @@ def frame_encoder(
     elif backbone == "patch":
         net = PatchEncoder(in_channels, size, patch, channels, features)
     else:
-        raise UserError(f"lam.backbone is {backbone!r}; wanted impala or patch.")
+        raise UserError(f"lam.backbone must be impala or patch, got {backbone!r}.")
     if precise:
         net.fc = _PreciseLinear(net.fc.in_features, features)
     return net
@@ -103,14 +104,14 @@ class _PreciseLinear(nn.Linear):
 
 
 class FeatureFdm(nn.Module):
-    """Forward dynamics between the features of two moments.
+    """Forward dynamics between the features of two timesteps.
 
     Args:
-        config: which features.
+        config: the features.
         latent_dim: length of a latent action.
         encoder: ema_features: network from observations to features.
-        own: ema_features: whether `encoder` is this module's own, trained through its use here; otherwise the
-            caller trains it and hands over its features.
+        own: ema_features: whether this module owns and trains `encoder`; otherwise the caller trains it and
+            passes its features.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class FeatureFdm(nn.Module):
     ) -> None:
         super().__init__()
         if config.kind == "frozen_features" and not config.size:
-            raise UserError("frozen features are found by train-lam; build the model with lam.target.size=N.")
+            raise UserError(
+                "lam.target.size must be set for frozen_features, got 0. Use train-lam, which sets it."
+            )
         self.config = config
         self.encoder = encoder if own else None
         self.average = None if encoder is None else deepcopy(encoder).requires_grad_(False)
@@ -127,8 +130,8 @@ class FeatureFdm(nn.Module):
         self.norm_after = nn.BatchNorm1d(size, affine=False)
         self.mlp = ConditionedMlp(size, latent_dim, config.hidden, size)
 
-    def follow(self, encoder: nn.Module) -> None:
-        """Move the average a step towards an encoder, in training."""
+    def update_average(self, encoder: nn.Module) -> None:
+        """Update the moving average with the weights of an encoder, in training."""
         if self.average is None or not self.training:
             return
         with torch.no_grad():
@@ -138,12 +141,12 @@ class FeatureFdm(nn.Module):
     def loss(
         self, latent: Float[Tensor, "b z"], now: Float[Tensor, "b f"], after: Float[Tensor, "b f"]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the squared error of the predicted features, each number in deviations of the batch.
+        """Return the squared error of the predicted features, standardized over the batch.
 
         Args:
             latent: latent actions.
-            now: features of the current moment.
-            after: those of the next one, which get no gradient.
+            now: features of the current frame.
+            after: features of the next frame, without gradient.
         """
         with torch.autocast(latent.device.type, enabled=False):
             after = after.detach().float()
@@ -155,15 +158,15 @@ class FeatureFdm(nn.Module):
     def of_clip(
         self, latent: Float[Tensor, "b z"], frames: Float[Tensor, "b t c h w"], clip: Clip, at: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of the transition from moment `at` of the clip, from its frames or its features."""
+        """Return the loss of the transition from frame `at` of the clip, from its frames or features."""
         if self.encoder is None:
             if clip.features is None:
                 raise UserError(
-                    f"the features of {self.config.backbone} are not there; train with train-lam, which "
-                    f"computes them."
+                    f"clip.features must hold the features of {self.config.backbone}, got none. Train with "
+                    f"train-lam, which computes them."
                 )
             return self.loss(latent, clip.features[:, at], clip.features[:, at + 1])
-        self.follow(self.encoder)
+        self.update_average(self.encoder)
         assert self.average is not None
         with torch.no_grad():
             after = self.average(frames[:, at + 1])
@@ -171,11 +174,11 @@ class FeatureFdm(nn.Module):
 
 
 def feature_health(features: Float[Tensor, "b f"]) -> dict[str, Tensor]:
-    """Return whether features have collapsed, without a wait for the device.
+    """Return metrics of feature collapse, without synchronizing with the device.
 
     Returns:
-        feature_std: mean deviation of a number over the batch, relative to the mean size of the numbers (0: a
-        constant). feature_rank: effective number of directions in which features vary, tr(C)^2 / tr(C^2) of
+        feature_std: mean standard deviation over the batch, relative to the mean magnitude of features (0: a
+        constant). feature_rank: effective rank of the features, tr(C)^2 / tr(C^2) of
         their covariance C (1: all on a line).
     """
     x = features.detach().float()
@@ -189,14 +192,14 @@ def feature_health(features: Float[Tensor, "b f"]) -> dict[str, Tensor]:
 def pixel_error(
     predicted: Tensor, now: Tensor, target: Tensor, motion_weight: float, motion_dilation: int
 ) -> Tensor:
-    """Return the squared error of pictures, weighted by how much each pixel changes.
+    """Return the squared error of images, weighted by the change of each pixel.
 
     Args:
-        predicted: pictures in -0.5..0.5 ``[b, c, h, w]``.
-        now: what they start from.
-        target: what they ought to be.
+        predicted: images in -0.5..0.5 ``[b, c, h, w]``.
+        now: current images.
+        target: next images.
         motion_weight: extra weight: 1 + motion_weight * min(|change|, 0.5).
-        motion_dilation: pixels by which the weight spreads around what changes.
+        motion_dilation: pixels by which the weight extends around changing pixels.
     """
     error = (predicted.float() - target).square()
     if motion_weight:
@@ -208,8 +211,8 @@ def pixel_error(
 
 
 def no_pixel_decoder_error(model: LatentActionModel) -> UserError:
-    """Return the error for `predict` of a model whose target is no pictures."""
+    """Return the error of `predict` for a model that does not predict pixels."""
     return UserError(
-        f"this {model.spec.model} model has no forward dynamics of pictures and predicts none; train one "
-        f"whose target is pixels for that."
+        f"this {model.spec.model} model has no forward dynamics of pixels and predicts no frames. Train "
+        f"one with lam.target.kind=pixels."
     )

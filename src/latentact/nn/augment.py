@@ -1,8 +1,7 @@
-"""Shift, rotation and perspective, drawn at random per picture and done in one resampling (LAOM, 2502.00379).
+"""Random shift, rotation and perspective of an image in one resampling (LAOM, 2502.00379).
 
-The published draw: one of eight, namely nothing, shift, rotation, perspective, shift then rotation, rotation
-then shift, rotation then perspective, perspective then rotation. What enters from outside the picture repeats
-its edge.
+As published, one of eight is drawn: none, shift, rotation, perspective, shift then rotation, rotation then
+shift, rotation then perspective, perspective then rotation. Pixels from outside the image repeat its edge.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ SHIFT = 14 / 64
 ANGLE = math.pi / 2
 """Largest rotation either way."""
 DISTORTION = 0.5
-"""How far a corner may move inward, as a share of half the padded side."""
+"""Largest inward displacement of a corner, as a share of half the padded side."""
 MARGIN = 1 + 2 * 30 / 64
-"""Side of the padded picture whose corners move, in sides of the picture."""
+"""Side of the padded image whose corners are displaced, in sides of the image."""
 DRAWS = ((), ("shift",), ("rotate",), ("perspective",), ("shift", "rotate"), ("rotate", "shift"),
          ("rotate", "perspective"), ("perspective", "rotate"))  # fmt: skip
 
 
 def augment(frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
-    """Return clips, each under one transform of its own; the frames of a clip move together."""
+    """Return clips, each with a random transform that all of its frames share."""
     b, t, c, h, w = frames.shape
     warp = draw_warps(b, frames.device)
     with torch.autocast(frames.device.type, enabled=False):
@@ -38,7 +37,7 @@ def augment(frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
 
 
 def draw_warps(count: int, device: torch.device) -> Float[Tensor, "b 3 3"]:
-    """Return homographies from places in the result to places in the picture, -1..1 across it."""
+    """Return homographies from output coordinates to image coordinates, both in -1..1."""
     which = torch.randint(len(DRAWS), (count,), device=device)
     makers = {"shift": _shifts, "rotate": _rotations, "perspective": _perspectives}
     drawn = {name: make(count, device) for name, make in makers.items()}
@@ -46,14 +45,14 @@ def draw_warps(count: int, device: torch.device) -> Float[Tensor, "b 3 3"]:
     all_of = []
     for draw in DRAWS:
         warp = unit.expand(count, 3, 3)
-        for name in draw:  # a later transform looks places up in what an earlier one made
+        for name in draw:  # a later transform samples the output of an earlier one
             warp = warp @ drawn[name]
         all_of.append(warp)
     return torch.stack(all_of, 1)[torch.arange(count, device=device), which]
 
 
 def warp_grid(warp: Float[Tensor, "b 3 3"], h: int, w: int) -> Float[Tensor, "b h w 2"]:
-    """Return where each pixel of the result is sampled."""
+    """Return the image coordinates at which each output pixel is sampled."""
     y = (2 * torch.arange(h, device=warp.device) + 1) / h - 1
     x = (2 * torch.arange(w, device=warp.device) + 1) / w - 1
     places = torch.stack([*torch.meshgrid(x, y, indexing="xy"), torch.ones(h, w, device=warp.device)], -1)
@@ -76,7 +75,7 @@ def _rotations(count: int, device: torch.device) -> Tensor:
 
 
 def _perspectives(count: int, device: torch.device) -> Tensor:
-    """Homographies that take the moved corners of the padded picture to where they were."""
+    """Return homographies from the displaced to the original corners of the padded image."""
     were = MARGIN * torch.tensor([[-1.0, -1.0], [1, -1], [1, 1], [-1, 1]], device=device).expand(count, 4, 2)
     moved = were * (1 - DISTORTION * torch.rand(count, 4, 2, device=device))
     one, none = torch.ones(count, 4, 1, device=device), torch.zeros(count, 4, 3, device=device)

@@ -1,4 +1,4 @@
-"""A residual MLP that meets its condition at every block, so that it cannot forget it (LAOM, 2502.00379)."""
+"""A residual MLP with its condition as an input of every block (LAOM, 2502.00379)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ConditionedMlp(nn.Module):
         self.leave = nn.Linear(hidden, out_features)
 
     def forward(self, x: Float[Tensor, "b i"], condition: Float[Tensor, "b c"]) -> Float[Tensor, "b o"]:
-        """Return the result."""
+        """Return the output vector."""
         for enter, grow, shrink, norm in zip(self.enter, self.grow, self.shrink, self.norm, strict=True):
             x = enter(torch.cat([x, condition.to(x.dtype)], dim=1))
             x = norm(x + shrink(F.relu6(grow(x))))

@@ -1,14 +1,15 @@
 """Network of LAPA's latent action quantization (LAQ, arXiv 2410.11758): C-ViViT on a pair of frames.
 
-A spatial transformer looks at each frame, a temporal one at the two tokens of each place, and a small CNN
-boils each frame's tokens down to a few cells; the latent action is the second frame's minus the first's.
-The decoder is a spatial transformer over the first frame's patches that attends to the latent action.
+A spatial transformer attends within each frame, a temporal one across the two tokens of each position, and a
+small CNN reduces each frame's tokens to a few cells; the latent action is the second frame's minus the
+first's. The decoder is a spatial transformer over the first frame's patches that attends to the latent
+action.
 
 Module names are those of LAPA's checkpoints (but `dsconv.weight` loses its dimension of size 1). Some of the
-published code is kept only with `compat`: keys and values of self-attention come from tokens that were not
-normalized; the temporal transformer's positional convolution mixes up places and times, and the spatial one's
-lets the second frame see the first; the decoder's codes are mixed among each other; and pixels are normalized
-within their patch, which hides how bright it is.
+published code is kept only with `compat`: keys and values of self-attention come from unnormalized tokens;
+the temporal transformer's positional convolution mixes positions and times, and that of the spatial one
+leaks the first frame into the second; the decoder's codes are mixed with each other; and pixels are
+normalized within their patch, which removes its brightness.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ CELLS = {
     64: (_HALVE,),
     256: (_HALVE,),
 }
-"""Convolutions (kernel, stride, padding) that make so many cells of a frame's tokens."""
+"""Number of cells -> convolutions (kernel, stride, padding) that reduce a frame's tokens to it."""
 
 
 def cells(grid: int, layers: tuple) -> int:
-    """Return how many cells these convolutions make of grid x grid tokens; 0 where it is too small."""
+    """Return the number of cells after these convolutions of grid x grid tokens; 0 if too small."""
     sides = [grid, grid]
     for kernel, stride, padding in layers:
         across = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -59,9 +60,9 @@ class Norm(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """Attention bias from the offset between two places of the grid (arXiv 2111.09883).
+    """Attention bias from the offset between two positions of the grid (arXiv 2111.09883).
 
-    Computed once for each different offset, of which there are far fewer than pairs of places.
+    Computed once for each distinct offset; there are far fewer of them than pairs of positions.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -71,7 +72,7 @@ class PositionBias(nn.Module):
         self.net = nn.Sequential(first, second, nn.Linear(dim, heads))
 
     def forward(self, h: int, w: int) -> Float[Tensor, "heads n n"]:
-        """Return the bias of a grid of h x w places."""
+        """Return the bias of a grid of h x w positions."""
         device = next(self.parameters()).device
         dy, dx = (torch.arange(1 - size, size, device=device) for size in (h, w))
         offset = torch.stack(torch.meshgrid(dy, dx, indexing="ij"), -1).flatten(0, 1).float()
@@ -82,7 +83,7 @@ class PositionBias(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """Depthwise 3x3x3 convolution over time and place that sees no later time; weight [d, t, h, w].
+    """Depthwise 3x3x3 convolution over time and space, causal in time; weight [d, t, h, w].
 
     Each slice of the weight in time is applied as a 2-D convolution in the memory layout of the tokens, which
     is several times faster than a 3-D convolution.
@@ -95,7 +96,7 @@ class PositionalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim).uniform_(-limit, limit))
 
     def forward(self, x: Float[Tensor, "b t h w d"]) -> Float[Tensor, "b t h w d"]:
-        """Return what is added to the tokens."""
+        """Return the update of the tokens."""
         b, t, *_, d = x.shape
         found = None
         for lag in range(min(t, 3)):
@@ -132,12 +133,12 @@ class Attention(nn.Module):
         bias: Float[Tensor, "heads i j"] | None = None,
         context: Float[Tensor, "n j2 d"] | None = None,
     ) -> Float[Tensor, "n i d"]:
-        """Return what is added to the tokens."""
-        seen = x if context is None else context
-        seen = self.context_norm(seen) if self.norm_keys else seen
+        """Return the update of the tokens."""
+        source = x if context is None else context
+        source = self.context_norm(source) if self.norm_keys else source
         split = "n i (heads c) -> n heads i c"
         q = rearrange(self.to_q(self.norm(x)), split, heads=self.heads)
-        k, v = (rearrange(part, split, heads=self.heads) for part in self.to_kv(seen).chunk(2, dim=-1))
+        k, v = (rearrange(part, split, heads=self.heads) for part in self.to_kv(source).chunk(2, dim=-1))
         if self.null:
             null = self.null_kv.to(k.dtype).expand(len(k), -1, -1, -1)
             k, v = (torch.cat([null[:, :, i::2], part], dim=2) for i, part in enumerate((k, v)))
@@ -165,10 +166,10 @@ class Transformer(nn.Module):
     """Layers of positional convolution, self-attention, cross-attention (decoder) and feed-forward.
 
     Args:
-        dim: numbers per token.
+        dim: width of a token.
         depth: layers.
         heads: attention heads.
-        head_dim: numbers per head.
+        head_dim: width of a head.
         axis: whether tokens attend to each other within a frame or, place by place, between frames.
         cross: whether it attends to a context.
         compat: whether to keep the slips of the published code.
@@ -226,13 +227,13 @@ class Transformer(nn.Module):
 
 
 class DeltaHead(nn.Module):
-    """Tokens of a frame to the few cells whose difference is the latent action, and back to decoder tokens.
+    """Reduces a frame's tokens to cells, whose difference is the latent action, and back to tokens.
 
     Args:
-        dim: numbers per token.
+        dim: width of a token.
         cells: 1, 2, 4, 16, 64 or 256.
-        width_in: numbers per cell before the bottleneck.
-        width_out: numbers per cell after it.
+        width_in: values per cell before the bottleneck.
+        width_out: values per cell after it.
         compat: whether the decoder's codes are mixed, as published.
     """
 
@@ -247,7 +248,7 @@ class DeltaHead(nn.Module):
         self.cnn_encoder[-1].bias.requires_grad_(False)  # it cancels in the difference
 
     def forward(self, tokens: Float[Tensor, "b 2 h w d"]) -> Float[Tensor, "b f"]:
-        """Return the second frame's cells minus the first's, cell after cell."""
+        """Return the second frame's cells minus the first's, flattened."""
         with torch.autocast(tokens.device.type, enabled=False):
             x = rearrange(self.project_in(tokens.float()), "b t h w c -> (b t) c h w")
             first, second = rearrange(self.cnn_encoder(x), "(b t) c h w -> t b (h w c)", t=2)
@@ -260,18 +261,18 @@ class DeltaHead(nn.Module):
 
 
 class CViViT(nn.Module):
-    """Encoder and decoder around a bottleneck, which is the caller's.
+    """Encoder and decoder around a bottleneck that the caller applies.
 
     Args:
-        dim: numbers per token.
+        dim: width of a token.
         heads: attention heads.
-        head_dim: numbers per head.
+        head_dim: width of a head.
         spatial_depth: layers of the spatial transformers.
         temporal_depth: layers of the temporal one.
         patch: side of a patch in pixels.
         cells: cells of the latent action.
-        width_in: numbers per cell before the bottleneck.
-        width_out: numbers per cell after it.
+        width_in: values per cell before the bottleneck.
+        width_out: values per cell after it.
         compat: whether to keep the slips of the published code.
     """
 
@@ -290,13 +291,13 @@ class CViViT(nn.Module):
         compat: bool,
     ) -> None:
         super().__init__()
-        self.compat, numbers = compat, 3 * patch * patch
+        self.compat, patch_dim = compat, 3 * patch * patch
         sizes = {"heads": heads, "head_dim": head_dim, "compat": compat}
         self.spatial_rel_pos_bias = PositionBias(dim, heads)
         self.to_patch_emb_first_frame = nn.Sequential(
             Rearrange("b t c (h p) (w q) -> b t h w (c p q)", p=patch, q=patch),
-            nn.LayerNorm(numbers) if compat else nn.Identity(),
-            nn.Linear(numbers, dim),
+            nn.LayerNorm(patch_dim) if compat else nn.Identity(),
+            nn.Linear(patch_dim, dim),
             nn.LayerNorm(dim),
         )
         self.enc_spatial_transformer = Transformer(dim, spatial_depth, axis="space", **sizes)
@@ -304,7 +305,7 @@ class CViViT(nn.Module):
         self.vq = DeltaHead(dim, cells, width_in, width_out, compat)
         self.dec_spatial_transformer = Transformer(dim, spatial_depth, axis="space", cross=True, **sizes)
         self.to_pixels_first_frame = nn.Sequential(
-            nn.Linear(dim, numbers), Rearrange("b h w (c p q) -> b c (h p) (w q)", p=patch, q=patch)
+            nn.Linear(dim, patch_dim), Rearrange("b h w (c p q) -> b c (h p) (w q)", p=patch, q=patch)
         )
 
     def patches(self, pixels: Float[Tensor, "b t 3 y x"]) -> Float[Tensor, "b t h w d"]:
@@ -312,13 +313,13 @@ class CViViT(nn.Module):
         return self.to_patch_emb_first_frame(pixels)
 
     def bias(self, patches: Float[Tensor, "b t h w d"]) -> Float[Tensor, "heads n n"]:
-        """Return the attention bias that the two methods below take; the same for every frame."""
+        """Return the attention bias for `spatial_tokens` and `decode`; the same for every frame."""
         return self.spatial_rel_pos_bias(*patches.shape[2:4])
 
-    def look(
+    def spatial_tokens(
         self, patches: Float[Tensor, "b t h w d"], bias: Float[Tensor, "heads n n"]
     ) -> Float[Tensor, "b t h w d"]:
-        """Return spatial tokens; as published, a frame's tokens also see the frames before it."""
+        """Return spatial tokens; with `compat`, a frame's tokens also depend on earlier frames."""
         if self.compat:
             return self.enc_spatial_transformer(patches, bias)
         each = self.enc_spatial_transformer(patches.flatten(0, 1).unsqueeze(1), bias)

@@ -16,7 +16,7 @@ class GridEmbedding(nn.Module):
 
     Args:
         features: integers per cell.
-        values: how many values an integer can take.
+        values: number of values of an integer.
         dim: channels per feature.
     """
 
@@ -35,10 +35,10 @@ class GridEncoder(nn.Module):
     """Frames of integer cells to a feature vector.
 
     Args:
-        frames: number of frames given together.
+        frames: number of stacked frames.
         features: integers per cell.
         size: height and width in cells.
-        values: how many values an integer can take.
+        values: number of values of an integer.
         channels: channels inside.
         out_features: length of the feature vector.
     """
@@ -62,9 +62,9 @@ class GridDecoder(nn.Module):
     """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
 
     Args:
-        frames: number of frames given together.
+        frames: number of stacked frames.
         features: integers per cell.
-        values: how many values an integer can take.
+        values: number of values of an integer.
         latent_dim: length of the latent vector.
         channels: channels inside.
     """

@@ -1,7 +1,7 @@
 """Layers that multiply 8-bit integers, for inference on a CPU with VNNI: about twice as fast as bf16 there.
 
-Weights have a scale per output channel. Activations get theirs while they pass: convolutions one for the
-batch, linear layers one for each row, since tokens of a transformer differ much in size.
+Weights have a scale per output channel. Scales of activations are computed per batch for convolutions, and
+per row for linear layers, since tokens of a transformer differ much in magnitude.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from latentact.device import supports_int8
 from latentact.errors import UserError
 
-_SMALLEST = 1 << 14  # weights of a layer below which rounding its input costs more than it saves
+_SMALLEST = 1 << 14  # weights of the smallest layer that gains from int8
 
 
 def int8[M: nn.Module](model: M) -> M:
     """Return the model with its larger convolutions and linear layers in int8 wherever autocast is on.
 
     Args:
-        model: on the CPU, for inference. It stays as it is; both share their weights.
+        model: on the CPU, for inference. It is not changed; both share their weights.
 
     Raises:
-        UserError: the model is elsewhere, or the CPU cannot.
+        UserError: the model is on another device, or the CPU has no VNNI.
     """
     device = next((each.device.type for each in model.parameters()), "cpu")
     if not supports_int8(device):
-        raise UserError(f"int8 wants a model on a CPU with VNNI, and not on this {device}; use bf16.")
+        raise UserError(f"int8 must run on a CPU with VNNI, got this {device}. Use bf16.")
     copied = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for layer in copied.modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.weight.numel() < _SMALLEST:
@@ -59,7 +59,7 @@ def _levels(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 class _Packed:
-    """Has `packed`, its weights as the processor wants them, made when first used and never copied."""
+    """Has `packed`, its weights in the layout of oneDNN, made at the first use and never copied."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "packed"}

@@ -1,4 +1,4 @@
-"""Convolutional networks with a patch stem: cheap twins of IMPALA and the U-Net.
+"""Convolutional networks with a patch stem: cheap versions of IMPALA and the U-Net.
 
 A patch stem (stride = patch size, pixel shuffle on the way out) does all work at low resolution, where a
 training step costs a fraction of the published networks' full-resolution layers.
@@ -28,11 +28,11 @@ class Residual(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Image to feature vector: the first level sees patches, further ones may halve the resolution.
+    """Image to feature vector: the first level embeds patches, later levels may halve the resolution.
 
     Args:
         in_channels: channels of the input.
-        size: height and width in pixels; what does not fill a patch is padded with zeros.
+        size: height and width in pixels; incomplete patches are padded with zeros.
         patch: side of a patch in pixels.
         channels: channels of the levels; two residual blocks each.
         features: length of the feature vector.
@@ -128,6 +128,6 @@ class PatchUNet(nn.Module):
 
 def _require_sizes(patch: int, channels: tuple[int, ...]) -> None:
     if not 1 <= len(channels) <= 12:
-        raise ValueError(f"{len(channels)} levels of channels; wanted 1..12")
+        raise ValueError(f"channels must have 1 to 12 levels, got {len(channels)}")
     if patch < 1:
-        raise ValueError(f"patches of {patch} pixels; wanted at least 1")
+        raise ValueError(f"patch must be at least 1 pixel, got {patch}")

@@ -20,7 +20,7 @@ def sincos(dim: int, positions: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
 
 
 def sincos_grid(dim: int, side: int) -> Float[Tensor, "n d"]:
-    """Return positions of a square grid in reading order: half of the numbers for x, half for y."""
+    """Return position embeddings of a square grid, row by row: half of the dims for x, half for y."""
     y, x = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     return torch.cat([sincos(dim // 2, x.flatten()), sincos(dim // 2, y.flatten())], dim=1)
 
@@ -28,9 +28,9 @@ def sincos_grid(dim: int, side: int) -> Float[Tensor, "n d"]:
 def linear(
     x: Float[Tensor, "*n i"], weight: Tensor, bias: Tensor, gelu: bool = False
 ) -> Float[Tensor, "*n o"]:
-    """Return a linear layer's output, with a GELU (tanh) if asked for.
+    """Return a linear layer's output, optionally after a GELU (tanh).
 
-    On CPUs, without gradients, by oneDNN: faster than the default there, and its GELU costs nothing.
+    On CPUs without gradients it uses oneDNN, which is faster than the default and fuses the GELU.
     """
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if plain and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")) and _ONEDNN:
@@ -51,7 +51,7 @@ class RmsNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized numbers."""
+        """Return the normalized features."""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
         return x / size.clamp(min=1e-8) * self.g
 
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         return linear(out, self.proj.weight, self.proj.bias)
 
     def temporal(self, x: Float[Tensor, "w t n d"], keep: int) -> Float[Tensor, "w k n d"]:
-        """Attend to the same patch of this and earlier frames; only the last `keep` frames ask."""
+        """Attend to the same patch of this and earlier frames; only the last `keep` frames have queries."""
         t = x.shape[1]
         q, k, v = (rearrange(y, "w t n h d -> (w n) h t d") for y in self._split(x, keep))
         if keep == t:
@@ -147,7 +147,7 @@ class StBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def spatial(self, x: Float[Tensor, "w t n d"]) -> Float[Tensor, "w t n d"]:
-        """Return what the first third of the block makes of single frames."""
+        """Return the output of the block's per-frame part, spatial attention."""
         shift, scale, gate, *_ = self.scale_shift_table
         return torch.addcmul(x, gate, self.attn.spatial(_modulated(x, shift, scale)))
 
@@ -156,8 +156,8 @@ class StBlock(nn.Module):
     ) -> Float[Tensor, "w k n d"]:
         """Return the rest of the block for the last `keep` frames of windows."""
         _, _, gate, shift, scale, mlp_gate = self.scale_shift_table
-        asked = x if positions is None else x + positions[:, None]
-        x = torch.addcmul(x[:, -keep:], gate, self.attn_temp.temporal(asked, keep))
+        normed = x if positions is None else x + positions[:, None]
+        x = torch.addcmul(x[:, -keep:], gate, self.attn_temp.temporal(normed, keep))
         return torch.addcmul(x, mlp_gate, self.mlp(_modulated(x, shift, scale)))
 
 
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         self.qk_norm = qk_norm
 
     def forward(self, q: Float[Tensor, "b i d"], kv: Float[Tensor, "b j d"]) -> Float[Tensor, "b i d"]:
-        """Return what the queries find."""
+        """Return the attention output of the queries."""
         q = rearrange(self.q(q), "b i (h d) -> b h i d", h=self.heads)
         k, v = rearrange(self.kv(kv), "b j (m h d) -> m b h j d", m=2, h=self.heads)
         if self.qk_norm:
@@ -230,8 +230,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Return the tokens after attention and MLP."""
-        asked = self.pre_norm_attn(x)
-        x = x + self.layer_scale_attn(self.attn(asked, asked))
+        normed = self.pre_norm_attn(x)
+        x = x + self.layer_scale_attn(self.attn(normed, normed))
         return x + self.layer_scale_mlp(self.mlp(self.pre_norm_mlp(x)))
 
 
@@ -242,14 +242,14 @@ class StEncoder(nn.Module):
         size: height and width of a frame in pixels.
         patch: side of a patch in pixels.
         frames: longest window.
-        dim: numbers per token.
+        dim: width of a token.
         depth: blocks.
         heads: attention heads of the blocks.
-        mlp_ratio: hidden numbers of the MLPs, in multiples of `dim`.
+        mlp_ratio: hidden width of the MLPs, in multiples of `dim`.
         qk_norm: whether queries and keys of the blocks are normalized.
         pool_heads: attention heads of the pooling.
         latents: latents per transition.
-        out_dim: numbers per latent.
+        out_dim: dims per latent.
     """
 
     pe_spatial: Tensor
@@ -279,7 +279,7 @@ class StEncoder(nn.Module):
         self.map_block = AttentionPool(dim, pool_heads, mlp_ratio, latents, out_dim)
 
     def stem(self, frames: Float[Tensor, "f 3 h w"]) -> Float[Tensor, "f n d"]:
-        """Return the part of the work that looks at single frames and is the same in every window."""
+        """Return the per-frame part of the encoder, which all windows of a frame share."""
         x = self.embed(frames) + self.pe_spatial
         return self.layers[0].spatial(x[:, None])[:, 0]  # type: ignore[operator]
 
@@ -323,7 +323,7 @@ class StDecoder(nn.Module):
     def forward(
         self, frames: Float[Tensor, "b 3 h w"], latent: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n p"]:
-        """Return one row of numbers per patch, in the order (row, column, channel)."""
+        """Return one row of pixels per patch, in the order (row, column, channel)."""
         x = torch.cat([self.action_embed(latent)[:, None], self.embed(frames) + self.pe], dim=1)
         for layer in self.layers:
             x = layer(x)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 SMALLEST_SHARE = 0.01
-"""Deviations below this share of the largest count as it: a dimension that never moves is not blown up."""
+"""Smallest standard deviation, as a share of the largest, so that constant dims are not amplified."""
 
 
 class TokenProjection(nn.Module):
@@ -19,10 +19,10 @@ class TokenProjection(nn.Module):
 
     Args:
         steps: transitions.
-        token_dim: numbers per transition.
-        width: numbers of the result.
+        token_dim: dims per transition.
+        width: dims of the output.
         dropout: share of training samples that get the learned vector for "no guide" instead.
-        stats: `mean` and `std` of the tokens, each ``[token_dim]``; without, tokens are taken as they are.
+        stats: `mean` and `std` of the tokens, each ``[token_dim]``; None: tokens are not standardized.
     """
 
     mean: Tensor
@@ -45,7 +45,7 @@ class TokenProjection(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b w"]:
-        """Return the condition; transitions that are not valid count as average ones."""
+        """Return the condition; transitions that are not valid get the mean token."""
         x = (tokens - self.mean) / self.std
         if valid is not None:
             x = x * valid[..., None]

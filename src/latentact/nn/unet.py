@@ -1,9 +1,8 @@
 """U-Net from frames and one latent vector to the next frame: LAPO's world model (arXiv 2312.10812).
 
-Module names are those of LAPO's checkpoints. Differs in cost, not in numbers: the published code repeats the
-latent over the whole picture and convolves it there; here its share of the first convolution is computed once
-per border case (inside, edges, corners), which is the same sum. Convolutions whose windows do not overlap run
-as the matrix products that they are.
+Module names are those of LAPO's checkpoints. Same results at less cost: the published code repeats the latent
+over all pixels before the first convolution; here its part of that convolution is computed once per border
+case (inside, edges, corners). Convolutions without overlapping windows run as matrix products.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class _Up(nn.Module):
 
 
 def _conv_with_constant(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
-    """Return ``conv(cat([x, latent repeated over the picture]))`` of a 3x3 convolution, zero padding 1."""
+    """Return ``conv(cat([x, latent repeated over all pixels]))`` of a 3x3 convolution, zero padding 1."""
     pixels, constant = conv.weight.split([x.shape[1], latent.shape[1]], dim=1)
     taps = torch.einsum("bi,oiyx->boyx", latent.to(constant.dtype), constant)
     # Row 0 misses the taps above it, the last row those below; the same for columns.
@@ -80,7 +79,7 @@ def _upsampled(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
 
 def _flattened(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return ``conv(x)`` of a convolution whose kernel covers the whole picture."""
+    """Return ``conv(x)`` of a convolution whose kernel covers the whole image."""
     flat, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, conv.weight))
     return F.linear(flat, weight, conv.bias)[:, :, None, None]
 

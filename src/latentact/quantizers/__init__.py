@@ -1,4 +1,4 @@
-"""Bottlenecks of latent action models; one file per kind, all with the same return.
+"""Bottlenecks of latent action models, one file per kind.
 
 Add one: a new file with a class that takes a `BottleneckConfig` and is registered in `QUANTIZERS`.
 """

@@ -15,20 +15,20 @@ from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantiz
 
 @QUANTIZERS.register("fsq")
 class Fsq(Quantizer):
-    """`positions` tokens of ``len(levels)`` rounded numbers each."""
+    """`positions` tokens of ``len(levels)`` rounded values each."""
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
-        with torch.device("cpu"):  # it computes while it is built, which the meta device cannot
+        with torch.device("cpu"):  # its constructor computes, which needs a real device
             self.fsq = FSQ(list(config.levels))
-        # Features of a new network are so small that all would round to one code; whitened ones spread.
+        # Features of an untrained network are so small that all would round to one code.
         self.norm = nn.BatchNorm1d(config.positions * len(config.levels), affine=False)
         self.tokens, self.token_dim = config.positions, len(config.levels)
         self.in_features = self.tokens * self.token_dim
         self.codebook_size = math.prod(config.levels)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Round each number to its levels, with a straight-through gradient."""
+        """Round each dim to its levels, with a straight-through gradient."""
         with torch.autocast(x.device.type, enabled=False):
             x = self.norm(x.float())
             tokens = rearrange(x, "b (k d) -> b k d", k=self.tokens)

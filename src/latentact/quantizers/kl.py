@@ -1,4 +1,4 @@
-"""Variational bottleneck: Gaussians pulled towards a unit Gaussian, as in AdaWorld (arXiv 2503.18938)."""
+"""Variational bottleneck with a unit Gaussian prior, as in AdaWorld (arXiv 2503.18938)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantiz
 
 @QUANTIZERS.register("kl")
 class Kl(Quantizer):
-    """Mean and log-variance in; a sample out in training, the mean in evaluation."""
+    """Returns a sample from mean and log-variance in training, the mean in evaluation."""
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()

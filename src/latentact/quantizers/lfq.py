@@ -1,4 +1,4 @@
-"""Lookup-free quantization (arXiv 2310.05737), by vector-quantize-pytorch: a code is its features' signs."""
+"""Lookup-free quantization (arXiv 2310.05737), by vector-quantize-pytorch: codes are signs of features."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Lfq(Quantizer):
         self.tokens, self.token_dim = config.positions, int(math.log2(config.codebook_size))
         self.codebook_size = config.codebook_size
         self.in_features = self.tokens * self.token_dim
-        # A new network's features may all have the same sign; whitened ones do not.
+        # Features of an untrained network may all have the same sign; whitened ones do not.
         self.norm = nn.BatchNorm1d(self.in_features, affine=False)
-        with torch.device("cpu"):  # it computes while it is built, which the meta device cannot
+        with torch.device("cpu"):  # its constructor computes, which needs a real device
             self.lfq = LFQ(dim=self.token_dim, entropy_loss_weight=config.entropy)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Take signs; the loss wants each feature decided and all codes used."""
+        """Take signs; the loss rewards confident features and uniform use of codes."""
         with torch.autocast(x.device.type, enabled=False):
             x = self.norm(x.float())
             vectors, codes, loss = self.lfq(rearrange(x, "b (k d) -> b k d", k=self.tokens))

@@ -2,10 +2,10 @@
 
 In training the quantized vector is the feature plus noise as large as its distance to the nearest entry: the
 gradient reaches features and codebook without further losses. In evaluation it is the entry itself.
-Entries that are hardly used are replaced by used ones on LAPA's schedule; differing from its code, every
-process of a distributed run sees the same counts and ends with the same codebook, and counts are saved. With
-`guard` entries are restarted from features instead: copies of an entry as close as the published ones are
-never chosen.
+Rarely used entries are replaced by used ones on LAPA's schedule; unlike its code, all processes of a
+distributed run share counts and codebook, and counts are saved. With `guard`, entries are restarted from
+features
+instead: copies as close to an entry as the published ones are never selected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latentact.quantizers.usage import UsageGuard, across_ranks, agreed, usage
 from latentact.quantizers.vq import nearest
 
 EPSILON = 1e-12
-UNUSED = 0.1  # uses per sample of the last batch, since the last look
+UNUSED = 0.1  # uses per sample of the last batch, since the last replacement
 
 
 @QUANTIZERS.register("nsvq")
@@ -72,7 +72,7 @@ class Nsvq(Quantizer):
 
     @torch.no_grad()
     def _replace(self, counts: Tensor, batch: int) -> None:
-        """Put hardly used entries beside used ones at steps 10, 20 .. 100, 200 .. 1000, 1500 .. 4500."""
+        """Replace rarely used entries by used ones at steps 10, 20 .. 100, 200 .. 1000, 1500 .. 4500."""
         step = self.step.clone()
         self.step += 1
         self.used += across_ranks(counts)

@@ -1,7 +1,8 @@
 """Residual vector quantization (arXiv 2107.03312), by vector-quantize-pytorch: codebooks refine each other.
 
-The latent action is the sum of the entries. Its numbers are cut into as many tokens as there are codes, which
-is bookkeeping: no token belongs to one code alone.
+The latent action is the sum of the entries. It is split into as many tokens as there are codes only to fit
+the
+contract: no token belongs to a single code.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Residual(Quantizer):
         )
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Quantize, then what is left over, and so on; in training mode move the codebooks."""
+        """Quantize the features, then the residual, and so on; in training mode update the codebooks."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             vectors, codes, losses = self.vq(rearrange(x, "b (h d) -> b h d", h=self.positions))

@@ -1,9 +1,9 @@
-"""How much of a codebook is used, and a guard that restarts dead codes.
+"""Codebook usage metrics, and a guard that restarts dead codes.
 
-Where features lie far from a codebook, one entry is nearest to all of them, and the others are never chosen
-and never learn; LAPA's LAQ is reported to end there when trained from scratch. The guard counts uses over
-`PERIOD` steps, puts unused entries onto current features, and says how many it has restarted. All of it stays
-on the device; its state is saved with the model, so that a resumed run goes on exactly.
+If features are far from a codebook, one entry is nearest to all of them, and the others are never selected
+and never learn; LAPA's LAQ is reported to collapse like this when trained from scratch. The guard counts uses
+over `PERIOD` steps, moves unused entries onto current features, and counts restarts. Its state stays on the
+device and is saved with the model, so that a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 PERIOD = 50  # steps
-DEAD = 0.01  # of its fair share
+DEAD = 0.01  # of the mean usage
 
 
 def across_ranks(counts: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def _together() -> bool:
 
 
 def usage(used: Float[Tensor, "n m"]) -> dict[str, Tensor]:
-    """Return the perplexity and the share of codes used of a batch, mean over codebooks.
+    """Return perplexity and share of used codes of a batch, mean over codebooks.
 
     Args:
-        used: how often each code of each codebook was chosen.
+        used: uses of each code of each codebook.
     """
     share = used / used.sum(-1, keepdim=True).clamp(min=1)
     entropy = -(share * torch.log(share + 1e-10)).sum(-1)
@@ -49,10 +49,10 @@ def usage(used: Float[Tensor, "n m"]) -> dict[str, Tensor]:
 
 
 class UsageGuard(nn.Module):
-    """Finds dead codes and what to replace them by.
+    """Finds dead codes and their replacements.
 
     Args:
-        codebooks: how many.
+        codebooks: number of codebooks.
         size: entries of each.
     """
 
@@ -70,11 +70,11 @@ class UsageGuard(nn.Module):
     def forward(
         self, used: Float[Tensor, "n m"], features: Float[Tensor, "n i d"]
     ) -> tuple[Bool[Tensor, "n m 1"], Float[Tensor, "n m d"]]:
-        """Return which entries to replace now and by what.
+        """Return a mask of the entries to replace, and their replacements.
 
         Args:
-            used: how often each code was chosen in this step, in this process.
-            features: what was quantized.
+            used: uses of each code in this step, in this process.
+            features: the quantized features.
         """
         self.step += 1
         self.window += across_ranks(used)

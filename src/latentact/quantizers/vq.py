@@ -1,6 +1,6 @@
 """Vector quantizer whose codebook learns by gradient (arXiv 1711.00937), as in villa-X and before in taming.
 
-One codebook for all tokens; the loss pulls features to their entries with weight `beta` and entries to their
+One codebook for all tokens; the loss moves features to their entries with weight `beta` and entries to their
 features with weight 1.
 """
 

@@ -1,8 +1,8 @@
 """Vector quantizer with moving-average codebooks: LAPO's `VQEmbeddingEMA` (arXiv 2312.10812, models.py).
 
-Kept from the published code: a feature vector of ``codebooks x dim x positions`` numbers is laid out so that
-each quantized vector takes *strided* elements (stride = positions); counts are Laplace-smoothed in place; the
-codebook is updated after it was used.
+Kept from the published code: a feature vector of size ``codebooks x dim x positions`` is laid out so that
+each quantized vector has *strided* elements (stride = positions); counts are Laplace-smoothed in place; the
+codebook is updated after its use.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VqEma(Quantizer):
         self.guard = UsageGuard(config.codebooks, config.codebook_size) if config.guard else None
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Quantize; in training mode move the codebooks towards what they were used for."""
+        """Quantize; in training mode update the codebooks."""
         with torch.autocast(x.device.type, enabled=False):
             return self._quantize(x.float())
 

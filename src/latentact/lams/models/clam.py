@@ -1,14 +1,14 @@
 """CLAM: continuous latent actions with a jointly trained action decoder (arXiv 2505.04999).
 
-Inverse dynamics from three moments to a few numbers, forward dynamics from the last two and those numbers,
-over `steps` steps in which each prediction takes the place of what it predicts, and an MLP that reads the
-robot's action on the labeled steps while all of it is learned. Moments are pictures, robot states or both.
-Departures: latent actions are whitened instead of free, so that they cannot collapse.
+Inverse dynamics from three timesteps to a small vector, forward dynamics from two timesteps and that vector,
+unrolled over `steps` steps on its own predictions, and an MLP that decodes the robot action on labeled steps,
+trained jointly. Timesteps are images, robot states or both.
+Departure: latent actions are whitened, so that they cannot collapse.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from latentact.lams.contract import (
     at_steps,
     batched,
     normalize_frames,
+    require_states,
     window_steps,
 )
 from latentact.lams.targets import (
@@ -46,13 +47,13 @@ class ClamConfig:
     kind: str = "clam"
     """Registered name."""
     observations: str = "pixels"
-    """pixels, state (the robot's numbers; pictures are not looked at) or both."""
+    """pixels, state (the robot state only) or both."""
     state_size: int = 0
-    """Numbers in the robot's state, where it is observed."""
+    """Size of the robot state, for state and both; 0 for pixels."""
     backbone: str = "impala"
     """impala (with LAPO's U-Net) or patch."""
     size: int = 64
-    """Height and width that the model works at, 32..256 pixels; for impala a multiple of 32."""
+    """Height and width to which frames are resized, 32..256 pixels; for impala a multiple of 32."""
     idm_scale: int = 4
     """impala: multiplier of the IDM's channels (16, 32, 32)."""
     fdm_base: int = 24
@@ -64,82 +65,92 @@ class ClamConfig:
     fdm_channels: tuple[int, ...] = (96,)
     """patch: channels of the FDM's levels."""
     hidden: int = 1024
-    """Width of the two hidden layers that look at states."""
+    """Width of the two hidden layers of the state networks."""
     bottleneck: BottleneckConfig = field(default_factory=lambda: BottleneckConfig(kind="none", dim=8))
-    """What the latent action passes through: none, kl, or one with codes."""
+    """Bottleneck of the latent action: none, kl, or one with codes."""
     target: TargetConfig = field(default_factory=TargetConfig)
-    """What the FDM predicts of pictures; anything but pixels for one step only."""
+    """Prediction target of the image FDM; feature targets need steps=1."""
     steps: int = 1
-    """k: steps that the FDM predicts, each from what it predicted before."""
+    """k: steps that the FDM predicts, each from its previous prediction."""
     fdm_context: int = 1
-    """Moments before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
+    """Timesteps before the current one that the FDM gets, 0 or 1; 0 makes it depend on the latent action."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    """Factor of the difference (next - current) that the IDM gets as extra channels; 0: none."""
     motion_weight: float = 0.0
-    """Extra weight of pixels that change: 1 + motion_weight * min(|change|, 0.5)."""
+    """Extra loss weight of changing pixels: 1 + motion_weight * min(|change|, 0.5)."""
     motion_dilation: int = 0
-    """Pixels by which the motion weight spreads around what changes."""
+    """Pixels by which the motion weight extends around changing pixels."""
     state_weight: float = 1.0
-    """Weight of the FDM's error on states, in deviations of the batch."""
+    """Loss weight of the FDM's error on standardized states."""
     action_weight: float = 0.0
-    """Weight of the action decoder's loss on labeled steps (published: 1 for states, 0.01 for pictures);
-    0 builds none."""
+    """Loss weight of the action decoder on labeled steps (published: 1 for states, 0.01 for images); 0 builds
+    none."""
     decoder: tuple[int, ...] = (1024, 1024, 1024)
     """Widths of the action decoder's hidden layers."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         if self.observations not in ("pixels", "state", "both"):
-            raise UserError(f"lam.observations is {self.observations!r}; wanted pixels, state or both.")
+            raise UserError(f"lam.observations must be pixels, state or both, got {self.observations!r}.")
         if (self.observations == "pixels") == bool(self.state_size):
             raise UserError(
-                f"lam.observations is {self.observations} and lam.state_size is {self.state_size}; give the "
-                f"numbers in the data's robot state where it is observed, and 0 where it is not."
+                f"lam.state_size must be the size of the data's robot state for state and both, and 0 for "
+                f"pixels, got {self.state_size} for {self.observations}."
             )
         if not 32 <= self.size <= 256 or (self.backbone == "impala" and self.size % 32):
-            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels, a multiple of 32 for impala.")
+            raise UserError(
+                f"lam.size must be between 32 and 256, for impala a multiple of 32, got {self.size}."
+            )
         if self.fdm_context not in (0, 1):
-            raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
+            raise UserError(f"lam.fdm_context must be 0 or 1, got {self.fdm_context}.")
         if self.steps < 1 or (self.steps > 1 and self.target.kind != "pixels"):
             raise UserError(
-                f"lam.steps is {self.steps} and lam.target.kind {self.target.kind}; wanted at least 1, and 1 "
-                f"for features."
+                f"lam.steps must be at least 1, and 1 for feature targets, got {self.steps} for "
+                f"lam.target.kind={self.target.kind}."
             )
         if min((1, *self.decoder)) < 1:
-            raise UserError(f"lam.decoder is {list(self.decoder)}; wanted widths of at least 1.")
+            raise UserError(f"lam.decoder must hold widths of at least 1, got {list(self.decoder)}.")
         if self.observations == "state" and self.target.kind != "pixels":
-            raise UserError(f"lam.target.kind is {self.target.kind}, and states alone have no pictures.")
+            raise UserError(
+                f"lam.target.kind must be pixels for lam.observations=state, got {self.target.kind}."
+            )
+
+    def with_action_head(self, weight: float) -> ClamConfig | None:
+        """Return the settings with an action head of this loss weight."""
+        return replace(self, action_weight=weight)
 
     def build(self, actions: ActionSpace | None = None) -> Clam:
         """Return the model with random weights."""
         if self.action_weight and actions is None:
-            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+            raise UserError(
+                f"lam.action_weight must be 0 for data without robot actions, got {self.action_weight:g}."
+            )
         return Clam(self, actions)
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """What is observed at successive moments: pictures in -0.5..0.5, states in deviations, or both."""
+class _Observations:
+    """Observations of consecutive timesteps: images in -0.5..0.5, standardized states, or both."""
 
     x: Float[Tensor, "b t c h w"] | None
     s: Float[Tensor, "b t s"] | None
 
-    def cut(self, start: int, stop: int) -> _Moments:
-        return _Moments(*(None if v is None else v[:, start:stop] for v in (self.x, self.s)))
+    def cut(self, start: int, stop: int) -> _Observations:
+        return _Observations(*(None if v is None else v[:, start:stop] for v in (self.x, self.s)))
 
-    def replaced(self, at: int, by: _Moments) -> _Moments:
-        """Return the moments with the one at `at` taken from `by`, which holds one."""
+    def replaced(self, at: int, by: _Observations) -> _Observations:
+        """Return the observations with timestep `at` replaced by the single timestep of `by`."""
 
         def put(old: Tensor | None, new: Tensor | None) -> Tensor | None:
             if old is None or new is None:
                 return old
             return torch.cat([old[:, :at], new.to(old.dtype), old[:, at + 1 :]], dim=1)
 
-        return _Moments(put(self.x, by.x), put(self.s, by.s))
+        return _Observations(put(self.x, by.x), put(self.s, by.s))
 
 
 class Clam(LatentActionModel):
-    """CLAM with the networks and the bottleneck of its config; sees one moment of context."""
+    """CLAM with the networks and the bottleneck of its config, and one timestep of context."""
 
     context = 1
     action_mean: Tensor
@@ -152,9 +163,9 @@ class Clam(LatentActionModel):
         self.actions = actions if c.action_weight else None
         self.bottleneck = QUANTIZERS.get(c.bottleneck.kind)(c.bottleneck)
         latent_dim = self.bottleneck.tokens * self.bottleneck.token_dim
-        self.sees = c.observations != "state"
-        self.generative = self.sees and c.target.kind == "pixels"
-        if self.sees:
+        self.uses_images = c.observations != "state"
+        self.generative = self.uses_images and c.target.kind == "pixels"
+        if self.uses_images:
             channels = 12 if c.difference_input else 9
             self.encoder = self._frame_encoder(channels)
             self.fdm = self._fdm(latent_dim)
@@ -163,11 +174,13 @@ class Clam(LatentActionModel):
             self.state_norm = nn.BatchNorm1d(s, affine=False)
             self.state_encoder = _mlp(3 * s, (c.hidden, c.hidden), 256)
             self.state_fdm = _mlp(before + latent_dim, (c.hidden, c.hidden), s)
-        self.idm_head = nn.Linear(256 * (self.sees + bool(self.state_size)), self.bottleneck.in_features)
+        self.idm_head = nn.Linear(
+            256 * (self.uses_images + bool(self.state_size)), self.bottleneck.in_features
+        )
         self.action_decoder = _mlp(latent_dim, c.decoder, self.actions.size) if self.actions else None
-        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
-        self.register_buffer("action_mean", torch.zeros(numbers))
-        self.register_buffer("action_std", torch.ones(numbers))
+        action_dim = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(action_dim))
+        self.register_buffer("action_std", torch.ones(action_dim))
         self.spec = self._new_spec(
             c.size,
             tokens=self.bottleneck.tokens,
@@ -197,21 +210,17 @@ class Clam(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
-        state: Float32[Tensor, "*b t s"] | None = None,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
-        """Return latent actions; `state`, the robot's state at every frame, is for models that observe it.
-
-        Raises:
-            UserError: the clips are too short, or the model observes states and there are none of its size.
-        """
+        """Return latent actions of images, states or both, as `observations` says."""
         frames, valid = batched(frames, valid, last)
-        steps, real = window_steps(valid, self.context, last)
-        s = self._states(state[None] if state is not None and state.ndim == 2 else state)
-        seen = _Moments(
-            normalize_frames(at_steps(frames, steps), self.config.size) if self.sees else None,
+        steps, transition_valid = window_steps(valid, self.context, last)
+        s = self._states(states)
+        observations = _Observations(
+            normalize_frames(at_steps(frames, steps), self.config.size) if self.uses_images else None,
             None if s is None else at_steps(s, steps),
         )
-        return self._to_latent_actions(self._infer(seen), real)
+        return self._to_latent_actions(self._infer(observations), transition_valid)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
@@ -220,33 +229,35 @@ class Clam(LatentActionModel):
         if not self.generative:
             raise no_pixel_decoder_error(self)
         older = frames[:, [max(-2, -frames.shape[1]), -1]]
-        predicted = self._picture(normalize_frames(older, self.config.size), vectors.flatten(1))
+        predicted = self._predict_pixels(normalize_frames(older, self.config.size), vectors.flatten(1))
         return ((predicted + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labeled steps."""
+        """Set mean and standard deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean error of the predicted steps + the bottleneck's loss + the decoder's on labeled steps."""
-        seen = _Moments(
-            normalize_frames(clip.frames, self.config.size) if self.sees else None, self._states(clip.states)
+        """Return mean prediction loss of the steps + bottleneck loss + action loss on labeled steps."""
+        observations = _Observations(
+            normalize_frames(clip.frames, self.config.size) if self.uses_images else None,
+            self._states(clip.states),
         )
         device = clip.frames.device
-        total, recon, guess = torch.zeros((), device=device), torch.zeros((), device=device), None
+        total, recon, prediction = torch.zeros((), device=device), torch.zeros((), device=device), None
         first, metrics = None, {}
         for step in range(self.config.steps):
-            window = seen.cut(step, step + 3)
-            if guess is not None:
-                window = window.replaced(1, guess)
+            window = observations.cut(step, step + 3)
+            if prediction is not None:
+                window = window.replaced(1, prediction)
             latent = self._infer(window)
-            error, told, guess = self._step(window, seen.cut(step + 1, step + 3), latent.vectors, clip)
+            target = observations.cut(step + 1, step + 3)
+            error, step_metrics, prediction = self._step(window, target, latent.vectors, clip)
             recon = recon + error.detach() / self.config.steps
             total = total + (error + latent.loss) / self.config.steps
             if first is None:
-                first, metrics = latent, told | latent.metrics
+                first, metrics = latent, step_metrics | latent.metrics
         metrics["recon"] = recon
         if self.action_decoder is not None and clip.action is not None and clip.labeled is not None:
             assert first is not None
@@ -259,32 +270,32 @@ class Clam(LatentActionModel):
         return total, metrics
 
     def _step(
-        self, window: _Moments, real: _Moments, latent: Tensor, clip: Clip
-    ) -> tuple[Tensor, dict[str, Tensor], _Moments]:
-        """Return the error of the moment after the window's second, metrics, and what was predicted.
+        self, window: _Observations, target: _Observations, latent: Tensor, clip: Clip
+    ) -> tuple[Tensor, dict[str, Tensor], _Observations]:
+        """Return the prediction error of the window's third timestep, metrics, and the prediction.
 
         Args:
-            window: the moments that the FDM may see, one of which it may have predicted itself.
-            real: the current moment and the next one as they were.
+            window: input of the FDM, whose second timestep may be its own prediction.
+            target: the observed second and third timestep.
             latent: the latent action between them.
             clip: the batch, for the features of its first step.
         """
         c, error, metrics, x, s = self.config, torch.zeros((), device=latent.device), {}, None, None
-        if window.x is not None and real.x is not None:
+        if window.x is not None and target.x is not None:
             if isinstance(self.fdm, FeatureFdm):
                 error, metrics = self.fdm.of_clip(latent, window.x, clip, 1)
             else:
-                x = self._picture(window.x[:, :2], latent)
-                error = pixel_error(x, real.x[:, 0], real.x[:, 1], c.motion_weight, c.motion_dilation)
-        if window.s is not None and real.s is not None:
+                x = self._predict_pixels(window.x[:, :2], latent)
+                error = pixel_error(x, target.x[:, 0], target.x[:, 1], c.motion_weight, c.motion_dilation)
+        if window.s is not None and target.s is not None:
             before = window.s[:, 1 - c.fdm_context : 2].flatten(1)
             s = window.s[:, 1] + self.state_fdm(torch.cat([before, latent], dim=1))
-            state = F.mse_loss(s.float(), real.s[:, 1])
+            state = F.mse_loss(s.float(), target.s[:, 1])
             error, metrics = error + c.state_weight * state, {**metrics, "state": state.detach()}
-        return error, metrics, _Moments(*(None if v is None else v[:, None] for v in (x, s)))
+        return error, metrics, _Observations(*(None if v is None else v[:, None] for v in (x, s)))
 
-    def _infer(self, window: _Moments) -> Quantized:
-        """Three moments to latent actions."""
+    def _infer(self, window: _Observations) -> Quantized:
+        """Return latent actions of three timesteps."""
         parts = []
         if window.x is not None:
             frames = [*window.x.unbind(1)]
@@ -295,8 +306,8 @@ class Clam(LatentActionModel):
             parts.append(F.relu(self.state_encoder(window.s.flatten(1))))
         return self.bottleneck(self.idm_head(torch.cat(parts, dim=1)))
 
-    def _picture(self, x: Tensor, latent: Tensor) -> Tensor:
-        """Two pictures and a latent action to the next picture, -0.5..0.5."""
+    def _predict_pixels(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Return the next image, in -0.5..0.5, after two images and a latent action."""
         before = x[:, 1 - self.config.fdm_context :].flatten(1, 2)
         if self.config.backbone == "impala":
             return self.fdm(before, latent)
@@ -306,15 +317,10 @@ class Clam(LatentActionModel):
         return x[:, 1] + change[..., :size, :size]
 
     def _states(self, states: Tensor | None) -> Tensor | None:
-        """Return states in deviations from their mean; None for a model that does not observe them."""
-        if not self.state_size:
+        """Return standardized states; None if the model does not use them."""
+        states = require_states(self, states)
+        if states is None:
             return None
-        if states is None or states.shape[-1] != self.state_size:
-            found = "none" if states is None else f"one of {states.shape[-1]} numbers"
-            raise UserError(
-                f"this clam model observes a robot state of {self.state_size} numbers and got {found}; give "
-                f"data with that `observation.state` (in Python: encode(frames, state=...))."
-            )
         with torch.autocast(states.device.type, enabled=False):
             return self.state_norm(states.float().flatten(0, 1)).unflatten(0, states.shape[:2])
 

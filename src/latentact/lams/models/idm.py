@@ -1,8 +1,7 @@
 """Supervised inverse dynamics, the VPT baseline (arXiv 2206.11795): frames to robot actions.
 
-Learned from labeled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
-behavior cloning: the honest rival of every latent action model that gets the same labels. It has no forward
-dynamics.
+Learns from labeled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
+behavior cloning: the baseline of every latent action model with the same labels. It has no forward dynamics.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.types import ActionSpace, Clip, LatentActions
@@ -30,7 +29,7 @@ class IdmConfig:
     backbone: str = "impala"
     """impala or patch, as in LAPO."""
     size: int = 64
-    """Height and width that the model works at, in pixels."""
+    """Height and width to which frames are resized, in pixels."""
     scale: int = 4
     """impala: multiplier of the channels (16, 32, 32)."""
     patch: int = 8
@@ -38,17 +37,20 @@ class IdmConfig:
     channels: tuple[int, ...] = (64,)
     """patch: channels of the levels; each further level halves the resolution."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) given as extra channels; 0 gives none."""
+    """Factor of the difference (next - current) that the network gets as extra channels; 0: none."""
+
+    def with_action_head(self, weight: float) -> None:
+        """Return None: its latent actions are the robot actions themselves."""
 
     def build(self, actions: ActionSpace | None = None) -> Idm:
         """Return the model with random weights."""
         if actions is None:
-            raise UserError("lam=idm learns from robot actions and the data has none; use lam=lapo.")
+            raise UserError("lam=idm needs data with robot actions, got none. Use lam=lapo.")
         return Idm(self, actions)
 
 
 class Idm(LatentActionModel):
-    """Inverse dynamics from three frames to the robot action between the last two."""
+    """Predict the robot action between the last two of three frames."""
 
     context = 1
     generative = False
@@ -64,9 +66,9 @@ class Idm(LatentActionModel):
         else:
             self.encoder = PatchEncoder(channels, config.size, config.patch, config.channels)
         self.head = nn.Linear(256, actions.size)
-        numbers = 0 if actions.discrete else actions.size
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("std", torch.ones(numbers))
+        action_dim = 0 if actions.discrete else actions.size
+        self.register_buffer("mean", torch.zeros(action_dim))
+        self.register_buffer("std", torch.ones(action_dim))
         self.spec = self._new_spec(
             config.size,
             tokens=1,
@@ -76,7 +78,7 @@ class Idm(LatentActionModel):
         )
 
     def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labeled steps."""
+        """Set mean and standard deviation of continuous actions from the labeled steps."""
         if not self.space.discrete:
             self.mean.copy_(actions.mean(0))
             self.std.copy_(actions.std(0).clamp(min=1e-4))
@@ -86,20 +88,21 @@ class Idm(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
-        """Return robot actions: class probabilities and classes, or numbers in the robot's units."""
-        windows, real = pairs(frames, valid, self.context, last)
+        """Return robot actions: class probabilities and classes, or values in the robot's units."""
+        windows, transition_valid = transition_windows(frames, valid, self.context, last)
         out = self._scores(windows)
         vectors = out.softmax(1) if self.space.discrete else out * self.std + self.mean
-        vectors = vectors.reshape(*real.shape, 1, self.spec.token_dim)
+        vectors = vectors.reshape(*transition_valid.shape, 1, self.spec.token_dim)
         codes = vectors.argmax(-1) if self.space.discrete else None
-        return LatentActions(vectors=vectors, continuous=vectors, codes=codes, valid=real)
+        return LatentActions(vectors=vectors, continuous=vectors, codes=codes, valid=transition_valid)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
-        """Refuse: there is no forward dynamics."""
-        raise UserError("lam=idm has no forward dynamics and predicts no frames; use lam=lapo for that.")
+        """Raise a UserError: there is no forward dynamics."""
+        raise UserError("lam=idm has no forward dynamics and predicts no frames. Use lam=lapo.")
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss over labeled steps."""

@@ -1,23 +1,24 @@
 """LAOM: latent actions among distractors, from features rather than pixels (arXiv 2502.00379).
 
 No quantizer; inverse dynamics between the current observation and one k steps ahead, k drawn from 1 to
-`horizon`; forward dynamics of one step between features, against a moving average of the encoder; every
-observation shifted, rotated or put in perspective; a linear head that reads the action of few labeled steps.
-Departures: the package's encoders end in a vector, whose numbers inverse and forward dynamics count in
-deviations of the batch; latent actions are whitened so that they cannot collapse. A pixel network that learns
-from the latent actions and teaches them nothing may be added, for pictures and reconstruction errors.
+`horizon`; forward dynamics of one step between features, with a moving average of the encoder as target;
+random shifts, rotations and perspectives of observations; a linear action head on few labeled steps.
+Departures: the encoder outputs a vector, standardized over the batch for inverse and forward dynamics; latent
+actions are whitened so that they cannot collapse. An optional pixel network, whose gradients do not reach the
+latent actions, predicts images and reconstruction errors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
 from latentact.lams.targets import (
     FeatureFdm,
     TargetConfig,
@@ -42,7 +43,7 @@ class LaomConfig:
     backbone: str = "impala"
     """impala or patch, as in LAPO."""
     size: int = 64
-    """Height and width that the model works at, 32..256 pixels."""
+    """Height and width to which frames are resized, 32..256 pixels."""
     scale: int = 6
     """impala: multiplier of the channels (16, 32, 32)."""
     patch: int = 8
@@ -50,49 +51,58 @@ class LaomConfig:
     channels: tuple[int, ...] = (64,)
     """patch: channels of the levels; each further level halves the resolution."""
     stack: int = 3
-    """Frames that make an observation."""
+    """Frames per observation."""
     horizon: int = 10
-    """K: inverse dynamics in training looks 1 to K steps ahead; of one step when it labels."""
+    """K: training draws the steps of inverse dynamics from 1 to K; encoding uses 1."""
     hidden: int = 1024
     """Width of inverse dynamics."""
     bottleneck: BottleneckConfig = field(default_factory=lambda: BottleneckConfig(kind="none", dim=8192))
-    """Latent actions without codes: none or kl. With labels 64 numbers do nearly as well as 8192."""
+    """Bottleneck without codes: none or kl. With labels, dim=64 is nearly as good as 8192."""
     target: TargetConfig = field(default_factory=lambda: TargetConfig(kind="ema_features", features=1024))
-    """What forward dynamics predicts: ema_features or frozen_features; `features` is also the encoder's."""
+    """Prediction target: ema_features or frozen_features; `features` is also the encoder's output size."""
     augment: str = "observation"
-    """observation: each of the observations of a transition moves by itself, as published; clip: they move
-    together, so that small movements stay what they are; none."""
+    """observation: each observation of a transition is augmented independently, as published; clip: all with
+    the same parameters, which keeps small movements; none."""
     action_weight: float = 0.0
-    """Weight of the linear head's loss on labeled steps (published: 0.001 to 0.01); 0 builds none."""
-    picture_channels: tuple[int, ...] = ()
-    """Channels of the levels of the pixel network; empty: there is none and the model predicts no frames."""
+    """Loss weight of the linear action head on labeled steps (published: 0.001 to 0.01); 0 builds none."""
+    image_channels: tuple[int, ...] = ()
+    """Channels of the levels of the pixel network; empty: none, and the model predicts no frames."""
     motion_weight: float = 0.0
-    """Extra weight of pixels that change, for the pixel network: 1 + motion_weight * min(|change|, 0.5)."""
+    """Pixel network: extra loss weight of changing pixels, 1 + motion_weight * min(|change|, 0.5)."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         if not 32 <= self.size <= 256:
-            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels.")
+            raise UserError(f"lam.size must be between 32 and 256 pixels, got {self.size}.")
         for name in ("stack", "horizon"):
             if getattr(self, name) < 1:
-                raise UserError(f"lam.{name} is {getattr(self, name)}; wanted at least 1.")
+                raise UserError(f"lam.{name} must be at least 1, got {getattr(self, name)}.")
         if self.bottleneck.kind not in ("none", "kl"):
-            raise UserError(f"lam.bottleneck.kind is {self.bottleneck.kind}; laom wants none or kl.")
+            raise UserError(f"lam.bottleneck.kind must be none or kl for laom, got {self.bottleneck.kind}.")
         if self.target.kind == "pixels":
-            raise UserError("lam.target.kind is pixels; laom wants ema_features or frozen_features.")
+            raise UserError("lam.target.kind must be ema_features or frozen_features for laom, got pixels.")
         if self.augment not in ("observation", "clip", "none"):
-            raise UserError(f"lam.augment is {self.augment!r}; wanted observation, clip or none.")
+            raise UserError(f"lam.augment must be observation, clip or none, got {self.augment!r}.")
+
+    RENAMED: ClassVar[dict[str, str]] = {"picture_channels": "image_channels"}
+
+    def with_action_head(self, weight: float) -> LaomConfig | None:
+        """Return the settings with an action head of this loss weight."""
+        return replace(self, action_weight=weight)
 
     def build(self, actions: ActionSpace | None = None) -> Laom:
         """Return the model with random weights."""
         if self.action_weight and actions is None:
-            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+            raise UserError(
+                f"lam.action_weight must be 0 for data without robot actions, got {self.action_weight:g}."
+            )
         return Laom(self, actions)
 
 
 class Laom(LatentActionModel):
-    """LAOM with the networks of its config; sees `stack - 1` frames of context."""
+    """LAOM with the networks of its config and `stack - 1` frames of context."""
 
+    renamed_weights = {"pictures.": "pixel_decoder."}  # noqa: RUF012
     action_mean: Tensor
     action_std: Tensor
 
@@ -100,7 +110,7 @@ class Laom(LatentActionModel):
         super().__init__(config)
         self.config: LaomConfig = config
         self.context, self.horizon = config.stack - 1, config.horizon
-        self.generative = bool(config.picture_channels)
+        self.generative = bool(config.image_channels)
         self.actions = actions if config.action_weight else None
         features = config.target.features
         self.encoder = frame_encoder(
@@ -120,12 +130,12 @@ class Laom(LatentActionModel):
         averaged = self.encoder if config.target.kind == "ema_features" else None
         self.fdm = FeatureFdm(config.target, latent_dim, averaged, own=False)
         self.action_head = nn.Linear(latent_dim, self.actions.size) if self.actions else None
-        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
-        self.register_buffer("action_mean", torch.zeros(numbers))
-        self.register_buffer("action_std", torch.ones(numbers))
-        self.pictures = (
-            PatchUNet(3, latent_dim, 3, config.patch, config.picture_channels)
-            if config.picture_channels
+        action_dim = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(action_dim))
+        self.register_buffer("action_std", torch.ones(action_dim))
+        self.pixel_decoder = (
+            PatchUNet(3, latent_dim, 3, config.patch, config.image_channels)
+            if config.image_channels
             else None
         )
         self.spec = self._new_spec(
@@ -140,32 +150,33 @@ class Laom(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
         """Return the latent actions of single steps."""
-        windows, real = pairs(frames, valid, self.context, last)
+        windows, transition_valid = transition_windows(frames, valid, self.context, last)
         x = normalize_frames(windows, self.config.size)
         latent, _ = self._infer(x[:, :-1], x[:, 1:])
-        return self._to_latent_actions(latent, real)
+        return self._to_latent_actions(latent, transition_valid)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
-        """Return what the pixel network makes of the last frame, uint8."""
-        if self.pictures is None:
+        """Return the pixel network's prediction from the last frame, uint8."""
+        if self.pixel_decoder is None:
             raise no_pixel_decoder_error(self)
-        predicted = self._picture(
+        predicted = self._predict_pixels(
             normalize_frames(frames[:, -1:], self.config.size)[:, 0], vectors.flatten(1)
         )
         return ((predicted + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labeled steps."""
+        """Set mean and standard deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward dynamics in feature space + the bottleneck's loss + the action head's on labeled steps."""
+        """Return feature prediction loss + bottleneck loss + action loss on labeled steps."""
         c = self.config
         x = normalize_frames(clip.frames, c.size)
         b, device = len(x), x.device
@@ -175,7 +186,7 @@ class Laom(LatentActionModel):
         now, after, future = self._augmented(x[:, : c.stack], x[:, 1 : c.stack + 1], future)
         latent, features = self._infer(now, future)
         if self.fdm.average is not None:
-            self.fdm.follow(self.encoder)
+            self.fdm.update_average(self.encoder)
             with torch.no_grad():
                 target = self.fdm.average(after.flatten(1, 2))
             recon, metrics = self.fdm.loss(latent.vectors, features.detach(), target)
@@ -189,12 +200,16 @@ class Laom(LatentActionModel):
             head = action_loss(self.action_head(latent.vectors), action, clip.labeled)
             metrics["action"] = head.detach()
             total = total + c.action_weight * head
-        if self.pictures is not None:
-            shown, real = x[:, self.context], x[:, self.context + 1]
+        if self.pixel_decoder is not None:
+            current, target = x[:, self.context], x[:, self.context + 1]
             error = pixel_error(
-                self._picture(shown, self._seen(x)), shown, real, self.config.motion_weight, 1
+                self._predict_pixels(current, self._label_latent(x)),
+                current,
+                target,
+                self.config.motion_weight,
+                1,
             )
-            metrics["picture"] = error.detach()
+            metrics["pixels"] = error.detach()
             total = total + error
         return total, metrics
 
@@ -206,24 +221,24 @@ class Laom(LatentActionModel):
         return [*augment(torch.cat(observations, dim=1)).split(self.config.stack, dim=1)]
 
     def _infer(self, now: Tensor, later: Tensor) -> tuple[Quantized, Tensor]:
-        """Observations `[b, stack, c, h, w]` to latent actions, and the features of the first one."""
+        """Return latent actions of two observations `[b, stack, c, h, w]`, and the features of the first."""
         features = self.encoder(torch.cat([now, later]).flatten(1, 2))
         with torch.autocast(features.device.type, enabled=False):
             both = torch.cat(self.norm(features).chunk(2), dim=1)
         return self.bottleneck(self.idm(both, both)), features[: len(now)]
 
     @torch.no_grad()
-    def _seen(self, x: Tensor) -> Tensor:
-        """Return the latent action of the step from the current frame, as labeling would."""
+    def _label_latent(self, x: Tensor) -> Tensor:
+        """Return the latent action of the next step in evaluation mode, as labeling does."""
         training = self.training
         self.eval()
         latent, _ = self._infer(x[:, : self.config.stack], x[:, 1 : self.config.stack + 1])
         self.train(training)
         return latent.vectors
 
-    def _picture(self, now: Tensor, latent: Tensor) -> Tensor:
-        assert self.pictures is not None
-        grain = self.config.patch * 2 ** (len(self.config.picture_channels) - 1)
+    def _predict_pixels(self, now: Tensor, latent: Tensor) -> Tensor:
+        assert self.pixel_decoder is not None
+        grain = self.config.patch * 2 ** (len(self.config.image_channels) - 1)
         pad, size = -self.config.size % grain, self.config.size
         x = nn.functional.pad(now, (0, pad, 0, pad), mode="replicate")
-        return (x + self.pictures(x, latent))[..., :size, :size]
+        return (x + self.pixel_decoder(x, latent))[..., :size, :size]

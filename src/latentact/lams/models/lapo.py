@@ -2,8 +2,8 @@
 
 The defaults are the published model: IMPALA IDM on three stacked frames, U-Net FDM, VQ-EMA. The options train
 in minutes on small data: patch networks, whitened latents instead of codes, a difference input, no FDM
-context, a loss weighted by motion, and an action head on few labeled steps (as in LAOM, 2502.00379, and
-CLAM, 2505.04999). Grids of integers (XLand, 5x5x2) go through embeddings and are predicted by cross-entropy.
+context, a motion-weighted loss, and an action head on few labeled steps (as in LAOM, 2502.00379, and CLAM,
+2505.04999). Grids of integers (XLand, 5x5x2) are embedded and predicted with cross-entropy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.errors import UserError
 from latentact.io.tensors import load_weights
 from latentact.io.unpickle import read_pickled
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, pairs
+from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
 from latentact.lams.targets import (
     FeatureFdm,
     TargetConfig,
@@ -45,11 +45,11 @@ class LapoConfig:
     backbone: str = "impala"
     """impala: the published IMPALA and U-Net; patch: cheap patch networks; grid: embedded integer cells."""
     size: int = 64
-    """Height and width that the model works at, 32..256 pixels (grid: cells)."""
+    """Height and width to which frames are resized, 32..256 pixels (grid: cells)."""
     frame_channels: int = 3
     """Channels of a frame (grid: integers per cell)."""
     grid_values: int = 32
-    """grid: how many values an integer can take."""
+    """grid: number of values of an integer."""
     idm_scale: int = 4
     """impala: multiplier of the IDM's channels (16, 32, 32)."""
     fdm_base: int = 24
@@ -61,57 +61,61 @@ class LapoConfig:
     fdm_channels: tuple[int, ...] = (96,)
     """patch, grid: channels of the FDM's levels."""
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
-    """What the latent action passes through."""
+    """Bottleneck of the latent action."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) given to the IDM as extra channels; 0 gives none."""
+    """Factor of the difference (next - current) that the IDM gets as extra channels; 0: none."""
     target: TargetConfig = field(default_factory=TargetConfig)
-    """What the FDM predicts; grids: pixels, that is cells."""
+    """Prediction target of the FDM; grids: pixels, which are cells."""
     fdm_context: int = 1
-    """Frames before the current one that the FDM sees, 0 or 1; 0 forces it to need the latent action."""
+    """Frames before the current one that the FDM gets, 0 or 1; 0 makes it depend on the latent action."""
     motion_weight: float = 0.0
-    """Extra weight of pixels that change: 1 + motion_weight * min(|change|, 0.5)."""
+    """Extra loss weight of changing pixels: 1 + motion_weight * min(|change|, 0.5)."""
     motion_dilation: int = 0
-    """Pixels by which the motion weight spreads around what changes."""
+    """Pixels by which the motion weight extends around changing pixels."""
     action_weight: float = 0.0
-    """Weight of the loss of an action head on labeled steps; 0 builds none. What the head says of any step
-    joins the latent action as further numbers, so that the FDM uses it and few labels suffice to read it."""
+    """Loss weight of an action head on labeled steps; 0 builds none. Its output is appended to the latent
+    action of every step, so that the FDM uses it and few labels suffice to decode it."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         if self.backbone not in ("impala", "patch", "grid"):
-            raise UserError(f"lam.backbone is {self.backbone!r}; wanted impala, patch or grid.")
+            raise UserError(f"lam.backbone must be impala, patch or grid, got {self.backbone!r}.")
         if self.backbone != "grid" and not 32 <= self.size <= 256:
-            raise UserError(f"lam.size is {self.size}; wanted 32..256 pixels.")
+            raise UserError(f"lam.size must be between 32 and 256 pixels, got {self.size}.")
         if self.patch < 1:
-            raise UserError(f"lam.patch is {self.patch}; wanted at least 1 pixel.")
+            raise UserError(f"lam.patch must be at least 1 pixel, got {self.patch}.")
         if self.fdm_context not in (0, 1):
-            raise UserError(f"lam.fdm_context is {self.fdm_context}; wanted 0 or 1.")
+            raise UserError(f"lam.fdm_context must be 0 or 1, got {self.fdm_context}.")
         if self.backbone == "grid" and (self.difference_input or self.motion_weight):
             raise UserError(
-                "lam.difference_input and lam.motion_weight are for pictures; leave them 0 for grids."
+                f"lam.difference_input and lam.motion_weight must be 0 for grids, got "
+                f"{self.difference_input:g} and {self.motion_weight:g}."
             )
         if self.backbone == "grid" and self.target.kind != "pixels":
-            raise UserError(
-                f"lam.target.kind is {self.target.kind}; grids are predicted as cells, so leave it."
-            )
+            raise UserError(f"lam.target.kind must be pixels for grids, got {self.target.kind}.")
         if self.action_weight and self.bottleneck.kind not in ("none", "kl"):
             raise UserError(
-                f"lam.action_weight wants latent actions without codes; set lam.bottleneck.kind to none or "
-                f"kl, not {self.bottleneck.kind}."
+                f"lam.bottleneck.kind must be none or kl with lam.action_weight, got {self.bottleneck.kind}."
             )
+
+    def with_action_head(self, weight: float) -> LapoConfig | None:
+        """Return the settings with an action head of this loss weight; None for bottlenecks with codes."""
+        return replace(self, action_weight=weight) if self.bottleneck.kind in ("none", "kl") else None
 
     def build(self, actions: ActionSpace | None = None) -> Lapo:
         """Return the model with random weights."""
         if self.action_weight and actions is None:
-            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+            raise UserError(
+                f"lam.action_weight must be 0 for data without robot actions, got {self.action_weight:g}."
+            )
         return Lapo(self, actions)
 
     @classmethod
     def read_published(cls, path: Path) -> Lapo | None:
-        """Return the model of LAPO's `idm_fdm.pt` (or of the folder that holds it), sizes from its shapes.
+        """Load LAPO's `idm_fdm.pt`, or the folder that holds it; sizes follow from the shapes of the weights.
 
         Raises:
-            UserError: it is such a file and damaged, or its networks are not LAPO's.
+            UserError: the file is damaged or holds other networks.
         """
         file = path / "idm_fdm.pt" if path.is_dir() else path
         if not file.is_file() or file.suffix != ".pt":
@@ -151,7 +155,7 @@ class LapoConfig:
                 model = config.build()
         except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
             raise UserError(
-                f"{file} lacks networks of LAPO's shapes ({error}); give its idm_fdm.pt."
+                f"{file} must hold networks of LAPO's shapes ({error}). Give its idm_fdm.pt."
             ) from error
         weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
         weights |= {name: torch.zeros(0) for name in ("action_mean", "action_std")}
@@ -160,7 +164,7 @@ class LapoConfig:
 
 
 class Lapo(LatentActionModel):
-    """LAPO with the networks and the bottleneck of its config; sees one frame of context, as published."""
+    """LAPO with the networks and the bottleneck of its config, and one frame of context, as published."""
 
     context = 1
     action_mean: Tensor
@@ -176,9 +180,9 @@ class Lapo(LatentActionModel):
         self.idm = self._idm()
         self.idm_head = nn.Linear(256, self.bottleneck.in_features)
         self.action_head = nn.Linear(256, self.actions.size) if self.actions else None
-        numbers = self.actions.size if self.actions and not self.actions.discrete else 0
-        self.register_buffer("action_mean", torch.zeros(numbers))
-        self.register_buffer("action_std", torch.ones(numbers))
+        action_dim = self.actions.size if self.actions and not self.actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(action_dim))
+        self.register_buffer("action_std", torch.ones(action_dim))
         self.fdm = self._fdm()
         self.generative = config.target.kind == "pixels"
         self.spec = self._new_spec(
@@ -190,8 +194,8 @@ class Lapo(LatentActionModel):
 
     @property
     def _latent_dim(self) -> int:
-        said = self.actions.size if self.actions else 0
-        return self.bottleneck.tokens * self.bottleneck.token_dim + said
+        head = self.actions.size if self.actions else 0
+        return self.bottleneck.tokens * self.bottleneck.token_dim + head
 
     def _idm(self) -> nn.Module:
         c = self.config
@@ -225,11 +229,14 @@ class Lapo(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
-        """Return latent actions; a vector's tokens are a plain cut of LAPO's own vector, in its own order."""
-        windows, real = pairs(frames, valid, self.context, last, self.config.frame_channels)
+        """Return latent actions; tokens are slices of LAPO's own vector, in its order."""
+        windows, transition_valid = transition_windows(
+            frames, valid, self.context, last, self.config.frame_channels
+        )
         latent, _ = self._infer(self._pixels(windows))
-        return self._to_latent_actions(latent, real)
+        return self._to_latent_actions(latent, transition_valid)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
@@ -245,46 +252,46 @@ class Lapo(LatentActionModel):
         return ((predicted[..., :size, :size] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labeled steps."""
+        """Set mean and standard deviation of continuous actions from the labeled steps."""
         if len(self.action_mean):
             self.action_mean.copy_(actions.mean(0))
             self.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction of the next frame + the bottleneck's loss + the action head's on labeled steps."""
+        """Return reconstruction loss + bottleneck loss + action loss on labeled steps."""
         x = self._pixels(clip.frames[:, -3:])
-        latent, said = self._infer(x)
+        latent, action_logits = self._infer(x)
         if isinstance(self.fdm, FeatureFdm):
-            recon, told = self.fdm.of_clip(latent.vectors, x, clip, self.context)
+            recon, metrics = self.fdm.of_clip(latent.vectors, x, clip, self.context)
         else:
-            recon, told = self._reconstruction(x, latent.vectors), {}
-        total, metrics = recon + latent.loss, {"recon": recon.detach(), **told, **latent.metrics}
-        if said is not None:
+            recon, metrics = self._reconstruction(x, latent.vectors), {}
+        total, metrics = recon + latent.loss, {"recon": recon.detach(), **metrics, **latent.metrics}
+        if action_logits is not None:
             assert clip.action is not None
             assert clip.labeled is not None
             action = clip.action
             if len(self.action_mean):
                 action = (action - self.action_mean) / self.action_std
-            head = action_loss(said, action, clip.labeled)
+            head = action_loss(action_logits, action, clip.labeled)
             metrics["action"] = head.detach()
             total = total + self.config.action_weight * head
         return total, metrics
 
     def _infer(self, x: Tensor) -> tuple[Quantized, Tensor | None]:
-        """Windows `[n, 3, c, h, w]` to latent actions and what the action head says (logits or numbers)."""
+        """Return latent actions of windows `[n, 3, c, h, w]`, and the action head's logits or values."""
         if gain := self.config.difference_input:
             x = torch.cat([x, (x[:, -1:] - x[:, -2:-1]) * gain], dim=1)
         features = self.idm(x.flatten(1, 2))
         latent = self.bottleneck(self.idm_head(features))
         if self.action_head is None or self.actions is None:
             return latent, None
-        said = self.action_head(features).float()
-        number = said.softmax(1) if self.actions.discrete else said
-        vectors, continuous = (torch.cat([v, number], dim=1) for v in (latent.vectors, latent.continuous))
-        return replace(latent, vectors=vectors, continuous=continuous), said
+        logits = self.action_head(features).float()
+        action = logits.softmax(1) if self.actions.discrete else logits
+        vectors, continuous = (torch.cat([v, action], dim=1) for v in (latent.vectors, latent.continuous))
+        return replace(latent, vectors=vectors, continuous=continuous), logits
 
     def _predict(self, x: Tensor, latent: Tensor) -> Tensor:
-        """Frames so far `[n, t, c, h, w]` to the next one: pixels in -0.5..0.5, or logits of grid values."""
+        """Return the frame after `[n, t, c, h, w]`: pixels in -0.5..0.5, or logits of grid values."""
         out = self.fdm(torch.cat(x[:, -1 - self.config.fdm_context :].unbind(1), dim=1), latent)
         return out if self.config.backbone != "patch" else x[:, -1] + out
 
@@ -296,7 +303,7 @@ class Lapo(LatentActionModel):
         return pixel_error(predicted, now, target, self.config.motion_weight, self.config.motion_dilation)
 
     def _pixels(self, frames: Tensor) -> Tensor:
-        """Frames uint8 `[n, t, c, h, w]` of any size to -0.5..0.5 at the inner size; grids stay integers."""
+        """Return uint8 frames `[n, t, c, h, w]` in -0.5..0.5 at the inner size; grids stay integers."""
         if self.config.backbone == "grid":
             return frames
         x = normalize_frames(frames, self.config.size)

@@ -1,10 +1,10 @@
 """LAQ: the latent action quantization of LAPA (arXiv 2410.11758), C-ViViT around a quantized difference.
 
-`compat` is the published model to the digit, slips included (see `nn/cvivit.py`); `read_published` builds it
-from LAPA's files. Without it, as is the default for training, the slips are gone and a frame's tokens do not
-depend on other frames, so that they are computed once for all transitions that it belongs to. In both,
-differing from the published code, evaluation never adds noise. The loss is the squared error of the second
-frame, plus the bottleneck's; published is nsvq, which has none.
+`compat` reproduces the published code exactly, bugs included (see `nn/cvivit.py`); `read_published` builds it
+from LAPA's files. Without it, the default for training, the bugs are fixed and a frame's tokens do not depend
+on other frames, so that they are computed once for all transitions of the frame. Unlike the published code,
+evaluation never adds noise. The loss is the squared error of the second frame plus the bottleneck's loss; the
+published bottleneck, nsvq, has none.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from latentact.data.decode.resize import resize
 from latentact.errors import UserError
 from latentact.io.unpickle import read_pickled
-from latentact.lams.contract import LAMS, LatentActionModel, pairs
+from latentact.lams.contract import LAMS, LatentActionModel, transition_windows
 from latentact.nn.cvivit import CELLS, CViViT, cells
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
 from latentact.types import ActionSpace, Clip, LatentActions
@@ -43,44 +43,47 @@ class LaqConfig:
     kind: str = "laq"
     """Registered name."""
     size: int = 256
-    """Height and width that the model works at, in pixels."""
+    """Height and width to which frames are resized, in pixels."""
     patch: int = 32
     """Side of a patch in pixels."""
     dim: int = 1024
-    """Numbers per token."""
+    """Width of a token."""
     heads: int = 16
     """Attention heads."""
     head_dim: int = 64
-    """Numbers per attention head."""
+    """Width of an attention head."""
     spatial_depth: int = 8
     """Layers of the spatial transformers of encoder and decoder."""
     temporal_depth: int = 8
     """Layers of the temporal transformer."""
     bottleneck: BottleneckConfig = field(default_factory=_bottleneck)
-    """What the latent action passes through; its `positions` (1, 2, 4, 16, 64 or 256) are the cells to which
-    a small CNN reduces a frame."""
+    """Bottleneck of the latent action; its `positions` (1, 2, 4, 16, 64 or 256) are the cells to which a
+    small CNN reduces a frame."""
     compat: bool = False
-    """Whether to compute exactly what LAPA's code does, slips included."""
+    """Whether to reproduce LAPA's code exactly, bugs included."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         for name in ("size", "patch", "dim", "heads", "head_dim", "spatial_depth", "temporal_depth"):
             value, most = getattr(self, name), 256 if name.endswith("depth") else 1 << 14
             if type(value) is not int or not 1 <= value <= most:
-                raise UserError(f"lam.{name} is {value!r}; wanted a whole number from 1 to {most}.")
+                raise UserError(f"lam.{name} must be an integer from 1 to {most}, got {value!r}.")
         if self.size % self.patch:
-            raise UserError(f"lam.size is {self.size}; wanted a multiple of lam.patch, {self.patch}.")
-        wanted, grid = self.bottleneck.positions, self.size // self.patch
-        if wanted not in CELLS:
+            raise UserError(f"lam.size must be a multiple of lam.patch={self.patch}, got {self.size}.")
+        positions, grid = self.bottleneck.positions, self.size // self.patch
+        if positions not in CELLS:
             raise UserError(
-                f"lam.bottleneck.positions is {wanted}; wanted one of {', '.join(map(str, CELLS))}."
+                f"lam.bottleneck.positions must be one of {', '.join(map(str, CELLS))}, got {positions}."
             )
-        if cells(grid, CELLS[wanted]) != wanted:
-            fitting = [str(g) for g in range(65) if cells(g, CELLS[wanted]) == wanted]
+        if cells(grid, CELLS[positions]) != positions:
+            fitting = [str(g) for g in range(65) if cells(g, CELLS[positions]) == positions]
             raise UserError(
-                f"lam.size / lam.patch is {grid} patches a side, which cannot become {wanted} cells "
-                f"(lam.bottleneck.positions); wanted {' or '.join(fitting)}."
+                f"lam.size / lam.patch must be {' or '.join(fitting)} for "
+                f"lam.bottleneck.positions={positions}, got {grid}."
             )
+
+    def with_action_head(self, weight: float) -> None:
+        """Return None: LAQ has no action head."""
 
     def build(self, actions: ActionSpace | None = None) -> Laq:
         """Return the model with random weights."""
@@ -92,14 +95,14 @@ class LaqConfig:
 
         Args:
             path: the file, or a folder that holds one `.pt` file.
-            image_size: height and width that it was trained at.
+            image_size: height and width of its training frames.
             code_seq_len: codes per transition.
 
         Returns:
-            The model, or None where the file is something else.
+            The model, or None for other files.
 
         Raises:
-            UserError: weights are missing, unknown or of a wrong shape; nothing is loaded then.
+            UserError: weights are missing, unknown or of a wrong shape.
         """
         found = _file(Path(path))
         weights = _weights(found) if found else None
@@ -111,7 +114,7 @@ class LaqConfig:
         own = model.state_dict()
         given = dict(_renamed(name, value) for name, value in weights.items())
         counters = {name: torch.zeros(v.shape, dtype=v.dtype) for name, v in own.items() if name in _COUNTERS}
-        _refuse_unless_equal({k: v for k, v in own.items() if k not in counters}, given, found)
+        _check_weights({k: v for k, v in own.items() if k not in counters}, given, found)
         model.load_state_dict({k: v.float() for k, v in given.items()} | counters, assign=True)
         model.spec = replace(model.spec, resize="pillow")
         return model
@@ -133,8 +136,8 @@ class Laq(LatentActionModel):
         for numbers in (self.bottleneck.in_features, latent):
             if numbers % places:
                 raise UserError(
-                    f"the bottleneck {config.bottleneck.kind!r} has {numbers} numbers; wanted a multiple "
-                    f"of lam.bottleneck.positions, {places}."
+                    f"lam.bottleneck.dim must be a multiple of lam.bottleneck.positions={places}, got "
+                    f"{numbers} for {config.bottleneck.kind}."
                 )
         self.net = CViViT(
             dim=config.dim,
@@ -160,12 +163,13 @@ class Laq(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
         """Return latent actions: `continuous` is the difference of cells, `vectors` are codebook rows."""
-        windows, real = pairs(frames, valid, 0, last)
+        windows, transition_valid = transition_windows(frames, valid, 0, last)
         deltas = [*self._deltas(windows)] if len(windows) else [windows.new_zeros(0, self._width).float()]
         latent = self.bottleneck(torch.cat(deltas))
-        return self._to_latent_actions(latent, real)
+        return self._to_latent_actions(latent, transition_valid)
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
@@ -177,38 +181,38 @@ class Laq(LatentActionModel):
     def reconstruct(
         self, pixels: Float[Tensor, "b 1 3 y x"], latent: Float[Tensor, "b f"]
     ) -> Float[Tensor, "b 3 y x"]:
-        """Return the next frame, about 0..1, from the current one in 0..1 and a flat latent action."""
+        """Return the next frame, about 0..1, from the current frame in 0..1 and a flat latent action."""
         patches = self.net.patches(pixels)
         return self.net.decode(patches, latent, self.net.bias(patches))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the second frame, 0..1 scale, and the bottleneck's loss."""
+        """Return the squared error of the second frame, 0..1 scale, plus the bottleneck loss."""
         pixels = self._pixels(clip.frames[:, -2:])
         patches = self.net.patches(pixels)
         bias = self.net.bias(patches)
-        latent = self.bottleneck(self.net.delta(self.net.look(patches, bias)))
+        latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(patches, bias)))
         first = patches[:, :1].detach() if self.config.compat else patches[:, :1]
         recon = F.mse_loss(self.net.decode(first, latent.vectors, bias).float(), pixels[:, 1])
         return recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
 
     def _deltas(self, windows: UInt8[Tensor, "n 2 c h w"]) -> Iterator[Float[Tensor, "m f"]]:
-        """Yield what enters the bottleneck, some pairs at a time."""
+        """Yield the input of the bottleneck in chunks of pairs."""
         if self.config.compat:  # the second frame's tokens depend on the first frame
             for chunk in windows.split(_CHUNK // 2):
                 patches = self.net.patches(self._pixels(chunk))
-                yield self.net.delta(self.net.look(patches, self.net.bias(patches)))
+                yield self.net.delta(self.net.spatial_tokens(patches, self.net.bias(patches)))
             return
-        frames, place = _distinct(windows.flatten(0, 1))
+        frames, index = _distinct(windows.flatten(0, 1))
         tokens = []
         for chunk in frames.split(_CHUNK):
             patches = self.net.patches(self._pixels(chunk.unsqueeze(1)))
-            tokens.append(self.net.look(patches, self.net.bias(patches))[:, 0])
-        looked = torch.cat(tokens)
-        for pair in place.view(-1, 2).split(_CHUNK // 2):
-            yield self.net.delta(looked[pair])
+            tokens.append(self.net.spatial_tokens(patches, self.net.bias(patches))[:, 0])
+        all_tokens = torch.cat(tokens)
+        for pair in index.view(-1, 2).split(_CHUNK // 2):
+            yield self.net.delta(all_tokens[pair])
 
     def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
-        """Frames of any size to 0..1 at the model's size, squashed by PIL as LAPA's preparation does."""
+        """Return frames in 0..1 at the model's size, resized by PIL as in LAPA's preprocessing."""
         size, x = self.config.size, frames.flatten(0, 1)
         if x.shape[-2:] != (size, size):
             resized = resize(x.permute(0, 2, 3, 1).numpy(force=True), size, "pillow")
@@ -217,16 +221,16 @@ class Laq(LatentActionModel):
 
 
 def _distinct(frames: UInt8[Tensor, "n c h w"]) -> tuple[UInt8[Tensor, "m c h w"], Tensor]:
-    """Return each different frame once, and where each of `frames` is among them."""
+    """Return each distinct frame once, and the index of each of `frames` among them."""
     flat = frames.flatten(1)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(1 << 62, (flat.shape[1],), generator=generator).to(flat.device)
     keys = torch.stack([(each * weights).sum() for each in flat.long()])
-    found, place = keys.unique(return_inverse=True)
-    first = torch.full_like(found, len(flat)).scatter_reduce_(
-        0, place, torch.arange(len(flat), device=flat.device), "amin"
+    unique, index = keys.unique(return_inverse=True)
+    first = torch.full_like(unique, len(flat)).scatter_reduce_(
+        0, index, torch.arange(len(flat), device=flat.device), "amin"
     )
-    return frames[first], place
+    return frames[first], index
 
 
 def _file(path: Path) -> Path | None:
@@ -237,7 +241,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _weights(path: Path) -> dict[str, Any] | None:
-    """Return the named weights of a file of LAPA's, or None where it is of another program."""
+    """Return the named weights of a LAPA file; None for other files."""
     if path.suffix not in (".pt", ".pth"):
         return None
     values = {str(name).replace("module.", ""): value for name, value in read_pickled(path).items()}
@@ -247,14 +251,14 @@ def _weights(path: Path) -> dict[str, Any] | None:
 
 
 def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: int) -> LaqConfig:
-    """Return the config that the shapes of the weights tell, and `image_size` and `code_seq_len` complete."""
+    """Return the config from the shapes of the weights, `image_size` and `code_seq_len`."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         value = weights.get(name)
         if not isinstance(value, Tensor) or value.ndim != rank:
             raise UserError(
-                f"{path} is a LAQ of LAPA without a usable {name!r}; download it again, or give the file of "
-                f"another training step."
+                f"{path} must hold LAPA's {name!r}, got none or another shape. Download it again, or give "
+                f"the file of another training step."
             )
         return tuple(value.shape)
 
@@ -284,14 +288,14 @@ def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: i
         return LaqConfig(size=image_size, **sizes, bottleneck=bottleneck, compat=True)
     except UserError as error:
         raise UserError(
-            f"{path} is a LAQ of LAPA that does not fit image_size={image_size!r} and "
-            f"code_seq_len={code_seq_len!r}; give those it was trained with: "
+            f"{path} does not fit image_size={image_size!r} and code_seq_len={code_seq_len!r}. Give the "
+            f"values of its training: "
             f"latentact convert-lam {path} --image-size N --code-seq-len K --out DIR."
         ) from error
 
 
 def _renamed(name: str, value: Any) -> tuple[str, Any]:
-    """Return a weight of LAPA's with the name and shape that it has here."""
+    """Return a weight of LAPA with our name and shape."""
     if name.endswith(".dsconv.weight") and isinstance(value, Tensor) and value.shape[1:2] == (1,):
         value = value.squeeze(1)
     if name == "vq.codebooks":
@@ -299,8 +303,8 @@ def _renamed(name: str, value: Any) -> tuple[str, Any]:
     return f"net.{name}".replace(".dsconv.", "."), value
 
 
-def _refuse_unless_equal(own: dict[str, Tensor], given: dict[str, Any], path: Path) -> None:
-    """Raise a UserError unless names, shapes and kinds of the weights are those of the model."""
+def _check_weights(own: dict[str, Tensor], given: dict[str, Any], path: Path) -> None:
+    """Raise a UserError unless names, shapes and types of the weights are those of the model."""
     wrong = [
         name
         for name in own.keys() & given.keys()
@@ -316,6 +320,6 @@ def _refuse_unless_equal(own: dict[str, Tensor], given: dict[str, Any], path: Pa
         if names:
             name = sorted(names)[0].removeprefix("net.").removeprefix("bottleneck.")
             raise UserError(
-                f"{path} is a LAQ of LAPA that {what} {name!r} ({len(names)} in all); it is damaged, or "
-                f"image_size and code_seq_len are other than those it was trained with."
+                f"{path} {what} {name!r} ({len(names)} in all). The file is damaged, or image_size and "
+                f"code_seq_len are not those of its training."
             )

@@ -1,10 +1,10 @@
 """villa-X's latent action model: a spatio-temporal transformer over windows of frames (arXiv 2507.23682).
 
-The IDM reads `d_t` frames at once and pools each transition into a few quantized tokens; the FDM is a vision
-transformer on one frame and one action token. Weights keep their published names. With `window: sliding` the
-numbers are those of the published `idm`; `chunked` lets windows overlap by one frame only, as in training.
-The proprio FDM, which the paper describes and nobody released, is ours: one hidden layer from latent action,
-robot state and a learned embodiment token to the next state and the action.
+The IDM takes `d_t` frames at once and pools each transition into a few quantized tokens; the FDM is a vision
+transformer on one frame and one action token. Weights keep their published names. `window: sliding` gives the
+results of the published `idm`; with `chunked`, windows overlap by one frame only, as in training.
+The proprio FDM of the paper is unreleased; ours has one hidden layer from latent action, robot state and a
+learned embodiment token to the next state and the action.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.config import from_dict
@@ -30,7 +30,7 @@ from latentact.quantizers.vq import Vq
 from latentact.types import ActionSpace, Clip, LatentActions
 
 CONFIG = "model_config.json"
-PASS = {"cpu": 8, "cuda": 512, "mps": 64}  # frames that go through the encoder together: more cost time
+PASS = {"cpu": 8, "cuda": 512, "mps": 64}  # frames per forward pass of the encoder; more are slower
 OURS = (
     "kind",
     "decoder",
@@ -41,7 +41,7 @@ OURS = (
     "state_weight",
     "state_size",
 )
-"""Settings that a published configuration does not know."""
+"""Settings that published configurations do not have."""
 
 
 @LAMS.register("villa_x")
@@ -52,13 +52,13 @@ class VillaXConfig:
     kind: str = "villa_x"
     """Registered name."""
     resolution: int = 224
-    """Height and width that the model works at, in pixels; pictures are squeezed to it."""
+    """Height and width to which frames are resized, in pixels."""
     patch_size: int = 14
     """Side of a patch in pixels."""
     d_t: int = 8
-    """Frames that the IDM sees at once."""
+    """Frames per window of the IDM."""
     mlp_ratio: float = 4.0
-    """Hidden numbers of the MLPs, in multiples of the width."""
+    """Hidden width of the MLPs, in multiples of the width."""
     encoder_depth: int = 12
     """Blocks of the IDM."""
     encoder_embed_dim: int = 768
@@ -70,11 +70,11 @@ class VillaXConfig:
     num_learned_tokens: int = 4
     """Tokens of a latent action."""
     action_latent_dim: int = 128
-    """Numbers per token."""
+    """Size of a token."""
     map_heads: int = 24
     """Attention heads of the pooling into tokens."""
     n_codes: int = 32
-    """Entries of the codebook, which all tokens share."""
+    """Entries of the codebook, shared by all tokens."""
     decoder_depth: int = 8
     """Blocks of the FDM."""
     decoder_embed_dim: int = 768
@@ -84,44 +84,48 @@ class VillaXConfig:
     use_qk_norm: bool = True
     """Whether the FDM normalizes queries and keys."""
     random_crop_scale: tuple[float, float] = (0.8, 1.0)
-    """Share of the picture that a random crop keeps in training."""
+    """Area of a random crop in training, as a share of the image."""
     random_crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     """Width to height of a random crop."""
     decoder: bool = True
-    """Whether there is an FDM; some published checkpoints have none."""
+    """Whether the model has an FDM; some published checkpoints have none."""
     window: str = "sliding"
-    """sliding: each transition from its own last d_t frames, as published; chunked: windows overlap by one
-    frame, many times faster on long clips."""
+    """sliding: each transition from its last d_t frames, as published; chunked: windows overlap by one frame,
+    many times faster on long clips."""
     guard: bool = True
-    """Whether codes that are not used restart from current features, in training."""
+    """Whether unused codes restart from current features, in training."""
     augment: bool = True
     """Whether training crops each clip at random."""
     action_weight: float = 0.0
-    """Weight of the proprio FDM's loss on actions of labeled steps; 0: it does not look at actions."""
+    """Loss weight of the proprio FDM on actions of labeled steps; 0: no actions."""
     state_weight: float = 0.0
-    """Weight of the proprio FDM's loss on the next robot state; 0: it does not look at states."""
+    """Loss weight of the proprio FDM on the next robot state; 0: no states."""
     state_size: int = 0
-    """Numbers in the robot's state, for state_weight."""
+    """Size of the robot state, for state_weight."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no model can be built from."""
+        """Validate the configuration."""
         for field in fields(self):
             value, most = getattr(self, field.name), 256 if field.name.endswith("depth") else 1 << 14
             least = 0 if field.name == "state_size" else 1
             if field.type == "int" and not least <= value <= most:
-                raise UserError(f"lam.{field.name} is {value}; wanted {least}..{most}.")
+                raise UserError(f"lam.{field.name} must be between {least} and {most}, got {value}.")
         if not 0.1 <= self.mlp_ratio <= 64:
-            raise UserError(f"lam.mlp_ratio is {self.mlp_ratio}; wanted 0.1..64.")
+            raise UserError(f"lam.mlp_ratio must be between 0.1 and 64, got {self.mlp_ratio}.")
         if self.window not in ("sliding", "chunked"):
-            raise UserError(f"lam.window is {self.window!r}; wanted sliding or chunked.")
+            raise UserError(f"lam.window must be sliding or chunked, got {self.window!r}.")
         if self.d_t < 2:
-            raise UserError(f"lam.d_t is {self.d_t}; a transition needs at least 2 frames.")
+            raise UserError(f"lam.d_t must be at least 2 frames, got {self.d_t}.")
         if self.state_weight and not self.state_size:
-            raise UserError("lam.state_weight wants lam.state_size, the numbers in the data's robot state.")
+            raise UserError(
+                "lam.state_size must be the size of the data's robot state with lam.state_weight, got 0."
+            )
         for name, most in (("random_crop_scale", 1.0), ("random_crop_ratio", 100.0)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= most:
-                raise UserError(f"lam.{name} is {low:g} to {high:g}; wanted rising numbers in 0..{most:g}.")
+                raise UserError(
+                    f"lam.{name} must be an ascending range in 0..{most:g}, got {low:g} to {high:g}."
+                )
         for whole, part in (
             ("resolution", "patch_size"),
             ("encoder_embed_dim", "encoder_n_heads"),
@@ -130,35 +134,43 @@ class VillaXConfig:
         ):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(
-                    f"lam.{whole} is {getattr(self, whole)}; wanted a multiple of lam.{part}, "
-                    f"{getattr(self, part)}."
+                    f"lam.{whole} must be a multiple of lam.{part}={getattr(self, part)}, got "
+                    f"{getattr(self, whole)}."
                 )
         for width in ("encoder_embed_dim", "decoder_embed_dim"):
             if getattr(self, width) % 4:
-                raise UserError(f"lam.{width} is {getattr(self, width)}; wanted a multiple of 4.")
+                raise UserError(f"lam.{width} must be a multiple of 4, got {getattr(self, width)}.")
+
+    def with_action_head(self, weight: float) -> VillaXConfig | None:
+        """Return the settings with an action head of this loss weight."""
+        return replace(self, action_weight=weight)
 
     def build(self, actions: ActionSpace | None = None) -> VillaX:
         """Return the model with random weights."""
         if self.action_weight and actions is None:
-            raise UserError("lam.action_weight wants robot actions and the data has none; leave it 0.")
+            raise UserError(
+                f"lam.action_weight must be 0 for data without robot actions, got {self.action_weight:g}."
+            )
         return VillaX(self, actions)
 
     @classmethod
     def read_published(cls, path: Path, *, window: str = "sliding") -> VillaX | None:
-        """Return the model of `model.safetensors` and `model_config.json` in a folder or in its `lam/`.
+        """Load `model.safetensors` and `model_config.json` from a folder or its `lam/`.
 
         Raises:
-            UserError: one of the files is damaged or they do not belong together.
+            UserError: a file is damaged, or the files do not belong together.
         """
         folder = path / "lam" if (path / "lam" / CONFIG).is_file() else path
         if not (folder / CONFIG).is_file():
             return None
-        said = read_json(folder / CONFIG)
-        values = said.get("config") if isinstance(said, dict) else None
-        if not isinstance(values, dict) or said.get("architecture") != "IgorModel":
-            raise UserError(f"{folder / CONFIG} describes no villa-X model; give the folder of its `lam`.")
+        saved = read_json(folder / CONFIG)
+        values = saved.get("config") if isinstance(saved, dict) else None
+        if not isinstance(values, dict) or saved.get("architecture") != "IgorModel":
+            raise UserError(
+                f"{folder / CONFIG} does not describe a villa-X model. Give the folder of its `lam`."
+            )
         if values.get("in_channels", 3) != 3:
-            raise UserError(f"{folder / CONFIG} wants {values['in_channels']!r} channels; only 3 are known.")
+            raise UserError(f"{folder / CONFIG}: in_channels must be 3, got {values['in_channels']!r}.")
         found = load_tensors(folder / WEIGHTS)
         tensors = {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
         known = {field.name for field in fields(cls)} - {*OURS}
@@ -176,13 +188,13 @@ class VillaXConfig:
 
 
 class VillaX(LatentActionModel):
-    """The IDM, its codebook, the visual FDM and, where it has a weight, the proprio FDM."""
+    """IDM, codebook, visual FDM and, with a loss weight, the proprio FDM."""
 
     def __init__(self, config: VillaXConfig, actions: ActionSpace | None = None) -> None:
         super().__init__(config)
         self.config: VillaXConfig = config
         self.context = config.d_t - 2
-        self.stretch = config.d_t - 1 if config.window == "chunked" else 1
+        self.transitions_per_window = config.d_t - 1 if config.window == "chunked" else 1
         self.generative = config.decoder
         self.actions = actions if config.action_weight else None
         latent_dim = config.num_learned_tokens * config.action_latent_dim
@@ -238,14 +250,15 @@ class VillaX(LatentActionModel):
         frames: UInt8[Tensor, "*b t c h w"],
         valid: Bool[Tensor, "*b t"] | None = None,
         last: bool = False,
+        states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
-        """Return latent actions; the frames before a clip's first valid one count as not there."""
+        """Return latent actions; frames before a clip's first valid frame are ignored."""
         frames, valid = batched(frames, valid, last)
-        real = valid[:, :-1] & valid[:, 1:]
-        wanted = real.clone()
-        wanted[:, :-1] &= not last
-        clip, now = wanted.nonzero(as_tuple=True)
-        b, t = real.shape
+        transition_valid = valid[:, :-1] & valid[:, 1:]
+        selected = transition_valid.clone()
+        selected[:, :-1] &= not last
+        clip, now = selected.nonzero(as_tuple=True)
+        b, t = transition_valid.shape
         k, d = self.spec.tokens, self.spec.token_dim
         continuous = frames.new_zeros((b, t, k, d), dtype=torch.float32)
         vectors, codes = continuous.clone(), frames.new_zeros((b, t, k), dtype=torch.int64)
@@ -259,15 +272,17 @@ class VillaX(LatentActionModel):
             vectors=vectors[:, first:],
             continuous=continuous[:, first:],
             codes=codes[:, first:],
-            valid=real[:, first:],
+            valid=transition_valid[:, first:],
         )
 
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
-        """Return the next frame at the model's resolution; fractions of gray levels are cut off."""
+        """Return the next frame at the model's resolution, truncated to uint8."""
         if not self.generative:
-            raise UserError("this villa-X model has no forward dynamics and predicts no frames.")
+            raise UserError(
+                "this villa-X model has no forward dynamics and predicts no frames. Use one with decoder."
+            )
         patches = self.decoder(self._pixels(frames[:, -1]), vectors.flatten(1)).float()
         x = rearrange(
             patches,
@@ -280,23 +295,25 @@ class VillaX(LatentActionModel):
         return ((x * std + mean) * 255).clamp(0, 255).to(torch.uint8)
 
     def set_action_stats(self, actions: Shaped[Tensor, "n *a"]) -> None:
-        """Take mean and deviation of continuous actions from the labeled steps."""
+        """Set mean and standard deviation of continuous actions from the labeled steps."""
         if self.proprio is not None and len(self.proprio.action_mean):
             self.proprio.action_mean.copy_(actions.mean(0))
             self.proprio.action_std.copy_(actions.std(0).clamp(min=1e-4))
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the next frames' normalized patches + codebook + proprio FDM of the last step."""
+        """Return patch prediction loss + codebook loss + proprio loss of the last step."""
         if not self.generative:
-            raise UserError("a villa-X model without FDM cannot be trained; set lam.decoder=true.")
+            raise UserError("lam.decoder must be true for training, got false.")
         b, t = clip.valid.shape
         row = torch.arange(b, device=clip.valid.device)[:, None]
         steps = torch.arange(t, device=row.device)
-        missing = (~clip.valid).sum(1, keepdim=True)  # all at the front
-        order = (steps + missing).clamp(max=t - 1)  # what follows a window's end changes nothing before it
+        missing = (~clip.valid).sum(1, keepdim=True)  # frames that are not valid are all at the front
+        order = (steps + missing).clamp(max=t - 1)  # attention is causal: frames after a window do not matter
         x = self._pixels(self._cropped(clip.frames[row, order])).unflatten(0, (b, t))
         stems = self.encoder.stem(x.flatten(0, 1)).unflatten(0, (b, t))
-        now = torch.minimum(steps[:-1], t - 2 - missing)  # the last one stands for those that are missing
+        now = torch.minimum(
+            steps[:-1], t - 2 - missing
+        )  # the last transition replaces those that are missing
         latent = self.vq(self.encoder(stems, t)[row, now].flatten(0, 1).flatten(1))
         predicted = self.decoder(x[row, now].flatten(0, 1), latent.vectors)
         side = self.config.patch_size
@@ -317,9 +334,14 @@ class VillaX(LatentActionModel):
         clip: Int64[Tensor, " m"],
         now: Int64[Tensor, " m"],
     ) -> Float[Tensor, "m k d"]:
-        """Return what the encoder says of transitions `now` of clips, in as few windows as give it exactly.
+        """Encode transitions `now` of clips in as few windows as the exact result allows.
 
         Temporal attention is causal, so that one window serves every transition of its last kept frames.
+
+        Index spaces: m requested transitions, at frame `now[m]` of `clip[m]`; their window is frames
+        `start[m]` to `stop[m]`. w distinct windows; `which[m]` is the window of transition m. A window has
+        `length[w]` frames, and its last `keep[w]` - 1 transitions are returned. `parts` are rows of all
+        returned transitions; those of window w begin at row `begin[w]`.
         """
         t, reach = frames.shape[1], self.config.d_t - 1
         steps = torch.arange(t, device=frames.device)
@@ -335,17 +357,17 @@ class VillaX(LatentActionModel):
         earliest = now.new_full((len(windows),), t).scatter_reduce(0, which, now, "amin")
         length, keep = windows[:, 2] - windows[:, 1] + 1, windows[:, 2] - earliest + 1
         first = windows[:, 0] * t + windows[:, 1]
-        place, parts, done = torch.zeros_like(keep), [], 0
+        begin, parts, done = torch.zeros_like(keep), [], 0
         for n, k in torch.stack([length, keep], 1).unique(dim=0).tolist():
             members = ((length == n) & (keep == k)).nonzero()[:, 0]
-            for some in members.split(16):  # windows that share the work on single frames
+            for some in members.split(16):  # windows that share per-frame work
                 rows, back = (first[some, None] + steps[:n]).unique(return_inverse=True)
                 stems = self.encoder.stem(self._pixels(frames.flatten(0, 1)[rows]))
                 together = back.split(max(1, PASS[frames.device.type] // n))
                 parts += [self.encoder(stems[each], k).float().flatten(0, 1) for each in together]
-                place[some] = done + torch.arange(len(some), device=place.device) * (k - 1)
+                begin[some] = done + torch.arange(len(some), device=begin.device) * (k - 1)
                 done += len(some) * (k - 1)
-        return torch.cat(parts)[place[which] + now - earliest[which]]
+        return torch.cat(parts)[begin[which] + now - earliest[which]]
 
     def _pixels(self, frames: UInt8[Tensor, "*n c h w"]) -> Float[Tensor, "m c h2 w2"]:
         """Return frames at the model's size with the color statistics of ImageNet."""
@@ -354,7 +376,7 @@ class VillaX(LatentActionModel):
         return (x - mean) / std
 
     def _cropped(self, frames: UInt8[Tensor, "b t c h w"]) -> UInt8[Tensor, "b t c h w"]:
-        """Return each clip cropped at random to the model's size, in training."""
+        """Return randomly cropped clips at the model's size in training, else the clips."""
         if not (self.training and self.config.augment):
             return frames
         from torchvision.transforms import RandomResizedCrop
@@ -369,9 +391,9 @@ class VillaX(LatentActionModel):
 
 
 class Proprio(nn.Module):
-    """Forward dynamics of the robot: latent action, state and embodiment to the next state and the action.
+    """Forward dynamics of the robot: latent action, state and embodiment to next state and action.
 
-    A data set is one robot, so there is one learned embodiment token.
+    A dataset has one robot, so there is one learned embodiment token.
     """
 
     action_mean: Tensor
@@ -385,19 +407,19 @@ class Proprio(nn.Module):
         self.embodiment = nn.Parameter(torch.randn(width) * 0.02)
         self.state_head = nn.Linear(width, state_size) if state_size else None
         self.action_head = nn.Linear(width, actions.size) if actions else None
-        numbers = actions.size if actions and not actions.discrete else 0
-        self.register_buffer("action_mean", torch.zeros(numbers))
-        self.register_buffer("action_std", torch.ones(numbers))
+        action_dim = actions.size if actions and not actions.discrete else 0
+        self.register_buffer("action_mean", torch.zeros(action_dim))
+        self.register_buffer("action_std", torch.ones(action_dim))
 
     def losses(self, latent: Float[Tensor, "b d"], clip: Clip) -> dict[str, Tensor]:
-        """Return the losses of the last transition; hidden actions count for nothing."""
+        """Return the losses of the last transition; unlabeled actions are ignored."""
         state = after = None
         if self.state_norm is not None:
             size = 0 if clip.states is None else clip.states.shape[2]
             if clip.states is None or size != self.state_norm.num_features:
                 raise UserError(
-                    f"lam.state_size is {self.state_norm.num_features} and the data's robot state has "
-                    f"{size} numbers; set lam.state_size={size}."
+                    f"lam.state_size must be the size of the data's robot state, {size}, got "
+                    f"{self.state_norm.num_features}."
                 )
             state, after = self.state_norm(torch.cat([*clip.states[:, -2:].unbind(1)])).chunk(2)
         x = torch.cat([latent] if state is None else [latent, state], dim=1)
@@ -416,7 +438,7 @@ class Proprio(nn.Module):
 
 
 def _colors(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of ImageNet's colors, to use on `[..., 3, h, w]`."""
+    """Return mean and standard deviation of ImageNet's colors, for `[..., 3, h, w]`."""
     mean, std = like.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return mean, std
 
