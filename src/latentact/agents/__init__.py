@@ -1,1 +1,1 @@
-"""Policies at work: one protocol over our own and LeRobot's."""
+"""Agents: every policy, ours or LeRobot's, behind one protocol."""

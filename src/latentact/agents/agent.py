@@ -1,94 +1,126 @@
-"""Policies that follow a guide, behind one small interface: what they look at, and one action per call.
+"""The one protocol through which every policy acts, in environments and on robots.
 
-Three kinds are known by their folder: LeRobot policies of the plugin (`lam_diffusion`, `lam_act`), our own
-guided policies, and our own grounded latent policies, whose decoder alone turns a latent action into robot
-actions. Observations are dicts with LeRobot's keys: `observation.images.<camera>` uint8 `[h, w, 3]`,
-`observation.state` float32 `[s]`, `task`.
+Observations are dicts with LeRobot's keys, batch first: `observation.images.<camera>` uint8 `[b, h, w, 3]`,
+`observation.state` float32 `[b, s]` and `task`, a list of b strings. Row j is the same episode from call to
+call.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
-from torch import Tensor
+from jaxtyping import Float32, Shaped, UInt8
 
 from latentact.errors import UserError
 from latentact.types import ActionSpace, LatentActionSpec
 
 IMAGES = "observation.image"
+"""Prefix of the image keys: `observation.image` and `observation.images.<camera>`."""
 STATE = "observation.state"
+TASK = "task"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentInput:
+    """The latent actions that an agent is conditioned on."""
+
+    size: int
+    """Values per timestep, tokens times dimensions."""
+    kind: str
+    """continuous, vectors or codes."""
+    offsets: tuple[int, ...] = (0,)
+    """Timesteps ahead whose latent actions are read; (0,): only the current one."""
+    stride: int = 1
+    """Robot actions per latent action."""
+    gap_s: float = 0.0
+    """Seconds that a latent action spans; 0: unknown."""
+    spec: LatentActionSpec | None = None
+    """What the latent actions mean; None where the checkpoint does not record it."""
+    weights: str = ""
+    """Hash of the LAM's weights, for checkpoints without `spec`; empty: unknown."""
+    optional: bool = False
+    """Whether the policy was also trained without latent actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentSpec:
+    """What an agent needs from an environment or robot, and what it returns."""
+
+    action_space: ActionSpace
+    """Robot action."""
+    cameras: tuple[str, ...] = ()
+    """Keys of the images it needs; ("",): one image, whatever its key."""
+    channels: int = 3
+    """Channels of these images."""
+    state_size: int = 0
+    """Dimensions of the robot state it needs; 0: none."""
+    fps: float = 0.0
+    """Robot actions per second in its training data; 0: unknown."""
+    latent: LatentInput | None = None
+    """Latent actions it is conditioned on; None where it is conditioned on observations only."""
 
 
 @runtime_checkable
-class GuidedPolicy(Protocol):
-    """A policy that takes the guide's tokens of the present step, or of several."""
+class Agent(Protocol):
+    """A policy that acts in b episodes side by side."""
 
-    latent: LatentActionSpec | None
-    """What the latent actions meant that it was trained with; None where it does not say."""
-    lam_weights: str
-    """Hash of the LAM's weights; empty where it does not say."""
-    gap_s: float
-    """Seconds that its latent actions spanned; 0 where it does not say."""
-    token_size: int
-    """Numbers of one step's tokens, k x d."""
-    tokens: str
-    """continuous, vectors or codes."""
-    offsets: tuple[int, ...]
-    """Steps ahead whose tokens it sees; (0,): only the present ones."""
-    stride: int
-    """Robot actions per latent action."""
-    fps: float
-    """Robot actions per second in its training data; 0: unknown."""
-    cameras: tuple[str, ...]
-    """Keys of the pictures that it looks at; ("",): any one."""
-    state_size: int
-    """Numbers of the robot state that it looks at; 0: none."""
-    actions: ActionSpace
-    """What its actions are."""
-    without_guide: bool
-    """Whether it has learned to act without a guide, too."""
+    spec: AgentSpec
+    """What it needs and returns."""
 
-    def reset(self) -> None:
-        """Forget everything: a new episode begins."""
+    def reset(self, num_envs: int) -> None:
+        """Clear all per-episode state; `num_envs` new episodes begin."""
         ...
 
-    def prepare(
-        self, observation: dict[str, Any], latent_action: Float32[Tensor, "o f"] | None
-    ) -> dict[str, Any]:
-        """Return what `act` takes; None: without a guide, for a policy that has learned that."""
-        ...
+    def act(
+        self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None
+    ) -> Shaped[np.ndarray, "b *a"]:
+        """Return one robot action per episode: float32 `[b, a]`, or int64 `[b]` by `ActionSpace.values`.
 
-    def act(self, batch: dict[str, Any]) -> np.ndarray:
-        """Return one robot action: float32 `[a]`, or an int64 class by its `ActionSpace.values`."""
+        Args:
+            observation: as in the module's docstring.
+            latent: latent actions at the offsets of `spec.latent`; None: act on the observation alone.
+
+        Raises:
+            UserError: the observation lacks an image or the state, or an action is not finite.
+        """
         ...
 
 
-def picture(observation: dict[str, Any], camera: str) -> np.ndarray:
-    """Return the picture of a camera; where there is only one, that one."""
-    pictures = {key: value for key, value in observation.items() if key.startswith(IMAGES)}
-    if camera in pictures:
-        return pictures[camera]
-    if len(pictures) == 1:
-        return next(iter(pictures.values()))
+def select_image(observation: dict[str, Any], camera: str) -> UInt8[np.ndarray, "... h w c"]:
+    """Return the image of a camera, or the only image whatever its key.
+
+    Raises:
+        UserError: there are several images and none of that key, or there is none.
+    """
+    images = {key: value for key, value in observation.items() if key.startswith(IMAGES)}
+    if camera in images:
+        return images[camera]
+    if len(images) == 1:
+        return next(iter(images.values()))
     raise UserError(
-        f"the policy looks at {camera or 'one picture'} and there is {', '.join(pictures) or 'none'}; map "
-        "one of the robot's cameras to that key."
+        f"the observation must have the image {camera or 'of one camera'}, got "
+        f"{', '.join(images) or 'none'}. Map one of the robot's cameras to that key."
     )
 
 
-def _state(observation: dict[str, Any], size: int) -> Float32[np.ndarray, " s"]:
+def select_state(observation: dict[str, Any], size: int) -> Float32[np.ndarray, "b s"]:
+    """Return the robot state.
+
+    Raises:
+        UserError: there is none, or it is of another size.
+    """
     state = observation.get(STATE)
-    if state is None or state.shape != (size,):
-        got = "none" if state is None else f"{len(state)} numbers"
+    if state is None or state.shape[-1] != size:
+        got = "none" if state is None else str(state.shape[-1])
         raise UserError(
-            f"the policy wants a robot state of {size} numbers and got {got}; give the robot or environment "
-            "that it was trained for."
+            f"the robot state must have {size} dimensions, got {got}. Use the robot or environment that the "
+            "policy was trained for."
         )
     return np.asarray(state, np.float32)
 
 
-def action_values(space: ActionSpace | None, actions: np.ndarray) -> np.ndarray:
-    """Return the numbers that stand for classes in data and environments; continuous actions as they are."""
-    return np.array(space.values)[actions] if space and space.values else actions
+def to_env_actions(space: ActionSpace, actions: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Map class indices to the values of the action space; continuous actions are returned unchanged."""
+    return np.array(space.values)[actions] if space.values else actions

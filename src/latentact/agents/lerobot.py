@@ -1,40 +1,38 @@
-"""LeRobot policies that are conditioned on LAM tokens, as agents."""
+"""LeRobot policies as agents, with and without LAM tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
+from jaxtyping import Float32, Shaped
 
-from latentact.agents.agent import STATE, _state, picture
+from latentact.agents.agent import STATE, TASK, AgentSpec, LatentInput, select_image, select_state
 from latentact.data.decode.resize import resize
 from latentact.errors import UserError, missing_extra
 from latentact.io.atomic import read_json
-from latentact.types import ActionSpace, LatentActionSpec
+from latentact.types import ActionSpace
 
 
-class LeRobotPolicyAdapter:
-    """A LeRobot policy that is conditioned on LAM tokens, from its `pretrained_model` folder.
+class LeRobotAgent:
+    """Runs any LeRobot policy from its `pretrained_model` folder.
 
-    It looks at its guide before every action: of each predicted chunk only the first action is taken.
+    A policy that is conditioned on LAM tokens reads them before every action: of each predicted chunk only
+    the first action is executed. Without latent actions it executes `n_action_steps`, as in LeRobot.
 
     Args:
         folder: the checkpoint.
         device: where to run it.
+        guided: whether latent actions are given.
 
     Raises:
-        UserError: it is of an unknown type, cannot be loaded, or is not conditioned on tokens.
+        UserError: its type is unknown, it cannot be loaded, it reads observations that neither environments
+            nor robots have here, or it is to be guided and is not conditioned on latent actions.
     """
 
-    latent: LatentActionSpec | None = None
-    offsets: tuple[int, ...] = (0,)
-    stride = 1
-
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, *, guided: bool = False) -> None:
         try:
             from lerobot.configs import PreTrainedConfig
             from lerobot.policies import get_policy_class, make_pre_post_processors
@@ -45,64 +43,84 @@ class LeRobotPolicyAdapter:
         kind = str(read_json(folder / "config.json")["type"])
         if kind not in PreTrainedConfig.get_known_choices():
             raise UserError(
-                f"{folder} is a policy of type {kind!r}, which no installed package knows; "
-                "install its LeRobot plugin."
+                f"{folder} has policy type {kind!r}, which no installed package provides. Install its "
+                "LeRobot plugin."
             )
         config: Any = PreTrainedConfig.from_pretrained(folder)
-        if not getattr(config, "use_lam_conditioning", False):
+        conditioned = bool(getattr(config, "use_lam_conditioning", False))
+        if guided and not conditioned:
             raise UserError(
-                f"{folder} is a {kind} that acts by what it sees alone; give a lam_diffusion or lam_act "
+                f"{folder} ({kind}) is not conditioned on latent actions. Give a lam_diffusion or lam_act "
                 "trained with use_lam_conditioning=true."
             )
         config.device = device
-        config.n_action_steps = 1  # a chunk would be acted out blind to what the guide says next
+        if guided:
+            config.n_action_steps = 1
+        self._tokens_key = str(config.lam_tokens_key) if conditioned else ""
+        self._shapes = {key: feature.shape for key, feature in config.image_features.items()}
+        self.spec = self._agent_spec(folder, config, conditioned)
         self._policy: Any = get_policy_class(kind).from_pretrained(folder, config=config).eval().to(device)
-        overrides = {"device_processor": {"device": device}}
-        self._before, self._after = make_pre_post_processors(
-            config, pretrained_path=str(folder), preprocessor_overrides=overrides
+        self._preprocess, self._postprocess = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": device}},
         )
-        self._device, self._key = device, str(config.lam_tokens_key)
-        self.tokens = "vectors" if config.lam_use_vq_tokens else "continuous"
-        self.lam_weights, self.token_size = str(config.lam_weights), int(config.token_dim)
-        self.gap_s, self.fps = float(config.lam_frame_gap_s), float(config.lam_fps)
-        self.without_guide = config.lam_dropout > 0
-        self._shapes = {key: f.shape for key, f in config.image_features.items()}
-        self.cameras = tuple(self._shapes)
-        state = config.robot_state_feature
-        self.state_size = state.shape[0] if state else 0
-        self.actions = ActionSpace(kind="continuous", size=config.action_feature.shape[0])
+        self._device = device
 
-    def reset(self) -> None:
-        """Forget the observations and the actions still to be taken."""
-        for part in (self._policy, self._before, self._after):
+    def _agent_spec(self, folder: Path, config: Any, conditioned: bool) -> AgentSpec:
+        state = config.robot_state_feature
+        known = {*self._shapes, self._tokens_key, STATE}
+        if other := sorted(set(config.input_features) - known):
+            raise UserError(
+                f"{folder} must read images and {STATE} only, got {', '.join(other)}. Train it without them."
+            )
+        latent = None
+        if conditioned:
+            latent = LatentInput(
+                size=int(config.token_dim),
+                kind="vectors" if config.lam_use_vq_tokens else "continuous",
+                gap_s=float(config.lam_frame_gap_s),
+                weights=str(config.lam_weights),
+                optional=config.lam_dropout > 0,
+            )
+        return AgentSpec(
+            action_space=ActionSpace(kind="continuous", size=config.action_feature.shape[0]),
+            cameras=tuple(self._shapes),
+            state_size=state.shape[0] if state else 0,
+            fps=float(config.lam_fps) if conditioned else 0.0,
+            latent=latent,
+        )
+
+    def reset(self, num_envs: int) -> None:
+        """Clear the queues of observations and actions."""
+        for part in (self._policy, self._preprocess, self._postprocess):
             part.reset()
 
-    def prepare(
-        self, observation: dict[str, Any], latent_action: Float32[Tensor, "o f"] | None
-    ) -> dict[str, Any]:
-        """Return the preprocessed batch of one, with the tokens in it."""
-        from lerobot.policies.utils import prepare_observation_for_inference
-
-        seen = {key: self._sized(picture(observation, key), shape) for key, shape in self._shapes.items()}
-        if self.state_size:
-            seen[STATE] = _state(observation, self.state_size)
-        if latent_action is not None:
-            seen[self._key] = latent_action[0].numpy(force=True)
-        device, task = torch.device(self._device), str(observation.get("task", ""))
-        return cast("dict[str, Any]", self._before(prepare_observation_for_inference(seen, device, task)))
-
-    def _sized(self, frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        _, height, width = shape
-        if frame.shape[:2] == (height, width):
-            return frame
-        if height != width or frame.shape[0] != frame.shape[1]:
-            raise UserError(
-                f"the policy looks at pictures of {width}x{height} pixels and the camera gives "
-                f"{frame.shape[1]}x{frame.shape[0]}; set the camera to that size."
-            )
-        return resize(frame[None], height)[0]
-
     @torch.inference_mode()
-    def act(self, batch: dict[str, Any]) -> np.ndarray:
-        """Return the action in the robot's units."""
-        return np.asarray(self._after(self._policy.select_action(batch))[0].float().numpy(force=True))
+    def act(
+        self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None
+    ) -> Shaped[np.ndarray, "b *a"]:
+        """Return one robot action per episode, in the robot's units; see `Agent.act`."""
+        batch: dict[str, Any] = {TASK: list(observation[TASK])}
+        for key, shape in self._shapes.items():
+            frames = torch.from_numpy(self._resized(select_image(observation, key), shape))
+            batch[key] = frames.to(self._device).float().div(255).permute(0, 3, 1, 2).contiguous()
+        if self.spec.state_size:
+            batch[STATE] = torch.from_numpy(select_state(observation, self.spec.state_size)).to(self._device)
+        if latent is not None:
+            batch[self._tokens_key] = torch.from_numpy(latent[:, 0]).to(self._device)
+        action = self._postprocess(self._policy.select_action(self._preprocess(batch)))
+        return action.float().numpy(force=True)
+
+    @staticmethod
+    def _resized(frames: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return frames `[b, h, w, 3]` at the size of a feature `[3, h, w]`; only squares are resized."""
+        _, height, width = shape
+        if frames.shape[1:3] == (height, width):
+            return frames
+        if height != width or frames.shape[1] != frames.shape[2]:
+            raise UserError(
+                f"the camera must give images of {width}x{height} pixels, got "
+                f"{frames.shape[2]}x{frames.shape[1]}. Set the camera to that size."
+            )
+        return resize(frames, height)

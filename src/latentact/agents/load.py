@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentact.agents.agent import GuidedPolicy
-from latentact.agents.grounded import GroundedPolicyAdapter
-from latentact.agents.lerobot import LeRobotPolicyAdapter
-from latentact.agents.own import GuidedPolicyAdapter
+from latentact.agents.agent import Agent
+from latentact.agents.grounded import DecoderAgent
+from latentact.agents.lerobot import LeRobotAgent
+from latentact.agents.own import PolicyAgent
 from latentact.errors import UserError
 from latentact.io.atomic import read_json
 from latentact.io.hub import resolve_folder
 from latentact.policies.contract import Policy
+from latentact.policies.lerobot_files import TYPE
 
 
-def load_guided_policy(where: str | Path, device: str = "cpu") -> GuidedPolicy:
-    """Load a policy that can follow a guide, of any of the three kinds.
+def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) -> Agent:
+    """Load a policy of any kind: ours, or any LeRobot policy.
 
     Args:
-        where: folder or hub id; a LeRobot training's output folder stands for its last checkpoint.
+        where: folder or hub id; a LeRobot training's output folder means its last checkpoint.
         device: cpu, cuda or mps.
+        guided: whether the agent follows given latent actions. Of a grounded latent policy the decoder alone
+            acts then, instead of its own prediction of the latent action.
 
     Raises:
-        UserError: it is missing, damaged, or acts by observations alone.
+        UserError: it is missing, damaged or not grounded, or it is to be guided and is not conditioned on
+            latent actions.
     """
     last = Path(where) / "checkpoints" / "last" / "pretrained_model"
     folder = resolve_folder(last if last.is_dir() else where)
     values = read_json(folder / "config.json")
-    if isinstance(values, dict) and "type" in values:
-        return LeRobotPolicyAdapter(folder, device)
+    if isinstance(values, dict) and values.get("type", TYPE) != TYPE:
+        return LeRobotAgent(folder, device, guided=guided)
     policy = Policy.from_pretrained(folder, device)
-    if policy.spec.guide is not None and policy.spec.action_space is not None:
-        return GuidedPolicyAdapter(policy, policy.spec.guide, device)
-    if policy.latent is not None and policy.decoder is None:
-        raise UserError(f"{where} predicts latent actions; ground it first: latentact ground --help.")
-    if policy.latent is None:
+    if policy.spec.action_space is None:
+        raise UserError(f"{where} predicts latent actions. Ground it first: latentact ground --help.")
+    if not guided or policy.spec.guide is not None:
+        return PolicyAgent(policy, device)
+    if policy.latent is None or policy.decoder is None:
         raise UserError(
-            f"{where} acts by what it sees alone and cannot follow a guide; give a grounded latent policy, "
-            "one of policy=guided, or lam_diffusion or lam_act."
+            f"{where} is not conditioned on latent actions. Give a grounded latent policy, one of "
+            "policy=guided, or lam_diffusion or lam_act."
         )
-    return GroundedPolicyAdapter(policy, device)
+    return DecoderAgent(policy, device)

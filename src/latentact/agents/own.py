@@ -1,4 +1,4 @@
-"""A policy at work: what it has seen of each environment, and the chunk of actions that it is executing."""
+"""Policies of this package as agents: the frame history and the action chunk of each episode."""
 
 from __future__ import annotations
 
@@ -6,109 +6,121 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
+from jaxtyping import Float32, Shaped
 
-from latentact.agents.agent import _state, action_values, picture
+from latentact.agents.agent import (
+    IMAGES,
+    STATE,
+    TASK,
+    AgentSpec,
+    LatentInput,
+    select_image,
+    select_state,
+    to_env_actions,
+)
 from latentact.data.samples import PolicyBatch, count_words
-from latentact.policies.contract import GuideSpec, Policy
-from latentact.types import ActionSpace
+from latentact.errors import UserError
+from latentact.policies.contract import Policy
 
 
-class PolicyActor:
-    """Runs a policy in environments: keeps the observed frames and the chunk being executed of each of them.
+class PolicyAgent:
+    """Runs a policy that ends in robot actions; a guided policy takes latent actions besides.
 
     Args:
-        policy: a grounded policy.
+        policy: the policy.
         device: where to run it.
         autocast: whether to run it in bf16.
+
+    Raises:
+        UserError: the policy predicts latent actions and is not grounded.
     """
 
     def __init__(self, policy: Policy, device: str = "cpu", autocast: bool = False) -> None:
         self.policy = policy.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device, self.autocast = device, autocast
+        self.spec = agent_spec(policy)
         self.reset(0)
 
     def reset(self, num_envs: int) -> None:
-        """Forget everything; the next call to `act` sees first observations."""
-        self.history: list[np.ndarray] = []
-        self.plan: Any = None
-        self.used = 0
+        """Clear the frame history and the action chunk of every episode."""
+        self._history: list[np.ndarray] = []
+        self._chunk: Any = None
+        self._used = 0
 
     def act(
-        self,
-        pixels: np.ndarray,
-        state: np.ndarray | None,
-        tasks: list[str],
-        guide: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Return one robot action per environment: float32 `[b, a]`, or int64 `[b]` by `ActionSpace.values`.
-
-        A guided policy takes `guide`, float32 ``[b, len(offsets), k * d]``; NaN or None: no guide.
-        """
+        self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None
+    ) -> Shaped[np.ndarray, "b *a"]:
+        """Return one robot action per episode; see `Agent.act`. NaN in a row of `latent` hides that row."""
         spec, network = self.policy.spec, self.policy.config.network
+        frames = select_image(observation, spec.camera)
         keep = (network.n_obs_steps - 1) * spec.stride + 1
-        self.history = [*(self.history or [pixels] * keep), pixels][-keep:]
-        if self.plan is None or self.used == network.n_action_steps * spec.stride:
-            frames = torch.from_numpy(np.stack(self.history[:: spec.stride], 1)).permute(0, 1, 4, 2, 3)
-            words = np.asarray([count_words(t, spec.words) for t in tasks], np.float32).reshape(
-                len(tasks), -1
-            )
-            none = torch.zeros(len(tasks), 0)
-            batch = PolicyBatch(
-                frames=frames,
-                state=None if state is None else torch.from_numpy(state),
-                words=torch.from_numpy(words) if spec.words else none,
-                target=none[..., None],
-                mask=none.bool(),
-                guide=None if guide is None else torch.from_numpy(guide),
-            ).to(self.device)
+        self._history = [*(self._history or [frames] * keep), frames][-keep:]
+        if self._chunk is None or self._used == network.n_action_steps * spec.stride:
+            batch = self._batch(observation, latent).to(self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
                 actions = self.policy.actions(batch)
-            self.plan, self.used = action_values(spec.action_space, actions), 0
-        self.used += 1
-        return self.plan[:, self.used - 1]
+            self._chunk, self._used = to_env_actions(self.spec.action_space, actions), 0
+        self._used += 1
+        return self._chunk[:, self._used - 1]
+
+    def _batch(self, observation: dict[str, Any], latent: np.ndarray | None) -> PolicyBatch:
+        spec = self.policy.spec
+        frames = np.stack(self._history[:: spec.stride], axis=1)
+        state = select_state(observation, self.spec.state_size) if self.spec.state_size else None
+        b = len(frames)
+        words = np.zeros((b, 0), np.float32)
+        if spec.words:
+            words = np.asarray([count_words(task, spec.words) for task in observation[TASK]], np.float32)
+        return PolicyBatch(
+            frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
+            state=None if state is None else torch.from_numpy(state),
+            words=torch.from_numpy(words),
+            target=torch.zeros(b, 0, 1),
+            mask=torch.zeros(b, 0, dtype=torch.bool),
+            guide=None if latent is None else torch.from_numpy(latent),
+        )
 
 
-class GuidedPolicyAdapter:
-    """A policy of `policy=guided`.
+def agent_spec(policy: Policy) -> AgentSpec:
+    """Return what a grounded policy needs and returns when it acts on observations.
 
-    Args:
-        policy: the policy.
-        guide: what of the guide it sees.
-        device: where it is.
+    Raises:
+        UserError: the policy predicts latent actions and is not grounded.
     """
+    spec, latent = policy.spec, None
+    if spec.action_space is None:
+        raise UserError("the policy predicts latent actions. Ground it first: latentact ground --help.")
+    if spec.guide is not None:
+        latent = LatentInput(
+            size=spec.guide.size,
+            kind=spec.guide.tokens,
+            offsets=spec.guide.offsets,
+            gap_s=policy.latent.frame_gap_s if policy.latent else 0.0,
+            spec=policy.latent,
+            optional=spec.guide.dropout > 0,
+        )
+    return AgentSpec(
+        action_space=spec.action_space,
+        cameras=(spec.camera,),
+        channels=spec.channels,
+        state_size=spec.state_size if policy.uses_state else 0,
+        fps=spec.fps,
+        latent=latent,
+    )
 
-    lam_weights = ""
-    stride = 1
 
-    def __init__(self, policy: Policy, guide: GuideSpec, device: str) -> None:
-        assert policy.spec.action_space is not None
-        self._actor = PolicyActor(policy, device)
-        self.latent = policy.latent
-        self.gap_s = policy.latent.frame_gap_s if policy.latent else 0.0
-        self.tokens, self.offsets, self.token_size = guide.tokens, guide.offsets, guide.size
-        self.without_guide = guide.dropout > 0
-        self.fps, self.cameras = policy.spec.fps, (policy.spec.camera,)
-        self.state_size = policy.spec.state_size if policy.config.network.use_state else 0
-        self.actions: ActionSpace = policy.spec.action_space
+class PolicyActor(PolicyAgent):
+    """Deprecated name of `PolicyAgent`, which also takes images, states and tasks one by one."""
 
-    def reset(self) -> None:
-        """Forget the frames that were seen."""
-        self._actor.reset(1)
-
-    def prepare(
-        self, observation: dict[str, Any], latent_action: Float32[Tensor, "o f"] | None
-    ) -> dict[str, Any]:
-        """Return a batch of one for the policy's actor."""
-        state = _state(observation, self.state_size)[None] if self.state_size else None
-        return {
-            "pixels": picture(observation, self.cameras[0])[None],
-            "state": state,
-            "tasks": [str(observation.get("task", ""))],
-            "guide": None if latent_action is None else latent_action[None].numpy(force=True),
-        }
-
-    def act(self, batch: dict[str, Any]) -> np.ndarray:
-        """Return the action."""
-        return np.asarray(self._actor.act(**batch)[0])
+    def act(  # type: ignore[override]
+        self,
+        pixels: np.ndarray | dict[str, Any],
+        state: np.ndarray | None = None,
+        tasks: list[str] | None = None,
+        guide: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return one robot action per episode, from an observation or from its parts."""
+        if isinstance(pixels, dict):
+            return super().act(pixels, state if guide is None else guide)
+        observation: dict[str, Any] = {IMAGES: pixels, TASK: tasks or [""] * len(pixels)}
+        return super().act(observation if state is None else {**observation, STATE: state}, guide)

@@ -1,8 +1,8 @@
-"""The one wrapper behind every environment: its own observation in, `{"pixels", "agent_pos"}` out.
+"""The one wrapper of every environment: maps its observation to `{"pixels", "agent_pos"}`.
 
-It is also the one edge to foreign code, for all commands. An action is checked by one rule: a discrete one
-must be one of the environment's integers; a continuous one must have its shape and be finite, and is clipped
-to its bounds. What the environment raises or returns that cannot be used becomes an `EnvError`.
+It is also the only boundary to third-party environments. A discrete action must be one of the environment's
+integers; a continuous one must have its shape and be finite, and is clipped to its bounds. Exceptions and
+invalid return values become an `EnvError`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def import_gymnasium() -> Any:
-    """Return the module, or raise the UserError that names the extra it comes with."""
+    """Return the module, or raise the UserError that names its extra."""
     try:
         import gymnasium
     except ModuleNotFoundError as error:
@@ -36,16 +36,19 @@ def import_gymnasium() -> Any:
 
 @contextmanager
 def env_errors(name: str, doing: str) -> Iterator[None]:
-    """Turn what an environment raises into an EnvError that names it: `{name} failed {doing}: ...`."""
+    """Raise an environment's exceptions as an EnvError with its name: `{name} failed {doing}: ...`.
+
+    This includes SystemExit, with which an environment would end the whole program.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:  # foreign code may raise anything
-        said = " ".join(str(error).split()).rstrip(".")
+    except BaseException as error:  # third-party code may raise anything
+        message = " ".join(str(error).split()).rstrip(".")
         raise EnvError(
-            f"{name} failed {doing}: {type(error).__name__}{said and ': '}{said}. "
-            "Mend the environment, or choose another."
+            f"{name} failed {doing}: {type(error).__name__}{message and ': '}{message}. "
+            "Fix the environment, or choose another."
         ) from error
 
 
@@ -62,20 +65,19 @@ def adapt(
     floor: Callable[[np.ndarray], np.ndarray] | None = None,
     heading: Callable[[Any], np.ndarray] | None = None,
 ) -> gym.Env:
-    """Return `env` with the observation and info that `make_env` promises.
+    """Return `env` with the observation and info of `make_env`.
 
     Args:
-        env: the environment as it comes.
-        name: what it is called in messages.
+        env: the original environment.
+        name: its name in messages.
         pixels: its observation -> uint8 `[h, w, 3]`.
         resolution: frames are resized to this height and width; 0: left as they are.
-        success: `(reward, terminated, info)` of a step -> whether the task is done; None: nobody can tell.
-        state: its observation -> numbers `[s]`; None: the environment has no state.
+        success: `(reward, terminated, info)` of a step -> whether the task is done; None: not reported.
+        state: its observation -> floats `[s]`; None: the environment has no state.
         state_range: smallest and largest state, `[s]` each.
-        task: returns the task's text of the present episode.
-        floor: frame -> where a distracting background shows `[h, w]`, 0 nowhere, 1 fully; None: there are
-            no distractors.
-        heading: action, before it is taken -> where it goes `[2]`, about one in size; None: as before.
+        task: returns the task text of the current episode.
+        floor: frame -> opacity of a distracting background `[h, w]`, 0 to 1; None: there are no distractors.
+        heading: action, before it is taken -> its direction `[2]`, about unit length; None: no distractors.
 
     Raises:
         EnvError: its first reset fails.
@@ -109,13 +111,13 @@ def _adapter() -> Callable[..., gym.Env]:
 
         @property
         def spec(self) -> None:
-            """None: `gymnasium.make` cannot make it again; `make_env` can."""
+            """None: `gymnasium.make` cannot create it; `make_env` can."""
             return
 
         def distract(self, distraction: Distraction) -> None:
-            """Let distractors into the frames from the next reset on; `info["nuisance"]` tells where."""
+            """Add distractors to the frames from the next reset on; `info["nuisance"]` holds their state."""
             if distraction and (self._floor is None or self._heading is None):
-                raise UserError("this environment has no distractors; those of babyai/LEVEL and pusht have.")
+                raise UserError("this environment has no distractors. Use babyai/LEVEL or pusht.")
             self._distraction = distraction
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -133,17 +135,19 @@ def _adapter() -> Callable[..., gym.Env]:
                 if self._distractor:
                     self._distractor.step(self._heading(action))
                 observation, reward, terminated, truncated, info = self.env.step(action)
-                reward, terminated, truncated = map(_scalar, (reward, terminated, truncated))
+                reward = _scalar(reward)
                 if not np.isfinite(reward):
                     raise self._unusable("finite reward", reward)
+                terminated = to_bool(terminated, f"{self._name}: terminated")
+                truncated = to_bool(truncated, f"{self._name}: truncated")
                 info = {**(info or {}), **self._nuisance()}
-                success = self._success(reward, bool(terminated), info)
+                success = self._success(reward, terminated, info)
                 if success is not None:
                     info["is_success"] = bool(success)
-                return self._observation(observation), reward, bool(terminated), bool(truncated), info
+                return self._observation(observation), reward, terminated, truncated, info
 
         def close(self) -> None:
-            """Close the environment; what it raises then is no reason to lose what was done in it."""
+            """Close the environment; an exception is only logged, so that finished episodes are kept."""
             try:
                 with env_errors(self._name, "to close"):
                     self.env.close()
@@ -153,19 +157,19 @@ def _adapter() -> Callable[..., gym.Env]:
         def _where(self) -> str:
             return f"at step {self._steps} of the episode with reset seed {self._seed}"
 
-        def _unusable(self, wanted: str, got: Any) -> EnvError:
+        def _unusable(self, expected: str, got: Any) -> EnvError:
             return EnvError(
-                f"{self._name} must return a {wanted}, got {got} {self._where()}. Mend the environment, or "
+                f"{self._name} must return a {expected}, got {got} {self._where()}. Mend the environment, or "
                 "choose another."
             )
 
         def _checked(self, action: Any) -> int | np.ndarray:
-            """Return an action as the environment takes it; the rule is in the module's docstring."""
+            """Return a valid action for the environment; see the module's docstring."""
             space, given = self.env.action_space, np.asarray(action)
 
-            def refused(wanted: str, remedy: str) -> UserError:
+            def invalid(expected: str, remedy: str) -> UserError:
                 return UserError(
-                    f"the action of step {self._steps} in {self._name} must be {wanted}, got "
+                    f"the action of step {self._steps} in {self._name} must be {expected}, got "
                     f"{given.tolist()!r}. {remedy}"
                 )
 
@@ -173,12 +177,12 @@ def _adapter() -> Callable[..., gym.Env]:
             if isinstance(space, gymnasium.spaces.Discrete):
                 first, last = int(space.start), int(space.start + space.n) - 1
                 if given.dtype.kind not in "iu" or given.size != 1 or not first <= given.item() <= last:
-                    raise refused(f"an integer from {first} to {last}", other)
+                    raise invalid(f"an integer from {first} to {last}", other)
                 return int(given.item())
             if given.dtype.kind not in "iuf" or given.shape != space.shape:
-                raise refused(f"numbers of shape {space.shape}", other)
+                raise invalid(f"numbers of shape {space.shape}", other)
             if not np.isfinite(given).all():
-                raise refused("finite", "Train the policy again, with a smaller learning rate.")
+                raise invalid("finite", "Train the policy again, with a smaller learning rate.")
             given = np.rint(given) if np.issubdtype(space.dtype, np.integer) else given
             bounded = np.clip(given, space.low, space.high)
             if (bounded != given).any():
@@ -193,7 +197,7 @@ def _adapter() -> Callable[..., gym.Env]:
             if self._state is not None:
                 state = np.asarray(self._state(observation), np.float32)
                 if state.shape != (self._state_size,) or not np.isfinite(state).all():
-                    raise self._unusable(f"finite state of {self._state_size} numbers", state.tolist())
+                    raise self._unusable(f"finite state of {self._state_size} dimensions", state.tolist())
                 out["agent_pos"] = state
             return out
 
@@ -207,18 +211,41 @@ def _adapter() -> Callable[..., gym.Env]:
 
                 frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
             if self._shape not in (None, frame.shape):
-                raise self._unusable(f"frame of the first one's size {self._shape[:2]}", frame.shape[:2])
+                raise self._unusable(f"frame of size {self._shape[:2]} as the first one", frame.shape[:2])
             return frame
 
     return Adapter
 
 
 def _scalar(value: Any) -> float:
-    """Return the one number of a number, an array or a tensor."""
+    """Return a scalar, array or tensor of one element as a float."""
     return float(value.item() if hasattr(value, "item") else np.asarray(value).item())
+
+
+def to_bool(value: Any, source: str) -> bool:
+    """Return a flag that an environment reports: a boolean, or the number 0 or 1, also as array or tensor.
+
+    Args:
+        value: what it reports.
+        source: the environment and the flag, for the message.
+
+    Raises:
+        EnvError: it is something else, such as a text or NaN.
+    """
+    single = value
+    if hasattr(value, "item"):
+        with suppress(ValueError, RuntimeError):  # NumPy and torch: it has more than one element
+            single = value.item()
+    array = np.asarray(single)
+    if array.dtype.kind not in "biuf" or array.size != 1 or array.item() not in (0, 1):
+        raise EnvError(
+            f"{source} must be a boolean or the number 0 or 1, got {value!r}. Mend the environment, or "
+            "choose another."
+        )
+    return bool(array.item())
 
 
 @functools.cache
 def _warn_clipped(name: str) -> None:
-    """Say once that actions are clipped."""
+    """Warn once that actions are clipped."""
     log.warning("%s: actions outside its bounds are clipped to them", name)

@@ -1,4 +1,4 @@
-"""What must hold before a policy acts in an environment, checked once for every command."""
+"""Checks before a policy acts in an environment, shared by all commands."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RANGES = {
     "max_steps": (0, 2**31 - 1),
     "seed": (0, 2**31 - 1),
 }
-"""Smallest and largest value of the settings that all commands share."""
+"""Smallest and largest value of settings shared by commands."""
 
 
 def check_ranges(**settings: int) -> None:
-    """Raise a UserError where one of `RANGES` is out of its range."""
+    """Raise a UserError if a setting is outside its `RANGES`."""
     for name, value in settings.items():
         low, high = RANGES[name]
         if not low <= value <= high:
@@ -30,7 +30,7 @@ def check_ranges(**settings: int) -> None:
 
 
 def check_step_limit(env: EnvSpec, max_steps: int) -> None:
-    """Raise a UserError where nothing ends an episode: neither the environment nor `max_steps` (0: none)."""
+    """Raise a UserError if neither the environment nor `max_steps` (0: none) ends an episode."""
     if not env.time_limit and not max_steps:
         raise UserError(
             f"{env.name} must have a time limit, and its max_episode_steps is None. Give the number of steps "
@@ -47,19 +47,19 @@ def check_compatible(
     channels: int = 3,
     state_size: int = 0,
 ) -> None:
-    """Raise a UserError where a policy, or a policy trained on a dataset, cannot act in an environment.
+    """Raise a UserError if a policy, or a policy trained on a dataset, cannot act in an environment.
 
-    Every class of a discrete action must be an action of the environment. A policy may know fewer than the
-    environment has, if it says which (`ActionSpace.values`). One camera on each side is the same camera
-    whatever its name, unless its name is that of the environment's other view.
+    Every class of a discrete action must be an action of the environment. A policy may have fewer than the
+    environment, if `ActionSpace.values` lists them. If each side has one camera, they are matched whatever
+    their names, unless the name is that of the environment's other view.
 
     Args:
         env: the environment.
         source: name of the policy or dataset, for the message.
-        actions: its actions.
+        actions: its action space.
         cameras: camera keys it needs; "" any.
         channels: channels of the frames it needs.
-        state_size: numbers of the robot state it needs; 0: none.
+        state_size: dimensions of the robot state it needs; 0: none.
     """
     if not _same_actions(actions, env.action_space):
         raise UserError(
@@ -68,7 +68,7 @@ def check_compatible(
         )
     if state_size not in (0, len(env.state_names)):
         raise UserError(
-            f"{source} needs a robot state of {state_size} numbers, but {env.name} has "
+            f"{source} needs a robot state of {state_size} dimensions, but {env.name} has "
             f"{len(env.state_names)}. Choose the environment it was trained for, or train with "
             "policy.network.use_state=false."
         )
@@ -87,7 +87,7 @@ def check_compatible(
     for view in VIEWS:
         if env_spec(env.name, view=view).camera == camera:
             raise UserError(
-                f"{source} was trained on {camera}, but {env.name} shows {env.camera}. "
+                f"{source} was trained on {camera}, but {env.name} has {env.camera}. "
                 f"Use --view {view} (in compare: view={view})."
             )
     log.info("%s: camera %s is used as %s", env.name, env.camera, camera)

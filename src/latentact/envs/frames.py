@@ -1,4 +1,4 @@
-"""Frames of any environment as RGB: what `render()` and image observations may be, and how each is read."""
+"""Convert the frames of any environment, from `render()` or image observations, to RGB."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped, UInt8
 
 SMALLEST_FRAME = 16
-"""Height and width in pixels below which an observation is no image but an encoding, as MiniGrid's 7x7x3."""
+"""Height and width in pixels below which an observation is an encoding, such as MiniGrid's 7x7x3."""
 ROUNDING = 1e-3
-"""How far floats may lie outside 0..1 and still be intensities from 0 to 1."""
+"""Tolerance of float intensities outside 0..1."""
 
 
 def to_rgb(value: Any, source: str, white: float | None = None) -> UInt8[np.ndarray, "h w 3"]:
@@ -22,14 +22,14 @@ def to_rgb(value: Any, source: str, white: float | None = None) -> UInt8[np.ndar
 
     Args:
         value: array, tensor or PIL image `[h, w]`, `[h, w, c]` or `[c, h, w]` with c = 1 (gray), 3 (RGB) or 4
-            (RGBA, whose alpha is dropped); a list or a fourth axis of frames stands for its last frame.
+            (RGBA, whose alpha is dropped); of a list or a fourth axis of frames, the last frame is used.
             Integers are 0..255, floats 0..1 or 0..255, booleans black and white.
-        source: what returned it, for the message.
-        white: value of white in floats, as the observation space bounds it; None: 1, or 255 where a float is
-            larger.
+        source: where it comes from, for the message.
+        white: value of white in floats, the upper bound of the observation space; None: 1, or 255 if a float
+            is larger.
 
     Raises:
-        EnvError: it is none of these.
+        EnvError: it is not an image.
     """
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,) and value.size:
         return value.copy()
@@ -48,16 +48,17 @@ def to_rgb(value: Any, source: str, white: float | None = None) -> UInt8[np.ndar
     if not (low >= -ROUNDING and high <= 255):  # also where either is NaN
         raise EnvError(
             f"{source} must return values from 0 to 255, or floats from 0 to 1, got {low:g} to {high:g}. "
-            "Wrap the environment so that it does."
+            "Wrap the environment to convert it."
         )
     frame = (frame * np.float64(scale)).round().clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(frame[..., :3], (*frame.shape[:2], 3)))
 
 
 def is_image(space: Any) -> bool:
-    """Whether a Gymnasium space holds frames that `to_rgb` reads: a Box `[h, w]`, `[h, w, c]` or `[c, h, w]`.
+    """Return whether a Gymnasium space holds frames for `to_rgb`: a Box `[h, w]`, `[h, w, c]` or `[c, h, w]`.
 
-    Its values must be uint8, or with channels also 0..1 or 0..255; frame stacks `[4, h, w]` are none.
+    Its values must be uint8 or, with channels, bounded by 0..1 or 0..255. Frame stacks `[4, h, w]` are not
+    images.
     """
     shape, low, high = (getattr(space, name, None) for name in ("shape", "low", "high"))
     if shape is None or low is None or high is None or len(shape) not in (2, 3):
@@ -70,7 +71,7 @@ def is_image(space: Any) -> bool:
 
 
 def _array(value: Any) -> Shaped[np.ndarray, "..."] | None:
-    """Return an array of numbers; None where it is none."""
+    """Return a numeric array; None if it cannot be converted."""
     if isinstance(value, list | tuple) and value and not isinstance(value[-1], list | tuple):
         return _array(value[-1])
     data: Any = value

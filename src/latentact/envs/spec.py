@@ -1,8 +1,8 @@
-"""What an environment is to the rest of latentact, and the functions that make one by name.
+"""The contract of environments, and the functions that make one by name.
 
-A suite joins by one new file in this folder with a class registered in `ENVS` that has the methods of
+A suite is added by one new file in `envs/suites` with a class registered in `ENVS` that has the methods of
 `Suite`. The name of an environment is the suite's name, or the suite's name, a slash and a level; every other
-name goes to the suite `gymnasium`.
+name belongs to the suite `gymnasium`.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvSpec:
-    """What an environment shows and takes."""
+    """Observations and actions of an environment."""
 
     name: str
-    """Name as a person types it: `babyai/GoToRedBall`, `pusht`, or a Gymnasium id."""
+    """Name as in `make_env`: `babyai/GoToRedBall`, `pusht`, or a Gymnasium id."""
     fps: int
     """Steps per second."""
     camera: str
     """Key of its frames in a dataset."""
     action_space: ActionSpace
-    """What an action is."""
+    """Action space."""
     action_names: tuple[str, ...]
     """Class names of a discrete action, names of the dimensions of a continuous one."""
     state_names: tuple[str, ...]
-    """Names of the numbers in `agent_pos`; empty where the environment has no state."""
+    """Names of the dimensions of `agent_pos`; empty for an environment without a state."""
     hold: int | None = None
-    """Discrete action that changes nothing, for an episode's last row; None: the last action is repeated."""
+    """Discrete action without effect, for an episode's last row; None: the last action is repeated."""
     time_limit: bool = True
-    """Whether the environment ends every episode after some number of steps."""
+    """Whether the environment truncates every episode after some number of steps."""
 
 
 class EnvError(UserError):
-    """An environment raised an exception, or returned what cannot be used."""
+    """An environment raised an exception, or returned an invalid value."""
 
 
 class ExpertStuckError(Exception):
-    """The expert has no idea how to go on; the episode has failed."""
+    """The expert has no action; the episode has failed."""
 
 
 @runtime_checkable
 class Expert(Protocol):
-    """A scripted policy for one episode that may look at the environment's internals."""
+    """A scripted policy for one episode that may read the environment's internals."""
 
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
-        """Return the action for the environment's present state: the environment's integer, or float32 `[a]`.
+        """Return the action for the environment's current state: an integer of its space, or float32 `[a]`.
 
         With `explore` it is a random action (BabyAI) or the expert's with noise (PushT) from that generator.
 
         Raises:
-            ExpertStuckError: it does not know how to go on.
+            ExpertStuckError: it has no action.
         """
         ...
 
@@ -71,7 +71,7 @@ class Suite(Protocol):
     """A family of environments."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError where the suite has no environment of that name or no such view."""
+        """Raise a UserError if the suite has no environment of that name."""
         ...
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
@@ -79,7 +79,7 @@ class Suite(Protocol):
         ...
 
     def spec(self, name: str, view: str) -> EnvSpec:
-        """Return what the environment is."""
+        """Return the environment's specification."""
         ...
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
@@ -95,7 +95,7 @@ ALIASES = {
     "gym_pusht/PushT-v0": "pusht",
     "gym_pusht:gym_pusht/PushT-v0": "pusht",
 }
-"""Gymnasium's names of environments that have a suite here."""
+"""Gymnasium ids of environments that have a suite here."""
 
 
 def make_env(
@@ -105,26 +105,26 @@ def make_env(
 
     Observations are dicts of `pixels` uint8 `[h, w, 3]` and, where the environment has a state, `agent_pos`
     float32 `[s]`. `info` holds `task` (text, may be empty) after `reset`, and `is_success` after every `step`
-    of an environment that can tell. With distractors it holds `nuisance`: float32 `[4]`.
+    of an environment that reports success. With distractors it holds `nuisance`: float32 `[4]`.
 
-    `step` takes one of the environment's integers where its action is discrete (`ActionSpace.values`), else
-    finite numbers `[a]`, which are clipped to its bounds.
+    `step` takes one of the integers of a discrete action space (`ActionSpace.values`), or finite floats
+    `[a]`, which are clipped to the bounds.
 
     Args:
         name: `babyai/<Level>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium id, also
             `PACKAGE:ID` and `PACKAGE/NAME`, whose package is imported.
         resolution: height and width of the frames in pixels; 0: the environment's own.
-        view: "agent" (what the agent sees) or "full" (the whole world), where an environment has both.
-        distract: distractors in the frames; the environments of babyai and pusht can have them.
+        view: "agent" (the agent's own view) or "full" (the whole world), for environments that have both.
+        distract: distractors in the frames; available in babyai and pusht.
 
     Raises:
-        UserError: unknown name or view, no distractors there, or a package is missing; an action of another
-            kind or size, or not finite.
+        UserError: the name or view is unknown, there are no distractors, or a package is missing; an action
+            is of another kind or size, or not finite.
         EnvError: the environment itself fails, here or in `reset` and `step`.
     """
     if resolution < 0:
         raise UserError(
-            f"resolution is {resolution}; give a number of pixels, or 0 for the environment's own."
+            f"resolution must be at least 0, got {resolution}. Give pixels, or 0 for the environment's own."
         )
     suite, name = _suite(name, view)
     env: Any = suite.make(name, resolution, view)
@@ -134,7 +134,7 @@ def make_env(
 
 
 def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
-    """Return what the environment called `name` shows and takes.
+    """Return the specification of the environment called `name`.
 
     Raises:
         UserError: as `make_env`.
@@ -144,7 +144,7 @@ def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
 
 
 def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
-    """Return an expert for the episode to which `env` was just reset; the same seed plays the same actions.
+    """Return an expert for the episode to which `env` was just reset; the same seed gives the same actions.
 
     Args:
         name: the environment's name.
@@ -159,7 +159,7 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
 
 
 def _suite(name: str, view: str) -> tuple[Suite, str]:
-    """Return the suite of an environment and what the suite calls it."""
+    """Return the suite of an environment and its name in the suite."""
     if view not in VIEWS:
         raise UserError(f"unknown view {view!r}{did_you_mean(view, VIEWS)}")
     name = ALIASES.get(name, name)

@@ -1,1 +1,1 @@
-"""Guides: the latent actions of a demonstration, aligned and followed."""
+"""Guides: extract, align and follow the latent actions of a demonstration."""

@@ -1,4 +1,4 @@
-"""A guide in time: at which of its latent actions a control loop is, and how well a rollout follows it."""
+"""Alignment of a guide with a control loop in time, and the agreement of a rollout with its guide."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64
 
+from latentact.data.time_base import rates_agree
 from latentact.errors import UserError, did_you_mean
 from latentact.guidance.guide import Guide
 
 TIME_BASES = ("hold", "resample")
 
 
-SAME_RATE = 0.01
-"""Relative difference up to which two rates are one."""
-
-
-def follow(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"]:
-    """Return where in the guide each step of a control loop is, as a real index; whole numbers for `hold`.
+def align_to_rate(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"]:
+    """Return the position in the guide of each control step, as a real index; whole numbers for `hold`.
 
     Args:
         guide: n latent actions.
         fps: control steps per second.
-        time_base: hold: each latent until the time of the next; resample: in between them, too.
+        time_base: hold: each latent action lasts until the next one starts; resample: interpolated in time.
 
     Raises:
-        UserError: a rate is unknown, or holding would skip latents.
+        UserError: a rate is unknown, or `hold` would skip latent actions.
     """
     if time_base not in TIME_BASES:
         raise UserError(f"unknown time base {time_base!r}{did_you_mean(time_base, TIME_BASES)}")
     if not guide.fps or not fps:
         which = "the guide" if not guide.fps else "the control loop"
-        raise UserError(f"the rate of {which} is unknown; give --target-fps for a guide, --fps for control.")
-    if time_base == "hold" and fps < guide.fps * (1 - SAME_RATE):
+        raise UserError(f"the rate of {which} is unknown. Give --target-fps for a guide, --fps for control.")
+    if time_base == "hold" and fps < guide.fps and not rates_agree(fps, guide.fps):
         raise UserError(
-            f"the guide has {guide.fps:g} latent actions per second and control runs at {fps:g}, so that "
-            f"holding would skip some; use --time-base resample, or --target-fps {fps:g} where the LAM can."
+            f"the guide has {guide.fps:g} latent actions per second and control runs at {fps:g}, so "
+            f"--time-base hold would skip some. Use --time-base resample, or --target-fps {fps:g} if the LAM "
+            "supports it."
         )
-    if abs(fps / guide.fps - 1) <= SAME_RATE:
+    if rates_agree(fps, guide.fps):
         return np.arange(len(guide), dtype=np.float64)
     steps = np.arange(math.ceil(len(guide) * fps / guide.fps - 1e-6)) / fps
     position = np.minimum(steps * guide.fps, len(guide) - 1)
@@ -47,19 +45,19 @@ def follow(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"
 
 
 def sample_tokens(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.ndarray, "m f"]:
-    """Return the guide's tokens at real indices, flat: numbers interpolated, codes from the nearest.
+    """Return the guide's tokens at real indices, flat: vectors are interpolated, codes are the nearest.
 
     Args:
         guide: n latent actions.
-        position: what `follow` returned.
-        kind: continuous, vectors or codes (as numbers).
+        position: what `align_to_rate` returned.
+        kind: continuous, vectors or codes (as floats).
     """
     if kind == "codes" or (kind == "vectors" and guide.spec.codebook_size is not None):
         values = guide.codes if kind == "codes" else guide.vectors
         if values is None:
             raise UserError(
-                f"the policy follows codes and the guide of {guide.spec.model} has none; "
-                "extract it with the LAM that labeled the policy's data."
+                f"the policy needs codes, but the guide of {guide.spec.model} has none. Extract it with the "
+                "LAM that labeled the policy's data."
             )
         nearest = np.floor(position + 0.5).astype(int)
         return values[nearest].reshape(len(position), -1).astype(np.float32)
@@ -70,32 +68,32 @@ def sample_tokens(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.n
     return (values[low] * (1 - part) + values[high] * part).astype(np.float32)
 
 
-def agreement(guide: Guide, happened: Guide, position: np.ndarray) -> dict[str, Any]:
-    """Compare the guide with the latent actions of what really happened, step by step.
+def latent_agreement(guide: Guide, achieved: Guide, position: np.ndarray) -> dict[str, Any]:
+    """Compare the guide with the latent actions of a rollout, step by step.
 
     Args:
-        guide: what was to be followed.
-        happened: latent actions of the rollout, one per control step.
-        position: where in the guide each control step was.
+        guide: the guide.
+        achieved: latent actions of the rollout's frames, one per control step.
+        position: position in the guide of each control step.
 
     Returns:
-        `measure` (cosine, or share of equal codes), `steps` (one number each), their `mean`, and
-        `other_moments`: the mean agreement of the same steps with all moments of the guide, which is what a
-        rollout reaches that has the guide's average and ignores its order.
+        `measure` (cosine, or fraction of equal codes), `steps` (one value each), their `mean`, and `chance`:
+        the mean agreement of these steps with all steps of the guide, which a rollout reaches that matches
+        the guide on average and ignores its order.
     """
-    count = min(len(happened), len(position))
+    count = min(len(achieved), len(position))
     nearest = np.floor(position[:count] + 0.5).astype(int)
-    if guide.codes is not None and happened.codes is not None:
-        same = (happened.codes[:count, None] == guide.codes[None]).mean(2)
+    if guide.codes is not None and achieved.codes is not None:
+        same = (achieved.codes[:count, None] == guide.codes[None]).mean(2)
         measure = "equal codes"
     else:
-        ours, theirs = (_directions(g.vectors) for g in (happened, guide))
-        same, measure = ours[:count] @ theirs.T, "cosine"
+        same = _directions(achieved.vectors)[:count] @ _directions(guide.vectors).T
+        measure = "cosine"
     steps = same[np.arange(count), nearest]
     return {
         "measure": measure,
         "mean": float(steps.mean()),
-        "other_moments": float(same.mean()),
+        "chance": float(same.mean()),
         "steps": [round(float(value), 5) for value in steps],
     }
 

@@ -1,4 +1,4 @@
-"""Guides from demonstration videos: the latent actions of their frames."""
+"""Extract the guide of a demonstration video: the latent actions of its frames."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from latentact.data.decode.resize import resize
 from latentact.data.decode.video import VideoInfo, decode, probe
 from latentact.data.format import Unreadable
-from latentact.data.time_base import at_times
+from latentact.data.time_base import at_times, lam_frame_gap
 from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import BATCH
-from latentact.labeling.dataset import gap_in_frames
-from latentact.lams.contract import load_lam
+from latentact.lams.contract import load_lam, states_message
 from latentact.progress import Progress
 
 
 class LatentActionExtractor:
-    """Turns a demonstration into a guide with a frozen LAM of any kind.
+    """Extracts the guide of a demonstration with a frozen LAM of any kind.
 
     Args:
         lam_model_path: folder, file or hub id of the LAM.
         lam_resolution: height and width to which frames are resized before the LAM, which then resizes them
-            as it was trained; 0: as they are.
+            to its own resolution; 0: unchanged.
         device: cpu, cuda or mps.
     """
 
@@ -42,11 +41,11 @@ class LatentActionExtractor:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         require_device(device)
         if lam_resolution < 0:
-            raise UserError(f"lam_resolution is {lam_resolution}; give a number of pixels, or 0.")
+            raise UserError(f"lam_resolution must be at least 0, got {lam_resolution}. Give pixels, or 0.")
         self.model = load_lam(lam_model_path, device)
         self.resolution, self.device = lam_resolution, device
         self.loaded_fps: float | None = None
-        """Rate of the video that was loaded last, which `extract_from_frames` takes for its frames."""
+        """Rate of the last loaded video, the default of `extract_from_frames`."""
 
     def load_video(
         self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
@@ -54,13 +53,13 @@ class LatentActionExtractor:
         """Return a video's frames at `target_fps`, resized to the extractor's resolution.
 
         Args:
-            video_path: any video; its own times and rotation count.
-            target_fps: frames per second; None or 0: those the LAM was trained at, the video's own where the
-                LAM does not know.
-            max_frames: frames to read at most; None or 0: all.
+            video_path: any video; its timestamps and rotation are applied.
+            target_fps: frames per second; None or 0: the LAM's training rate, or the video's own if that is
+                unknown.
+            max_frames: maximum number of frames; None or 0: all.
 
         Raises:
-            UserError: it is not a video, is damaged, or has fewer frames per second than wanted.
+            UserError: it is not a video, is damaged, or has fewer frames per second than requested.
         """
         fps = self.video_fps(video_path, target_fps)
         frames = [*self._resized(video_frames(video_path, fps, max_frames))]
@@ -70,58 +69,72 @@ class LatentActionExtractor:
     def extract(
         self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
     ) -> Guide:
-        """Return the guide of a video without holding all of its frames; arguments as for `load_video`."""
+        """Return the guide of a video without holding all its frames in memory; arguments as `load_video`."""
         fps, info = self.video_fps(video_path, target_fps), _probe(Path(video_path))
         total = min(max_frames or sys.maxsize, round(info.frames * fps / info.fps))
         with Progress("extracting latent actions", total, "frames") as progress:
             return self._encode(_counted(video_frames(video_path, fps, max_frames), progress), fps)
 
-    def extract_from_frames(self, frames: np.ndarray | Tensor, fps: float | None = None) -> Guide:
-        """Return the guide of frames that are there.
+    def extract_from_frames(
+        self,
+        frames: np.ndarray | Tensor,
+        fps: float | None = None,
+        states: Float32[np.ndarray, "t s"] | None = None,
+    ) -> Guide:
+        """Return the guide of frames already in memory.
 
         Args:
             frames: uint8 0..255, `[t, h, w, 3]` as numpy or `[t, 3, h, w]` as torch.
             fps: frames per second; None: of the video loaded last, or else of the LAM's training data.
+            states: robot state of every frame, for a LAM that uses it.
 
         Raises:
-            UserError: too few frames, other values, or a rate at which the LAM's gap is no number of frames.
+            UserError: there are too few frames, they are not uint8, or the LAM's gap is not a whole number
+                of frames at that rate.
         """
         if isinstance(frames, Tensor):
             frames = frames.permute(0, 2, 3, 1).numpy(force=True)
         if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[3] != 3:
             raise UserError(
-                f"frames are {frames.dtype} {list(frames.shape)}; wanted uint8 [t, h, w, 3] from 0 to 255."
+                f"frames must be uint8 [t, h, w, 3], got {frames.dtype} {list(frames.shape)}. Convert them "
+                "to values from 0 to 255."
             )
+        if states is not None and len(states) != len(frames):
+            raise UserError(f"states must have a row for each of {len(frames)} frames, got {len(states)}.")
         rate = fps or self.loaded_fps or self.model.spec.fps
-        return self._encode(frames, rate)
+        return self._encode(frames, rate, states)
 
     def video_fps(self, video_path: str | Path, target_fps: float | None) -> float:
         """Return the rate at which a video is read; see `load_video`."""
+        if self.model.state_size:
+            raise UserError(states_message(self.model.spec, self.model.state_size, 0, str(video_path)))
         info = _probe(Path(video_path))
         fps = target_fps or self.model.spec.fps or info.fps
         if fps < 0 or not info.fps:
-            raise UserError(f"{video_path} at {fps:g} frames per second is no video; give another one.")
+            raise UserError(
+                f"{video_path} must have a rate above 0, got {info.fps:g} frames per second and target_fps "
+                f"{fps:g}. Give another video or --target-fps."
+            )
         self.gap(fps)
         if fps > 1.1 * info.fps:
             raise UserError(
-                f"{video_path} has {info.fps:g} frames per second and {fps:g} are wanted, as the LAM was "
-                f"trained; record the demonstration at that rate, or try --target-fps {info.fps:g}."
+                f"{video_path} must have at least {fps:g} frames per second, got {info.fps:g}. Record the "
+                f"demonstration at that rate, or give --target-fps {info.fps:g}."
             )
         return fps
 
     def gap(self, fps: float) -> int:
-        """Return the LAM's gap in frames at `fps`; a UserError where no number of frames is near it."""
+        """Return the LAM's gap in frames at `fps`; UserError if it is not close to a whole number."""
         spec = self.model.spec
-        remedy = (
-            f"give a rate that fits, for example --target-fps {spec.fps or 1 / (spec.frame_gap_s or 1):g}"
-        )
-        return gap_in_frames(spec, fps, Path("the demonstration"), 0.0, remedy) if fps else spec.frame_gap
+        rate = spec.fps or 1 / (spec.frame_gap_s or 1)
+        remedy = f"Give a rate that fits, for example --target-fps {rate:g}."
+        return lam_frame_gap(spec, fps, "the demonstration", remedy=remedy)
 
     def _resized(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
 
-    def _encode(self, frames: Iterable[np.ndarray], fps: float) -> Guide:
-        """Encode frames as they come, in windows as labeling cuts them."""
+    def _encode(self, frames: Iterable[np.ndarray], fps: float, states: np.ndarray | None = None) -> Guide:
+        """Encode a stream of frames in the same windows as labeling."""
         spec, context = self.model.spec, self.model.context
         gap = self.gap(fps)
         held: list[np.ndarray] = []  # frames from number `first` on
@@ -134,14 +147,14 @@ class LatentActionExtractor:
             ready = max(0, total - gap)
             if ready - done < BATCH and not (frame is None and ready > done):
                 continue
-            parts.append(self._window(np.stack(held), np.arange(done, ready), first, gap))
+            parts.append(self._window(np.stack(held), np.arange(done, ready), first, gap, states))
             done = ready
             held = held[max(0, done - context * gap) - first :]
             first = max(0, done - context * gap)
         if not parts:
             raise UserError(
-                f"the demonstration has {total} frame(s) and a latent action spans {gap + 1}; "
-                "give a longer one, or another --target-fps."
+                f"the demonstration must have at least {gap + 1} frames, got {total}. Give a longer one, or "
+                "another --target-fps."
             )
         vectors, continuous, codes = zip(*parts, strict=True)
         known = replace(spec, frame_gap=gap, frame_gap_s=gap / fps, fps=fps) if fps else spec
@@ -155,13 +168,19 @@ class LatentActionExtractor:
 
     @torch.inference_mode()
     def _window(
-        self, held: np.ndarray, rows: np.ndarray, first: int, gap: int
+        self, held: np.ndarray, rows: np.ndarray, first: int, gap: int, states: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        wanted = rows[:, None] + np.arange(-self.model.context, 2) * gap
-        inside = np.maximum(wanted, 0)
+        # index spaces: `rows` and `window` count frames of the video, `held` starts at its frame `first`
+        window = rows[:, None] + np.arange(-self.model.context, 2) * gap
+        inside = np.maximum(window, 0)
         frames = torch.from_numpy(held[inside - first]).permute(0, 1, 4, 2, 3)
-        valid = torch.from_numpy(wanted == inside)
-        found = self.model.encode(frames.to(self.device), valid.to(self.device), last=True)
+        valid = torch.from_numpy(window == inside)
+        window_states = None
+        if states is not None:
+            window_states = torch.from_numpy(states[inside].astype(np.float32)).to(self.device)
+        found = self.model.encode(
+            frames.to(self.device), valid.to(self.device), last=True, states=window_states
+        )
         codes = None if found.codes is None else found.codes[:, -1].numpy(force=True)
         return found.vectors[:, -1].numpy(force=True), found.continuous[:, -1].numpy(force=True), codes
 
@@ -169,10 +188,10 @@ class LatentActionExtractor:
 def video_frames(
     path: str | Path, fps: float, max_frames: int | None = None
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Yield a video's frames at `fps`, counted from its first frame, upright and in their own size.
+    """Yield a video's frames at `fps`, starting with its first frame, upright and at their own size.
 
     Raises:
-        UserError: it is not a video, or damaged.
+        UserError: it is not a video, or is damaged.
     """
     frames = decode(Path(path))
     try:
@@ -181,9 +200,9 @@ def video_frames(
         for _, _, frame in itertools.islice(picked, max_frames or None):
             yield frame
     except StopIteration as error:
-        raise UserError(f"{path} has no frames; give another video.") from error
+        raise UserError(f"{path} has no frames. Give another video.") from error
     except Unreadable as error:
-        raise UserError(f"{path} cannot be read: {error}; give a whole video.") from error
+        raise UserError(f"{path} cannot be read: {error}. Give an undamaged video.") from error
 
 
 def _counted[T](items: Iterable[T], progress: Progress) -> Iterator[T]:
@@ -194,8 +213,8 @@ def _counted[T](items: Iterable[T], progress: Progress) -> Iterator[T]:
 
 def _probe(path: Path) -> VideoInfo:
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a video file.")
+        raise UserError(f"{path} does not exist. Give a video file.")
     try:
         return probe(path)
     except Unreadable as error:
-        raise UserError(f"{path} cannot be read: {error}; give a whole video.") from error
+        raise UserError(f"{path} cannot be read: {error}. Give an undamaged video.") from error

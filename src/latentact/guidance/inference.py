@@ -1,4 +1,4 @@
-"""One video as a guide: its latent actions by a frozen LAM, and a policy that follows them."""
+"""Inference with a guide: a policy follows the latent actions of one demonstration video."""
 
 from __future__ import annotations
 
@@ -11,59 +11,59 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from latentact.agents.agent import GuidedPolicy
-from latentact.agents.load import load_guided_policy
+from latentact.agents.agent import TASK, Agent, LatentInput
+from latentact.agents.load import load_agent
+from latentact.data.time_base import gaps_agree, rates_agree
 from latentact.device import require_device
 from latentact.errors import UserError
-from latentact.guidance.align import SAME_RATE, follow, sample_tokens
+from latentact.guidance.align import align_to_rate, sample_tokens
 from latentact.guidance.guide import Guide
 
 BATCH = 32
-"""Transitions encoded together; with their context they are all the frames that are in memory at once."""
-SAME_GAP = 0.25
-"""Relative difference up to which two transitions last equally long; as when data is labeled."""
+"""Transitions encoded together; with their context they are all the frames held in memory at once."""
+TOKENS = "observation.lam_tokens"
 
 
-def check_policy_matches_guide(policy: GuidedPolicy, guide: Guide) -> None:
+def check_policy_matches_guide(latent: LatentInput, guide: Guide) -> None:
     """Raise a UserError unless the policy was trained on latent actions like the guide's."""
-    if policy.lam_weights and guide.spec.weights and policy.lam_weights != guide.spec.weights:
+    spec = guide.spec
+    if latent.weights and spec.weights and latent.weights != spec.weights:
         raise UserError(
-            f"the policy was trained with the LAM of weights {policy.lam_weights} and the guide comes from "
-            f"{guide.spec.weights}; give --lam-model-path of the policy's own LAM."
+            f"the policy was trained with the LAM of weights {latent.weights}, but the guide comes from "
+            f"{spec.weights}. Give --lam-model-path of the policy's own LAM."
         )
-    mine, theirs = policy.latent, guide.spec
-    if policy.gap_s and abs(policy.gap_s - theirs.frame_gap_s) > SAME_GAP * policy.gap_s:
+    if latent.gap_s and not gaps_agree(spec.frame_gap_s, latent.gap_s):
         raise UserError(
-            f"the policy follows latent actions of {policy.gap_s:g} s and the guide's span "
-            f"{theirs.frame_gap_s:g} s; extract the guide at another --target-fps."
+            f"the policy was trained on latent actions of {latent.gap_s:g} s, but those of the guide span "
+            f"{spec.frame_gap_s:g} s. Extract the guide at another --target-fps."
         )
-    if (size := theirs.tokens * theirs.token_dim) != policy.token_size:
+    if (size := spec.tokens * spec.token_dim) != latent.size:
         raise UserError(
-            f"the policy follows {policy.token_size} numbers per latent action and the guide has {size}; "
-            "give --lam-model-path of the policy's own LAM."
+            f"the policy needs {latent.size} values per latent action, but the guide has {size}. "
+            "Give --lam-model-path of the policy's own LAM."
         )
-    if mine is not None:
-        same_time = replace(theirs, frame_gap=mine.frame_gap, frame_gap_s=mine.frame_gap_s, fps=mine.fps)
-        mine.check_compatible(same_time, "the policy", "the guide")
+    if (own := latent.spec) is not None:
+        same_time = replace(spec, frame_gap=own.frame_gap, frame_gap_s=own.frame_gap_s, fps=own.fps)
+        own.check_compatible(same_time, "the policy", "the guide")
 
 
 class LatentGuidedInference:
-    """A policy that follows a guide, one robot action per call.
+    """An agent that follows a guide in one episode, one robot action per step.
 
     Args:
-        policy: folder of a policy that follows latent actions, or the loaded policy.
-        guide: the guide, or where `Guide.save` wrote it.
+        policy: folder of a policy that is conditioned on latent actions, or a loaded agent.
+        guide: the guide, or the path that `Guide.save` wrote.
         fps: control steps per second; 0: the policy's own rate, or else the guide's.
-        time_base: hold or resample; see `follow`.
+        time_base: hold or resample; see `align_to_rate`.
         device: cpu, cuda or mps.
 
     Raises:
-        UserError: policy and guide do not belong together, or their rates cannot be reconciled.
+        UserError: policy and guide do not match, or their rates cannot be reconciled.
     """
 
     def __init__(
         self,
-        policy: str | Path | GuidedPolicy,
+        policy: str | Path | Agent,
         guide: Guide | str | Path,
         *,
         fps: float = 0.0,
@@ -71,35 +71,38 @@ class LatentGuidedInference:
         device: str = "cpu",
     ) -> None:
         require_device(device)
-        self.policy = load_guided_policy(policy, device) if isinstance(policy, (str, Path)) else policy
+        self.agent = load_agent(policy, device, guided=True) if isinstance(policy, (str, Path)) else policy
         self.guide = Guide.load(guide) if isinstance(guide, (str, Path)) else guide
-        check_policy_matches_guide(self.policy, self.guide)
-        self.fps = fps or self.policy.fps or self.guide.fps
-        same_rate = abs(self.fps - self.policy.fps) <= SAME_RATE * self.policy.fps
-        if self.policy.stride > 1 and self.policy.fps and not same_rate:
+        spec, latent = self.agent.spec, self.agent.spec.latent
+        if latent is None:
+            raise UserError("the policy is not conditioned on latent actions. Give one that is.")
+        check_policy_matches_guide(latent, self.guide)
+        self.fps = fps or spec.fps or self.guide.fps
+        same_rate = rates_agree(self.fps, spec.fps)
+        if latent.stride > 1 and spec.fps and not same_rate:
             raise UserError(
-                f"the policy turns each latent action into {self.policy.stride} robot actions at "
-                f"{self.policy.fps:g} per second and control runs at {self.fps:g}; give that rate as --fps."
+                f"the policy decodes each latent action into {latent.stride} robot actions at {spec.fps:g} "
+                f"per second, but control runs at {self.fps:g}. Give --fps {spec.fps:g}."
             )
-        self.position = follow(self.guide, self.fps, time_base)
-        self._tokens = sample_tokens(self.guide, self.position, self.policy.tokens)
-        rate = self.fps / self.policy.fps if self.policy.fps else 1.0
-        self._ahead = np.round(np.asarray(self.policy.offsets) * rate).astype(int)
+        self.position = align_to_rate(self.guide, self.fps, time_base)
+        self._tokens = sample_tokens(self.guide, self.position, latent.kind)
+        rate = self.fps / spec.fps if spec.fps else 1.0
+        self._ahead = np.round(np.asarray(latent.offsets) * rate).astype(int)
         self.reset()
 
     def __len__(self) -> int:
-        """Control steps until the guide is over."""
+        """Control steps of the guide."""
         return len(self._tokens)
 
-    def reset(self) -> None:
-        """Begin again: the guide's first latent action, and a policy that has seen nothing."""
+    def reset(self, num_envs: int = 1) -> None:
+        """Start a new episode at the guide's first latent action."""
         self.step = 0
-        self.policy.reset()
+        self.agent.reset(num_envs)
 
     def get_next_latent_action(self) -> Float32[Tensor, "o f"] | None:
-        """Return the guide's tokens for the next step; None when the guide is over.
+        """Return the guide's tokens for the next step; None at the end of the guide.
 
-        A row per moment of the guide that the policy looks at; most look at the present one only.
+        There is one row per offset of the policy's `LatentInput`.
         """
         if self.step >= len(self):
             return None
@@ -108,18 +111,34 @@ class LatentGuidedInference:
         return torch.from_numpy(self._tokens[rows])
 
     def prepare_batch(self, observation: dict[str, Any], latent_action: Tensor) -> dict[str, Any]:
-        """Return what the policy takes for an observation and the guide's tokens.
+        """Return the batch of one for an observation and the guide's tokens.
 
         Args:
             observation: `observation.images.<camera>` uint8 `[h, w, 3]`, `observation.state` float32 `[s]`
-                where there is one, `task` where there is one.
+                and `task`, each if there is one.
             latent_action: what `get_next_latent_action` returned.
+
+        Returns:
+            The observation as agents take it, and `observation.lam_tokens` float32 `[1, o, f]`.
         """
-        return self.policy.prepare(observation, latent_action.reshape(len(self._ahead), -1))
+        batch: dict[str, Any] = {TASK: [str(observation.get(TASK, ""))]}
+        batch |= {key: np.asarray(value)[None] for key, value in observation.items() if key != TASK}
+        return batch | {TOKENS: latent_action.reshape(1, len(self._ahead), -1).numpy(force=True)}
 
     def predict_action(self, observation: dict[str, Any]) -> np.ndarray | None:
-        """Return the robot action, float32 `[a]` or an int64 class; None when the guide is over."""
+        """Return the robot action for an unbatched observation; None at the end of the guide.
+
+        Float32 `[a]`, or one of the integers of a discrete action space.
+        """
         latent_action = self.get_next_latent_action()
         if latent_action is None:
             return None
-        return self.policy.act(self.prepare_batch(observation, latent_action))
+        batch = self.prepare_batch(observation, latent_action)
+        return np.asarray(self.agent.act(batch, batch.pop(TOKENS))[0])
+
+    def act(self, observation: dict[str, Any]) -> list[np.ndarray | None]:
+        """Return the action for a batch of one, as an `Actor`; None at the end of the guide."""
+        latent_action = self.get_next_latent_action()
+        if latent_action is None:
+            return [None]
+        return [np.asarray(self.agent.act(observation, latent_action[None].numpy())[0])]

@@ -1,1 +1,1 @@
-"""Robots: how one is opened, the safety layer, and the loop that drives it at a fixed rate."""
+"""Robots: setup from a file, the connection, the safety layer, and the fixed-rate control loop."""

@@ -1,4 +1,4 @@
-"""The connection to a robot: every call in a thread of its own, with a time limit."""
+"""The connection to a robot: every driver call on a thread of its own, with a time limit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,22 +16,20 @@ import numpy as np
 from latentact.errors import UserError
 
 DISCONNECT_S = 5.0
-"""Seconds that a robot has to disconnect."""
-
-
+"""Time limit for disconnecting, in seconds."""
 CONNECT_S = 120.0
-"""Seconds that a robot has to connect; some calibrate meanwhile."""
+"""Time limit for connecting, in seconds; some robots calibrate meanwhile."""
 
 
 @runtime_checkable
 class Robot(Protocol):
-    """What of LeRobot's `Robot` is used."""
+    """The part of LeRobot's `Robot` that is used."""
 
     name: str
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        """Name -> float, or the shape of a picture."""
+        """Name -> float, or the shape of an image."""
         ...
 
     @property
@@ -44,28 +43,53 @@ class Robot(Protocol):
         ...
 
     def connect(self) -> None:
-        """Open it."""
+        """Connect."""
         ...
 
     def get_observation(self) -> dict[str, Any]:
-        """Return what it senses."""
+        """Return the current observation."""
         ...
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """Move it."""
+        """Send a command."""
         ...
 
     def disconnect(self) -> None:
-        """Close it."""
+        """Disconnect."""
         ...
 
 
-class RobotTimeoutError(Exception):
-    """The robot did not do what it was asked; the message says what happened."""
+class RobotFault(StrEnum):
+    """How a call to a robot failed."""
+
+    TIMEOUT = "robot timeout"
+    DRIVER = "robot driver error"
+    STALE = "stale observation"
+    OBSERVATION = "invalid observation"
 
 
-class Link:
-    """The only way to the robot: each driver call on one thread, with a time limit.
+class RobotError(Exception):
+    """A call to the robot failed.
+
+    Args:
+        fault: how.
+        message: details for the user.
+    """
+
+    def __init__(self, fault: RobotFault, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class RobotTimeoutError(RobotError):
+    """A call to the robot did not return in time."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(RobotFault.TIMEOUT, message)
+
+
+class RobotConnection:
+    """The only access to the robot: each driver call runs on one thread, with a time limit.
 
     Args:
         robot: any LeRobot robot, not connected.
@@ -78,8 +102,8 @@ class Link:
         )
         self._last: Future | None = None
         self._reading: tuple[float, Future] | None = None
-        self.asked = 0.0
-        """When the last observation was asked for, by the monotonic clock."""
+        self.requested_at = 0.0
+        """When the last observation was requested, on the monotonic clock."""
         self.closed = False
         """Whether it was disconnected."""
         threading.Thread(target=self._work, name="robot", daemon=True).start()
@@ -89,7 +113,7 @@ class Link:
             future, call, arguments = self._calls.get()
             try:
                 future.set_result(call(*arguments))
-            except BaseException as error:  # handed to whoever waits, as concurrent.futures does
+            except BaseException as error:  # passed to the waiting thread, as concurrent.futures does
                 future.set_exception(error)
 
     @property
@@ -102,13 +126,13 @@ class Link:
         self._calls.put((self._last, call, arguments))
         return self._last
 
-    def _answer(self, future: Future, timeout: float, doing: str) -> Any:
+    def _result(self, future: Future, timeout: float, doing: str) -> Any:
         try:
             error = future.exception(timeout)
         except TimeoutError:
-            raise RobotTimeoutError(f"it does not answer while {doing}") from None
+            raise RobotTimeoutError(f"no response while {doing}") from None
         if error is not None:
-            raise RobotTimeoutError(f"{doing} failed: {_one_line(error)}")
+            raise RobotError(RobotFault.DRIVER, f"{doing} failed: {one_line(error)}")
         return future.result()
 
     def connect(self) -> None:
@@ -118,56 +142,69 @@ class Link:
             UserError: it cannot be connected.
         """
         try:
-            self._answer(self._submit(self.robot.connect), CONNECT_S, "connecting")
-        except RobotTimeoutError as error:
-            raise UserError(f"the robot {self.robot.name} cannot be used: {error}; check it.") from error
+            self._result(self._submit(self.robot.connect), CONNECT_S, "connecting")
+        except RobotError as error:
+            raise UserError(f"the robot {self.robot.name} cannot be used: {error}. Check it.") from error
 
     def observe(self, timeout: float, stale_s: float) -> dict[str, Any]:
-        """Return what the robot senses now, whole, finite and asked for less than `stale_s` ago."""
+        """Return a complete, finite observation that was requested less than `stale_s` ago.
+
+        Raises:
+            RobotError: there is none.
+        """
         if self._reading is None:
             self._reading = time.monotonic(), self._submit(self.robot.get_observation)
-        self.asked, future = self._reading
+        self.requested_at, future = self._reading
         try:
-            observation = self._answer(future, timeout, "observing")
+            observation = self._result(future, timeout, "observing")
         finally:
             if future.done():
                 self._reading = None
-        if (age := time.monotonic() - self.asked) > stale_s:
-            raise RobotTimeoutError(f"an observation is {age:.2f} s old")
+        if (age := time.monotonic() - self.requested_at) > stale_s:
+            raise RobotError(RobotFault.STALE, f"the observation is {age:.2f} s old")
         self._check(observation)
         return observation
 
     def _check(self, observation: Any) -> None:
+        def invalid(message: str) -> RobotError:
+            return RobotError(RobotFault.OBSERVATION, message)
+
         for name, kind in self.robot.observation_features.items():
             value = observation.get(name) if isinstance(observation, Mapping) else None
             if value is None:
-                raise RobotTimeoutError(f"the observation lacks {name}")
+                raise invalid(f"the observation lacks {name}")
             if isinstance(kind, tuple):
                 if tuple(value.shape) != tuple(kind) or value.dtype != np.uint8:
-                    raise RobotTimeoutError(f"the picture {name} is {value.dtype} {list(value.shape)}")
+                    raise invalid(
+                        f"the image {name} must be uint8 {list(kind)}, got {value.dtype} {list(value.shape)}"
+                    )
             elif not math.isfinite(value):
-                raise RobotTimeoutError(f"the observed {name} is {value}")
+                raise invalid(f"the observed {name} must be finite, got {value}")
 
     def send(self, command: dict[str, float], timeout: float) -> None:
-        """Send a command that the safety layer made."""
+        """Send a command of the safety layer.
+
+        Raises:
+            RobotError: it was not sent.
+        """
         if self.busy:
-            raise RobotTimeoutError("it does not answer")
-        self._answer(self._submit(self.robot.send_action, command), timeout, "acting")
+            raise RobotTimeoutError("no response")
+        self._result(self._submit(self.robot.send_action, command), timeout, "acting")
 
     def close(self, hold: dict[str, float] | None) -> str:
-        """Make the robot hold still where it answers, and disconnect it in any case; returns what failed."""
+        """Send a last command to hold still if the robot responds, disconnect it, and return the errors."""
         failed = []
         if hold is not None and not self.busy:
             try:
                 self.send(hold, 1.0)
-            except RobotTimeoutError as error:
+            except RobotError as error:
                 failed.append(str(error))
-        if self.busy:  # the thread hangs in the driver: disconnect beside it
+        if self.busy:  # the thread hangs in the driver: disconnect on another one
             threading.Thread(target=self._work, name="robot", daemon=True).start()
         try:
-            self._answer(self._submit(self._disconnect), DISCONNECT_S, "disconnecting")
+            self._result(self._submit(self._disconnect), DISCONNECT_S, "disconnecting")
             self.closed = True
-        except RobotTimeoutError as error:
+        except RobotError as error:
             failed.append(str(error))
         return "; ".join(failed)
 
@@ -176,5 +213,6 @@ class Link:
             self.robot.disconnect()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

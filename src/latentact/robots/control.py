@@ -1,7 +1,7 @@
-"""The loop that drives a robot at a fixed rate, and the link to it that cannot block the loop.
+"""The fixed-rate control loop of a robot, which no driver call can block.
 
-All calls to the robot's driver run one after another on one thread of their own. When a call does not return
-in time the loop goes on without it: it holds still, then stops, and always disconnects.
+All driver calls run one after another on a thread of their own. When a call does not return in time, the loop
+holds the robot still, then stops, and always disconnects.
 """
 
 from __future__ import annotations
@@ -14,54 +14,74 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from latentact.errors import UserError
-from latentact.robots.connection import Link, Robot, RobotTimeoutError, _one_line
-from latentact.robots.safety import Safety, UnsafeActionError
+from latentact.robots.connection import Robot, RobotConnection, RobotError, one_line
+from latentact.robots.safety import Safety, UnsafeActionError, UnsafeReason
 
 log = logging.getLogger(__name__)
 
 
+class ControlEnd(StrEnum):
+    """Why control ended, in words."""
+
+    NOT_STARTED = "not started"
+    GUIDE_END = "the guide ended"
+    MAX_STEPS = "the maximum number of steps was reached"
+    INTERRUPTED = "interrupted"
+    ERROR = "an error occurred"
+
+
 @dataclass(kw_only=True)
 class ControlLog:
-    """What happened in a run; complete at any moment, also when the run ends by an error."""
+    """What control does; up to date at every step, also when it ends with an error."""
 
     fps: float
-    """Steps per second asked for."""
-    ended: str = "not started"
+    """Requested steps per second."""
+    end: ControlEnd = ControlEnd.NOT_STARTED
     """Why it ended."""
+    error: str = ""
+    """Message of the error that ended it."""
     steps: int = 0
-    """Steps, those of holding still included."""
+    """Steps, including those in which the robot is held still."""
     commands: int = 0
     """Actions of the policy that were sent."""
     missed_deadlines: int = 0
-    """Steps that took longer than their time."""
+    """Steps that took longer than a period."""
     latest_s: float = 0.0
-    """Largest delay of a step beyond its time."""
+    """Largest delay of a step, in seconds."""
     seconds: float = 0.0
-    """Wall clock from the first step to the last."""
+    """Wall-clock duration from the first step to the last."""
     holds: Counter[str] = field(default_factory=Counter)
-    """Steps of holding still by reason."""
+    """Steps in which the robot is held still, by `RobotFault` or `UnsafeReason`."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Runs of steps in which something other than a plain command happened."""
+    """Ranges of steps with something other than a plain command: kind, message, from_step, to_step."""
     disconnected: bool = False
-    """Whether the robot was disconnected in the end."""
+    """Whether the robot was disconnected at the end."""
 
-    def event(self, what: str, said: str) -> None:
-        """Note something about the present step; equal ones in a row become one entry."""
-        last = next((event for event in reversed(self.events) if event["what"] == what), None)
+    def event(self, kind: str, message: str) -> None:
+        """Log an event of the current step; consecutive events of one kind become one entry."""
+        last = next((event for event in reversed(self.events) if event["kind"] == kind), None)
         if last is not None and last["to_step"] >= self.steps - 1:
             last["to_step"] = self.steps
         else:
-            self.events.append({"what": what, "said": said, "from_step": self.steps, "to_step": self.steps})
+            self.events.append(
+                {"kind": kind, "message": message, "from_step": self.steps, "to_step": self.steps}
+            )
 
-    def hold(self, what: str, said: str) -> None:
-        """Note that the robot holds still in this step."""
-        self.holds[what] += 1
-        self.event(what, said)
+    def hold(self, kind: str, message: str) -> None:
+        """Log that the robot is held still in this step."""
+        self.holds[kind] += 1
+        self.event(kind, message)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entries of `metrics.json`; `ended` is the reason in words."""
+        values = {**vars(self), "end": self.end.name.lower(), "holds": dict(self.holds)}
+        return values | {"ended": self.error or str(self.end)}
 
 
 def control(
@@ -71,114 +91,108 @@ def control(
     record: ControlLog,
     *,
     max_steps: int,
-    watch: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_observation: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> None:
-    """Connect a robot, drive it at `record.fps`, and disconnect it however this ends.
+    """Connect a robot, drive it at `record.fps`, and disconnect it, however control ends.
 
-    Where there is no observation to act on, `act` is not called: the guide waits.
+    `act` is only called with an observation: while there is none, the guide waits.
 
     Args:
         robot: any LeRobot robot, not connected.
-        act: whole observation -> a number per joint, None when there is nothing more to do.
-        safety: what every action goes through.
-        record: filled in as it goes.
-        max_steps: commands after which it ends.
-        watch: is shown every observation that was acted on.
+        act: complete observation -> a value per joint; None at the end of the guide.
+        safety: clips or rejects every action.
+        record: updated at every step.
+        max_steps: commands after which control ends.
+        on_observation: called with every observation that was acted on.
 
     Raises:
-        UserError: the robot cannot be connected, stopped answering, or held still for too long.
+        UserError: the robot cannot be connected, does not respond, or was held still for too long.
     """
-    link = Link(robot)
-    with _terminable():
+    connection = RobotConnection(robot)
+    with _sigterm_as_exception():
         try:
-            link.connect()
-            _run(link, act, safety, record, max_steps, watch)
+            connection.connect()
+            _run(connection, act, safety, record, max_steps, on_observation)
         except (KeyboardInterrupt, SystemExit):
-            record.ended = "interrupted"
-            raise
-        except UserError as error:
-            record.ended = str(error)
+            record.end = ControlEnd.INTERRUPTED
             raise
         except BaseException as error:
-            record.ended = f"error: {_one_line(error)}"
+            record.end = ControlEnd.ERROR
+            record.error = str(error) if isinstance(error, UserError) else f"error: {one_line(error)}"
             raise
         finally:
-            with _undisturbed():
-                failed = link.close(safety.hold())
-            record.disconnected = link.closed
+            with _signals_ignored():
+                failed = connection.close(safety.hold())
+            record.disconnected = connection.closed
             if failed:
-                log.error("the robot %s did not close as it should: %s", robot.name, failed)
+                log.error("the robot %s was not closed: %s", robot.name, failed)
     if failed:
-        record.ended = f"the robot {robot.name} did not close as it should: {failed}"
-        raise UserError(f"{record.ended}; switch it off by hand.")
+        record.end, record.error = ControlEnd.ERROR, f"the robot {robot.name} was not closed: {failed}"
+        raise UserError(f"{record.error}. Switch it off by hand.")
 
 
 def _run(
-    link: Link,
+    connection: RobotConnection,
     act: Callable[[dict[str, Any]], np.ndarray | None],
     safety: Safety,
     record: ControlLog,
     max_steps: int,
-    watch: Callable[[dict[str, Any]], None],
+    on_observation: Callable[[dict[str, Any]], None],
 ) -> None:
     period, limits = 1 / record.fps, safety.config
-    begun = due = fine = time.monotonic()
+    start = due = last_command = time.monotonic()
     while record.commands < max_steps:
         try:
-            observation = link.observe(limits.stale_s, limits.stale_s)
+            observation = connection.observe(limits.stale_s, limits.stale_s)
             if safety.last is None:
                 safety.start(observation)
             action = act(observation)
             if action is None:
-                record.ended = "the guide is over"
+                record.end = ControlEnd.GUIDE_END
                 return
-            if (age := time.monotonic() - link.asked) > limits.stale_s:
-                raise UnsafeActionError(f"action too late: what it is for was seen {age:.2f} s ago")
-            link.send(_admitted(safety, action, record), limits.stale_s)
-            watch(observation)
+            if (age := time.monotonic() - connection.requested_at) > limits.stale_s:
+                raise UnsafeActionError(UnsafeReason.LATE, f"its observation is {age:.2f} s old")
+            clipped = Counter(safety.clipped)
+            command = safety.clip_or_reject(action)
+            for what in safety.clipped - clipped:
+                record.event(f"clipped {what}", f"clipped {what}")
+            connection.send(command, limits.stale_s)
+            on_observation(observation)
             record.commands += 1
-            fine = time.monotonic()
-        except RobotTimeoutError as error:
-            record.hold("robot", str(error))
-            _hold(link, safety)
+            last_command = time.monotonic()
+        except RobotError as error:
+            record.hold(error.fault, str(error))
+            _hold(connection, safety)
         except UnsafeActionError as error:
-            record.hold(str(error).partition(":")[0], str(error))
-            _hold(link, safety)
+            record.hold(error.reason, str(error))
+            _hold(connection, safety)
         record.steps += 1
         now = time.monotonic()
-        record.seconds = now - begun
-        if now - fine > limits.stop_after_s:
+        record.seconds = now - start
+        if now - last_command > limits.stop_after_s:
             raise UserError(
-                f"the robot {link.robot.name} held still for {now - fine:.1f} s "
-                f"({record.events[-1]['said']}) and control has stopped; check the robot and the policy, "
-                "then run the same command again."
+                f"the robot {connection.robot.name} was held still for {now - last_command:.1f} s "
+                f"({record.events[-1]['message']}), so control stopped. Check the robot and the policy, then "
+                "run the command again."
             )
         due += period
         if now > due:
             record.missed_deadlines += 1
             record.latest_s = max(record.latest_s, now - due)
-            due = now  # late is late: no burst of commands to catch up
+            due = now  # no burst of commands to catch up
         time.sleep(max(0.0, due - now))
-    record.ended = "the last step was taken"
+    record.end = ControlEnd.MAX_STEPS
 
 
-def _admitted(safety: Safety, action: Any, record: ControlLog) -> dict[str, float]:
-    before = Counter(safety.clipped)
-    command = safety.admit(action)
-    for what in safety.clipped - before:
-        record.event(f"clipped {what}", f"clipped {what}")
-    return command
-
-
-def _hold(link: Link, safety: Safety) -> None:
+def _hold(connection: RobotConnection, safety: Safety) -> None:
     still = safety.hold()
-    if still is not None and not link.busy:
-        with contextlib.suppress(RobotTimeoutError):
-            link.send(still, safety.config.stale_s)
+    if still is not None and not connection.busy:
+        with contextlib.suppress(RobotError):
+            connection.send(still, safety.config.stale_s)
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _sigterm_as_exception() -> Iterator[None]:
     """Let SIGTERM end the block as an exception does, so that the robot is disconnected."""
 
     def end(number: int, _: Any) -> None:
@@ -195,8 +209,8 @@ def _terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no second Ctrl-C or SIGTERM interrupt the block."""
+def _signals_ignored() -> Iterator[None]:
+    """Ignore a second Ctrl-C or SIGTERM within the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

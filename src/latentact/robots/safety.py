@@ -1,8 +1,8 @@
-"""The safety layer: between a policy and a robot, and no action goes around it.
+"""The safety layer between a policy and a robot; no action bypasses it.
 
-Numbers that are not finite, and actions of another shape, are refused. What is left is clipped to the limits
-of each joint, and then to the largest change per step from the last command (at first: from where the robot
-stands). Because the start must lie inside the limits, both hold for every command ever sent.
+Non-finite actions and actions of another shape are rejected. Others are clipped to the limits of each joint,
+and then to the largest change per step from the last command (at first: from the robot's position). Because
+the robot must start inside the limits, both hold for every command sent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -18,67 +19,90 @@ import numpy as np
 from latentact.errors import UserError, did_you_mean
 
 VELOCITY = ".vel"
-"""How LeRobot's names of velocities end: to hold still is to command 0 there."""
+"""Suffix of velocities in LeRobot's names: to hold still, they are commanded to 0."""
+
+
+class UnsafeReason(StrEnum):
+    """Why an action is rejected."""
+
+    SHAPE = "action of wrong shape"
+    NOT_FINITE = "non-finite action"
+    LATE = "late action"
 
 
 class UnsafeActionError(Exception):
-    """An action that is not passed on; the message says why."""
+    """An action was rejected.
+
+    Args:
+        reason: why.
+        detail: values for the message.
+    """
+
+    def __init__(self, reason: UnsafeReason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """What a robot may do; joints by the robot's names, with or without their ending (`x.pos` or `x`)."""
+    """Limits of a robot; joints by the robot's names, with or without their suffix (`x.pos` or `x`)."""
 
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Smallest and largest command of a joint, in its units."""
     max_step: dict[str, float] = field(default_factory=dict)
     """Largest change of a joint's command from one step to the next."""
     stale_s: float = 0.5
-    """Age in seconds from which an observation is not acted on: the robot holds still instead."""
+    """Age in seconds above which an observation is not acted on and the robot is held still."""
     stop_after_s: float = 2.0
     """Seconds of holding still after which control stops."""
 
     def __post_init__(self) -> None:
-        """Refuse limits that are none."""
+        """Validate the configuration."""
         for joint, (low, high) in self.limits.items():
             if not low < high:
-                raise UserError(f"safety.limits.{joint} is {[low, high]}; wanted [smallest, largest].")
+                raise UserError(
+                    f"safety.limits.{joint} must be [smallest, largest], got {[low, high]}. Give two numbers "
+                    "in that order."
+                )
         above = {f"max_step.{joint}": step for joint, step in self.max_step.items()}
         for name, value in {**above, "stale_s": self.stale_s, "stop_after_s": self.stop_after_s}.items():
             if not 0 < value < math.inf:
-                raise UserError(f"safety.{name} is {value!r}; wanted a number above 0.")
+                raise UserError(
+                    f"safety.{name} must be greater than 0 and finite, got {value!r}. Give such a number."
+                )
 
     @classmethod
     def from_dict(cls, values: Any) -> SafetyConfig:
-        """Return the settings that a YAML file gives.
+        """Return the settings of a YAML file.
 
         Raises:
-            UserError: a name is unknown or a value is none.
+            UserError: a name is unknown or a value is invalid.
         """
+        names = list(cls.__dataclass_fields__)
         if not isinstance(values, dict):
-            raise UserError(f"safety is {values!r}; wanted limits, max_step, stale_s and stop_after_s.")
+            raise UserError(f"safety must be a mapping, got {values!r}. Give {', '.join(names)}.")
         built: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in cls.__dataclass_fields__:
-                raise UserError(
-                    f"unknown setting 'safety.{name}'{did_you_mean(name, cls.__dataclass_fields__)}"
-                )
+            if name not in names:
+                raise UserError(f"unknown setting 'safety.{name}'{did_you_mean(name, names)}")
             if name not in ("limits", "max_step"):
                 built[name] = _number(value, f"safety.{name}")
                 continue
             if not isinstance(value, dict):
-                raise UserError(f"safety.{name} is {value!r}; wanted a value for each joint.")
-            number = _pair if name == "limits" else _number
-            built[name] = {str(k): number(v, f"safety.{name}.{k}") for k, v in value.items()}
+                raise UserError(
+                    f"safety.{name} must map joints to values, got {value!r}. Give a value for each joint."
+                )
+            read = _pair if name == "limits" else _number
+            built[name] = {str(k): read(v, f"safety.{name}.{k}") for k, v in value.items()}
         return cls(**built)
 
 
 class Safety:
-    """Checks and clips the actions of one run.
+    """Clips or rejects the actions of one run.
 
     Args:
         joints: names of the robot's action, in order.
-        config: what it may do.
+        config: the limits.
 
     Raises:
         UserError: the settings name a joint that the robot does not have.
@@ -89,13 +113,13 @@ class Safety:
         self.low, self.high = np.full(len(joints), -np.inf), np.full(len(joints), np.inf)
         self.step = np.full(len(joints), np.inf)
         for joint, (low, high) in config.limits.items():
-            self.low[self._place(joint)], self.high[self._place(joint)] = low, high
+            self.low[self._joint_index(joint)], self.high[self._joint_index(joint)] = low, high
         for joint, step in config.max_step.items():
-            self.step[self._place(joint)] = step
+            self.step[self._joint_index(joint)] = step
         self.last: np.ndarray | None = None
         """The last command."""
         self.refused: Counter[str] = Counter()
-        """Refused actions by reason."""
+        """Rejected actions, by `UnsafeReason`."""
         self.clipped: Counter[str] = Counter()
         """Steps in which a joint was clipped, by joint and cause (limit or step)."""
 
@@ -106,69 +130,69 @@ class Safety:
             j for j, low, high in zip(self.joints, self.low, self.high, strict=True) if high - low == np.inf
         ]
 
-    def _place(self, joint: str) -> int:
-        whole = [i for i, name in enumerate(self.joints) if name == joint]
+    def _joint_index(self, joint: str) -> int:
+        exact = [i for i, name in enumerate(self.joints) if name == joint]
         short = [i for i, name in enumerate(self.joints) if name.rpartition(".")[0] == joint]
-        if len(found := whole or short) != 1:
+        if len(found := exact or short) != 1:
             raise UserError(f"the robot has no joint {joint!r}{did_you_mean(joint, self.joints)}")
         return found[0]
 
     def start(self, observation: Mapping[str, Any]) -> None:
-        """Take the robot's position as the one from which the first step is counted.
+        """Take the robot's position as the one from which the first step is limited.
 
         Raises:
-            UserError: it stands outside the limits, or does not say where a joint with a largest step is.
+            UserError: it is outside the limits, or a joint with a largest step has no observed position.
         """
-        at = np.array([self._present(joint, observation) for joint in self.joints])
+        at = np.array([self._position(joint, observation) for joint in self.joints])
         for i, joint in enumerate(self.joints):
             if np.isfinite(self.step[i]) and np.isnan(at[i]):
                 raise UserError(
-                    f"safety.max_step is set for {joint} and the robot does not observe where that is; "
-                    "remove it, or use a robot that reports its positions."
+                    f"safety.max_step.{joint} needs the joint's position, which the robot does not observe. "
+                    "Remove it, or use a robot that reports its positions."
                 )
             if at[i] < self.low[i] or at[i] > self.high[i]:
                 raise UserError(
-                    f"the robot stands at {joint} = {at[i]:g}, outside its limits {self.low[i]:g} to "
-                    f"{self.high[i]:g}; move it inside first."
+                    f"{joint} must be between {self.low[i]:g} and {self.high[i]:g} at the start, got "
+                    f"{at[i]:g}. Move the robot inside its limits first."
                 )
         self.last = at
 
     @staticmethod
-    def _present(joint: str, observation: Mapping[str, Any]) -> float:
+    def _position(joint: str, observation: Mapping[str, Any]) -> float:
         if joint.endswith(VELOCITY):
             return 0.0
         value: Any = observation.get(joint)
         return float(value) if _is_number(value) else math.nan
 
-    def admit(self, action: Any) -> dict[str, float]:
-        """Return the command for the robot.
+    def clip_or_reject(self, action: Any) -> dict[str, float]:
+        """Return the command for an action, clipped to limits and largest steps.
 
         Args:
-            action: a number per joint.
+            action: a value per joint.
 
         Raises:
-            UnsafeActionError: it is refused.
+            UnsafeActionError: it is rejected.
         """
         try:
-            wanted = np.asarray(action, np.float64)
+            target = np.asarray(action, np.float64)
         except (TypeError, ValueError) as error:
-            raise self._refusal("action of another shape", f"it is {type(action).__name__}") from error
-        if wanted.shape != (len(self.joints),):
-            said = f"it has shape {list(wanted.shape)}, the robot {len(self.joints)} joints"
-            raise self._refusal("action of another shape", said)
-        if not np.isfinite(wanted).all():
-            bad = self.joints[int(np.argmin(np.isfinite(wanted)))]
-            raise self._refusal("action not finite", f"{bad} is {wanted[~np.isfinite(wanted)][0]}")
-        safe = self._counted(wanted, np.clip(wanted, self.low, self.high), "limit")
+            raise self._rejected(UnsafeReason.SHAPE, f"got {type(action).__name__}") from error
+        if target.shape != (len(self.joints),):
+            detail = f"must be [{len(self.joints)}], got {list(target.shape)}"
+            raise self._rejected(UnsafeReason.SHAPE, detail)
+        if not np.isfinite(target).all():
+            first = int(np.argmin(np.isfinite(target)))
+            raise self._rejected(UnsafeReason.NOT_FINITE, f"{self.joints[first]} is {target[first]}")
+        safe = self._counted(target, np.clip(target, self.low, self.high), "limit")
         if self.last is not None:
-            from_here = np.where(np.isnan(self.last), safe, self.last)
-            near = np.clip(safe, from_here - self.step, from_here + self.step)
+            origin = np.where(np.isnan(self.last), safe, self.last)
+            near = np.clip(safe, origin - self.step, origin + self.step)
             safe = self._counted(safe, near, "step")
         self.last = safe
         return dict(zip(self.joints, safe.tolist(), strict=True))
 
     def hold(self) -> dict[str, float] | None:
-        """Return the command that keeps the robot still; None while it was never told a position."""
+        """Return the command that holds the robot still; None while no position is known."""
         if self.last is None or np.isnan(self.last).any():
             return None
         moves = np.array([joint.endswith(VELOCITY) for joint in self.joints])
@@ -180,20 +204,20 @@ class Safety:
             self.clipped[f"{self.joints[i]} {cause}"] += 1
         return after
 
-    def _refusal(self, reason: str, said: str) -> UnsafeActionError:
+    def _rejected(self, reason: UnsafeReason, detail: str) -> UnsafeActionError:
         self.refused[reason] += 1
-        return UnsafeActionError(f"{reason}: {said}")
+        return UnsafeActionError(reason, detail)
 
 
 def _number(value: Any, name: str) -> float:
     if not _is_number(value):
-        raise UserError(f"{name} is {value!r}; wanted a number.")
+        raise UserError(f"{name} must be a finite number, got {value!r}. Give such a number.")
     return float(value)
 
 
 def _pair(value: Any, name: str) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{name} is {value!r}; wanted [smallest, largest].")
+        raise UserError(f"{name} must be [smallest, largest], got {value!r}. Give two numbers.")
     return _number(value[0], name), _number(value[1], name)
 
 

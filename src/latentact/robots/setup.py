@@ -1,4 +1,4 @@
-"""A robot from a YAML file: which LeRobot robot, what it may do, and which camera is which.
+"""A robot from a YAML file: the LeRobot robot, its limits and its cameras.
 
 robot: {type: so101_follower, port: /dev/ttyACM0, cameras: {...}}   # as LeRobot's own command line takes it
 cameras: {front: observation.images.top}                            # robot's name -> policy's key
@@ -30,14 +30,14 @@ KEYS = ("robot", "safety", "cameras")
 
 @dataclass(frozen=True, kw_only=True)
 class RobotSetup:
-    """What a robot's file says."""
+    """Content of a robot's file."""
 
     robot: dict[str, Any]
     """LeRobot's settings; `type` is its registered name."""
     safety: SafetyConfig
-    """What it may do."""
+    """Its limits."""
     cameras: dict[str, str]
-    """Policy's key of the robot's cameras, by their name; others are called observation.images.<name>."""
+    """Policy's image key by the name of the robot's camera; the default is observation.images.<name>."""
 
     @classmethod
     def read(cls, path: str | Path) -> RobotSetup:
@@ -52,14 +52,17 @@ class RobotSetup:
             values = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             first = " ".join(str(error).split())
-            raise UserError(f"{path} cannot be read ({first}); give a robot's YAML file.") from error
+            raise UserError(f"{path} cannot be read: {first}. Give a robot's YAML file.") from error
         if not isinstance(values, dict) or not isinstance(values.get("robot"), dict):
-            raise UserError(f"{path} names no robot; it wants robot: {{type: NAME, ...}}.")
+            raise UserError(f"{path} has no robot. Add robot: {{type: NAME, ...}}.")
         if strange := sorted(set(map(str, values)) - set(KEYS)):
             raise UserError(f"{path} has an unknown setting {strange[0]!r}{did_you_mean(strange[0], KEYS)}")
         cameras = values.get("cameras") or {}
         if not isinstance(cameras, dict):
-            raise UserError(f"{path}: cameras is {cameras!r}; wanted the policy's key for each camera.")
+            raise UserError(
+                f"{path}: cameras must map the robot's cameras to the policy's keys, got {cameras!r}. Give "
+                "such a mapping."
+            )
         return cls(
             robot=values["robot"],
             safety=SafetyConfig.from_dict(values.get("safety") or {}),
@@ -68,10 +71,10 @@ class RobotSetup:
 
 
 def make_robot(settings: Mapping[str, Any]) -> Robot:
-    """Return a LeRobot robot, built in or of an installed plugin, not connected.
+    """Return a LeRobot robot, built in or from an installed plugin, not connected.
 
     Raises:
-        UserError: the type is unknown, a setting does not fit, or a driver's package is missing.
+        UserError: the type is unknown, a setting is invalid, or a driver's package is missing.
     """
     try:
         import draccus
@@ -96,21 +99,21 @@ def make_robot(settings: Mapping[str, Any]) -> Robot:
         config = draccus.decode(lerobot.robots.RobotConfig, dict(settings))
         return lerobot.robots.make_robot_from_config(config)
     except (draccus.utils.DraccusException, ValueError, TypeError, ImportError, OSError) as error:
-        said = " ".join(str(_root(error)).split())
-        raise UserError(f"the robot {kind} cannot be made ({said}); correct its settings.") from error
+        message = " ".join(str(_root(error)).split())
+        raise UserError(f"the robot {kind} cannot be created: {message}. Correct its settings.") from error
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the error behind an error, which draccus and LeRobot's factory wrap."""
+    """Return the original error, which draccus and LeRobot's factory wrap."""
     return _root(error.__cause__) if error.__cause__ else error
 
 
 class RobotView:
-    """A robot's observations as policies take them.
+    """Maps a robot's observations to those of policies.
 
     Args:
         robot: the robot.
-        cameras: policy's key by name of the robot's camera.
+        cameras: policy's image key by the name of the robot's camera.
 
     Raises:
         UserError: the robot has no camera of a name.
@@ -118,42 +121,42 @@ class RobotView:
 
     def __init__(self, robot: Robot, cameras: Mapping[str, str]) -> None:
         features = robot.observation_features
-        pictures = [name for name, kind in features.items() if isinstance(kind, tuple)]
+        self._shapes = {name: kind for name, kind in features.items() if isinstance(kind, tuple)}
         for name in cameras:
-            if name not in pictures:
-                raise UserError(f"the robot has no camera {name!r}{did_you_mean(name, pictures)}")
-        self.pictures = {name: cameras.get(name, f"observation.images.{name}") for name in pictures}
-        self._shapes = {name: features[name] for name in pictures}
-        self.numbers = [name for name, kind in features.items() if not isinstance(kind, tuple)]
+            if name not in self._shapes:
+                raise UserError(f"the robot has no camera {name!r}{did_you_mean(name, self._shapes)}")
+        self.cameras = {name: cameras.get(name, f"observation.images.{name}") for name in self._shapes}
+        self.state_names = [name for name in features if name not in self._shapes]
         self.joints = list(robot.action_features)
 
     def __call__(self, observation: Mapping[str, Any], task: str = "") -> dict[str, Any]:
-        """Return the observation under LeRobot's keys for policies."""
-        seen = {key: observation[name] for name, key in self.pictures.items()}
-        state = np.array([observation[name] for name in self.numbers], np.float32)
-        return {**seen, "observation.state": state, "task": task}
+        """Return an unbatched observation with LeRobot's keys for policies."""
+        images = {key: observation[name] for name, key in self.cameras.items()}
+        state = np.array([observation[name] for name in self.state_names], np.float32)
+        return {**images, "observation.state": state, "task": task}
 
     def blank(self) -> dict[str, Any]:
-        """Return an observation of zeros and black pictures."""
-        pictures = {name: np.zeros(self._shapes[name], np.uint8) for name in self.pictures}
-        return {**pictures, **dict.fromkeys(self.numbers, 0.0)}
+        """Return a robot's observation of zeros and black images."""
+        images = {name: np.zeros(shape, np.uint8) for name, shape in self._shapes.items()}
+        return {**images, **dict.fromkeys(self.state_names, 0.0)}
 
-    def refuse_unless_fits(self, *, cameras: Sequence[str], state_size: int, action_size: int) -> None:
-        """Raise a UserError where a policy wants other pictures, states or actions than the robot has."""
-        keys = list(self.pictures.values())
+    def check_compatible(self, *, cameras: Sequence[str], state_size: int, action_size: int) -> None:
+        """Raise a UserError if a policy needs other images, states or actions than the robot has."""
+        keys = list(self.cameras.values())
         missing = [key for key in cameras if key not in keys]
         if missing and not (len(cameras) == len(keys) == 1):
             raise UserError(
-                f"the policy looks at {missing[0] or 'one picture'} and the robot shows "
-                f"{', '.join(keys) or 'none'}; map its camera to that key in the file's cameras."
+                f"the policy needs the image {missing[0] or 'of one camera'}, but the robot has "
+                f"{', '.join(keys) or 'none'}. Map its camera to that key in the file's cameras."
             )
-        if state_size not in (0, len(self.numbers)):
+        if state_size not in (0, len(self.state_names)):
             raise UserError(
-                f"the policy wants a state of {state_size} numbers and the robot observes "
-                f"{len(self.numbers)} ({', '.join(self.numbers)}); give the robot that it was trained for."
+                f"the policy needs a state of {state_size} dimensions, but the robot observes "
+                f"{len(self.state_names)} ({', '.join(self.state_names)}). Give the robot that it was "
+                "trained for."
             )
         if action_size != len(self.joints):
             raise UserError(
-                f"the policy gives {action_size} numbers and the robot takes {len(self.joints)} "
-                f"({', '.join(self.joints)}); give the robot that it was trained for."
+                f"the policy returns {action_size} values, but the robot has {len(self.joints)} joints "
+                f"({', '.join(self.joints)}). Give the robot that it was trained for."
             )

@@ -1,9 +1,9 @@
-"""A planner for PushT: walk around the block to where one straight push helps most, push, look again.
+"""A planner for PushT: move around the block to the best straight push, push, plan again.
 
-Every push is tried in a copy of the physics: start points spaced evenly along the block's outline, a few
-directions each, cut where the block is nearest to its place. Nothing glides in PushT, so where the block ends
-depends on the finger's way alone, not on its speed, and the plan comes true. The choice depends on the state
-alone unless no push helps; only then are pushes drawn at random. Nothing is learned.
+Each push is simulated in a copy of the physics: start points evenly spaced along the block's outline, a few
+directions each, cut at the step where the block is nearest to its goal. Objects do not slide in PushT, so the
+final pose depends on the finger's path alone, not on its speed, and the plan is accurate. The plan depends on
+the state alone unless no push lowers the cost; only then are pushes sampled. Nothing is learned.
 """
 
 from __future__ import annotations
@@ -23,83 +23,83 @@ if TYPE_CHECKING:
 FINGER = 15.0
 """Radius of the finger."""
 CLEARANCE = 17.0
-"""Distance from the block that a straight way must keep."""
+"""Minimum distance between the block and a straight path."""
 CORNER = 25.0
-"""Distance from the block of the corners of a way: the finger lags behind its target and cuts them."""
+"""Distance between the block and the corners of a path: the finger lags behind its target and cuts them."""
 ARENA = (22.0, 490.0)
-"""Where the finger's center may be, on both axes."""
+"""Range of the finger's center on both axes."""
 EXPLORE = 24.0
-"""Standard deviation of exploring moves, in pixels of 512."""
+"""Standard deviation of exploratory noise, in pixels of 512."""
 WALK = 18.0
-"""Largest step of the target while walking, in pixels."""
+"""Largest step of the target on a path, in pixels."""
 PUSH = (2.0, 12.0)
-"""Smallest and largest step of the target while pushing; smaller the nearer the block is to its place."""
+"""Smallest and largest step of the target while pushing; smaller near the goal."""
 TRAVEL = 0.0005
-"""What a pixel of way to a push costs, times the present cost (up to 20): nearer pushes first."""
+"""Cost per pixel of path to a push, times the current cost (up to 20): nearer pushes first."""
 START_POINTS = 24
-"""Where pushes are tried, evenly spaced along the block's outline."""
+"""Number of contact points, evenly spaced along the block's outline."""
 ANGLES = (-0.5, -0.25, 0.0, 0.25, 0.5)
 """Directions of a push, in radians from the outline's inward normal."""
 RUN_UP = 6.0
 """Distance in pixels between the finger and the block before a push."""
 PUSH_STEPS = 16
-"""Steps of the longest push."""
-HELPS = 0.3
-"""Pixels by which the best planned push must lower the cost."""
+"""Maximum steps of a push."""
+MIN_GAIN = 0.3
+"""Pixels by which the best push must lower the cost."""
 RANDOM_PUSHES = 60
-"""Pushes that are drawn when none of the planned ones helps."""
+"""Number of pushes sampled when no regular one lowers the cost."""
 SUBSTEPS = 5
-"""Physics steps per tenth of a second in the copy; the environment's ten give the same poses, slower."""
+"""Physics steps per tenth of a second in the copy; the environment uses ten, with equal poses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Push:
     cost: float
-    """Mean distance in pixels of the block's corners from their place after the push."""
+    """Mean distance in pixels between the block's corners and their goal after the push."""
     score: float
-    """Cost plus what the way there is worth; smaller is better."""
+    """Cost plus the cost of the path to the push; smaller is better."""
     start: np.ndarray
-    """Where the finger stands before the push `[2]`."""
+    """Position of the finger before the push `[2]`."""
     end: np.ndarray
-    """Where it stands after the push `[2]`."""
+    """Position of the finger after the push `[2]`."""
     step: float
-    """Pixels that its target moves per step."""
+    """Pixels per step of its target."""
 
 
 class PushPlanner:
     """Expert for one episode of PushT; the same state and seed give the same actions."""
 
     def __init__(self, env: gym.Env, seed: int) -> None:
-        """Look at the environment, which was just reset.
+        """Plan for an environment that was just reset.
 
         Args:
             env: what `make_env("pusht")` returned.
-            seed: of the pushes that are drawn when no planned push helps.
+            seed: of sampled pushes.
         """
         self._world: Any = env.unwrapped
         self._shape = _Shape(self._world)
         self._copy = _Copy()
         self._rng = np.random.default_rng(seed)
-        self._actions = self._play()
+        self._actions = self._targets()
 
     def act(self, explore: np.random.Generator | None = None) -> np.ndarray:
-        """Return where the finger should go next, float32 `[2]`; with `explore`, near there."""
+        """Return the next target of the finger, float32 `[2]`; with `explore`, with noise."""
         goal = np.asarray(next(self._actions), np.float32)
         if explore is None:
             return goal
         return np.clip(goal + explore.normal(0, EXPLORE, 2), 0, 512).astype(np.float32)
 
-    def _play(self) -> Iterator[np.ndarray]:
+    def _targets(self) -> Iterator[np.ndarray]:
         while True:
             position, angle = np.array(self._world.block.position), float(self._world.block.angle)
-            push, way = self._choose(position, angle)
-            for corner in way:
-                yield from self._walk(corner, WALK)
+            push, path = self._plan(position, angle)
+            for corner in path:
+                yield from self._move(corner, WALK)
             yield from self._settle(push.start, 2.0)
-            yield from self._walk(push.end, push.step)
+            yield from self._move(push.end, push.step)
             yield from self._settle(push.end, 1.0)
 
-    def _walk(self, goal: np.ndarray, step: float) -> Iterator[np.ndarray]:
+    def _move(self, goal: np.ndarray, step: float) -> Iterator[np.ndarray]:
         target = np.array(self._world.agent.position)
         while (distance := np.linalg.norm(goal - target)) > step:
             target = target + (goal - target) / distance * step
@@ -107,40 +107,40 @@ class PushPlanner:
         yield goal
 
     def _settle(self, goal: np.ndarray, distance: float) -> Iterator[np.ndarray]:
-        """Wait until the finger, which lags behind its target, is there."""
+        """Wait until the finger, which lags behind its target, arrives."""
         for _ in range(6):
             if np.linalg.norm(goal - np.array(self._world.agent.position)) < distance:
                 return
             yield goal
 
-    def _choose(self, position: np.ndarray, angle: float) -> tuple[_Push, list[np.ndarray]]:
-        """Return the best push that can be reached and the way to its start."""
+    def _plan(self, position: np.ndarray, angle: float) -> tuple[_Push, list[np.ndarray]]:
+        """Return the best reachable push and the path to its start."""
         now = self._shape.cost(position, angle)
         finger = np.array(self._world.agent.position)
-        pushes = self._tried(self._shape.contacts(START_POINTS, ANGLES), position, angle, finger, now)
-        if not pushes or pushes[0].cost > now - HELPS:
-            drawn = self._shape.drawn_contacts(self._rng, RANDOM_PUSHES)
-            pushes += self._tried(drawn, position, angle, finger, now)
+        pushes = self._simulated(self._shape.contacts(START_POINTS, ANGLES), position, angle, finger, now)
+        if not pushes or pushes[0].cost > now - MIN_GAIN:
+            sampled = self._shape.sampled_contacts(self._rng, RANDOM_PUSHES)
+            pushes += self._simulated(sampled, position, angle, finger, now)
             pushes.sort(key=lambda push: push.score)
         for push in pushes:
-            way = self._shape.way(finger, push.start, position, angle)
-            if way:
-                return push, way
+            path = self._shape.path(finger, push.start, position, angle)
+            if path:
+                return push, path
         return self._step_aside(finger), []
 
-    def _tried(
+    def _simulated(
         self, contacts: Any, position: np.ndarray, angle: float, finger: np.ndarray, now: float
     ) -> list[_Push]:
         turn = _turn(angle)
-        tried = []
+        pushes: list[_Push] = []
         for point, direction in contacts:
             start = (point - RUN_UP * direction) @ turn.T + position
             if start.min() < ARENA[0] or start.max() > ARENA[1]:
                 continue
             step = float(np.clip(now / 4, *PUSH))
-            cost, length = self._roll(start, turn @ direction * step, position, angle)
+            cost, length = self._simulate(start, turn @ direction * step, position, angle)
             travel = float(np.linalg.norm(start - finger))
-            tried.append(
+            pushes.append(
                 _Push(
                     cost=cost,
                     score=cost + min(now, 20.0) * TRAVEL * travel,
@@ -149,12 +149,12 @@ class PushPlanner:
                     step=step,
                 )
             )
-        return sorted(tried, key=lambda push: push.score)
+        return sorted(pushes, key=lambda push: push.score)
 
-    def _roll(
+    def _simulate(
         self, start: np.ndarray, step: np.ndarray, position: np.ndarray, angle: float
     ) -> tuple[float, int]:
-        """Play one push in the copy; return the lowest cost on its way and after how many steps."""
+        """Simulate one push in the copy; return its lowest cost and the number of steps to it."""
         self._copy.place(start, position, angle)
         costs = [np.inf]
         for _ in range(PUSH_STEPS):
@@ -173,7 +173,7 @@ class PushPlanner:
 
 
 class _Shape:
-    """The block in its own frame: outline, obstacle, goal."""
+    """The block in its own coordinates: outline, obstacle, goal."""
 
     def __init__(self, world: Any) -> None:
         import shapely
@@ -191,33 +191,35 @@ class _Shape:
         shapely.prepare([self.block, self.obstacle])
 
     def cost(self, position: Sequence[float] | np.ndarray, angle: float) -> float:
-        """Return the mean distance in pixels of the corners from their place, for a pose of the block."""
+        """Return the mean distance in pixels between the corners and their goal, for a pose of the block."""
         moved = self._corners * cmath.exp(1j * angle) + complex(*position)
         return float(np.abs(moved - self._goal).mean())
 
     def contacts(self, points: int, angles: tuple[float, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield where the finger touches the outline and a direction to push in, in the block's frame."""
+        """Yield contact points on the outline and push directions, in the block's coordinates."""
         for i in range(points):
             for angle in angles:
                 yield self._contact(i / points, angle)
 
-    def drawn_contacts(self, rng: np.random.Generator, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def sampled_contacts(
+        self, rng: np.random.Generator, count: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield `count` random contacts."""
         for _ in range(count):
             yield self._contact(rng.uniform(), rng.normal(0, 0.35))
 
-    def _contact(self, share: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    def _contact(self, fraction: float, angle: float) -> tuple[np.ndarray, np.ndarray]:
         import shapely
 
-        touch = self.contact_line.interpolate(share, normalized=True)
+        touch = self.contact_line.interpolate(fraction, normalized=True)
         nearest = shapely.shortest_line(touch, self.block).coords
         inward = np.subtract(nearest[1], nearest[0])
         return np.array(touch.coords[0]), _turn(angle) @ inward / np.linalg.norm(inward)
 
-    def way(
+    def path(
         self, start: np.ndarray, goal: np.ndarray, position: np.ndarray, angle: float
     ) -> list[np.ndarray]:
-        """Return the corners of the shortest way around the block, ends included; empty: there is none."""
+        """Return the corners of the shortest path around the block, ends included; empty if there is none."""
         import shapely
 
         turn = _turn(angle)
@@ -236,7 +238,7 @@ class _Shape:
         return [points[i] @ turn.T + position for i in _shortest(links, 0, 1)]
 
     def _outside(self, point: np.ndarray) -> np.ndarray:
-        """Return the point, moved away from the block where it is too close to walk."""
+        """Return the point, moved away from the block if it is too close for a path."""
         import shapely
 
         here = shapely.Point(point)
@@ -248,7 +250,7 @@ class _Shape:
 
 
 class _Copy:
-    """The environment's physics without the environment, to try pushes in."""
+    """A copy of the environment's physics to simulate pushes."""
 
     def __init__(self) -> None:
         import pymunk
@@ -263,18 +265,16 @@ class _Copy:
         self.block, _ = PushTEnv.add_tee(self.space, (256, 300), 0)
 
     def place(self, finger: np.ndarray, position: np.ndarray, angle: float) -> None:
-        """Put finger and block somewhere, at rest."""
+        """Set the positions of finger and block, at rest."""
         self.finger.position, self.finger.velocity = tuple(finger.tolist()), (0, 0)
         self.block.velocity, self.block.angular_velocity = (0, 0), 0
-        self.block.angle = (
-            angle  # before the position: turning is about the center of gravity, not the origin
-        )
+        self.block.angle = angle  # before the position: rotation is about the center of gravity
         self.block.position = tuple(position.tolist())
         self.space.reindex_shapes_for_body(self.block)
         self.space.reindex_shapes_for_body(self.finger)
 
     def move(self, step: np.ndarray) -> tuple[float, float]:
-        """Move the finger by `step` within a tenth of a second; return where it is."""
+        """Move the finger by `step` within a tenth of a second; return its position."""
         self.finger.velocity = tuple((step * 10).tolist())
         for _ in range(SUBSTEPS):
             self.space.step(0.1 / SUBSTEPS)
@@ -287,19 +287,19 @@ def _turn(angle: float) -> np.ndarray:
 
 
 def _shortest(links: dict[int, list[tuple[int, float]]], start: int, goal: int) -> list[int]:
-    """Return the nodes of the shortest way, both ends included; empty where there is none (Dijkstra)."""
-    queue, came, done = [(0.0, start, start)], {}, set()
+    """Return the nodes of the shortest path (Dijkstra), both ends included; empty if there is none."""
+    queue, came, visited = [(0.0, start, start)], {}, set()
     while queue:
         length, node, before = heapq.heappop(queue)
-        if node in done:
+        if node in visited:
             continue
-        done.add(node)
+        visited.add(node)
         came[node] = before
         if node == goal:
-            way = [goal]
-            while way[-1] != start:
-                way.append(came[way[-1]])
-            return way[::-1]
+            path = [goal]
+            while path[-1] != start:
+                path.append(came[path[-1]])
+            return path[::-1]
         for other, more in links[node]:
             heapq.heappush(queue, (length + more, other, node))
     return []

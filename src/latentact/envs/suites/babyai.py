@@ -1,7 +1,7 @@
 """BabyAI: language tasks in a grid world, with minigrid's own bot (Chevalier-Boisvert et al., 2019).
 
-Frames are drawn at 8 pixels a cell: 56x56 for the agent's own view of 7x7 cells, more for the whole grid. A
-task succeeds when the episode ends with a reward.
+Frames are rendered at 8 pixels per cell: 56x56 for the agent's own view of 7x7 cells, more for the whole
+grid. A task succeeds when the episode ends with a reward.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 TILE = 8
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 FLOOR_BELOW = 100
-"""Gray level of walls; floor is darker, lit or not, and so are the lines between its cells."""
+"""Gray level below that of walls; the floor and the lines between its cells are darker."""
 HEADINGS = np.sqrt(2) * np.stack(
     [f(2 * np.pi * np.arange(len(ACTIONS)) / len(ACTIONS)) for f in (np.cos, np.sin)], 1
 )
-"""Where each action sends a distractor: evenly round the circle."""
+"""Direction in which each action moves a distractor: evenly spaced on the circle."""
 STATE = ("x", "y", "facing_right", "facing_down", "facing_left", "facing_up", "carrying")
 SEARCHES_PER_STEP = 200
-"""Path searches that the bot may spend on one step; on a few levels its planning loop never ends."""
+"""Maximum path searches of the bot per step; on a few levels its planning loop never ends."""
 
 
 @ENVS.register("babyai")
 class BabyAI:
-    """The levels of minigrid whose ids start with `BabyAI-`, by the part between that and the version."""
+    """Levels of minigrid with ids `BabyAI-<Level>-v0`, by level."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError where there is no such level."""
+        """Raise a UserError if there is no such level."""
         level, levels = name.partition("/")[2], _levels()
         if level not in levels:
             near = difflib.get_close_matches(level, levels, n=5, cutoff=0.4) or levels
             raise UserError(f"unknown BabyAI level {level!r}{did_you_mean(level, near)}")
 
     def spec(self, name: str, view: str) -> EnvSpec:
-        """Return what a level shows and takes; all have the same actions and state."""
+        """Return the specification of a level; all have the same actions and state."""
         return EnvSpec(
             name=name,
             fps=10,
@@ -84,7 +84,7 @@ class BabyAI:
 
 
 class _Bot:
-    """Minigrid's bot, whose ways of giving up become one."""
+    """Minigrid's bot; its failures are raised as `ExpertStuckError`."""
 
     def __init__(self, env: gym.Env) -> None:
         from minigrid.utils import baby_ai_bot
@@ -118,14 +118,14 @@ def _levels() -> dict[str, str]:
         from minigrid.envs.babyai.core import roomgrid_level
     except ModuleNotFoundError as error:
         raise missing_extra("minigrid", "envs") from error
-    # minigrid prints a line to stdout for every level layout that it throws away.
+    # minigrid prints a line to stdout for every level layout that it rejects
     roomgrid_level.__dict__["print"] = lambda *_: None
     ids = [name for name in gymnasium.registry if name.startswith("BabyAI-")]
     return {name.removeprefix("BabyAI-").rpartition("-")[0]: name for name in ids}
 
 
 def _floor(frame: np.ndarray) -> np.ndarray:
-    """Where a frame shows bare floor: dark and without color."""
+    """Return a mask of the bare floor: dark and gray."""
     gray = (frame == frame[..., :1]).all(-1)
     return (gray & (frame[..., 0] < FLOOR_BELOW)).astype(np.float32)
 

@@ -1,8 +1,8 @@
 """Any Gymnasium id whose observation is an image, holds one, or that can render itself; no expert.
 
-The frame is the observation's one image, or of several the entry `pixels` or `image`, or else what `render()`
-draws. The state is the entry `agent_pos` or `state`, or the whole observation where that is a vector. Success
-is `is_success` or `success` in `info` or `info["final_info"]`, where an environment gives one.
+The frame is the observation's only image, or of several the entry `pixels` or `image`, or else the output of
+`render()`. The state is the entry `agent_pos` or `state`, or the whole observation if it is a vector. Success
+is `is_success` or `success` in `info` or `info["final_info"]`, if the environment reports it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, env_errors, import_gymnasium
+from latentact.envs.adapt import adapt, env_errors, import_gymnasium, to_bool
 from latentact.envs.frames import is_image, to_rgb
 from latentact.envs.spec import ENVS, EnvSpec, Expert
 from latentact.errors import UserError, did_you_mean
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
 FPS = 10
-"""Steps per second of an environment that does not say (`metadata["render_fps"]`)."""
+"""Steps per second of an environment without `metadata["render_fps"]`."""
 
 
 @ENVS.register("gymnasium")
@@ -32,7 +32,7 @@ class Gymnasium:
     """Environments registered with Gymnasium."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError where Gymnasium knows no such id, once its package was imported."""
+        """Import the package of an id and raise a UserError if Gymnasium has no such id."""
         gymnasium = import_gymnasium()
         with env_errors(name, "to be imported"):
             try:
@@ -40,20 +40,21 @@ class Gymnasium:
             except (gymnasium.error.Error, ModuleNotFoundError) as error:
                 suites = [suite for suite in ENVS.names() if suite != "gymnasium"]
                 known = did_you_mean(name, suites).removesuffix(".")
-                said = str(error).splitlines()[0].rstrip(".")
+                reason = str(error).splitlines()[0].rstrip(".")
                 raise UserError(
-                    f"unknown environment {name!r}{known}, or a Gymnasium id ({said})."
+                    f"unknown environment {name!r}{known}, or a Gymnasium id ({reason})."
                 ) from error
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
         """Return the environment.
 
         Raises:
-            UserError: it has no image observations and cannot draw, or its action is not supported.
+            UserError: it has neither image observations nor `render()`, or its action is not supported.
         """
         env, image = _make(name)
-        _action_space(name, env)
-        key, space = _state_space(env)
+        with env_errors(name, "to be made"):
+            _action_space(name, env)
+            key, space = _state_space(env)
 
         def pixels(observation: Any) -> np.ndarray:
             if image is None:
@@ -70,16 +71,17 @@ class Gymnasium:
             resolution=resolution,
             state=None if space is None else lambda o: np.ravel(o[key] if key else o),
             state_range=None if space is None else (np.ravel(space.low), np.ravel(space.high)),
-            success=lambda reward, terminated, info: _success(info),
+            success=lambda reward, terminated, info: _success(name, info),
         )
 
     def spec(self, name: str, view: str) -> EnvSpec:
-        """Return what the environment shows and takes."""
+        """Return the environment's specification."""
         env, _ = _make(name)
-        action = _action_space(name, env)
-        _, space = _state_space(env)
-        fps = (env.metadata or {}).get("render_fps")
-        env.close()
+        with env_errors(name, "to be made"):
+            action = _action_space(name, env)
+            _, space = _state_space(env)
+            fps = (env.metadata or {}).get("render_fps")
+            env.close()
         numbers = range(0 if space is None else int(np.prod(space.shape)))
         return EnvSpec(
             name=name,
@@ -94,12 +96,13 @@ class Gymnasium:
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
         """Raise: there is none."""
         raise UserError(
-            f"{name} has no scripted expert; collect from babyai/<Level> or pusht, or bring a dataset."
+            f"{name} must belong to a suite with a scripted expert to collect from it. Choose one of "
+            f"{', '.join(suite for suite in ENVS.names() if suite != 'gymnasium')}, or give a dataset."
         )
 
 
 def _registered(name: str) -> str:
-    """Return the id of `PACKAGE:ID`, `PACKAGE/NAME` or an id, once the package that registers it is imported.
+    """Import the package of `PACKAGE:ID` or `PACKAGE/NAME` and return the id.
 
     Raises:
         ModuleNotFoundError: PACKAGE of `PACKAGE:ID` does not exist.
@@ -107,7 +110,7 @@ def _registered(name: str) -> str:
     module, colon, registered = name.rpartition(":")
     if colon:
         if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"there is no package {module!r}")
+            raise ModuleNotFoundError(f"No package {module!r}")
         importlib.import_module(module)
         return registered
     package = name.partition("/")[0]
@@ -118,7 +121,7 @@ def _registered(name: str) -> str:
 
 
 def _make(name: str) -> tuple[gym.Env, tuple[str, ...] | None]:
-    """Return the environment and its image's keys ((): the observation is the image; None: draw it)."""
+    """Return the environment and its image's keys ((): the observation is the image; None: render it)."""
     gymnasium = import_gymnasium()
     with env_errors(name, "to be made"):
         env = gymnasium.make(name, disable_env_checker=True)
@@ -130,14 +133,14 @@ def _make(name: str) -> tuple[gym.Env, tuple[str, ...] | None]:
         env.close()
         if mode is None:
             raise UserError(
-                f"{name} gives no RGB image (its observation is {env.observation_space}) and cannot draw "
-                "one; choose an environment with image observations."
+                f"{name} must have image observations or an rgb_array render mode, got the observation "
+                f"{env.observation_space}. Choose another environment."
             )
         return gymnasium.make(name, render_mode=mode, disable_env_checker=True), None
 
 
 def _image(name: str, space: Any) -> tuple[str, ...] | None:
-    """Return the keys of the one image in an observation; None where there is none."""
+    """Return the keys of the only image in an observation; None if there is none."""
     found = [keys for keys, leaf in _leaves(space) if is_image(leaf)]
     chosen = [keys for keys in (("pixels",), ("image",)) if keys in found] or found
     if len(found) > 1 and chosen is found:
@@ -157,7 +160,7 @@ def _leaves(space: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def _state_space(env: gym.Env) -> tuple[str, Any]:
-    """Return the key of the state ("": the observation is the state) and its space (None: there is none)."""
+    """Return the key of the state ("": the observation itself) and its space (None: no state)."""
     gymnasium = import_gymnasium()
     space: Any = env.observation_space
     named = {"": space, **space.spaces} if isinstance(space, gymnasium.spaces.Dict) else {"": space}
@@ -187,9 +190,14 @@ def _action_space(name: str, env: gym.Env) -> ActionSpace:
     )
 
 
-def _success(info: dict[str, Any]) -> bool | None:
+def _success(name: str, info: dict[str, Any]) -> bool | None:
+    """Return whether the task is done; None where the environment does not report it.
+
+    Raises:
+        EnvError: it reports something else than a boolean or the number 0 or 1.
+    """
     for source in (info, info.get("final_info")):
         for key in ("is_success", "success"):
             if isinstance(source, dict) and source.get(key) is not None:
-                return bool(np.asarray(source[key]).all())
+                return to_bool(source[key], f"{name}: info[{key!r}]")
     return None

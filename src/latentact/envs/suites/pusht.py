@@ -1,7 +1,7 @@
-"""PushT: push a T-shaped block onto its place with a round finger (Chi et al., 2023; package gym-pusht).
+"""PushT: push a T-shaped block to its goal with a round finger (Chi et al., 2023; package gym-pusht).
 
-State and action are positions in the 512x512 world; the action is where the finger should go within a tenth
-of a second. A task succeeds when the block covers 95 % of its place, which ends the episode.
+State and action are positions in the 512x512 world; the action is the finger's target for the next tenth of a
+second. The task succeeds when the block covers 95 % of its goal, which terminates the episode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RESOLUTION = 96
 WORLD = 512
 STRIDE = 20.0
-"""Usual distance on either axis between the finger and where it is told to go."""
+"""Typical distance per axis between the finger and its target."""
 
 
 @ENVS.register("pusht")
@@ -30,12 +30,12 @@ class PushT:
     """The only environment of gym-pusht."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError for a level: there is only one."""
+        """Raise a UserError for a level: there is none."""
         if name != "pusht":
-            raise UserError(f"unknown PushT level {name.partition('/')[2]!r}; there is only 'pusht'.")
+            raise UserError(f"unknown PushT level {name.partition('/')[2]!r}. Use 'pusht'.")
 
     def spec(self, name: str, view: str) -> EnvSpec:
-        """Return what the environment shows and takes."""
+        """Return the environment's specification."""
         return EnvSpec(
             name=name,
             fps=10,
@@ -46,7 +46,7 @@ class PushT:
         )
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
-        """Return the environment; the camera looks down on everything in either view."""
+        """Return the environment; both views are the same image from above."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         try:
@@ -76,12 +76,12 @@ class PushT:
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
-        """Return the planner of `pusht_expert`."""
+        """Return the planner of `envs.experts.pusht`."""
         from latentact.envs.experts.pusht import PushPlanner
 
         return PushPlanner(env, seed)
 
 
 def _floor(frame: np.ndarray) -> np.ndarray:
-    """Where a frame is white, less so at the edges of what lies on it."""
+    """Return the opacity of the white floor; antialiased edges of objects are between 0 and 1."""
     return ((frame.min(-1) - 200.0) / 55).clip(0, 1).astype(np.float32)

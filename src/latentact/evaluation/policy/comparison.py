@@ -1,7 +1,8 @@
-"""The comparison: every method with the same labels, seeds and episodes, and a verdict that names the winner.
+"""Compare methods with the same labels, seeds and episodes, and name the winner.
 
-Methods with k labeled episodes are `latent`, `latent_joint` (the LAM saw the labels too), `bc_k`, `idm_k`;
-`oracle` is BC on all labels (its k is None).
+Methods with k labeled episodes are `latent`, `latent_joint` (the LAM learns from the labels, too), `bc_k` and
+`idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add what the latent
+policy gets after grounding, so that all have the same number of updates.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from latentact.evaluation.policy.rollout import success_interval
+from latentact.evaluation.policy.intervals import success_interval
 
-LIMITED = ("latent", "latent_joint", "bc_k", "idm_k")
-LATENT = ("latent", "latent_joint")
+LATENT = ("latent", "latent_finetuned", "latent_joint")
+LIMITED = (*LATENT, "bc_k", "bc_k_finetuned", "bc_k_self_training", "idm_k", "idm_k_finetuned")
 METHODS = {
     "latent": "Latent policy",
     "latent_decoder_only": "Latent policy, decoder only",
+    "latent_finetuned": "Latent policy, fine-tuned on k labels",
     "latent_joint": "Latent policy with joint head",
     "latent_joint_decoder_only": "Latent, joint head, decoder only",
     "bc_k": "BC on k labels",
+    "bc_k_finetuned": "BC on k labels, fine-tuned",
+    "bc_k_self_training": "BC on k labels, self-training",
     "idm_k": "IDM on k labels",
+    "idm_k_finetuned": "IDM on k labels, fine-tuned",
     "oracle": "Oracle BC (all labels)",
+    "oracle_finetuned": "Oracle BC, fine-tuned",
 }
 
 Interval = tuple[float, float]
@@ -30,18 +36,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method at one k and one seed, rolled out."""
+    """Rollout of one method at one k and one seed."""
 
     method: str
     """A key of `METHODS`."""
     k: int | None
     """Labeled episodes; None for all of them."""
     seed: int
-    """Of training."""
+    """Seed of training."""
     episodes: int
-    """Rolled out."""
+    """Number of episodes."""
     success: float | None
-    """Share of episodes that succeed by the environment's own measure; None where it has none."""
+    """Fraction of successful episodes by the environment's own measure; None if it has none."""
     mean_return: float
     """Mean sum of rewards ("return" in files)."""
     ci95: Interval | None
@@ -52,11 +58,13 @@ class Row:
     """Success of every episode."""
     run: str = ""
     """Folder of the rollout, relative to the comparison's."""
+    updates: int | None = None
+    """Updates of the policy, fine-tuning included; None in comparisons of older releases."""
     decoder_only: Mapping[str, Any] | None = None
-    """For latent methods that were fine-tuned: success, return and ci95 before that."""
+    """Of fine-tuned latent methods: success, return and ci95 before fine-tuning."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as it stands in `comparison.json`."""
+        """Return the row of `comparison.json`."""
         row: dict[str, Any] = {
             "method": self.method,
             "k": self.k,
@@ -69,11 +77,13 @@ class Row:
             "successes": [int(success) for success in self.successes],
             "run": self.run,
         }
+        if self.updates is not None:
+            row["updates"] = self.updates
         return row if self.decoder_only is None else {**row, "decoder_only": dict(self.decoder_only)}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Row:
-        """Read a row of `comparison.json`, or a `rollout.json` with method, k, seed and run added."""
+        """Return the row of `comparison.json`, or of a `rollout.json` with method, k, seed and run added."""
         mean_return = float(row["return"])
         return cls(
             method=row["method"],
@@ -86,41 +96,42 @@ class Row:
             return_ci95=_interval(row.get("return_ci95")) or (mean_return, mean_return),
             successes=tuple(bool(success) for success in row.get("successes") or ()),
             run=row.get("run", ""),
+            updates=row.get("updates"),
             decoder_only=row.get("decoder_only"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One method at one k, over all seeds."""
+    """Results of one method at one k, over all seeds."""
 
     method: str
     """A key of `METHODS`."""
     k: int | None
     """Labeled episodes; None for all of them."""
     seeds: int
-    """Trained with."""
+    """Number of training seeds."""
     episodes: int
-    """Rolled out, over all seeds."""
+    """Number of episodes over all seeds."""
     success: float | None
-    """Share of all these episodes that succeed."""
+    """Fraction of successful episodes."""
     ci95: Interval | None
-    """Wilson interval over all these episodes."""
+    """Wilson interval over all episodes."""
     mean_return: float
-    """Mean over all these episodes."""
+    """Mean over all episodes."""
     return_ci95: Interval
     """95 % interval of the mean return."""
     per_seed: tuple[float, ...]
-    """Success (return, where the environment has no success) of every seed."""
+    """Success (return, if the environment reports no success) of every seed."""
 
     @property
     def label(self) -> str:
-        """What the method is called."""
+        """Display name of the method."""
         return METHODS.get(self.method, self.method)
 
     @property
     def score(self) -> float:
-        """What methods are ranked by: success, or return where there is none."""
+        """Score that methods are ranked by: success, or return if there is none."""
         return self.mean_return if self.success is None else self.success
 
     @property
@@ -139,15 +150,15 @@ def aggregate(rows: Iterable[Row]) -> list[Result]:
             groups.setdefault((before, row.k), []).append(_decoder_only(row, before))
     order = list(METHODS)
 
-    def place(result: Result) -> tuple[float, int]:
+    def rank(result: Result) -> tuple[float, int]:
         known = order.index(result.method) if result.method in METHODS else len(order)
         return (math.inf if result.k is None else float(result.k), known)
 
-    return sorted((_pool(group) for group in groups.values()), key=place)
+    return sorted((_pool(group) for group in groups.values()), key=rank)
 
 
 def verdict(rows: Iterable[Row]) -> str:
-    """Say who wins among the methods with k labels, by how much, how surely, and how far the oracle is.
+    """Return the winner among methods with k labels, its margin and intervals, and how far the oracle is.
 
     The first sentence names the winner, also when it is a baseline.
     """
@@ -161,7 +172,7 @@ def verdict(rows: Iterable[Row]) -> str:
     }
     oracle = next((r for r in results if r.method == "oracle"), None)
     overall = [_overall(ranked)] if len(ks) > 1 else []
-    details = [sentence for k in ks for sentence in _sentences(ranked[k])]
+    details = [sentence for k in ks for sentence in (*_sentences(ranked[k]), *_sources(results, k))]
     return " ".join([*overall, *details, *_from_oracle(ranked[ks[-1]][0], oracle)])
 
 
@@ -170,7 +181,7 @@ def _interval(values: Sequence[float | int] | None) -> Interval | None:
 
 
 def _decoder_only(row: Row, method: str) -> Row:
-    """A latent row before fine-tuning as a row of its own, rolled out for as many episodes."""
+    """Return a latent row before fine-tuning as a row of its own, with the same number of episodes."""
     plain = row.decoder_only or {}
     mean_return = float(plain["return"])
     return replace(
@@ -216,7 +227,7 @@ def _labeled(k: int | None) -> str:
 
 
 def _winner(ranked: Sequence[Result]) -> str | None:
-    """Label of the winner at one k; None where methods tie, or where nothing ever succeeds."""
+    """Return the label of the winner at one k; None if methods tie or none ever succeeds."""
     first = ranked[0]
     if first.success == 0 or (len(ranked) > 1 and ranked[1].score == first.score):
         return None
@@ -224,7 +235,7 @@ def _winner(ranked: Sequence[Result]) -> str | None:
 
 
 def _sentences(ranked: Sequence[Result]) -> list[str]:
-    """One k: the winner against the next best, and against the best of the other kind, latent or not."""
+    """Compare the winner at one k with the next best, and with the best of the other kind, latent or not."""
     first, measure = ranked[0], "return" if ranked[0].success is None else "success"
     if len(ranked) == 1:
         return [
@@ -236,7 +247,7 @@ def _sentences(ranked: Sequence[Result]) -> list[str]:
     if _winner(ranked) is None:
         tied = " and ".join(r.label for r in ranked if r.score == first.score)
         return [f"{tied} tie with {_labeled(first.k)}: {measure} {_number(first)} each."]
-    said = [
+    sentences = [
         f"{first.label} wins with {_labeled(first.k)}: {measure} {_number(first)} against {_number(second)} "
         f"for {second.label}, the next best; {_certain(first, second)}."
     ]
@@ -244,8 +255,36 @@ def _sentences(ranked: Sequence[Result]) -> list[str]:
     other = next((r for r in ranked if (r.method in LATENT) is not family), None)
     if other is not None and other is not second:
         kind = "baseline" if family else "latent policy"
-        said.append(f"The best {kind}, {other.label}, reaches {_number(other)}; {_certain(first, other)}.")
-    return said
+        sentences.append(
+            f"The best {kind}, {other.label}, reaches {_number(other)}; {_certain(first, other)}."
+        )
+    return sentences
+
+
+def _sources(results: Sequence[Result], k: int) -> list[str]:
+    """Say where the gain of the latent policy comes from, and what baselines gain from as many updates."""
+    at = {r.method: r for r in results if r.k == k}
+    if "latent" not in at or "latent_decoder_only" not in at:
+        return []
+    parts = [f"{at['latent_decoder_only'].score:.2f} with the decoder only"]
+    if "latent_finetuned" in at:
+        parts.append(f"{at['latent_finetuned'].score:.2f} with fine-tuning on the k episodes")
+        parts.append(f"{at['latent'].score:.2f} with self-training")
+    else:
+        parts.append(f"{at['latent'].score:.2f} fine-tuned")
+    sentences = [f"{at['latent'].label}: {', '.join(parts)}."]
+    gains = [
+        f"{at[base].label} goes from {at[base].score:.2f} to {at[more].score:.2f} with {how}"
+        for base, more, how in (
+            ("bc_k", "bc_k_finetuned", "fine-tuning"),
+            ("bc_k", "bc_k_self_training", "self-training"),
+            ("idm_k", "idm_k_finetuned", "fine-tuning"),
+        )
+        if base in at and more in at
+    ]
+    if gains:
+        sentences.append(f"At the same number of updates, {' and '.join(gains)}.")
+    return sentences
 
 
 def _certain(first: Result, second: Result) -> str:
@@ -255,7 +294,7 @@ def _certain(first: Result, second: Result) -> str:
 
 
 def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
-    """Several k: who wins where, in one sentence."""
+    """Return one sentence with the winner at each of several k."""
     at: dict[str, list[str]] = {}
     for k, results in ranked.items():
         at.setdefault(_winner(results) or "no single method", []).append(str(k))
@@ -267,7 +306,7 @@ def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
 
 
 def _from_oracle(winner: Result, oracle: Result | None) -> list[str]:
-    """How far the best method with (the most) labels is from BC on all of them."""
+    """Return the distance of the best method at the largest k from BC on all labels."""
     if oracle is None:
         return []
     if oracle.score <= 0:

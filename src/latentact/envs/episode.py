@@ -1,0 +1,256 @@
+"""The one environment loop: episodes side by side, with one batched action per step.
+
+It serves demonstrations (an expert acts), rollouts (an agent acts) and imitation (an agent follows a guide).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from latentact.envs.spec import EnvError, Expert, ExpertStuckError, make_expert
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+Recorded = Literal["states", "actions", "nuisances", "infos"]
+"""What an episode records on request, besides frames, rewards and successes."""
+
+
+class EpisodeEnd(StrEnum):
+    """Why an episode ended."""
+
+    TERMINATED = "terminated"
+    TRUNCATED = "truncated"
+    MAX_STEPS = "max_steps"
+    ACTOR = "actor"
+    """The actor returned no action."""
+    ENV_ERROR = "env_error"
+    """The environment failed."""
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """What acts in environments: an agent, an expert, or an agent that follows a guide."""
+
+    def reset(self, num_envs: int) -> None:
+        """Clear all per-episode state; the environments of `num_envs` new episodes have just been reset."""
+        ...
+
+    def act(self, observation: dict[str, Any]) -> Sequence[Any] | np.ndarray:
+        """Return one action per episode; None ends an episode.
+
+        Row j is the same episode from call to call; the action of an episode that has ended is not used.
+
+        Args:
+            observation: what `to_observation` returns.
+        """
+        ...
+
+
+@runtime_checkable
+class FrameSink(Protocol):
+    """Where the frames of an episode go, such as a list."""
+
+    def append(self, frame: np.ndarray, /) -> None:
+        """Add a frame, uint8 `[h, w, 3]`."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Episode:
+    """One episode of t steps."""
+
+    seed: int
+    """Reset seed."""
+    task: str = ""
+    """Task text."""
+    rewards: list[float] = field(default_factory=list)
+    """Reward of each of the t steps."""
+    successes: list[bool | None] = field(default_factory=list)
+    """`is_success` of each of the t steps; None where the environment reports none."""
+    frames: FrameSink | None = None
+    """The t + 1 frames, uint8 `[h, w, 3]` each, if they are recorded."""
+    states: list[np.ndarray] = field(default_factory=list)
+    """The t + 1 robot states, float32 `[s]` each, if they are recorded."""
+    actions: list[Any] = field(default_factory=list)
+    """The t actions, if they are recorded."""
+    nuisances: list[np.ndarray] = field(default_factory=list)
+    """State of the distractors at the t + 1 frames, if it is recorded."""
+    infos: list[dict[str, Any]] = field(default_factory=list)
+    """Gymnasium's `info` of the t steps, if it is recorded."""
+    end: EpisodeEnd | None = None
+    """Why it ended; None while it runs."""
+    error: EnvError | None = None
+    """The environment's failure."""
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.rewards)
+
+    @property
+    def total_reward(self) -> float:
+        """Sum of the rewards."""
+        total = 0.0  # not `sum`, which compensates rounding
+        for reward in self.rewards:
+            total += reward
+        return total
+
+    @property
+    def success(self) -> bool | None:
+        """Whether the task was done at some step; None where the environment never reports it."""
+        reported = [success for success in self.successes if success is not None]
+        return any(reported) if reported else None
+
+
+def run_episodes(
+    actor: Actor,
+    envs: Sequence[gym.Env],
+    seeds: Sequence[int],
+    *,
+    camera: str,
+    max_steps: int = 0,
+    frames: Sequence[FrameSink | None] = (),
+    record: Collection[Recorded] = (),
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Episode]:
+    """Run one episode in each environment, side by side.
+
+    Where an environment fails, the episodes before it run to their end and those after it are dropped: the
+    failed episode is the last one returned, and holds the error.
+
+    Args:
+        actor: what acts.
+        envs: environments of `make_env`.
+        seeds: reset seed of each.
+        camera: key of the frames in the actor's observations.
+        max_steps: steps after which an episode ends; 0: no limit but the environment's own.
+        frames: where the frames of the first episodes go; None: those of one are not recorded.
+        record: what is recorded besides.
+        on_step: called after each step of all environments.
+
+    Returns:
+        The episodes in the order of the environments.
+
+    Raises:
+        UserError: an action cannot be used.
+    """
+    sinks = [*frames, *[None] * (len(envs) - len(frames))]
+    episodes: list[Episode] = []
+    observations: list[dict[str, np.ndarray]] = []
+    for env, seed, sink in zip(envs, seeds, sinks, strict=True):
+        episode = Episode(seed=int(seed), frames=sink)
+        episodes.append(episode)
+        try:
+            observation, info = env.reset(seed=episode.seed)
+        except EnvError as error:
+            episode.end, episode.error = EpisodeEnd.ENV_ERROR, error
+            break
+        episode.task = info["task"]
+        observations.append(observation)
+        _record(episode, observation, info, record)
+    if not observations:
+        return episodes
+    actor.reset(len(observations))
+    tasks = [episode.task for episode in episodes[: len(observations)]]
+    while any(episode.end is None for episode in episodes):
+        actions = actor.act(to_observation(observations, tasks, camera))
+        for i, episode in enumerate(episodes):
+            if episode.end is not None:
+                continue
+            if actions[i] is None:
+                episode.end = EpisodeEnd.ACTOR
+                continue
+            try:
+                observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
+            except EnvError as error:
+                episode.end, episode.error = EpisodeEnd.ENV_ERROR, error
+                del episodes[i + 1 :]
+                break
+            episode.rewards.append(float(reward))
+            episode.successes.append(info.get("is_success"))
+            if "actions" in record:
+                episode.actions.append(actions[i])
+            if "infos" in record:
+                episode.infos.append(info)
+            _record(episode, observations[i], info, record)
+            if terminated:
+                episode.end = EpisodeEnd.TERMINATED
+            elif truncated:
+                episode.end = EpisodeEnd.TRUNCATED
+            elif episode.steps == max_steps:
+                episode.end = EpisodeEnd.MAX_STEPS
+        on_step()
+    return episodes
+
+
+def _record(
+    episode: Episode,
+    observation: dict[str, np.ndarray],
+    info: dict[str, Any],
+    record: Collection[Recorded],
+) -> None:
+    """Record an observation and the state of its distractors."""
+    if episode.frames is not None:
+        episode.frames.append(observation["pixels"])
+    if "states" in record:
+        episode.states.append(observation["agent_pos"])
+    if "nuisances" in record:
+        episode.nuisances.append(info["nuisance"])
+
+
+def to_observation(
+    observations: Sequence[dict[str, np.ndarray]], tasks: Sequence[str], camera: str
+) -> dict[str, Any]:
+    """Return observations of `make_env` as one batch with LeRobot's keys.
+
+    Returns:
+        `camera` uint8 `[b, h, w, 3]`, `task` a list of b strings and, where the environment has a state,
+        `observation.state` float32 `[b, s]`.
+    """
+    batch: dict[str, Any] = {camera: np.stack([o["pixels"] for o in observations]), "task": list(tasks)}
+    if "agent_pos" in observations[0]:
+        batch["observation.state"] = np.stack([o["agent_pos"] for o in observations])
+    return batch
+
+
+class ExpertActor:
+    """Scripted experts of one environment name, one per episode.
+
+    Args:
+        name: the environment's name.
+        envs: the environments in which they act.
+        seeds: seed of each episode and of its expert's own choices.
+        explore: probability of an exploratory action at each step.
+    """
+
+    def __init__(
+        self, name: str, envs: Sequence[gym.Env], seeds: Sequence[int], explore: float = 0.0
+    ) -> None:
+        self._name, self._envs, self._seeds, self._explore = name, envs, seeds, explore
+
+    def reset(self, num_envs: int) -> None:
+        """Make the experts, for environments that were just reset."""
+        pairs = [*zip(self._envs, self._seeds, strict=True)][:num_envs]
+        self._experts: list[Expert] = [make_expert(self._name, env, seed) for env, seed in pairs]
+        self._rngs = [np.random.default_rng((seed, 1)) for _, seed in pairs]
+        self._stuck = [False] * num_envs
+
+    def act(self, observation: dict[str, Any]) -> list[Any]:
+        """Return one action per episode; None where the expert is stuck."""
+        return [self._action(i) for i in range(len(self._experts))]
+
+    def _action(self, i: int) -> Any:
+        if self._stuck[i]:
+            return None
+        rng = self._rngs[i]
+        try:
+            return self._experts[i].act(rng if rng.random() < self._explore else None)
+        except ExpertStuckError:
+            self._stuck[i] = True
+            return None
