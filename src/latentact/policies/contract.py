@@ -1,22 +1,28 @@
-"""What a policy is (observations in, a chunk of targets out, robot actions in the end); how one is loaded."""
+"""The contract of policies: observations in, a chunk of targets out, robot actions in the end.
+
+A policy is added by one file with three things: a config registered in `POLICIES`, what it learns from
+(`targets`), and its module, a `Policy` with `features` and `forward`. Everything else is here: normalization,
+loss, actions, grounding and checkpoints. `check_policy` checks a module against this contract.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from latentact.config import from_dict, to_dict
 from latentact.data.samples import PolicyBatch
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import atomic_dir, read_json, write_json
-from latentact.io.hub import resolve_folder
+from latentact.io.hub import push_folder, resolve_folder
 from latentact.io.records import naming
 from latentact.io.specs import load_spec
 from latentact.io.tensors import (
@@ -27,43 +33,96 @@ from latentact.io.tensors import (
     save_tensors,
     settings_of,
 )
-from latentact.nn.impala import Impala
-from latentact.nn.patch import PatchEncoder
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
-from latentact.policies.network import NetworkConfig
+from latentact.policies.lerobot_files import config_entries, processor_files
 from latentact.registry import Registry
 from latentact.types import ActionSpace, LatentActionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a policy predicts per step: `groups` choices among `size` classes, or `size` numbers."""
+    """What a policy predicts per step: `num_tokens` choices among `size` classes, or `size` numbers."""
 
-    kind: Literal["classes", "numbers"]
-    """classes or numbers."""
+    RENAMED: ClassVar = {"groups": "num_tokens"}
+
+    kind: Literal["classes", "continuous"]
+    """classes or continuous."""
     size: int
     """Classes per choice, or numbers."""
-    groups: int = 1
-    """Choices per step."""
+    num_tokens: int = 1
+    """Choices per step; 1 for continuous targets."""
 
     @property
     def outputs(self) -> int:
         """Outputs of the network per step."""
-        return self.size * self.groups
+        return self.size * self.num_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuideSpec:
-    """The part of a demonstration's LAM tokens that a guided policy sees at each step."""
+    """The part of a demonstration's LAM tokens that a guided policy is conditioned on at each step."""
 
     offsets: tuple[int, ...]
-    """Steps ahead whose tokens it sees; 0 is the transition that starts now."""
+    """Steps ahead whose tokens are given; 0 is the transition that starts now."""
     size: int
     """Numbers of one step's tokens, k x d."""
     tokens: Literal["continuous", "vectors"] = "continuous"
     """continuous: before the quantizer; vectors: after it."""
     dropout: float = 0.0
-    """Share of training samples whose guide is hidden, so that the policy also works without one."""
+    """Fraction of training samples whose guide is hidden, so that the policy also acts without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What a policy learns from."""
+
+    column: Literal["action", "continuous", "vectors", "codes"]
+    """`action`: robot actions, or an inverse dynamics model's; others: that form of the latent actions."""
+    target: Target
+    """What the network predicts."""
+    guide: GuideSpec | None = None
+    """LAM tokens that the policy is conditioned on; None: not conditioned."""
+
+    @property
+    def latent(self) -> bool:
+        """Whether the targets are latent actions, so that the policy needs grounding to act."""
+        return self.column != "action"
+
+
+def robot_action_target(actions: ActionSpace | None, kind: str) -> Target:
+    """Return the target of a policy that predicts robot actions.
+
+    Raises:
+        UserError: the data has none.
+    """
+    if actions is None:
+        raise UserError(
+            f"policy={kind} learns from robot actions, but the data has none; give labels=DIR with "
+            f"policy=latent."
+        )
+    return Target(kind="classes" if actions.discrete else "continuous", size=actions.size)
+
+
+def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str) -> Target:
+    """Return the target of a policy that predicts latent actions.
+
+    Args:
+        latent: what the latent actions mean; None without labels.
+        column: continuous, vectors or codes.
+        kind: registered name of the policy, for messages.
+
+    Raises:
+        UserError: there are no labels, or they have no codes.
+    """
+    if latent is None:
+        raise UserError(f"policy={kind} learns from latent actions; give labels=DIR.")
+    if column != "codes":
+        return Target(kind="continuous", size=latent.tokens * latent.token_dim)
+    if latent.codebook_size is None:
+        raise UserError(
+            f"policy.target is codes, but the labels of {latent.model} have none; use policy.target=vectors."
+        )
+    return Target(kind="classes", size=latent.codebook_size, num_tokens=latent.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +140,7 @@ class PolicySpec:
     target: Target
     """What the network predicts."""
     action_space: ActionSpace | None = None
-    """Robot action it ends in; None before grounding."""
+    """Robot actions that the policy outputs; None before grounding."""
     stride: int = 1
     """Environment steps per predicted target."""
     fps: float = 0.0
@@ -89,10 +148,10 @@ class PolicySpec:
     camera: str = ""
     """Camera key of the training data."""
     guide: GuideSpec | None = None
-    """How LAM tokens of a demonstration guide it; None where nothing does."""
+    """LAM tokens of a demonstration that the policy is conditioned on; None: not conditioned."""
 
     def __post_init__(self) -> None:
-        """Validate the numbers."""
+        """Validate the configuration."""
         require_between("spec.resolution", self.resolution, 1, 1 << 14)
         require_between("spec.state_size", self.state_size, 0, 1 << 20)
         require_between("spec.stride", self.stride, 1, 1 << 14)
@@ -100,8 +159,33 @@ class PolicySpec:
 
 
 @runtime_checkable
+class NetworkSettings(Protocol):
+    """What every policy's network has; further fields are its own."""
+
+    @property
+    def n_obs_steps(self) -> int:
+        """Observed frames, latest last."""
+        ...
+
+    @property
+    def chunk_size(self) -> int:
+        """Targets predicted at once."""
+        ...
+
+    @property
+    def n_action_steps(self) -> int:
+        """Targets executed before the policy observes again."""
+        ...
+
+    @property
+    def use_state(self) -> bool:
+        """Whether the network takes the robot state."""
+        ...
+
+
+@runtime_checkable
 class PolicyConfig(Protocol):
-    """Settings of a policy; a frozen dataclass with these two fields."""
+    """Settings of a policy: a frozen dataclass."""
 
     @property
     def kind(self) -> str:
@@ -109,22 +193,53 @@ class PolicyConfig(Protocol):
         ...
 
     @property
-    def network(self) -> NetworkConfig:
+    def network(self) -> NetworkSettings:
         """The network."""
+        ...
+
+    def targets(self, latent: LatentActionSpec | None, actions: ActionSpace | None) -> Targets:
+        """Return what the policy learns from.
+
+        Args:
+            latent: what the latent actions of the labels mean; None without labels.
+            actions: robot actions of the data; None where it has none.
+
+        Raises:
+            UserError: the policy needs what is missing.
+        """
+        ...
+
+    def behavior_cloning(self) -> PolicyConfig:
+        """Return the policy with the same network that learns robot actions: the baseline in `compare`."""
+        ...
+
+    def build(self, spec: PolicySpec, latent: LatentActionSpec | None = None) -> Policy:
+        """Return the module with random weights.
+
+        Args:
+            spec: what it is trained for.
+            latent: what its latent actions mean, for targets or guides that are latent actions.
+        """
         ...
 
 
 POLICIES: Registry[type[PolicyConfig]] = Registry("policy", "latentact.policies")
 
 
-class Policy(nn.Module):
-    """A network from observations to a chunk of targets; behind latent ones, once grounded, a decoder.
+class Policy(nn.Module, ABC):
+    """A network from observations to a chunk of targets; with latent targets, once grounded, also a decoder.
+
+    A subclass implements `features` and `forward`; where its loss or its sampling is its own (as in
+    diffusion), it overrides `loss`, too.
 
     Args:
-        config: which policy.
-        spec: what for.
-        latent: what its latent actions mean, where its targets are latent actions.
-        decoder: settings of the decoder from latent to robot actions; None while not grounded.
+        config: settings.
+        spec: what it is trained for.
+        latent: what its latent actions mean, for targets or guides that are latent actions.
+
+    Attributes:
+        decoder: from latent to robot actions; None for policies that predict robot actions, and before
+            grounding.
     """
 
     mean: Tensor
@@ -133,71 +248,80 @@ class Policy(nn.Module):
     state_std: Tensor
     guide_mean: Tensor
     guide_std: Tensor
+    decoder: ActionDecoder | None
 
     def __init__(
-        self,
-        config: PolicyConfig,
-        spec: PolicySpec,
-        latent: LatentActionSpec | None = None,
-        decoder: DecoderConfig | None = None,
+        self, config: PolicyConfig, spec: PolicySpec, latent: LatentActionSpec | None = None
     ) -> None:
         super().__init__()
         self.config, self.spec, self.latent = config, spec, latent
-        n = config.network
-        channels = spec.channels * n.n_obs_steps
-        if n.backbone == "impala":
-            self.encoder = Impala(channels, spec.resolution, tuple(n.impala_scale * c for c in (16, 32, 32)))
-        else:
-            self.encoder = PatchEncoder(channels, spec.resolution, n.patch, n.channels, halve=n.halve)
-        state = spec.state_size if n.use_state else 0
-        self.extra = nn.Linear(state + len(spec.words), 256) if state + len(spec.words) else None
-        self.head = nn.Linear(256, n.chunk_size * spec.target.outputs)
-        numbers = spec.target.size if spec.target.kind == "numbers" else 0
-        self.register_buffer("mean", torch.zeros(numbers))
-        self.register_buffer("std", torch.ones(numbers))
-        self.register_buffer("state_mean", torch.zeros(spec.state_size))
-        self.register_buffer("state_std", torch.ones(spec.state_size))
-        self.decoder = self._build_decoder(decoder) if decoder else None
-        size = spec.guide.size if spec.guide else 0
-        self.register_buffer("guide_mean", torch.zeros(size))
-        self.register_buffer("guide_std", torch.ones(size))
-        self.guide = None
-        if spec.guide:
-            tokens = size * len(spec.guide.offsets)
-            self.guide = nn.Sequential(
-                nn.Linear(256 + tokens + 1, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
-            )
+        self.decoder = None
+        numbers = spec.target.size if spec.target.kind == "continuous" else 0
+        tokens = spec.guide.size if spec.guide else 0
+        for name, size in (("", numbers), ("state_", spec.state_size), ("guide_", tokens)):
+            self.register_buffer(f"{name}mean", torch.zeros(size))
+            self.register_buffer(f"{name}std", torch.ones(size))
+
+    @abstractmethod
+    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:
+        """Return one vector per observation: what the last layers predict targets from.
+
+        Args:
+            frames: uint8 ``[b, n_obs_steps, c, h, w]``, latest last; any height and width.
+            state: float32 ``[b, s]`` in the dataset's units (see `normal_state`), or None.
+            words: float32 ``[b, v]``, how often each word of `spec.words` occurs in the task text.
+        """
+
+    @abstractmethod
+    def forward(
+        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
+    ) -> Float[Tensor, "b l f"]:
+        """Return the outputs: normalized numbers, or the logits of all classes of all tokens.
+
+        Args:
+            frames: as in `features`.
+            state: as in `features`.
+            words: as in `features`.
+            guide: float32 ``[b, offsets, k * d]``, NaN without a guide; None for policies without one.
+
+        Returns:
+            float32 ``[b, chunk_size, spec.target.outputs]``.
+        """
+
+    @property
+    def targets(self) -> Targets:
+        """What the policy learns from."""
+        return self.config.targets(self.latent, self.spec.action_space)
 
     @property
     def uses_state(self) -> bool:
         """Whether the network or the decoder takes the robot state."""
         return self.config.network.use_state or (self.decoder is not None and self.decoder.config.use_state)
 
-    def _build_decoder(self, config: DecoderConfig) -> ActionDecoder:
+    def add_decoder(self, config: DecoderConfig) -> None:
+        """Put a decoder with random weights behind the network."""
         assert self.spec.action_space is not None
         state = self.spec.state_size if config.use_state else 0
-        return ActionDecoder(
+        self.decoder = ActionDecoder(
             config, self.spec.target.outputs, state, self.spec.action_space, self.spec.stride
         )
 
     def ground(self, config: DecoderConfig, actions: ActionSpace) -> Policy:
-        """Return this policy with a new decoder to robot actions behind it; the network is shared."""
-        from dataclasses import replace
-
-        grounded = Policy(self.config, replace(self.spec, action_space=actions), self.latent, config)
-        own = self.state_dict()
-        load = grounded.state_dict() | {k: v for k, v in own.items() if not k.startswith("decoder.")}
-        grounded.load_state_dict(load)
+        """Return a copy of this policy with a new decoder to robot actions behind its network."""
+        grounded = self.config.build(replace(self.spec, action_space=actions), self.latent)
+        grounded.add_decoder(config)
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+        grounded.load_state_dict(grounded.state_dict() | own)
         return grounded
 
     def set_action_stats(
         self, target: np.ndarray, state: np.ndarray | None, guide: np.ndarray | None = None
     ) -> None:
-        """Take means and deviations from training data, ``[n, f]`` each: targets, states, guiding tokens."""
-        if self.spec.target.kind == "numbers":
+        """Set means and deviations from training data, ``[n, f]`` each: targets, states, guide tokens."""
+        if self.spec.target.kind == "continuous":
             self.mean.copy_(torch.from_numpy(target.mean(0)))
             std = torch.from_numpy(target.std(0))
-            # Latent numbers share a unit: one that hardly varies is not blown up to the size of the others.
+            # Latent numbers share a unit: one that hardly varies is not scaled up to the size of the others.
             self.std.copy_(std.clamp(min=max(1e-4, 1e-2 * std.max().item() if self.latent else 0.0)))
         if state is not None:
             self.state_mean.copy_(torch.from_numpy(state.mean(0)))
@@ -206,70 +330,77 @@ class Policy(nn.Module):
             self.guide_mean.copy_(torch.from_numpy(guide.mean(0)))
             self.guide_std.copy_(torch.from_numpy(guide.std(0)).clamp(min=1e-4))
 
-    def forward(
-        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
-    ) -> Float[Tensor, "b l f"]:
-        """Return network outputs: normalized numbers, or logits of all classes of all groups."""
-        features = self.features(frames, state, words)
-        if self.guide is not None:
-            features = self.guide(torch.cat([features, self._seen_guide(guide, features)], dim=1))
-        return self.head(features).unflatten(1, (self.config.network.chunk_size, -1)).float()
-
-    def _seen_guide(self, guide: Tensor | None, features: Tensor) -> Float[Tensor, "b g"]:
-        """Normalized tokens and a 1 where there is a guide, zeros where there is none or it is dropped."""
-        assert self.spec.guide is not None
-        if guide is None:
-            return features.new_zeros(len(features), self.spec.guide.size * len(self.spec.guide.offsets) + 1)
-        there = guide.isfinite().flatten(1).all(1)
-        if self.training and self.spec.guide.dropout:
-            there = there & (torch.rand(len(guide), device=guide.device) >= self.spec.guide.dropout)
-        tokens = ((guide.nan_to_num() - self.guide_mean) / self.guide_std).flatten(1)
-        return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) * there[:, None]
-
-    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
-        """Return what the network makes of an observation, before its last layer."""
-        x = frames
-        if x.shape[-2:] != (self.spec.resolution,) * 2:
-            size = (self.spec.resolution,) * 2
-            x = F.interpolate(x.flatten(0, 1).float(), size, mode="bilinear", antialias=True).unflatten(
-                0, x.shape[:2]
-            )
-        x = torch.cat(x.unbind(1), dim=1).float().div(255).sub(0.5)
-        features = self.encoder(x)
-        if self.extra is not None:
-            parts = [self.normal_state(state)] if self.config.network.use_state else []
-            features = features + self.extra(torch.cat([*parts, words], dim=1))
-        return features
+    def normal_frames(self, frames: Tensor) -> Float[Tensor, "b o c size size"]:
+        """Return frames in -0.5..0.5 at the policy's resolution (bilinear, antialiased)."""
+        size = (self.spec.resolution,) * 2
+        if frames.shape[-2:] != size:
+            flat = frames.flatten(0, 1).float()
+            flat = F.interpolate(flat, size, mode="bilinear", antialias=True)
+            frames = flat.unflatten(0, frames.shape[:2])
+        return frames.float().div(255).sub(0.5)
 
     def normal_state(self, state: Tensor | None) -> Tensor:
-        """Return the state at zero mean and unit variance."""
+        """Return the state at zero mean and unit variance.
+
+        Raises:
+            UserError: it has another size.
+        """
         if state is None or state.shape[1] != self.spec.state_size:
-            got = "none" if state is None else f"{state.shape[1]} numbers"
+            got = "none" if state is None else str(state.shape[1])
             raise UserError(
-                f"the policy wants a robot state of {self.spec.state_size} numbers and got {got}."
+                f"observation.state must have {self.spec.state_size} numbers, got {got}. Give the state that "
+                f"the policy was trained on."
             )
         return (state - self.state_mean) / self.state_std
 
+    def normal_guide(self, guide: Tensor | None, batch_size: int) -> Float[Tensor, "b g"]:
+        """Return normalized tokens and a 1, or zeros without a guide and where dropout hides it."""
+        assert self.spec.guide is not None
+        if guide is None:
+            width = self.spec.guide.size * len(self.spec.guide.offsets) + 1
+            return self.guide_mean.new_zeros(batch_size, width)
+        present = guide.isfinite().flatten(1).all(1)
+        if self.training and self.spec.guide.dropout:
+            present = present & (torch.rand(len(guide), device=guide.device) >= self.spec.guide.dropout)
+        tokens = ((guide.nan_to_num() - self.guide_mean) / self.guide_std).flatten(1)
+        return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) * present[:, None]
+
+    def normal_latent(self, latent: Shaped[Tensor, "b f"]) -> Float[Tensor, "b f2"]:
+        """Return given latent actions as the decoder takes them: normalized numbers, or one-hot codes."""
+        if self.spec.target.kind == "continuous":
+            return (latent - self.mean) / self.std
+        return F.one_hot(latent.long(), self.spec.target.size).flatten(1).float()
+
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy for classes, squared error of normalized numbers; masked targets count nothing."""
+        """Return the loss over unmasked targets: cross-entropy, or squared error of normalized numbers."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.spec.target.kind == "classes":
-            logits = out.unflatten(2, (self.spec.target.groups, self.spec.target.size))
+            logits = out.unflatten(2, (self.spec.target.num_tokens, self.spec.target.size))
             target = batch.target.masked_fill(~batch.mask[..., None], 0)
-            each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(
-                target.shape
-            )
+            each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
+            each = each.view(target.shape)
         else:
             target = (batch.target.nan_to_num() - self.mean) / self.std
             each = (out - target).square()
         loss = (each.mean(2) * batch.mask).sum() / batch.mask.sum().clamp(min=1)
         return loss, {}
 
+    def action_loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of robot actions, through the decoder where there is one.
+
+        Args:
+            batch: its targets are the robot actions of every environment step, ``[b, l * stride, a]``.
+        """
+        if self.decoder is None:
+            return self.loss(batch)
+        actions = batch.target[..., 0] if self.decoder.space.discrete else batch.target
+        return self.decoder.action_loss(self.action_scores(batch), actions, batch.mask), {}
+
     def decoder_input(self, out: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
-        """Return what the decoder takes: normalized vectors, or the probability of every class."""
-        if self.spec.target.kind == "numbers":
+        """Return outputs as the decoder takes them: normalized vectors, or the probability of every class."""
+        if self.spec.target.kind == "continuous":
             return out
-        logits = out.unflatten(-1, (self.spec.target.groups, self.spec.target.size))
+        logits = out.unflatten(-1, (self.spec.target.num_tokens, self.spec.target.size))
         return logits.softmax(-1).flatten(-2)
 
     def action_scores(self, batch: PolicyBatch) -> Float[Tensor, "b l a"]:
@@ -303,7 +434,7 @@ class Policy(nn.Module):
         return (scores * self.std + self.mean).float().numpy(force=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `model.safetensors` and where it has one `spec.json`, whole or not at all."""
+        """Write the checkpoint atomically; a policy of robot actions is also a LeRobot pretrained policy."""
         with atomic_dir(Path(folder)) as partial:
             self.write(partial)
 
@@ -314,17 +445,32 @@ class Policy(nn.Module):
             self.latent.save(folder / "spec.json")
         decoder = to_dict(self.decoder.config) if self.decoder else None
         values = {"policy": to_dict(self.config), "spec": to_dict(self.spec), "decoder": decoder}
+        if self.spec.action_space is not None:
+            values |= self._write_lerobot_files(folder, self.spec.action_space)
         write_json(folder / "config.json", values)
+
+    def _write_lerobot_files(self, folder: Path, actions: ActionSpace) -> dict[str, Any]:
+        """Write LeRobot's processor files and return its entries of `config.json`."""
+        entries = config_entries(
+            camera=self.spec.camera,
+            resolution=self.spec.resolution,
+            channels=self.spec.channels,
+            state_size=self.spec.state_size if self.uses_state else 0,
+            actions=actions,
+            n_obs_steps=self.config.network.n_obs_steps,
+            latent=self.latent,
+        )
+        for name, content in processor_files(entries).items():
+            write_json(folder / name, content)
+        return entries
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
         """Upload the checkpoint to the Hugging Face hub and return its address."""
-        from latentact.io.hub import push_folder
-
         return push_folder(self.write, repo_id, private)
 
     @classmethod
     def from_pretrained(cls, where: str | Path, device: str = "cpu") -> Policy:
-        """Load a policy from a folder or a hub id, in evaluation mode.
+        """Load a policy of any kind from a folder or a hub id, in evaluation mode.
 
         Raises:
             UserError: it is missing, truncated or not a policy; nothing in it is executed.
@@ -337,16 +483,29 @@ class Policy(nn.Module):
         with naming(folder / "config.json"):
             config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
             decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
-            spec = from_dict(PolicySpec, values["spec"], "spec")
+            spec = from_dict(PolicySpec, _current_target(values["spec"]), "spec")
             if decoder and spec.action_space is None:
-                raise UserError(
-                    "spec.action_space must be given beside a decoder, got none; ground it again."
-                )
+                raise UserError("spec.action_space must be set for a decoder, got none. Ground it again.")
         latent = load_spec(folder / "spec.json") if (folder / "spec.json").exists() else None
         tensors = load_tensors(folder / WEIGHTS)
+
+        def build() -> Policy:
+            policy = config.build(spec, latent)
+            if decoder:
+                policy.add_decoder(decoder)
+            return policy
+
         with settings_of(folder):
             with torch.device("meta"):  # sizes that the file does not hold are refused before memory is taken
-                require_weights(cls(config, spec, latent, decoder), tensors, folder / WEIGHTS)
-            policy = cls(config, spec, latent, decoder)
+                require_weights(build(), tensors, folder / WEIGHTS)
+            policy = build()
         load_weights(policy, tensors, folder / WEIGHTS)
         return policy.eval().to(device)
+
+
+def _current_target(spec: Any) -> Any:
+    """Return a saved spec with the current name of continuous targets, formerly "numbers"."""
+    target = spec.get("target") if isinstance(spec, dict) else None
+    if isinstance(target, dict) and target.get("kind") == "numbers":
+        return {**spec, "target": {**target, "kind": "continuous"}}
+    return spec

@@ -1,4 +1,4 @@
-"""Grounding: a small network from latent actions (and the robot state, if wanted) to robot actions."""
+"""Grounding: a small network from latent actions, and optionally the robot state, to robot actions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class DecoderConfig:
     hidden: tuple[int, ...] = (128, 128)
     """Widths of the hidden layers; none makes it linear."""
     use_state: bool = False
-    """Whether it sees the robot state, for latent actions that mean other actions in other states."""
+    """Whether it takes the robot state, for latent actions whose robot action depends on the state."""
 
     def __post_init__(self) -> None:
-        """Refuse widths that no layer has."""
+        """Validate the configuration."""
         if any(width < 1 for width in self.hidden):
-            raise UserError(f"decoder.hidden is {list(self.hidden)}; wanted widths of at least 1, or none.")
+            raise UserError(
+                f"decoder.hidden must be widths of at least 1, or empty, got {list(self.hidden)}."
+            )
 
 
 class ActionDecoder(nn.Module):
@@ -36,7 +38,7 @@ class ActionDecoder(nn.Module):
     Args:
         config: settings.
         latent_size: numbers of the latent action.
-        state_size: numbers of the robot state it sees.
+        state_size: numbers of the robot state that it takes.
         space: robot action.
         steps: environment steps per latent action.
     """
@@ -59,7 +61,7 @@ class ActionDecoder(nn.Module):
         self.register_buffer("std", torch.ones(numbers))
 
     def set_action_stats(self, actions: np.ndarray) -> None:
-        """Take mean and deviation of continuous actions ``[n, a]`` from the labeled steps."""
+        """Set mean and deviation of continuous actions from the labeled steps, ``[n, a]``."""
         if not self.space.discrete:
             self.mean.copy_(torch.from_numpy(actions.mean(0)))
             self.std.copy_(torch.from_numpy(actions.std(0)).clamp(min=1e-4))
@@ -67,7 +69,7 @@ class ActionDecoder(nn.Module):
     def forward(
         self, latents: Float[Tensor, "b l f"], state: Float[Tensor, "b s"] | None
     ) -> Float[Tensor, "b l2 a"]:
-        """Return logits or normalized actions of every environment step: l latent actions x steps."""
+        """Return logits or normalized actions of every environment step; l2 = l x steps."""
         if state is not None:
             latents = torch.cat([latents, state[:, None].expand(-1, latents.shape[1], -1)], dim=2)
         return self.net(latents).unflatten(2, (self.steps, self.space.size)).flatten(1, 2).float()
@@ -80,7 +82,7 @@ class ActionDecoder(nn.Module):
         """Cross-entropy or squared error of normalized actions over the labeled steps.
 
         Args:
-            scores: what `forward` returned.
+            scores: output of `forward`.
             actions: int64 ``[b, l]`` or float32 ``[b, l, a]``.
             mask: bool ``[b, l]``.
         """

@@ -1,17 +1,19 @@
 """Latent behavior cloning: predicts latent actions of unlabeled video (LAPO stage 2, arXiv 2312.10812).
 
-Needs `ground` to act. LAPO regresses the vector before the quantizer; predicting codes by cross-entropy is
-LAPA's way (2410.11758) and keeps apart what an average would blur.
+Needs `ground` to act. LAPO regresses the vector before the quantizer; LAPA (2410.11758) predicts codes by
+cross-entropy, which keeps apart what an average would blur.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from latentact.errors import UserError
-from latentact.policies.contract import POLICIES, Target
-from latentact.policies.network import NetworkConfig
-from latentact.types import LatentActionSpec
+from latentact.policies.bc import BcConfig
+from latentact.policies.contract import POLICIES, PolicySpec, Targets, latent_action_target
+from latentact.policies.network import NetworkConfig, NetworkPolicy
+from latentact.types import ActionSpace, LatentActionSpec
 
 
 @POLICIES.register("latent")
@@ -28,16 +30,19 @@ class LatentConfig:
     entropy."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown targets."""
+        """Validate the configuration."""
         if self.target not in ("continuous", "vectors", "codes"):
-            raise UserError(f"policy.target is {self.target!r}; wanted continuous, vectors or codes.")
+            raise UserError(f"policy.target must be continuous, vectors or codes, got {self.target!r}.")
 
-    def latent_target(self, spec: LatentActionSpec) -> Target:
-        """Return what the network predicts for latent actions of a LAM."""
-        if self.target != "codes":
-            return Target(kind="numbers", size=spec.tokens * spec.token_dim)
-        if spec.codebook_size is None:
-            raise UserError(
-                f"policy.target is codes but the labels of {spec.model} have none; use policy.target=vectors."
-            )
-        return Target(kind="classes", size=spec.codebook_size, groups=spec.tokens)
+    def targets(self, latent: LatentActionSpec | None, actions: ActionSpace | None) -> Targets:
+        """Return the latent actions of the labels."""
+        column: Literal["continuous", "vectors", "codes"] = self.target  # type: ignore[assignment]
+        return Targets(column=column, target=latent_action_target(latent, column, self.kind))
+
+    def behavior_cloning(self) -> BcConfig:
+        """Return behavior cloning with the same network."""
+        return BcConfig(network=self.network)
+
+    def build(self, spec: PolicySpec, latent: LatentActionSpec | None = None) -> NetworkPolicy:
+        """Return the module with random weights."""
+        return NetworkPolicy(self, self.network, spec, latent)

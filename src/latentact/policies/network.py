@@ -1,16 +1,24 @@
-"""The network that every policy shares."""
+"""The network that the built-in policies share: frames, state and task words to a chunk of targets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from latentact.errors import UserError, require_between
+from latentact.nn.impala import Impala
+from latentact.nn.patch import PatchEncoder
+from latentact.policies.contract import Policy, PolicyConfig, PolicySpec
+from latentact.types import LatentActionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Settings of the network that every policy shares, so that comparisons compare what was learned from."""
+    """Settings of the network; methods that are compared share them."""
 
     RENAMED: ClassVar = {"frames": "n_obs_steps", "chunk": "chunk_size", "execute": "n_action_steps"}
 
@@ -27,23 +35,75 @@ class NetworkConfig:
     n_obs_steps: int = 1
     """Observed frames, latest last."""
     use_state: bool = False
-    """Whether the network sees the robot state."""
+    """Whether the network takes the robot state."""
     chunk_size: int = 1
     """Targets predicted at once."""
     n_action_steps: int = 1
-    """Targets executed before the policy looks again."""
+    """Targets executed before the policy observes again; at most chunk_size."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no network can be built from."""
+        """Validate the configuration."""
         if self.backbone not in ("impala", "patch"):
-            raise UserError(f"network.backbone is {self.backbone!r}; wanted impala or patch.")
-        for name, high in (
-            ("impala_scale", 256),
-            ("patch", 1 << 14),
-            ("n_obs_steps", 256),
-            ("chunk_size", 1 << 14),
-        ):
-            require_between(f"network.{name}", getattr(self, name), 1, high)
+            raise UserError(f"network.backbone must be impala or patch, got {self.backbone!r}.")
+        require_between("network.impala_scale", self.impala_scale, 1, 256)
+        require_between("network.patch", self.patch, 1, 1 << 14)
+        require_between("network.n_obs_steps", self.n_obs_steps, 1, 256)
+        require_between("network.chunk_size", self.chunk_size, 1, 1 << 14)
         require_between(
             "network.n_action_steps (at most network.chunk_size)", self.n_action_steps, 1, self.chunk_size
         )
+
+
+class NetworkPolicy(Policy):
+    """The policy of `NetworkConfig`: a convolutional encoder, linear layers for the rest.
+
+    Args:
+        config: settings of the policy.
+        network: settings of its network.
+        spec: what it is trained for.
+        latent: what its latent actions mean.
+    """
+
+    def __init__(
+        self,
+        config: PolicyConfig,
+        network: NetworkConfig,
+        spec: PolicySpec,
+        latent: LatentActionSpec | None = None,
+    ) -> None:
+        super().__init__(config, spec, latent)
+        channels = spec.channels * network.n_obs_steps
+        if network.backbone == "impala":
+            scaled = tuple(network.impala_scale * c for c in (16, 32, 32))
+            self.encoder = Impala(channels, spec.resolution, scaled)
+        else:
+            self.encoder = PatchEncoder(
+                channels, spec.resolution, network.patch, network.channels, halve=network.halve
+            )
+        extra = (spec.state_size if network.use_state else 0) + len(spec.words)
+        self.extra = nn.Linear(extra, 256) if extra else None
+        self.head = nn.Linear(256, network.chunk_size * spec.target.outputs)
+        self.guide = None
+        if spec.guide:
+            tokens = spec.guide.size * len(spec.guide.offsets)
+            self.guide = nn.Sequential(
+                nn.Linear(256 + tokens + 1, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+            )
+
+    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
+        """Return 256 numbers per observation."""
+        features = self.encoder(torch.cat(self.normal_frames(frames).unbind(1), dim=1))
+        if self.extra is not None:
+            parts = [self.normal_state(state)] if self.config.network.use_state else []
+            features = features + self.extra(torch.cat([*parts, words], dim=1))
+        return features
+
+    def forward(
+        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
+    ) -> Float[Tensor, "b l f"]:
+        """Return the outputs of the last layer."""
+        features = self.features(frames, state, words)
+        if self.guide is not None:
+            guidance = self.normal_guide(guide, len(features))
+            features = self.guide(torch.cat([features, guidance], dim=1))
+        return self.head(features).unflatten(1, (self.config.network.chunk_size, -1)).float()

@@ -1,4 +1,4 @@
-"""The cache of decoded frames and LAM tokens: build an entry, show what is there, remove what is not needed.
+"""The cache of decoded frames and LAM tokens: build, list and remove entries.
 
 Example: `latentact cache --data DIR --resolution 64`, `latentact cache`, `latentact cache --clear all`.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import Field
 
 from latentact.data.cache import DataConfig, cache_folder, open_store
-from latentact.data.files import shown
+from latentact.data.files import printable
 from latentact.errors import UserError
 from latentact.io.records import Record, read_record
 
@@ -40,21 +40,21 @@ class CacheEntry:
     last_use: float
     """Seconds since 1970."""
     finished: bool
-    """False: an interrupted build, which the next one continues."""
+    """Whether the entry is complete; the next run resumes an interrupted build."""
     folder: Path
-    """Where its folder lies."""
+    """Parent of its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheReport:
-    """What is in the cache."""
+    """Content of the cache."""
 
     folder: Path
-    """Where it lies."""
+    """Folder of the cache."""
     entries: tuple[CacheEntry, ...]
-    """What is there, last used first."""
+    """Entries, last used first."""
     removed: tuple[CacheEntry, ...] = ()
-    """What was there and has been removed."""
+    """Entries that were removed."""
 
     @property
     def bytes(self) -> int:
@@ -62,24 +62,30 @@ class CacheReport:
         return sum(entry.bytes for entry in self.entries)
 
 
-def run(data: DataConfig | None = None, *, clear: str = "", cache_dir: str = "") -> CacheReport:
-    """Decode `data` if it is given, then remove what `clear` names, and return what is in the cache.
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Show the cache, fill it or clear it."""
 
-    Args:
-        data: what to decode; its `cache_dir` says where unless that is empty.
-        clear: "all", the key of an entry or the beginning of one; empty: remove nothing.
-        cache_dir: where the cache lies; empty: $LATENTACT_CACHE, else ~/.cache/latentact.
+    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    """Data to decode; empty path: none. Its `cache_dir` is the cache."""
+    clear: str = ""
+    """Entries to remove: "all", or a key or its beginning; empty: none."""
+
+
+def run(config: CacheConfig) -> CacheReport:
+    """Decode the data, remove the entries to clear, and return what is in the cache.
 
     Raises:
-        UserError: the data cannot be read, or there is not exactly one entry to clear, or it is being built.
+        UserError: the data cannot be read, `clear` does not match exactly one entry, or that entry is being
+            built.
     """
-    folder = cache_folder((data.cache_dir if data else "") or cache_dir)
-    if data is not None:
-        open_store(data)
-    removed = _chosen(entries(folder), clear, folder) if clear else ()
+    folder = cache_folder(config.data.cache_dir)
+    if config.data.path:
+        open_store(config.data)
+    removed = _to_remove(entries(folder), config.clear, folder) if config.clear else ()
     for entry in removed:
         _remove(entry)
-    if clear == "all":
+    if config.clear == "all":
         for rest in ("memo", "tokens"):
             shutil.rmtree(folder / rest, ignore_errors=True)
     return CacheReport(folder=folder, entries=entries(folder), removed=removed)
@@ -120,7 +126,7 @@ def _entry(path: Path) -> CacheEntry:
         size, rows, camera = "damaged", 0, ""
     return CacheEntry(
         key=path.name,
-        dataset=shown(os.fsdecode(used.read_bytes().strip())) if used.is_file() else "",
+        dataset=printable(os.fsdecode(used.read_bytes().strip())) if used.is_file() else "",
         camera=camera,
         resolution=size,
         frames=rows,
@@ -137,7 +143,7 @@ class _Tokens(Record):
 
 
 class _Meta(Record):
-    """What `meta.json` of frames, or of LAM tokens, says about its size."""
+    """`meta.json` of an entry of frames or of LAM tokens."""
 
     camera: str
     shape: tuple[int, int, int, int] | None = Field(default=None, strict=False)
@@ -145,18 +151,21 @@ class _Meta(Record):
     rows: int | None = None
 
 
-def _chosen(found: tuple[CacheEntry, ...], clear: str, folder: Path) -> tuple[CacheEntry, ...]:
+def _to_remove(found: tuple[CacheEntry, ...], clear: str, folder: Path) -> tuple[CacheEntry, ...]:
     if clear == "all":
         return found
-    fitting = tuple(entry for entry in found if entry.key.startswith(clear))
-    if len(fitting) != 1:
+    matching = tuple(entry for entry in found if entry.key.startswith(clear))
+    if len(matching) != 1:
         known = ", ".join(entry.key for entry in found) or "none"
-        raise UserError(f"{clear!r} fits {len(fitting)} entries of {folder}; give `all` or one of: {known}.")
-    return fitting
+        raise UserError(
+            f"--clear must match one entry of {folder}, got {clear!r}, which matches {len(matching)}. "
+            f"Give `all` or one of: {known}."
+        )
+    return matching
 
 
 def _remove(entry: CacheEntry) -> None:
-    """Remove an entry at one stroke, so that no half of it is ever found."""
+    """Remove an entry atomically."""
     folder = entry.folder
     lock = FileLock(folder / f"{entry.key.partition('.')[0]}.lock")
     try:

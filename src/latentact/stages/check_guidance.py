@@ -1,37 +1,35 @@
-"""Does a guide really guide? `latentact check-guidance --policy-path DIR --lam-model-path DIR`.
+"""Check whether a policy follows its guide: `latentact check-guidance --policy-path P --lam-model-path L`.
 
-From the start of expert demonstrations that no training has seen, the policy is rolled out with the
+From the starts of expert demonstrations that no training uses, the policy is rolled out with the
 demonstration's own video as its guide, with another one's, and with none. A policy that follows its guide
-comes near the demonstration in the first case only.
+stays near the demonstration in the first case only.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from latentact.agents.agent import GuidedPolicy
-from latentact.agents.load import load_guided_policy
+from latentact.agents.agent import Agent
+from latentact.agents.load import load_agent
+from latentact.config import Count, OneOf, Seed
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges
-from latentact.envs.spec import EnvSpec, ExpertStuckError, env_spec, make_env, make_expert
+from latentact.envs.episode import Actor, EpisodeEnd, ExpertActor, run_episodes, to_observation
+from latentact.envs.spec import ENVS, EnvSpec, env_spec, make_env, make_expert
 from latentact.errors import UserError
-from latentact.evaluation.policy.rollout import mean_interval
+from latentact.evaluation.policy.guidance import CONDITIONS, EpisodeTrace, compare_traces, summarize
 from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.inference import Guide, LatentGuidedInference
 from latentact.io.atomic import write_json
 from latentact.progress import Progress
 
-log = logging.getLogger(__name__)
-
-MOST_STEPS = 1000
-"""Steps after which an expert's attempt has failed."""
-CONDITIONS = ("matching", "wrong", "none")
+MAX_STEPS = 1000
+"""Steps after which an expert's attempt fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +37,17 @@ class CheckGuidanceConfig:
     """Roll a guided policy out with the matching guide, a wrong one and none."""
 
     policy: str
-    """Folder or hub id of a policy that follows latent actions."""
+    """Folder or hub id of a policy that is conditioned on latent actions."""
     lam: str
-    """Folder or hub id of the LAM that turns demonstrations into guides."""
+    """Folder or hub id of the LAM that extracts the guides from the demonstrations."""
     out: str
-    """Folder for `guidance.json`."""
-    env: str = "pusht"
-    """Environment with an expert and a state whose first two numbers are the agent's place."""
-    demos: int = 30
-    """Demonstrations."""
-    seed: int = 500_000
-    """Reset seed of the first demonstration; training data begins at 0 unless it was told otherwise."""
+    """Output folder for `guidance.json`."""
+    env: Annotated[str, OneOf(ENVS)] = "pusht"
+    """Environment with an expert and a state whose first two dimensions are the agent's position."""
+    demos: Count = 30
+    """Number of demonstrations."""
+    seed: Seed = 500_000
+    """Reset seed of the first demonstration; training data starts at 0 by default."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
@@ -58,186 +56,119 @@ class CheckGuidanceConfig:
         check_ranges(demos=self.demos, seed=self.seed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpisodeTrace:
-    """What happened in one episode of t steps."""
-
-    pixels: np.ndarray
-    """uint8 ``[t + 1, h, w, 3]``."""
-    agent: np.ndarray
-    """Place of the agent ``[t + 1, 2]``."""
-    block: np.ndarray | None
-    """Place of the block ``[t, 2]``, where the environment tells (``info["block_pose"]``)."""
-    coverage: np.ndarray | None
-    """Share of the goal that is covered ``[t]``, where the environment tells (``info["coverage"]``)."""
-    success: bool
-    """Whether the task was done."""
-
-
 def run(config: CheckGuidanceConfig) -> dict[str, Any]:
-    """Measure, write `guidance.json` and return what it holds."""
+    """Measure, write `guidance.json` and return its content.
+
+    Raises:
+        UserError: policy, LAM and environment do not match, or the expert fails too often.
+    """
     require_device(config.device)
     spec = env_spec(config.env)
     if len(spec.state_names) < 2:
-        raise UserError(f"{config.env} tells no place of the agent; give one that does, such as pusht.")
-    policy = load_guided_policy(config.policy, config.device)
+        raise UserError(
+            f"{config.env} must have the agent's position in its state, got a state of "
+            f"{len(spec.state_names)} dimensions. Give another environment, such as pusht."
+        )
+    agent = load_agent(config.policy, config.device, guided=True)
     extractor = LatentActionExtractor(config.lam, device=config.device)
     extractor.resolution = extractor.model.spec.resolution  # as labels were made
-    _refuse_unless_fits(config, spec, policy, extractor)
-    demos, guides = [], []
+    _check_one_step(config, spec, agent, extractor)
+    demos: list[tuple[int, EpisodeTrace]] = []
+    guides: list[Guide] = []
     with Progress("demonstrating", config.demos, "demonstrations") as progress:
         for seed, demo in _demonstrations(config):
-            guide = extractor.extract_from_frames(demo.pixels, float(spec.fps))
             demos.append((seed, demo))
-            guides.append(guide)
+            guides.append(extractor.extract_from_frames(demo.pixels, float(spec.fps)))
             progress.advance(1)
     env, rows = make_env(config.env), []
-    can_go_alone = policy.without_guide
+    without_guide = agent.spec.latent is not None and agent.spec.latent.optional
     with Progress("following", config.demos, "demonstrations") as progress:
         for number, (seed, demo) in enumerate(demos):
-            row: dict[str, Any] = {"seed": seed, "steps": len(demo.agent) - 1}
-            for condition in CONDITIONS if can_go_alone else CONDITIONS[:2]:
+            steps = len(demo.agent) - 1
+            row: dict[str, Any] = {"seed": seed, "steps": steps}
+            for condition in CONDITIONS if without_guide else CONDITIONS[:2]:
                 guide = guides[number if condition != "wrong" else (number + 1) % len(guides)]
-                played = _follow(env, spec, seed, policy, guide, condition, len(demo.agent) - 1)
-                row[condition] = _compare(demo, played)
+                inference = LatentGuidedInference(agent, guide, fps=float(spec.fps))
+                actor = agent if condition == "none" else _LastActionHold(inference)
+                row[condition] = compare_traces(demo, _trace(env, spec, seed, actor, steps)[0])
             rows.append(row)
             progress.advance(1)
     env.close()
-    result = {"config": asdict(config), **_summary(rows), "rows": rows}
+    result = {"config": asdict(config), **summarize(rows), "rows": rows}
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.out) / "guidance.json", result)
     return result
 
 
-def _refuse_unless_fits(
-    config: CheckGuidanceConfig, spec: EnvSpec, policy: GuidedPolicy, extractor: LatentActionExtractor
+def _check_one_step(
+    config: CheckGuidanceConfig, spec: EnvSpec, agent: Agent, extractor: LatentActionExtractor
 ) -> None:
-    """Take one action after a guide in which nothing moves, so that what does not fit fails at once."""
+    """Predict one action with a guide of still frames, so that what does not match fails at once."""
     check_compatible(
         spec,
         config.policy,
-        actions=policy.actions,
-        cameras=policy.cameras,
-        state_size=policy.state_size,
+        actions=agent.spec.action_space,
+        cameras=agent.spec.cameras,
+        state_size=agent.spec.state_size,
     )
     env = make_env(config.env)
     observation, info = env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)
     fps = float(spec.fps)
     still = np.repeat(observation["pixels"][None], extractor.gap(fps) + 1, axis=0)
-    inference = LatentGuidedInference(policy, extractor.extract_from_frames(still, fps), fps=fps)
-    inference.predict_action(_named(spec, observation, info["task"]))
+    inference = LatentGuidedInference(agent, extractor.extract_from_frames(still, fps), fps=fps)
+    inference.act(to_observation([observation], [info["task"]], spec.camera))
     env.close()
-
-
-def _named(spec: EnvSpec, observation: dict[str, np.ndarray], task: str) -> dict[str, Any]:
-    """Return an observation by the keys that policies know."""
-    return {
-        spec.camera: observation["pixels"],
-        "observation.state": observation["agent_pos"],
-        "task": task,
-    }
 
 
 def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeTrace]]:
-    """Yield seeds and what a successful expert did from them."""
-    env, found, seed = make_env(config.env), 0, config.seed
-    while found < config.demos:
-        observation, _ = env.reset(seed=seed)
-        expert = make_expert(config.env, env, seed)
-        try:
-            demo = _play(env, observation, lambda _, expert=expert: expert.act(), MOST_STEPS)
-        except ExpertStuckError:
-            demo = None
-        if demo is not None and demo.success:
-            yield seed, demo
+    """Yield seeds and the trajectories of a successful expert from them."""
+    spec, env, found = env_spec(config.env), make_env(config.env), 0
+    attempts = 20 * config.demos + 100
+    for seed in range(config.seed, config.seed + attempts):
+        trace, end = _trace(env, spec, seed, ExpertActor(config.env, [env], [seed]), MAX_STEPS)
+        if end is not EpisodeEnd.ACTOR and trace.success:
+            yield seed, trace
             found += 1
-        seed += 1
-        if seed - config.seed > 20 * config.demos + 100:
-            raise UserError(f"the expert of {config.env} fails too often; give another environment.")
-    env.close()
-
-
-def _follow(
-    env: Any, spec: EnvSpec, seed: int, policy: GuidedPolicy, guide: Guide, condition: str, steps: int
-) -> EpisodeTrace:
-    """Roll the policy out from a demonstration's start, for as long as that lasted."""
-    inference = LatentGuidedInference(policy, guide, fps=float(spec.fps))
-    observation, info = env.reset(seed=seed)
-
-    last: Any = None
-
-    def act(seen: dict[str, np.ndarray]) -> Any:
-        nonlocal last
-        named = _named(spec, seen, info["task"])
-        if condition == "none":
-            return policy.act(policy.prepare(named, None))
-        action = inference.predict_action(named)
-        last = last if action is None else action  # a wrong guide may be shorter: its last action stays
-        return last
-
-    return _play(env, observation, act, steps)
-
-
-def _play(env: Any, observation: dict[str, np.ndarray], act: Any, steps: int) -> EpisodeTrace:
-    pixels, agent, infos = [observation["pixels"]], [observation["agent_pos"][:2]], []
-    for _ in range(steps):
-        observation, _, terminated, truncated, info = env.step(act(observation))
-        pixels.append(observation["pixels"])
-        agent.append(observation["agent_pos"][:2])
-        infos.append(info)
-        if terminated or truncated:
-            break
-    told = {
-        key: np.array([info[key] for info in infos]) if infos and key in infos[0] else None
-        for key in ("block_pose", "coverage")
-    }
-    block = told["block_pose"]
-    return EpisodeTrace(
-        pixels=np.stack(pixels),
-        agent=np.stack(agent),
-        block=None if block is None else block[:, :2],
-        coverage=told["coverage"],
-        success=any(info.get("is_success", False) for info in infos),
+            if found == config.demos:
+                env.close()
+                return
+    raise UserError(
+        f"the expert of {config.env} must succeed in {config.demos} of {attempts} episodes, got {found}. "
+        "Give another environment."
     )
 
 
-def _compare(demo: EpisodeTrace, played: EpisodeTrace) -> dict[str, Any]:
-    """Return mean distances to the demonstration at the same moments, in the environment's units."""
-    moments = min(len(demo.agent), len(played.agent))
-    row: dict[str, Any] = {
-        "agent": float(np.linalg.norm(demo.agent[:moments] - played.agent[:moments], axis=1).mean()),
-        "success": played.success,
-    }
-    if demo.block is not None and played.block is not None:
-        moments = min(len(demo.block), len(played.block))
-        row["block"] = float(np.linalg.norm(demo.block[:moments] - played.block[:moments], axis=1).mean())
-    if played.coverage is not None:
-        row |= {"coverage": float(played.coverage[-1]), "max_coverage": float(played.coverage.max())}
-    return row
+class _LastActionHold:
+    """Follows a guide and repeats its last action after the guide's end."""
+
+    def __init__(self, inference: LatentGuidedInference) -> None:
+        self._inference = inference
+
+    def reset(self, num_envs: int) -> None:
+        self._inference.reset(num_envs)
+        self._last: list[Any] = []
+
+    def act(self, observation: dict[str, Any]) -> list[Any]:
+        actions = self._inference.act(observation)
+        self._last = actions if actions[0] is not None else self._last
+        return self._last
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return means with 95 % intervals over demonstrations, and a verdict in plain words."""
-    found: dict[str, Any] = {}
-    for condition in (c for c in CONDITIONS if c in rows[0]):
-        found[condition] = {
-            name: {
-                "mean": float(np.mean([row[condition][name] for row in rows])),
-                "ci95": mean_interval([row[condition][name] for row in rows]),
-            }
-            for name in rows[0][condition]
-        }
-    own, other = found["matching"]["agent"], found["wrong"]["agent"]
-    ratio = own["mean"] / max(other["mean"], 1e-9)
-    said = (
-        f"{own['mean']:.3g} from the demonstration's path with its own guide, "
-        f"{other['mean']:.3g} with another's"
+def _trace(
+    env: Any, spec: EnvSpec, seed: int, actor: Actor, steps: int
+) -> tuple[EpisodeTrace, EpisodeEnd | None]:
+    """Run one episode of at most `steps` steps."""
+    frames: list[np.ndarray] = []
+    (episode,) = run_episodes(
+        actor,
+        [env],
+        [seed],
+        camera=spec.camera,
+        max_steps=steps,
+        frames=[frames],
+        record=("states", "infos"),
     )
-    if own["ci95"][1] >= other["ci95"][0]:
-        verdict = f"The policy ignores its guide: the agent is {said}, and the intervals overlap."
-    elif ratio > 0.5:
-        verdict = f"The guide steers the policy a little: the agent is {said}."
-    else:
-        verdict = f"The policy follows its guide: the agent is {said}."
-    return {"conditions": found, "ratio": ratio, "verdict": verdict}
+    if episode.error is not None:
+        raise episode.error
+    return EpisodeTrace.from_episode(episode, frames), episode.end

@@ -1,9 +1,10 @@
-"""Judge latent policies beside the plain baselines: `latentact compare data.path=DIR env=NAME ks=[5]`.
+"""Compare latent policies with the plain baselines: `latentact compare data.path=DIR env=NAME ks=[5]`.
 
-For every seed and k the same k labeled episodes, network, policy steps and evaluation seeds go to every row:
-the latent policy, the latent policy whose LAM had an action head on the k episodes, BC on k, an inverse
-dynamics model on k whose pseudo-labels train BC (IDM-k), and BC on all labels (oracle). Every row is a chain
-of stages through artifacts on disk, so a killed comparison goes on where it stopped.
+For every seed and k, every row gets the same k labeled episodes, network and evaluation seeds: the latent
+policy, the latent policy whose LAM had an action head on the k episodes, BC on k, BC on the pseudo-labels of
+an inverse dynamics model trained on k (IDM-k), and BC on all labels (oracle). Latent policies are fine-tuned,
+so the baselines have rows with as many updates: BC-k with self-training or fine-tuning, IDM-k and the oracle
+with fine-tuning. Every row is a chain of stages through artifacts on disk; re-run the command to resume.
 """
 
 from __future__ import annotations
@@ -24,25 +25,43 @@ from latentact.errors import UserError
 from latentact.evaluation.policy.comparison import Row
 from latentact.lams.contract import LAMS
 from latentact.lams.models.idm import IdmConfig
-from latentact.policies.bc import BcConfig
 from latentact.policies.contract import POLICIES
 from latentact.policies.decoder import DecoderConfig
 from latentact.reporting.comparison_plot import write_comparison
-from latentact.stages import ground, label, rollout, train_lam, train_policy
+from latentact.stages import finetune, ground, label, rollout, train_lam, train_policy
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
 
-METHODS = ("latent", "latent_joint", "bc_k", "idm_k", "oracle")
+METHODS = (
+    "latent",
+    "latent_finetuned",
+    "latent_joint",
+    "bc_k",
+    "bc_k_finetuned",
+    "bc_k_self_training",
+    "idm_k",
+    "idm_k_finetuned",
+    "oracle",
+    "oracle_finetuned",
+)
+FINETUNED = {
+    "latent_finetuned": "latent",
+    "bc_k_finetuned": "bc_k",
+    "bc_k_self_training": "bc_k",
+    "idm_k_finetuned": "idm_k",
+    "oracle_finetuned": "oracle",
+}
+"""Rows that fine-tune the policy of another row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare latent policies with BC-k, IDM-k and oracle BC on equal terms; the verdict names the winner."""
+    """Compare latent policies with BC-k, IDM-k and oracle BC at equal budgets, with a verdict."""
 
     out: str = "runs/compare"
-    """Run folder; the same command goes on where a killed run stopped."""
+    """Run folder; re-run the same command to resume."""
     data: DataConfig
     """Demonstrations with robot actions."""
     env: str
@@ -52,7 +71,9 @@ class CompareConfig:
     distract: str = ""
     """Distractors in the environment, as for `collect`: background=0.5,shake=0.3,correlation=0.8."""
     methods: tuple[str, ...] = METHODS
-    """Rows to make."""
+    """Rows. Left out are those that the settings make equal to another: `*_finetuned` and
+    `bc_k_self_training` without finetune_steps; with self_training, `bc_k_finetuned`; without it,
+    `latent_finetuned` and `bc_k_self_training`."""
     ks: tuple[int, ...] = (5,)
     """Numbers of labeled episodes."""
     seeds: tuple[int, ...] = (0,)
@@ -66,9 +87,9 @@ class CompareConfig:
     record: int = 2
     """Evaluation episodes per row whose video is kept."""
     frame_gap_s: float = 0.0
-    """Seconds between the two moments of a transition; 0: neighboring frames."""
+    """Seconds between the two frames of a transition; 0: neighboring frames."""
     held_out: float = 0.1
-    """Share of the episodes that no training sees."""
+    """Fraction of the episodes that no training uses."""
     lam: Any = choice(LAMS, "lapo")
     """The latent action model."""
     lam_training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -90,34 +111,33 @@ class CompareConfig:
     )
     """How it is trained."""
     finetune_steps: int = 200
-    """Steps in which grounded policies are then trained on end to end on the k episodes; 0: none."""
+    """Steps in which policies are then fine-tuned end to end; 0: none."""
     finetune_lr: float = 1e-4
     """Peak learning rate of those steps."""
     self_training: bool = False
-    """Whether those steps learn from all training episodes, as in ground."""
+    """Whether fine-tuning of `latent` and `latent_joint` learns from all training episodes, as in ground."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown rows and distractors, and rows without labels."""
+        """Validate the configuration."""
         Distraction.parse(self.distract)
         for method in self.methods:
             if method not in METHODS:
-                raise UserError(f"methods has {method!r}; wanted some of {', '.join(METHODS)}.")
-        if not self.methods or (not self.ks and {*self.methods} != {"oracle"}):
+                raise UserError(f"methods must be some of {', '.join(METHODS)}, got {method!r}.")
+        if not self.methods or (not self.ks and any(not m.startswith("oracle") for m in self.methods)):
             raise UserError(
-                f"methods is {[*self.methods]} and ks {[*self.ks]}; wanted at least one method and one k."
+                f"methods and ks must have at least one value each, got {[*self.methods]} and {[*self.ks]}."
             )
-        if any(k < 1 for k in self.ks) or not self.seeds:
-            raise UserError(
-                f"ks is {[*self.ks]} and seeds {[*self.seeds]}; every k must be at least 1, and there must "
-                "be at least one seed."
-            )
+        if not self.seeds:
+            raise UserError("seeds must have at least one value, got [].")
+        if any(k < 1 for k in self.ks):
+            raise UserError(f"ks must be at least 1, got {[*self.ks]}.")
         for seed in (*self.seeds, self.eval_seed):
             check_ranges(seed=seed)
         check_ranges(episodes=self.episodes, record=self.record, max_steps=self.max_steps)
 
 
 def run(config: CompareConfig, out: Path) -> dict[str, Any]:
-    """Make every row, write the comparison and return it."""
+    """Run every method and seed, write the comparison and return it."""
     env = env_spec(config.env, view=config.view)
     check_step_limit(env, config.max_steps)
     store = open_store(config.data)
@@ -135,11 +155,12 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
         choose_labeled(train, max(config.ks, default=0), seed)
-    bottleneck = getattr(config.lam, "bottleneck", None)
-    if "latent_joint" in config.methods and bottleneck and bottleneck.kind not in ("none", "kl"):
+    if "latent_joint" in config.methods and _joint_lam(config) is None:
+        others = ",".join(method for method in config.methods if method != "latent_joint")
         raise UserError(
-            f"the row latent_joint wants latent actions without codes and lam.bottleneck.kind is "
-            f"{bottleneck.kind}; set it to none or kl, or methods=[latent,bc_k,idm_k,oracle]."
+            f"lam must support an action head for the row latent_joint, got lam={config.lam.kind} with "
+            f"settings that do not. Set methods=[{others}], or a LAM with one, such as lapo with "
+            f"lam.bottleneck.kind=none."
         )
     if not finished(out, config, "comparison.json"):
         begin_run(out, config)
@@ -153,9 +174,20 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     return comparison
 
 
+def _joint_lam(config: CompareConfig) -> Any:
+    """Return the settings of the LAM with an action head; None if it cannot have one."""
+    return config.lam.with_action_head(config.joint_action_weight)
+
+
 def _rows(config: CompareConfig) -> Iterator[tuple[str, int | None]]:
+    left_out = set()
+    if not config.finetune_steps:
+        left_out |= FINETUNED.keys()
+    left_out |= {"bc_k_finetuned"} if config.self_training else {"latent_finetuned", "bc_k_self_training"}
     for method in config.methods:
-        if method == "oracle":
+        if method in left_out:
+            continue
+        if method.startswith("oracle"):
             yield method, None
         else:
             yield from ((method, k) for k in config.ks)
@@ -171,34 +203,51 @@ class _Row:
     k: int | None
     seed: int
 
+    @property
+    def base(self) -> str:
+        """The row whose policy this one fine-tunes; itself for others."""
+        return FINETUNED.get(self.method, self.method)
+
     def make(self) -> Row:
         """Run the row's stages, those that are not finished, and return its numbers."""
         c = self.config
-        if self.method in ("latent", "latent_joint"):
-            folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
-        elif self.method == "idm_k":
-            folder = self._policy(BcConfig(network=c.policy.network), labels=self._labels(self._idm()))
-        else:
-            folder = self._policy(BcConfig(network=c.policy.network), k=self.k)
         more: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
+        more["updates"] = c.policy_training.steps
+        if self.base in ("latent", "latent_joint"):
+            folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
+        elif self.base == "idm_k":
+            folder = self._policy(c.policy.behavior_cloning(), labels=self._labels(self._idm()))
+        else:
+            folder = self._policy(c.policy.behavior_cloning(), k=self.k)
         if (folder / "finetuned").is_dir():
-            plain = self._rollout(folder, "rollout_decoder_only")
-            more["decoder_only"] = {key: plain[key] for key in ("success", "return", "ci95", "return_ci95")}
+            more["updates"] += c.finetune_steps
+            if self.method == self.base:
+                plain = self._rollout(folder, "rollout_decoder_only")
+                keys = ("success", "return", "ci95", "return_ci95")
+                more["decoder_only"] = {key: plain[key] for key in keys}
             folder = folder / "finetuned"
+        elif self.method != self.base:
+            more["updates"] += c.finetune_steps
+            folder = finetune.run(self._finetune(folder), self._folder("finetuned"))
         result = self._rollout(folder, "rollout")
         more["run"] = str(self._folder("rollout").relative_to(self.out))
         return Row.from_json(result | more)
 
     def _folder(self, name: str) -> Path:
-        """Artifacts of label-free methods are shared by all k, up to grounding."""
-        free = self.method == "latent" and name in ("lam", "labels", "policy")
-        k = "" if free or self.k is None else f"_k{self.k}"
-        return self.out / f"seed{self.seed}" / f"{self.method}{k}" / name
+        """Return the folder of an artifact.
+
+        Fine-tuned rows share the artifacts before fine-tuning with their base; the latent policy needs no
+        labels before grounding, so all k share its artifacts.
+        """
+        method = self.base if name in ("lam", "labels", "policy") else self.method
+        shared = method == "latent" and name in ("lam", "labels", "policy")
+        k = "" if shared or self.k is None else f"_k{self.k}"
+        return self.out / f"seed{self.seed}" / f"{method}{k}" / name
 
     def _latent_lam(self) -> Path:
         lam, k = self.config.lam, 0
-        if self.method == "latent_joint":
-            lam, k = replace(lam, action_weight=self.config.joint_action_weight), self.k or 0
+        if self.base == "latent_joint":
+            lam, k = _joint_lam(self.config), self.k or 0
         return self._train_lam(lam, self.config.lam_training, k)
 
     def _idm(self) -> Path:
@@ -210,7 +259,7 @@ class _Row:
             data=c.data,
             lam=lam,
             training=replace(training, seed=self.seed),
-            frame_gap_s=c.frame_gap_s if self.method != "idm_k" else 0.0,
+            frame_gap_s=c.frame_gap_s if self.base != "idm_k" else 0.0,
             held_out=c.held_out,
             split_seed=self.seed,
             labeled_episodes=k,
@@ -219,7 +268,12 @@ class _Row:
 
     def _labels(self, lam: Path) -> Path:
         return label.run(
-            label.LabelConfig(lam=str(lam), data=self.config.data, out=str(self._folder("labels")))
+            label.LabelConfig(
+                lam=str(lam),
+                data=self.config.data,
+                resolution=self.config.data.resolution,
+                out=str(self._folder("labels")),
+            )
         )
 
     def _policy(self, policy: Any, labels: Path | None = None, k: int | None = None) -> Path:
@@ -245,7 +299,22 @@ class _Row:
             training=replace(c.decoder_training, seed=self.seed),
             finetune_steps=c.finetune_steps,
             finetune_lr=c.finetune_lr,
-            self_training=c.self_training,
+            self_training=c.self_training and self.method == self.base,
+            held_out=c.held_out,
+            split_seed=self.seed,
+        )
+
+    def _finetune(self, policy: Path) -> finetune.FinetuneConfig:
+        """Return what grounding gives the latent policy, for a baseline."""
+        c = self.config
+        training = replace(c.decoder_training, seed=self.seed)
+        return finetune.FinetuneConfig(
+            policy=str(policy),
+            data=c.data,
+            labeled_episodes=self.k,
+            training=replace(training, steps=c.finetune_steps, lr=c.finetune_lr),
+            self_training=self.method == "bc_k_self_training",
+            teacher_training=training,
             held_out=c.held_out,
             split_seed=self.seed,
         )

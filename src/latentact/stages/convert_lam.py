@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from latentact.config import Between, OneOf, Pixels, check_bounds
 from latentact.errors import UserError
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
 
 
-def run(where: str, out: str, **keywords: Any) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ConvertLamConfig:
+    """Write a published latent action model in our format; its outputs stay the same."""
+
+    where: str
+    """Folder, file or hub id of a villa-X, LAPO or LAPA model."""
+    out: str
+    """Folder for the model."""
+    window: Annotated[str, OneOf(("sliding", "chunked"))] = ""
+    """villa-X: windows of frames; empty: sliding."""
+    image_size: Pixels = 0
+    """LAPA: height and width in pixels of the frames that it was trained on; 0: 256."""
+    code_seq_len: Annotated[int, Between(0, 1 << 20)] = 0
+    """LAPA: codes per transition; 0: 4."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        check_bounds(self)
+
+
+def run(config: ConvertLamConfig) -> Path:
     """Load a model of villa-X, LAPO or LAPA and save it; returns its folder.
 
-    Args:
-        where: folder, file or hub id.
-        out: folder to write; it gives the same numbers.
-        keywords: what the published files do not say, as in `load_lam`.
-
     Raises:
-        UserError: the folder holds something already, or the model cannot be read.
+        UserError: the folder is not empty, or the model cannot be read.
     """
-    folder = Path(out)
+    folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out} exists already; give another --out.")
-    model = load_lam(where, **keywords)
+        raise UserError(f"{config.out} must not exist or be empty. Give another --out.")
+    settings = {name: getattr(config, name) for name in ("window", "image_size", "code_seq_len")}
+    model = load_lam(config.where, **{name: value for name, value in settings.items() if value})
     model.save_pretrained(folder)
     spec = model.spec
-    log.info("%s: %s, %d tokens of %d numbers per transition", out, spec.model, spec.tokens, spec.token_dim)
+    log.info("%s: %s, %d tokens of %d dims per transition", folder, spec.model, spec.tokens, spec.token_dim)
     return folder

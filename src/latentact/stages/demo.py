@@ -1,8 +1,7 @@
 """The whole pipeline in one command: `latentact demo`, which `make demo` runs.
 
 Collects demonstrations, throws their actions away but for k episodes, and compares the policy that learned
-from the videos with the plain baselines. Stages meet through artifacts on disk, so a killed demo goes on
-where it stopped.
+from the videos with the plain baselines. Stages meet through artifacts on disk, so a killed demo resumes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentact.config import load_experiment
+from latentact.config import Count, Seed, load_experiment
 from latentact.data.splits import choose_labeled, split_sizes
 from latentact.io.atomic import write_json
 from latentact.io.records import read_record
@@ -27,14 +26,14 @@ class DemoConfig:
     """Collect, learn a LAM, label, learn policies, ground, roll out, compare, report."""
 
     out: str = "runs/demo"
-    """Run folder; the same command goes on where a killed demo stopped."""
+    """Run folder; re-run the same command to resume."""
     experiment: str = "babyai"
     """Experiment of `compare` that names environment, models and training."""
-    episodes: int = 1500
+    episodes: Count = 1500
     """Demonstrations to collect."""
-    k: int = 5
+    k: Count = 5
     """Labeled episodes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
     overrides: tuple[str, ...] = ()
     """Further settings of `compare`, as on its command line."""
@@ -58,4 +57,4 @@ def run(config: DemoConfig) -> report.ReportResult:
         stage()
         if not finished:
             write_json(out / "demo.json", {"wall_s": spent + time.monotonic() - begun})
-    return report.run(out)
+    return report.run(report.ReportConfig(run_dir=config.out))

@@ -1,7 +1,7 @@
-"""Let one demonstration video guide a policy: `latentact imitate --video-path V --policy-path P ...`.
+"""Imitate one demonstration video: `latentact imitate --video-path V --policy-path P ...`.
 
-The folder gets the guide (`latents.safetensors`, `latents.pt`) and, where a policy acted, `metrics.json`, the
-video `imitation.mp4` (demonstration beside rollout) and the page `report.html`.
+The output folder holds the guide (`latents.safetensors`, `latents.pt`) and, if a policy acted,
+`metrics.json`, the video `imitation.mp4` (demonstration beside rollout) and the page `report.html`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from latentact.config import Limit, OneOf, Pixels, Rate, Seconds, Seed
 from latentact.data.decode.resize import resize
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges
-from latentact.envs.spec import VIEWS, EnvError, EnvSpec, env_spec, make_env
+from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
+from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
 from latentact.errors import UserError, did_you_mean
-from latentact.guidance.align import agreement
+from latentact.guidance.align import TIME_BASES, latent_agreement
 from latentact.guidance.extractor import LatentActionExtractor, video_frames
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import LatentGuidedInference
@@ -30,7 +32,7 @@ from latentact.io.atomic import write_json
 from latentact.io.video_writer import write_video
 from latentact.progress import Progress
 from latentact.reporting.pages.imitate import write_page
-from latentact.robots.control import ControlLog, control
+from latentact.robots.control import ControlEnd, ControlLog, control
 from latentact.robots.safety import Safety
 from latentact.robots.setup import RobotSetup, RobotView, make_robot
 
@@ -45,68 +47,73 @@ STILLS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ImitateConfig:
-    """One video guides a policy, in simulation or on a robot."""
+    """Imitate one demonstration video with a policy, in simulation or on a robot."""
 
     output_dir: str
-    """Folder for what comes out; an older result there is replaced."""
+    """Output folder; an older result in it is replaced."""
     video_path: str = ""
     """The demonstration."""
     latents_path: str = ""
-    """Its latent actions, as an earlier run wrote them, instead of the video."""
+    """Its latent actions, written by an earlier run, instead of the video."""
     policy_path: str = ""
-    """Folder or hub id of a policy that follows latent actions."""
+    """Folder or hub id of a policy that is conditioned on latent actions."""
     lam_model_path: str = ""
     """Folder or hub id of the LAM that the policy was trained with."""
     device: str = "cpu"
     """cpu, cuda or mps."""
-    target_fps: float = 0.0
+    target_fps: Rate = 0.0
     """Frames per second at which the video is read; 0: the LAM's."""
-    max_frames: int = 0
-    """Frames of the video that are read at most; 0: all."""
-    lam_resolution: int = 224
+    max_frames: Limit = 0
+    """Maximum number of video frames; 0: all."""
+    lam_resolution: Pixels = 224
     """Height and width to which frames are resized before the LAM; 0: as they are."""
-    mode: str = "simulation"
+    mode: Annotated[str, OneOf(MODES)] = "simulation"
     """extract_only, simulation or robot."""
-    env_name: str = "PushT-v0"
-    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id, also PACKAGE:ID and PACKAGE/NAME. Its own time
-    limit is not needed, since the guide ends."""
-    seed: int = 0
+    env_name: Annotated[str, OneOf(ENVS)] = "PushT-v0"
+    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id, also PACKAGE:ID and PACKAGE/NAME. It needs no
+    time limit, since the guide ends."""
+    seed: Seed = 0
     """simulation: reset seed of the environment."""
     robot_config: str = ""
-    """robot: YAML file that names the robot, its limits and its cameras."""
-    max_steps: int = 0
-    """Actions after which it ends; 0: only when the guide is over."""
-    control_time_s: float = 0.0
-    """Seconds of control after which it ends; 0: only when the guide is over."""
-    fps: float = 0.0
+    """robot: YAML file with the robot, its limits and its cameras."""
+    max_steps: Limit = 0
+    """Maximum number of actions; 0: until the guide ends."""
+    control_time_s: Seconds = 0.0
+    """Maximum seconds of control; 0: until the guide ends."""
+    fps: Rate = 0.0
     """Control steps per second; 0: the environment's, on a robot the policy's, or else the guide's."""
-    time_base: str = "hold"
-    """How the guide follows control of another rate: hold each latent action, or resample in time."""
+    time_base: Annotated[str, OneOf(TIME_BASES)] = "hold"
+    """How a guide of another rate is aligned with control: hold each latent action, or resample in time."""
     render: bool = True
-    """Whether pictures of what happened are kept for people."""
+    """Whether the page and the video show frames of the run."""
     save_video: bool = True
     """Whether the video is written."""
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Validate the configuration."""
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}{did_you_mean(self.mode, MODES)}")
         if bool(self.video_path) == bool(self.latents_path):
-            raise UserError("give either --video-path of the demonstration or --latents-path of its latents.")
+            raise UserError("give either --video-path of the demonstration or --latents-path of its guide.")
         if self.video_path and not self.lam_model_path:
-            raise UserError("give --lam-model-path, which turns the video into latent actions.")
+            raise UserError("give --lam-model-path of the LAM that extracts the guide from the video.")
         if self.mode != "extract_only" and not self.policy_path:
-            raise UserError("give --policy-path of the policy that is to follow the guide.")
+            raise UserError("give --policy-path of the policy that follows the guide.")
         if self.mode == "robot" and not self.robot_config:
             raise UserError("give --robot-config, the YAML file of the robot.")
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; wanted at least 0.")
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} must be at least 0, got {getattr(self, name)}. Give such a number.")
         check_ranges(seed=self.seed, max_steps=self.max_steps)
 
 
 def run(config: ImitateConfig) -> dict[str, Any]:
-    """Extract the guide and let the policy follow it; returns what `metrics.json` holds."""
+    """Extract the guide, run the policy and return the content of `metrics.json`.
+
+    Raises:
+        UserError: video, LAM, policy and environment or robot do not match, or one of them fails.
+    """
     require_device(config.device)
     out = Path(config.output_dir)
     setup = RobotSetup.read(config.robot_config) if config.mode == "robot" else None
@@ -119,7 +126,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         guide.save(out)
         return _about_guide(config, guide)
-    result = _drive(config, guide, setup, robot) if setup else _simulate(config, guide)
+    result = _run_on_robot(config, guide, setup, robot) if setup else _simulate(config, guide)
     out.mkdir(parents=True, exist_ok=True)
     for old in (METRICS, PAGE, VIDEO):
         (out / old).unlink(missing_ok=True)
@@ -128,13 +135,13 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     if isinstance(result.error, (KeyboardInterrupt, SystemExit)):
         write_json(out / METRICS, metrics)
         raise result.error
-    if extractor is not None and len(result.film):
+    if extractor is not None and len(result.frames) and not extractor.model.state_size:
         metrics["agreement"] = _agreement(guide, extractor, result)
-    film = _compose(config, guide, result) if config.render and len(result.film) else None
-    if film is not None and config.save_video:
-        write_video(out / VIDEO, film, result.fps)
+    frames = _compose(config, guide, result) if config.render and len(result.frames) else None
+    if frames is not None and config.save_video:
+        write_video(out / VIDEO, frames, result.fps)
     write_json(out / METRICS, metrics)
-    stills = None if film is None else film[np.linspace(0, len(film) - 1, STILLS).astype(int)]
+    stills = None if frames is None else frames[np.linspace(0, len(frames) - 1, STILLS).astype(int)]
     write_page(out / PAGE, metrics, stills, out / VIDEO if (out / VIDEO).exists() else None)
     if result.error is not None:
         raise result.error
@@ -149,8 +156,8 @@ def _guide(config: ImitateConfig, extractor: LatentActionExtractor | None) -> Gu
     guide = Guide.load(config.latents_path)
     if extractor is not None and extractor.model.spec.weights != guide.spec.weights:
         raise UserError(
-            f"{config.latents_path} was extracted by a LAM of other weights than {config.lam_model_path}; "
-            "give the LAM that extracted it, or extract again."
+            f"{config.latents_path} must come from the LAM {config.lam_model_path}, got other weights. "
+            "Give the LAM that extracted it, or extract it again."
         )
     return guide
 
@@ -169,199 +176,199 @@ def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
 
 
 class FrameSpool:
-    """Pictures of a run, in a file that vanishes with it, so that a long run does not fill the memory."""
+    """Frames of one run in a temporary file, so that a long run does not fill the memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the film)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the spool)
         self._shape: tuple[int, ...] = ()
         self._count = 0
 
-    def append(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Add a picture of the size of those before."""
+    def append(self, frame: UInt8[np.ndarray, "h w 3"], /) -> None:
+        """Add a frame of the same size as those before."""
         self._shape, self._count = frame.shape, self._count + 1
         self._file.write(frame.tobytes())
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of frames."""
         return self._count
 
     @property
     def frames(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """All pictures, memory-mapped."""
+        """All frames, memory-mapped."""
         self._file.flush()
         return np.memmap(self._file, np.uint8, "r+", shape=(self._count, *self._shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What happened."""
+    """One run of the policy."""
 
     metrics: dict[str, Any]
-    """Numbers."""
-    film: FrameSpool
-    """What the LAM's camera saw before each action and, where it goes on, after the last."""
+    """Entries of `metrics.json`."""
+    frames: FrameSpool
+    """Frames of the LAM's camera before each action and, in simulation, after the last."""
     fps: float
     """Control steps per second."""
     position: np.ndarray
-    """Where in the guide each step was."""
+    """Position in the guide of each control step."""
     error: BaseException | None = None
-    """Why it ended before its time."""
+    """What ended it early."""
 
 
 def _simulate(config: ImitateConfig, guide: Guide) -> Result:
+    """Follow the guide in an environment.
+
+    Raises:
+        UserError: an action cannot be used, or the environment fails before its first step.
+    """
     name = config.env_name
-    spec = env_spec(name)
     inference = LatentGuidedInference(
         config.policy_path,
         guide,
-        fps=float(config.fps or spec.fps),
+        fps=float(config.fps or env_spec(name).fps),
         time_base=config.time_base,
         device=config.device,
     )
-    camera = next(iter(inference.policy.cameras), "")
-    view = camera.rpartition(".")[2]
-    view = view if view in VIEWS else "agent"
-    spec = env_spec(name, view=view)
-    policy = inference.policy
+    agent = inference.agent.spec
+    view = next(iter(agent.cameras), "").rpartition(".")[2]
+    spec = env_spec(name, view=view if view in VIEWS else "agent")
     check_compatible(
         spec,
         config.policy_path,
-        actions=policy.actions,
-        cameras=policy.cameras,
-        state_size=policy.state_size,
+        actions=agent.action_space,
+        cameras=agent.cameras,
+        state_size=agent.state_size,
     )
-    env = make_env(name, view=view)
+    env = make_env(name, view=view if view in VIEWS else "agent")
+    frames, steps = FrameSpool(), _steps(config, inference)
     try:
-        film = FrameSpool()
-        metrics, error = _play(inference, env, spec, film, config.seed, _steps(config, inference))
+        with Progress("following the guide", steps, "steps") as progress:
+            (episode,) = run_episodes(
+                inference,
+                [env],
+                [config.seed],
+                camera=spec.camera,
+                max_steps=steps,
+                frames=[frames],
+                on_step=lambda: progress.advance(1),
+            )
     finally:
         env.close()
-    return Result(metrics=metrics, film=film, fps=inference.fps, position=inference.position, error=error)
-
-
-def _play(
-    inference: LatentGuidedInference, env: Any, spec: EnvSpec, film: FrameSpool, seed: int, max_steps: int
-) -> tuple[dict[str, Any], EnvError | None]:
-    """Let a policy follow its guide in an environment from a reset seed; returns metrics, and why it failed.
-
-    Raises:
-        UserError: an action is not finite, or the environment fails before its first step.
-    """
-    observation, info = env.reset(seed=seed)
-    inference.reset()
-    task, success, rewards, ended, error = info["task"], None, [], "the guide is over", None
-    film.append(observation["pixels"])
-    with Progress("following the guide", max_steps, "steps") as progress:
-        while len(rewards) < max_steps:
-            seen = {spec.camera: observation["pixels"], "task": task}
-            if "agent_pos" in observation:
-                seen["observation.state"] = observation["agent_pos"]
-            action = inference.predict_action(seen)
-            if action is None:
-                break
-            try:
-                observation, reward, terminated, truncated, info = env.step(action)
-            except EnvError as failed:
-                if not rewards:
-                    raise
-                ended, error = str(failed), failed
-                break
-            rewards.append(reward)
-            film.append(observation["pixels"])
-            progress.advance(1)
-            if "is_success" in info:
-                success = bool(success or info["is_success"])
-            if terminated or truncated:
-                ended = "the environment ended the episode"
-                break
-    if ended == "the guide is over" and len(rewards) < len(inference):
-        ended = "the last step was taken"
+    if episode.error is not None and not episode.steps:
+        raise episode.error
     metrics = {
-        "ended": ended,
-        "success": success,
-        "return": sum(rewards),
-        "largest_reward": max(rewards, default=0.0),
-        "steps": len(rewards),
+        "ended": _ending(episode, len(inference)),
+        "success": episode.success,
+        "return": episode.total_reward,
+        "largest_reward": max(episode.rewards, default=0.0),
+        "steps": episode.steps,
         "fps": inference.fps,
     }
-    return metrics, error
+    return Result(
+        metrics=metrics,
+        frames=frames,
+        fps=inference.fps,
+        position=inference.position,
+        error=episode.error,
+    )
 
 
-def _drive(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -> Result:
+def _ending(episode: Episode, guide_steps: int) -> str:
+    """Return why an episode ended, in words."""
+    if episode.end is EpisodeEnd.ENV_ERROR:
+        return str(episode.error)
+    if episode.end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
+        return "the environment ended the episode"
+    return ControlEnd.GUIDE_END if episode.steps == guide_steps else ControlEnd.MAX_STEPS
+
+
+def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -> Result:
+    """Follow the guide on a robot."""
     inference = LatentGuidedInference(
         config.policy_path, guide, fps=config.fps, time_base=config.time_base, device=config.device
     )
-    policy = inference.policy
+    agent = inference.agent.spec
     view = RobotView(robot, setup.cameras)
-    if policy.actions.discrete:
-        raise UserError(f"{config.policy_path} acts by {policy.actions} and a robot takes numbers.")
-    view.refuse_unless_fits(
-        cameras=policy.cameras, state_size=policy.state_size, action_size=policy.actions.size
+    if agent.action_space.discrete:
+        raise UserError(
+            f"{config.policy_path} must have continuous actions to drive a robot, got {agent.action_space}. "
+            "Give a policy that was trained for the robot."
+        )
+    view.check_compatible(
+        cameras=agent.cameras, state_size=agent.state_size, action_size=agent.action_space.size
     )
-    safety, record, film = Safety(view.joints, setup.safety), ControlLog(fps=inference.fps), FrameSpool()
+    safety, record, frames = Safety(view.joints, setup.safety), ControlLog(fps=inference.fps), FrameSpool()
     if safety.unlimited:
-        log.warning("no safety.limits for %s: the policy alone decides", ", ".join(safety.unlimited))
-    camera = _camera(view, policy.cameras, guide)
-    inference.predict_action(view(view.blank()))  # the first call is slow, and fails where the two do not fit
+        log.warning("no safety.limits for %s: commands are not clipped", ", ".join(safety.unlimited))
+    camera = _camera(view, agent.cameras, guide)
+    inference.predict_action(view(view.blank()))  # the first call is slow, and fails if the two do not match
     inference.reset()
     error: BaseException | None = None
     steps = _steps(config, inference)
     log.info("driving %s at %g steps per second", robot.name, inference.fps)
     with Progress("driving the robot", steps, "steps") as progress:
 
-        def watch(observation: dict[str, Any]) -> None:
+        def on_observation(observation: dict[str, Any]) -> None:
             if camera:
-                film.append(resize(view(observation)[camera][None], config.lam_resolution)[0])
+                frames.append(resize(view(observation)[camera][None], config.lam_resolution)[0])
             progress.advance(1)
 
         try:
             control(
                 robot,
-                lambda seen: inference.predict_action(view(seen)),
+                lambda observation: inference.predict_action(view(observation)),
                 safety,
                 record,
                 max_steps=steps,
-                watch=watch,
+                on_observation=on_observation,
             )
         except (UserError, KeyboardInterrupt, SystemExit) as stopped:
             error = stopped
-    metrics = vars(record) | {
-        "holds": dict(record.holds),
+    metrics = record.to_json() | {
         "robot": setup.robot,
         "refused": dict(safety.refused),
         "clipped": dict(safety.clipped),
         "without_limits": safety.unlimited,
     }
-    return Result(metrics=metrics, film=film, fps=inference.fps, position=inference.position, error=error)
+    return Result(
+        metrics=metrics,
+        frames=frames,
+        fps=inference.fps,
+        position=inference.position,
+        error=error,
+    )
 
 
 def _camera(view: RobotView, cameras: tuple[str, ...], guide: Guide) -> str:
-    """Return the key of the picture that the LAM is shown: its own camera, or the policy's first."""
-    keys = list(view.pictures.values())
-    wanted = [key for key in (guide.spec.camera, *cameras) if key in keys]
-    return next(iter(wanted or keys), "")
+    """Return the key of the image for the LAM: its own camera, or the policy's first."""
+    keys = list(view.cameras.values())
+    preferred = [key for key in (guide.spec.camera, *cameras) if key in keys]
+    return next(iter(preferred or keys), "")
 
 
 def _steps(config: ImitateConfig, inference: LatentGuidedInference) -> int:
-    """Control steps until the guide, the steps or the time are over."""
+    """Return the number of control steps: the least of the guide's, the maximum steps and the time."""
     limits = [len(inference), config.max_steps, int(config.control_time_s * inference.fps + 1e-6)]
     if config.control_time_s and not limits[2]:
-        raise UserError(f"--control-time-s {config.control_time_s:g} is less than a step; give more.")
+        raise UserError(
+            f"--control-time-s must be at least a step of {1 / inference.fps:g} s, got "
+            f"{config.control_time_s:g}. Give more."
+        )
     return min(limit for limit in limits if limit)
 
 
 def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -> dict[str, Any]:
-    """Compare what happened with the guide, or say why that cannot be."""
+    """Compare the latent actions of the run with the guide; without a measure, `why` gives the reason."""
     try:
-        happened = extractor.extract_from_frames(result.film.frames, result.fps)
+        achieved = extractor.extract_from_frames(result.frames.frames, result.fps)
     except UserError as error:
         return {"measure": None, "why": str(error)}
-    return agreement(guide, happened, result.position)
+    return latent_agreement(guide, achieved, result.position)
 
 
 def _compose(config: ImitateConfig, guide: Guide, result: Result) -> UInt8[np.ndarray, "t h w 3"]:
-    """Return demonstration | rollout; the rollout alone where there is no video of the demonstration."""
-    frames = result.film.frames
+    """Return demonstration | rollout side by side; without a demonstration video, the rollout alone."""
+    frames = result.frames.frames
     if not config.video_path:
         return frames
     both = FrameSpool()
@@ -371,7 +378,7 @@ def _compose(config: ImitateConfig, guide: Guide, result: Result) -> UInt8[np.nd
 
 
 def _demonstration(config: ImitateConfig, guide: Guide, result: Result) -> Iterator[np.ndarray]:
-    """Yield the demonstration's frame at each control step, and its last one ever after."""
+    """Yield the demonstration's frame at each control step, then its next frame forever."""
     frames = enumerate(video_frames(config.video_path, guide.fps, config.max_frames))
     number, frame = next(frames)
     for position in result.position:

@@ -1,7 +1,7 @@
-"""Is a latent action model any good: `latentact inspect LAM --data DIR`.
+"""Evaluate a latent action model: `latentact inspect LAM --data DIR`.
 
-Judges it on episodes that it was not trained on: those that its run folder held out, or all of them where it
-comes from elsewhere. Writes `inspect.json` and `inspect.html`.
+Uses episodes that it was not trained on: those that its run folder held out, or all of them for other models.
+Writes `inspect.json` and `inspect.html`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from latentact.config import LARGEST, Between, Count, Seconds
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.splits import split_episodes
+from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra, require_between
 from latentact.evaluation.lam.inspect import inspect_lam
 from latentact.io.atomic import write_json
 from latentact.io.records import Record, parse_record, read_record, read_yaml
 from latentact.io.specs import Text
-from latentact.labeling.dataset import gap_in_frames, require_gap
 from latentact.lams.contract import load_lam
 from latentact.reporting.pages.inspect import write_page
 
@@ -32,34 +33,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Judge a latent action model and say go or no-go."""
+    """Evaluate a latent action model and give a go or no-go verdict."""
 
     lam: str
     """Folder, file or hub id of the latent action model."""
     data: str
-    """Dataset, folder of videos, or one video."""
+    """Dataset, folder of videos, one video, or hub id of a dataset."""
     out: str = ""
     """Folder for inspect.json and inspect.html; empty: the LAM's folder, or `inspect` where it has none."""
     camera: str = ""
-    """Camera key; empty: the only one there is."""
-    frame_gap_s: float = 0.0
-    """Seconds between the two moments of a transition; 0: the LAM's own."""
-    held_out: float | None = None
-    """Share of the episodes to judge on; 1: all. None: what the LAM's training held out, else all."""
-    seed: int | None = None
-    """Seed of the choice of held-out episodes and of all draws. None: that of the LAM's training, else 0."""
+    """Camera key; empty: the only one."""
+    frame_gap_s: Seconds = 0.0
+    """Seconds between the two frames of a transition; 0: the LAM's own."""
+    held_out: Annotated[float | None, Between(0, 1)] = None
+    """Share of the episodes to evaluate on; 1: all. None: those held out by the LAM's training, else all."""
+    seed: Annotated[int | None, Between(0, LARGEST)] = None
+    """Seed of the split and of all random draws. None: that of the LAM's training, else 0."""
     device: str = "cpu"
     """cpu, cuda or mps."""
-    max_transitions: int = 2048
-    """Transitions looked at, drawn at random where there are more."""
+    max_transitions: Count = 2048
+    """Maximum number of transitions, sampled at random."""
     drop_nonfinite: bool = False
     """Whether rows whose state or action is missing, NaN or infinite are left out."""
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the configuration."""
         if self.held_out is not None and not 0 < self.held_out <= 1:
             raise UserError(
-                f"--held-out is {self.held_out}; wanted more than 0 and at most 1 (all episodes)."
+                f"--held-out must be more than 0 and at most 1 (all episodes), got {self.held_out}."
             )
         require_between("--max-transitions", self.max_transitions, 1, 10**9)
         require_between("--seed", self.seed, 0, 2**31 - 1)
@@ -67,25 +68,25 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectResult:
-    """Where the report card lies and what it says."""
+    """Files of the report card and its verdict."""
 
     verdict: str
     """Go or no-go, in one sentence."""
     cautions: tuple[str, ...]
-    """What does not forbid to use it, and should be known."""
-    next: str
-    """What to try now."""
+    """Caveats that do not rule out its use."""
+    recommendation: str
+    """Recommended next step."""
     html: Path
     """The page."""
     json: Path
-    """The same numbers for programs."""
+    """The results as JSON."""
 
 
 def run(config: InspectConfig) -> InspectResult:
     """Inspect a LAM, write the report card and return the verdict.
 
     Raises:
-        UserError: the model or the data cannot be read, or have no frame gap in common.
+        UserError: the model or the data cannot be read, or the LAM's frame gap does not fit the data.
     """
     require_gap(config.frame_gap_s)
     require_device(config.device)
@@ -93,16 +94,17 @@ def run(config: InspectConfig) -> InspectResult:
         raise missing_extra("plotly", EXTRAS["plotly"])
     folder = Path(config.out or (config.lam if Path(config.lam).is_dir() else "inspect"))
     if folder.is_file():
-        raise UserError(f"--out is {folder}, which is a file; give a folder.")
+        raise UserError(f"--out must be a folder, got the file {folder}.")
     model = load_lam(config.lam, config.device)
     size = {"resolution": model.spec.resolution, "resize": model.spec.resize}
     drop = config.drop_nonfinite
     store = open_store(DataConfig(path=config.data, camera=config.camera, drop_nonfinite=drop, **size))
-    gap = gap_in_frames(model.spec, store.fps, store.path, config.frame_gap_s)
-    episodes, seed, chosen = _held_out(config, store)
+    gap = lam_frame_gap(model.spec, store.fps, store.path, config.frame_gap_s)
+    episodes, seed, notes = _held_out(config, store)
     log.info("%d of %d episodes, frame gap %d", len(episodes), store.num_episodes, gap)
     found = inspect_lam(
-        *(model, store),
+        model,
+        store,
         episodes=episodes,
         frame_gap=gap,
         seed=seed,
@@ -118,15 +120,15 @@ def run(config: InspectConfig) -> InspectResult:
         "frame_gap_s": gap / store.fps,
         **found.numbers,
     }
-    numbers["missing"] = [*chosen, *numbers["missing"]]
+    numbers["missing"] = [*notes, *numbers["missing"]]
     folder.mkdir(parents=True, exist_ok=True)
     write_page(folder / "inspect.html", numbers, found.arrays)
     write_json(folder / "inspect.json", numbers)
     verdict = numbers["verdict"]
     return InspectResult(
         verdict=verdict["headline"],
-        cautions=tuple(each["said"] for each in verdict["findings"] if each["level"] == "caution"),
-        next=verdict["next"],
+        cautions=tuple(each["message"] for each in verdict["findings"] if each["level"] == "caution"),
+        recommendation=verdict["recommendation"],
         html=folder / "inspect.html",
         json=folder / "inspect.json",
     )
@@ -137,7 +139,7 @@ class _Data(Record):
 
 
 class _Training(Record):
-    """What `config.yaml` of a LAM says about its training."""
+    """Training settings in `config.yaml` of a LAM."""
 
     data: _Data = _Data()
     held_out: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -145,13 +147,13 @@ class _Training(Record):
 
 
 class _Result(Record):
-    """What `lam.json` says about the frames that a LAM was trained on."""
+    """Content key of the training frames in `lam.json`."""
 
     frames: str = ""
 
 
 def _training(config: InspectConfig, store: FrameStore) -> _Training | None:
-    """The settings of the training that made the model, if it was on these very frames or in this place."""
+    """Return the settings of the model's training, if it used these frames or this path."""
     settings, result = (Path(config.lam) / name for name in ("config.yaml", "lam.json"))
     if not settings.is_file():
         return None
@@ -163,15 +165,15 @@ def _training(config: InspectConfig, store: FrameStore) -> _Training | None:
 
 
 def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:
-    """The episodes to judge on, the seed, and what must be said about the choice."""
+    """Return the episodes to evaluate on, the seed, and notes about the choice."""
     share, seed, notes = config.held_out, config.seed, []
     if settings := _training(config, store):
         share = settings.held_out if share is None else share
         seed = settings.split_seed if seed is None else seed
     elif share is None:
         notes.append(
-            "The model does not say that it was trained on this data, so all episodes are judged; any that "
-            "were in its training flatter the numbers."
+            "It is unknown whether the model was trained on this data, so all episodes are used; results on "
+            "training episodes are too optimistic."
         )
     if share is None or share == 1:
         return np.arange(store.num_episodes), seed or 0, notes

@@ -1,8 +1,8 @@
 """LAM tokens of a dataset, once, for every later run: `latentact precompute`.
 
 Example: `latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens`.
-The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both. What has been
-computed stays in the cache, so that another output computes nothing again.
+The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both. They are cached,
+so that another output is not computed again.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.config import to_dict
+from latentact.config import BatchSize, OneOf, Seconds, Workers, to_dict
 from latentact.data.cache import DataConfig
 from latentact.data.convert import convert
 from latentact.data.format import Source
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.data.lerobot.columns import Column, add_columns
-from latentact.data.lerobot.download import local_dataset
+from latentact.data.lerobot.openable import require_openable
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.lerobot.verify import require_upright, verify_dataset
 from latentact.data.lerobot.writer import require_lerobot
+from latentact.data.locate import local_dataset
 from latentact.data.stream import FrameStream
+from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
 from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_dir, read_object, write_json
-from latentact.labeling.dataset import (
-    DatasetLatents,
-    EncodeOptions,
-    encode_dataset,
-    gap_in_frames,
-    require_gap,
-)
+from latentact.labeling.dataset import DatasetLatents, EncodeOptions, encode_dataset
+from latentact.labeling.precision import PRECISIONS
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -57,50 +54,51 @@ class PrecomputeConfig:
     output_dir: str
     """Folder to write."""
     dataset_repo_id: str = ""
-    """Hub id of a LeRobot dataset; empty: `dataset_root` says it."""
+    """Hub id of a LeRobot dataset; empty: `dataset_root` is the dataset."""
     dataset_root: str = ""
-    """Folder of a LeRobot dataset or of videos; empty: where lerobot keeps its downloads."""
+    """Folder of a LeRobot dataset or of videos; empty: LeRobot's download folder."""
     camera_key: str = ""
-    """Camera; empty: the only one there is."""
-    batch_size: int = 256
+    """Camera; empty: the only one."""
+    batch_size: BatchSize = 256
     """Transitions encoded together."""
     device: str = "cpu"
     """cpu, cuda or mps."""
-    tokens: str = "continuous"
+    tokens: Annotated[str, OneOf(KINDS)] = "continuous"
     """continuous: before the quantizer; vq: after it."""
-    frame_gap_s: float = 0.0
+    frame_gap_s: Seconds = 0.0
     """Seconds between the two frames of a transition; 0: the LAM's own."""
-    output: str = "column"
+    output: Annotated[str, OneOf(OUTPUTS)] = "column"
     """column: a LeRobot v3 dataset; file: lam_tokens.safetensors and lam_tokens.pt; both: those inside it."""
-    dtype: str = "float32"
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """float32 or float16."""
-    precision: str = "fp32"
-    """fp32, bf16 (faster, other last digits), int8 (faster still, coarser), or auto: the fastest that this
-    machine multiplies and that keeps 99 % of the codes."""
-    num_workers: int = 0
+    precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
+    """fp32, bf16 (faster, other last digits), int8 (fastest, coarsest), or auto: the fastest that the device
+    supports natively and that preserves 99 % of the codes."""
+    num_workers: Workers = 0
     """Decoding threads; 0: one per core."""
     drop_nonfinite: bool = False
     """Whether rows whose state or action is missing, NaN or infinite get no tokens."""
     overwrite: bool = False
-    """Whether to compute again and replace what is there."""
+    """Whether to compute again and replace existing output."""
 
     def __post_init__(self) -> None:
-        """Check the choices."""
-        for flag, given, known in (
+        """Validate the configuration."""
+        for flag, value, choices in (
             ("--tokens", self.tokens, KINDS),
             ("--output", self.output, OUTPUTS),
             ("--dtype", self.dtype, DTYPES),
         ):
-            if given not in known:
-                raise UserError(f"{flag} is {given!r}{did_you_mean(given, known)}")
+            if value not in choices:
+                raise UserError(f"unknown {flag} {value!r}{did_you_mean(value, choices)}")
         if not self.dataset_repo_id and not self.dataset_root:
             raise UserError(
-                "no dataset is named; give --dataset-root FOLDER or --dataset-repo-id OWNER/NAME."
+                "a dataset must be given, got none. Use --dataset-root FOLDER or --dataset-repo-id "
+                "OWNER/NAME."
             )
 
 
 def run(config: PrecomputeConfig) -> Path:
-    """Write the tokens; returns the folder."""
+    """Write the tokens and return the folder."""
     out = Path(config.output_dir)
     options = EncodeOptions(
         batch_size=config.batch_size,
@@ -114,11 +112,11 @@ def run(config: PrecomputeConfig) -> Path:
     model = load_lam(config.lam_model_path, config.device)
     if config.tokens == "vq" and model.spec.codebook_size is None:
         raise UserError(
-            f"--tokens is vq and {config.lam_model_path} has no codebook; use --tokens continuous."
+            f"--tokens must be continuous for {config.lam_model_path}, which has no codebook, got vq."
         )
     path = local_dataset(config.dataset_repo_id, config.dataset_root)
     if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
-        raise UserError(f"--output-dir {out} lies in the dataset {path} itself; give a folder outside of it.")
+        raise UserError(f"--output-dir must be outside of the dataset {path}, got {out}.")
     spec = model.spec
     stream = FrameStream(
         DataConfig(
@@ -129,8 +127,8 @@ def run(config: PrecomputeConfig) -> Path:
             drop_nonfinite=config.drop_nonfinite,
         )
     )
-    gap = gap_in_frames(model.spec, stream.fps, path, config.frame_gap_s)
-    asked = {
+    gap = lam_frame_gap(model.spec, stream.fps, path, config.frame_gap_s)
+    requested = {
         "weights": model.spec.weights,
         "frames": stream.key,
         "gap": gap,
@@ -138,14 +136,14 @@ def run(config: PrecomputeConfig) -> Path:
         **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
         **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
     }
-    if options.share.rank == 0 and _finished(out, asked, config):
+    if options.shard.rank == 0 and _finished(out, requested, config):
         return out
     if config.output != "file":
         _require_rows(stream)
     encoded = encode_dataset(model, stream, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
-    sidecar = {"asked": asked, **_provenance(config, stream, encoded)}
+    sidecar = {"asked": requested, **_provenance(config, stream, encoded)}
     _clear_drafts(out)
     with atomic_dir(out) as folder:
         _write(folder, config, stream, encoded, sidecar)
@@ -159,43 +157,44 @@ def run(config: PrecomputeConfig) -> Path:
     return out
 
 
-def _finished(out: Path, asked: dict[str, Any], config: PrecomputeConfig) -> bool:
-    """Whether an earlier run wrote what is asked for.
+def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig) -> bool:
+    """Return whether an earlier run has written the requested tokens.
 
     Raises:
-        UserError: something else is there.
+        UserError: the folder holds something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    there = next((file for file in (out / "meta" / SIDECAR, out / SIDECAR) if file.is_file()), None)
-    if there is None:
-        raise UserError(f"{out} exists and holds no LAM tokens; give another --output-dir.")
+    sidecar = next((file for file in (out / "meta" / SIDECAR, out / SIDECAR) if file.is_file()), None)
+    if sidecar is None:
+        raise UserError(f"{out} exists and holds no LAM tokens. Give another --output-dir.")
     if config.overwrite:
         return False
-    if read_object(there).get("asked") != asked:
-        raise UserError(f"{out} holds other LAM tokens; give another --output-dir, or --overwrite.")
+    if read_object(sidecar).get("asked") != requested:
+        raise UserError(f"{out} holds other LAM tokens. Give another --output-dir, or --overwrite.")
     log.info("%s is already finished", out)
     return True
 
 
 def _require_rows(stream: FrameStream) -> None:
-    """Check that the data can get columns."""
+    """Check that columns can be added to the data."""
     require_lerobot()
     if stream.resampled:
         raise UserError(
-            f"the frame rate of the videos of {stream.path} varies, so their frames cannot be rows of one "
-            f"dataset; use --output file."
+            f"videos of {stream.path} must have one frame rate to be rows of a dataset, got a variable "
+            f"rate. Use --output file."
         )
     if isinstance(stream.source, VideoFolderSource):
         require_upright(stream.source.files)
     elif isinstance(stream.source, LeRobotSource):
         if stream.source.absent and lerobot_version(stream.path).startswith("v3"):
             raise UserError(
-                f"{stream.path} lists {stream.source.absent} episodes whose files are missing, and LeRobot "
-                f"opens no part of a v3 dataset; copy them too, or use --output file."
+                f"{stream.path} must hold the files of all episodes for LeRobot v3, got "
+                f"{stream.source.absent} episodes without. Copy them too, or use --output file."
             )
-        numbers = range(len(stream.source.episodes))
-        require_upright({stream.source.video_file(n) for n in numbers if stream.source.recordings[n].video})
+        require_openable(stream.path, stream.source)
+        indices = range(len(stream.source.episodes))
+        require_upright({stream.source.video_file(n) for n in indices if stream.source.recordings[n].video})
 
 
 def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetLatents) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetL
 
 
 def _clear_drafts(out: Path) -> None:
-    """Remove what killed runs left beside the output."""
+    """Remove partial output of killed runs."""
     for draft in out.parent.glob(f".{out.name}.*.partial"):
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -265,13 +264,13 @@ class _Rows(NamedTuple):
     """The rows of a dataset."""
 
     place: Int64[np.ndarray, " n"]
-    """Which encoded frame each row holds; -1: none."""
+    """Index of the encoded frame of each row; -1: none."""
     episode_index: Int64[np.ndarray, " n"]
     frame_index: Int64[np.ndarray, " n"]
 
 
 def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
-    """Return the rows as the files of a LeRobot dataset have them; of other data, all frames."""
+    """Return the rows of the files of a LeRobot dataset; for other data, all frames."""
     if not isinstance(source, LeRobotSource):
         return _episode_rows(encoded, encoded.episodes.tolist())
     place = np.full(source.tables.rows, -1)
@@ -283,9 +282,9 @@ def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
     return _Rows(place, episode, frame)
 
 
-def _episode_rows(encoded: DatasetLatents, numbers: Sequence[int]) -> _Rows:
-    """Return the rows of these episodes of the data, numbered anew."""
-    chosen = np.isin(encoded.episodes, numbers)
+def _episode_rows(encoded: DatasetLatents, selected: Sequence[int]) -> _Rows:
+    """Return the rows of these episodes of the data, renumbered from 0."""
+    chosen = np.isin(encoded.episodes, selected)
     lengths = encoded.lengths[chosen]
     episode = np.repeat(np.arange(len(lengths)), lengths)
     frame = np.arange(len(episode)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -293,21 +292,21 @@ def _episode_rows(encoded: DatasetLatents, numbers: Sequence[int]) -> _Rows:
 
 
 def _columns(config: PrecomputeConfig, encoded: DatasetLatents, place: np.ndarray) -> dict[str, Column]:
-    """Return the columns that the rows get."""
+    """Return the columns of the rows."""
 
     def column(values: np.ndarray, dtype: str) -> Column:
         flat = values.reshape(len(values), -1)
 
         def read(begin: int, end: int) -> np.ndarray:
-            chosen = place[begin:end]
-            found = np.zeros((end - begin, flat.shape[1]), dtype)
-            found[chosen >= 0] = flat[chosen[chosen >= 0]]
-            return found
+            index = place[begin:end]
+            rows = np.zeros((end - begin, flat.shape[1]), dtype)
+            rows[index >= 0] = flat[index[index >= 0]]
+            return rows
 
         return Column(dtype=dtype, size=flat.shape[1], read=read)
 
     columns = {TOKENS_KEY: column(getattr(encoded, KINDS[config.tokens]), config.dtype)}
     if encoded.codes is not None:
         columns[CODES] = column(encoded.codes, "int64")
-    # A number, not a bool: lerobot's normalizer subtracts means from every state-like column.
+    # float32, not bool: LeRobot's normalizer subtracts means from every state-like column.
     return {**columns, VALID: column(encoded.valid, "float32")}

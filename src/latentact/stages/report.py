@@ -1,4 +1,4 @@
-"""`latentact report RUN_DIR`: what a run reached, as one page for people and one json for programs."""
+"""Write the report of a run, as a page and as JSON: `latentact report RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the report of a run."""
+
+    run_dir: str
+    """Folder of a LAM run, a comparison or a demo."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """Where the report lies and what it says."""
+    """Files of a report, and its verdict."""
 
     html: Path
     """The page."""
     json: Path
-    """The same numbers for programs."""
+    """The numbers of the page."""
     verdict: str
     """First line of the page."""
 
 
-def run(run_dir: Path) -> ReportResult:
-    """Write `report.html` and `report.json` into `run_dir`, from everything below it that a report knows.
+def run(config: ReportConfig) -> ReportResult:
+    """Write `report.html` and `report.json` for everything below the run folder.
 
     Raises:
-        UserError: the folder is missing, holds nothing to report, or holds a damaged file.
+        UserError: the folder is missing, has nothing to report, or has a damaged file.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(config.run_dir)
     content = build_report(run_dir)
     logger.info("report: %s", run_dir / "report.html")
     return ReportResult(

@@ -1,49 +1,51 @@
-"""Run a grounded policy in an environment: `latentact rollout --policy DIR --env NAME --out DIR`."""
+"""Roll a policy out in an environment: `latentact rollout --policy DIR --env NAME --out DIR`."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from latentact.agents.own import PolicyActor
+import torch
+
+from latentact.agents.load import load_agent
+from latentact.config import Count, Limit, OneOf, Seed
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
-from latentact.envs.spec import env_spec
+from latentact.envs.spec import ENVS, VIEWS, env_spec
 from latentact.errors import UserError
 from latentact.evaluation.policy.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
 from latentact.io.atomic import read_object
-from latentact.policies.contract import Policy
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Run a policy for many episodes and keep success, return and videos."""
+    """Run a policy for many episodes and record success, return and videos."""
 
     policy: str
-    """Folder or hub id of a policy that ends in robot actions."""
-    env: str
+    """Folder or hub id of a policy that predicts robot actions: ours, or any LeRobot policy."""
+    env: Annotated[str, OneOf(ENVS)]
     """Environment: `babyai/<Level>`, `pusht`, or a Gymnasium id, also `PACKAGE:ID` and `PACKAGE/NAME`."""
     out: str
-    """Folder for `rollout.json` and the videos; where the environment fails, the episodes before that are in
-    `partial.json`."""
-    episodes: int = 100
+    """Output folder for `rollout.json` and the videos; if the environment fails, the episodes before that are
+    in `partial.json`."""
+    episodes: Count = 100
     """Episodes; episode i starts from reset seed `seed + i`."""
-    seed: int = 100_000
+    seed: Seed = 100_000
     """Reset seed of the first episode."""
-    view: str = "agent"
+    view: Annotated[str, OneOf(VIEWS)] = "agent"
     """"agent" or "full", as the policy's data was collected."""
     distract: str = ""
     """Distractors in the frames, as for `collect`."""
-    max_steps: int = 0
-    """Steps after which an episode ends; 0: the environment's own limit. An environment that has none
-    (`max_episode_steps` None) needs it."""
-    record: int = 3
-    """Episodes whose video is kept."""
+    max_steps: Limit = 0
+    """Steps after which an episode ends; 0: the environment's own limit. Required for an environment without
+    one (`max_episode_steps` None)."""
+    record: Limit = 3
+    """Number of episodes whose video is written."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
@@ -53,36 +55,34 @@ class RolloutConfig:
 
 
 def run(config: RolloutConfig) -> dict[str, Any]:
-    """Roll a policy out and return what `rollout.json` holds; a finished rollout is returned as it is.
+    """Roll a policy out and return the content of `rollout.json`; a finished rollout is not repeated.
 
     Raises:
-        UserError: the policy cannot act there, or the environment failed.
+        UserError: the policy cannot act in the environment, or the environment failed.
     """
     out, distraction = Path(config.out), Distraction.parse(config.distract)
-    asked = asdict(config)
+    settings = asdict(config)
     if (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")
-        if found.get("config") != asked:
-            raise UserError(f"{out} holds another rollout; give another --out, or delete the folder.")
+        if found.get("config") != settings:
+            raise UserError(f"{out} holds another rollout. Give another --out, or delete the folder.")
         return found
     require_device(config.device)
-    policy = Policy.from_pretrained(config.policy, config.device)
+    agent = load_agent(config.policy, config.device)
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
-    if policy.spec.action_space is None:
-        raise UserError(f"{config.policy} predicts latent actions; ground it first: latentact ground --help.")
     check_compatible(
         spec,
         config.policy,
-        actions=policy.spec.action_space,
-        cameras=(policy.spec.camera,),
-        channels=policy.spec.channels,
-        state_size=policy.spec.state_size if policy.uses_state else 0,
+        actions=agent.spec.action_space,
+        cameras=agent.spec.cameras,
+        channels=agent.spec.channels,
+        state_size=agent.spec.state_size,
     )
-    actor = PolicyActor(policy, config.device)
+    torch.manual_seed(config.seed)  # diffusion policies sample noise
     try:
         result = rollout(
-            actor,
+            agent,
             config.env,
             episodes=config.episodes,
             seed=config.seed,
@@ -94,17 +94,17 @@ def run(config: RolloutConfig) -> dict[str, Any]:
     except RolloutStoppedError as error:
         if error.finished is None:
             raise
-        save_rollout(error.finished, out, name=PARTIAL, config=asked, error=str(error))
+        save_rollout(error.finished, out, name=PARTIAL, config=settings, error=str(error))
         count = len(error.finished.returns)
         raise UserError(f"{error} The episodes before it ({count}) are in {out / PARTIAL}.") from error
-    save_rollout(result, out, config=asked)
+    save_rollout(result, out, config=settings)
     written = read_object(out / "rollout.json")
     log.info("%s: %s", config.env, summary(written))
     return written
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return the success, where the environment reports one, and the return of a `rollout.json` in words."""
+    """Return the success, if the environment reports one, and the return of a `rollout.json` as one line."""
     mean = f"return {result['return']:.3g}"
     if result["success"] is None:
         low, high = result["return_ci95"]

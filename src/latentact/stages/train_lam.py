@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from latentact.config import LARGEST, choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.data.windows import Clips, frame_gap
+from latentact.data.time_base import frames_in_gap
+from latentact.data.windows import Clips
 from latentact.errors import UserError, require_between
 from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
@@ -38,7 +39,7 @@ class TrainLamConfig:
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes", "labelled_share": "labeled_share"}
 
     out: str = "runs/train_lam"
-    """Run folder; the same command goes on where a killed run stopped."""
+    """Run folder; re-run the same command to resume."""
     data: DataConfig
     """The video."""
     lam: Any = choice(LAMS, "lapo")
@@ -46,9 +47,9 @@ class TrainLamConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
     frame_gap_s: float = 0.0
-    """Seconds between the two moments of a transition; 0: neighboring frames."""
+    """Seconds between the two frames of a transition; 0: neighboring frames."""
     held_out: float = 0.1
-    """Share of the episodes that training never sees and probes are judged on."""
+    """Fraction of the episodes that training never uses; probes are evaluated on them."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int = 0
@@ -59,7 +60,7 @@ class TrainLamConfig:
     """Held-out transitions that evaluations during training look at."""
 
     def __post_init__(self) -> None:
-        """Validate the numbers."""
+        """Validate the configuration."""
         require_between("frame_gap_s", self.frame_gap_s, 0, 86_400)
         require_between("split_seed", self.split_seed, 0, LARGEST)
         require_between("labeled_share", self.labeled_share, 0, 1)
@@ -67,11 +68,13 @@ class TrainLamConfig:
 
 
 def run(config: TrainLamConfig, out: Path) -> Path:
-    """Train, judge and save a LAM; returns its folder."""
+    """Train, evaluate and save a LAM; return its folder."""
     if finished(out, config, "lam.json"):
         return out
     store = open_store(config.data)
-    gap = frame_gap(store, config.frame_gap_s)
+    gap = 1
+    if config.frame_gap_s:
+        gap = frames_in_gap(config.frame_gap_s, store.fps, store.path, setting="frame_gap_s")
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
@@ -89,14 +92,14 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     )
     if model.actions and not len(labeled):
         raise UserError(
-            f"lam={model.spec.model} as configured learns from robot actions and labeled_episodes is 0; "
-            f"give labeled_episodes=K."
+            f"labeled_episodes must be at least 1 for lam={model.spec.model}, which learns from robot "
+            f"actions as configured, got 0. Set labeled_episodes=K."
         )
     if len(labeled) and not model.actions and not model.spec.robot_actions:
-        remedy = "give lam.action_weight=1, or " if hasattr(model.config, "action_weight") else ""
+        remedy = ", or set lam.action_weight=1" if model.config.with_action_head(1.0) else ""
         raise UserError(
-            f"labeled_episodes is {len(labeled)} and lam={model.spec.model} as configured learns nothing "
-            f"from robot actions; {remedy}leave labeled_episodes 0."
+            f"labeled_episodes must be 0 for lam={model.spec.model}, which learns nothing from robot actions "
+            f"as configured, got {len(labeled)}. Leave it out{remedy}."
         )
     if model.spec.robot_actions:
         train = labeled
@@ -112,32 +115,35 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     if model.actions is not None:
         seen = np.ma.getdata(store.actions(labeled))[clips.rows[np.isin(store.episode[clips.rows], labeled)]]
         model.set_action_stats(torch.from_numpy(seen))
-    Clips(
-        store, episodes=held_out, frame_gap=gap, held_out=True
-    )  # refuses ones too short to judge on before training does
+    # Fails before training if the held-out episodes are too short to evaluate on.
+    Clips(store, episodes=held_out, frame_gap=gap, held_out=True)
     log.info(
         "%d transitions of %d episodes, %d of them labeled; %d held out; %d parameters",
-        *(len(clips), len(train), len(labeled), len(held_out), sum(p.numel() for p in model.parameters())),
+        len(clips),
+        len(train),
+        len(labeled),
+        len(held_out),
+        sum(parameter.numel() for parameter in model.parameters()),
     )
 
-    judged: list[LamEvaluation] = []
+    evaluated: list[LamEvaluation] = []
 
-    def judge(last: bool) -> dict[str, float]:
+    def evaluate(last: bool) -> dict[str, float]:
         device = str(next(model.parameters()).device)
         count = 4096 if last else config.probe_transitions
-        judged[:] = [
+        evaluated[:] = [
             evaluate_lam(model, store, episodes=held_out, frame_gap=gap, max_transitions=count, device=device)
         ]
-        return _scalars(judged[0])
+        return _scalars(evaluated[0])
 
     data = _Mixed(clips, labeled, config.labeled_share) if len(labeled) < len(train) else clips
     if not out.exists():
         _or_refuse(lambda: _try(model, data), lam.kind)
     with run_folder(out, config):
-        fit(model, data, config.training, out, judge)
-        if not judged:  # the run was killed after its last step
-            judge(True)
-        evaluation = judged[0]
+        fit(model, data, config.training, out, evaluate)
+        if not evaluated:  # the run was killed after its last step
+            evaluate(True)
+        evaluation = evaluated[0]
         for warning in evaluation.numbers["warnings"]:
             log.warning(warning)
         model.cpu().write(out)

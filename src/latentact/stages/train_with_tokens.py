@@ -1,7 +1,7 @@
 """Train `lam_diffusion` or `lam_act` without LeRobot's command line: `latentact train-with-tokens`.
 
 The training is lerobot-train's, step by step, made of its parts. What it adds: tokens may lie in a file
-beside the dataset, lengths are epochs, and a killed run goes on from its last epoch as if nothing happened.
+beside the dataset, lengths are epochs, and a killed run resumes from its last epoch.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 
+from latentact.config import BatchSize, Between, Count, OneOf, Seed, Workers, check_bounds
 from latentact.data.latents import read_token_file
-from latentact.data.lerobot.download import local_dataset
+from latentact.data.locate import local_dataset
 from latentact.device import require_device
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError
 from latentact.io.atomic import write_json
 from latentact.progress import Progress
 from latentact.training.lerobot import (
@@ -40,45 +42,40 @@ class TrainWithTokensConfig:
     """Train a LeRobot policy that is conditioned on LAM tokens."""
 
     out: str
-    """Run folder; the same command goes on where a killed run stopped."""
-    dataset_repo_id: str
+    """Run folder; re-run the same command to resume."""
+    dataset_repo_id: str = ""
     """LeRobot v3 dataset: hub id, or any name where `dataset_root` is given."""
     dataset_root: str = ""
     """Its folder; empty: LeRobot's own place for it, or the hub."""
     lam_tokens_path: str = ""
     """Token file of `latentact precompute --output file`; empty: the dataset has the column."""
-    policy: str = "lam_diffusion"
+    policy: Annotated[str, OneOf(POLICIES)] = "lam_diffusion"
     """lam_diffusion or lam_act."""
-    num_epochs: int = 100
+    num_epochs: Count = 100
     """Passes over the dataset."""
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     """Samples per step."""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, Between(0, 100)] = 0.0
     """Peak learning rate; 0: the policy's own."""
     device: str = "cpu"
     """cpu, cuda or mps."""
-    seed: int = 1000
+    seed: Seed = 1000
     """Seed of weights, order and noise."""
-    num_workers: int = 0
+    num_workers: Workers = 0
     """Processes that load data; 0: none besides this one."""
     overrides: tuple[str, ...] = ()
     """Settings of the policy, as KEY=VALUE."""
 
     def __post_init__(self) -> None:
-        """Refuse what no training can use."""
+        """Validate the configuration."""
         if self.policy not in POLICIES:
-            raise UserError(f"--policy is {self.policy!r}; wanted one of {', '.join(POLICIES)}.")
-        for name, low, high in (
-            ("num_epochs", 1, 10**9),
-            ("batch_size", 1, 1 << 16),
-            ("learning_rate", 0, 100),
-            ("seed", 0, 2**31 - 1),
-            ("num_workers", 0, 1024),
-        ):
-            require_between(f"--{name.replace('_', '-')}", getattr(self, name), low, high)
+            raise UserError(f"--policy must be one of {', '.join(POLICIES)}, got {self.policy!r}.")
+        check_bounds(self)
         for setting in self.overrides:
             if "=" not in setting:
-                raise UserError(f"--policy-override is {setting!r}; wanted KEY=VALUE, as lam_dropout=0.1.")
+                raise UserError(
+                    f"--policy-override must be KEY=VALUE, such as lam_dropout=0.1, got {setting!r}."
+                )
 
 
 def run(config: TrainWithTokensConfig) -> Path:
@@ -114,7 +111,7 @@ def _run_epochs(trainee: LeRobotTrainee, out: Path, epochs: int) -> None:
     newest = max((path for path in checkpoints.glob("*") if path.name.isdigit()), default=None)
     step = trainee.load(newest) if newest else 0
     if newest:
-        log.info("going on from step %d of %s", step, out)
+        log.info("resuming from step %d of %s", step, out)
     total, each = epochs * trainee.steps_per_epoch, trainee.steps_per_epoch
     metrics = MetricsCsv(out, step)
     with Progress("training", total, "steps", done=step) as progress:

@@ -1,4 +1,4 @@
-"""Lightning's training checkpoints as folders of safetensors and json: whole or absent, never a pickle."""
+"""Lightning's training checkpoints as folders of safetensors and JSON: written atomically, never a pickle."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FolderCheckpointIO(CheckpointIO):
     """Saves the tensors of a checkpoint as `state.safetensors` and its structure as `state.json`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; the folder appears only when all of it is on disk."""
+        """Write a checkpoint atomically."""
         tensors: dict[str, torch.Tensor] = {}
-        structure = _pack(checkpoint, tensors, "")
+        structure = pack(checkpoint, tensors, "")
         with atomic_dir(Path(path)) as folder:
             weights = save_tensors(folder / "state.safetensors", tensors)
             values = {"digest": _digest(structure, weights), "state": structure}
@@ -35,7 +35,7 @@ class FolderCheckpointIO(CheckpointIO):
         """Read a checkpoint onto the CPU.
 
         Raises:
-            UserError: it is not what `save_checkpoint` wrote.
+            UserError: it is damaged, or not a training checkpoint.
         """
         folder = Path(path)
         tensors = load_tensors(folder / "state.safetensors")
@@ -43,9 +43,10 @@ class FolderCheckpointIO(CheckpointIO):
         weights = weights_hash(folder / "state.safetensors")
         if not isinstance(values, dict) or values.get("digest") != _digest(values.get("state"), weights):
             raise UserError(
-                f"{folder} is not a whole training checkpoint; delete it, and the same command starts again."
+                f"{folder} must be a complete training checkpoint, got a damaged one; delete it and re-run "
+                f"the command."
             )
-        return _unpack(values["state"], tensors)
+        return unpack(values["state"], tensors)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint."""
@@ -53,32 +54,33 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 def _digest(structure: Any, weights: str) -> str:
-    """Return the hash of a checkpoint, whose damage Lightning would not notice, or only half-way."""
+    """Return the hash of a checkpoint; Lightning does not notice all damage."""
     return hashlib.blake2b(json.dumps([structure, weights]).encode(), digest_size=16).hexdigest()
 
 
-def _pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
-    """Return `value` as json; its tensors go into `tensors` under their path."""
+def pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
+    """Return `value` as JSON; its tensors are added to `tensors` under their path."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[k, _pack(v, tensors, f"{name}/{k}")] for k, v in value.items()]}
+        return {"dict": [[k, pack(v, tensors, f"{name}/{k}")] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
+        return {kind: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"training state {name} is a {type(value).__name__}, which no checkpoint can hold")
+    raise TypeError(f"training state {name} must be tensors, numbers or text, got {type(value).__name__}")
 
 
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return the value that `pack` was given."""
     if not isinstance(value, dict):
         return value
     (kind, content), *_ = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {k: _unpack(v, tensors) for k, v in content}
-    items = [_unpack(v, tensors) for v in content]
+        return {k: unpack(v, tensors) for k, v in content}
+    items = [unpack(v, tensors) for v in content]
     return tuple(items) if kind == "tuple" else items

@@ -1,10 +1,10 @@
-"""How a model is trained: the way into the loop of `training/loop.py`."""
+"""`fit` trains any module with a `loss`; the loop is in `training/loop.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -14,11 +14,25 @@ from latentact.training.settings import TrainingConfig
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What `fit` trains: a module whose `loss` takes a batch of its dataset."""
+    """A module that `fit` trains.
+
+    A module may also have `parameter_groups() -> list[ParameterGroup]`; its other parameters are trained with
+    the settings of `TrainingConfig`.
+    """
 
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimize and scalars to log."""
         ...
+
+
+class ParameterGroup(TypedDict):
+    """Parameters with a learning rate or weight decay of their own."""
+
+    params: list[nn.Parameter]
+    lr_factor: NotRequired[float]
+    """Factor of the learning rate; 1 by default."""
+    weight_decay: NotRequired[float]
+    """AdamW's weight decay; `TrainingConfig.weight_decay` by default."""
 
 
 def fit(
@@ -28,15 +42,17 @@ def fit(
     out: Path,
     evaluate: Callable[[bool], dict[str, float]] | None = None,
 ) -> None:
-    """Train `model` in place; goes on from the newest checkpoint in `out` if there is one.
+    """Train `model` in place; resume from the newest checkpoint in `out`, if there is one.
+
+    With several processes, it returns in the first one only.
 
     Args:
         model: a module with `loss(batch)` (`Trainable`).
         data: dataset with `__getitems__(positions) -> batch` and a length.
-        config: how.
-        out: run folder; gets `metrics.csv`, `tensorboard/` and `checkpoints/`.
-        evaluate: called with the model in evaluation mode and whether it is the last time; what it returns
-            is logged.
+        config: settings of training.
+        out: run folder for `metrics.csv`, `tensorboard/` and `checkpoints/`.
+        evaluate: called with the model in evaluation mode and whether it is the last call; returns scalars to
+            log.
     """
     from latentact.training.loop import train  # Lightning takes seconds to import
 

@@ -70,13 +70,14 @@ def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
             exit_on_error=False,
         )
     except (ArgumentError, draccus.utils.DraccusException, ValueError, NotImplementedError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{config.policy} does not take these settings: {said}.") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config.policy} does not take these settings: {reason}.") from error
     if tokens is not None and not (policy.use_lam_conditioning and policy.use_precomputed_lam_tokens):
         raise UserError(
             "--lam-tokens-path is given and the policy is set to use no precomputed tokens; drop one of both."
         )
-    data = DatasetConfig(config.dataset_repo_id or root.name, root=str(root), video_backend="pyav")
+    repo_id = config.dataset_repo_id.partition("@")[0] or root.name
+    data = DatasetConfig(repo_id, root=str(root), video_backend="pyav")
     return TrainPipelineConfig(
         dataset=data,
         policy=policy,
@@ -129,13 +130,13 @@ def open_dataset(train: Any, tokens: TokenFile | None) -> Any:
 
 
 def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
-    """Refuse tokens of a dataset with as many rows but other pictures."""
+    """Refuse tokens of a dataset with as many rows but other frames."""
     camera = str(tokens.metadata.get("camera", ""))
     data = DataConfig(path=str(root), camera=camera, resolution=tokens.spec.resolution)
     if FrameStream(data).key != tokens.digest:
         raise UserError(
-            f"{tokens.path} holds tokens of other pictures than those of {root}; precompute the tokens of "
-            f"this dataset."
+            f"{tokens.path} must hold the tokens of {root}, got those of other frames. Precompute the tokens "
+            f"of this dataset."
         )
 
 
@@ -205,7 +206,7 @@ class LeRobotTrainee:
         self.loss = tracker.loss.avg
 
     def save(self, folder: Path, step: int) -> None:
-        """Write a checkpoint of LeRobot's form, whole or not at all."""
+        """Write a checkpoint in LeRobot's format, atomically."""
         from lerobot.common.train_utils import save_checkpoint, update_last_checkpoint
 
         with atomic_dir(folder) as partial:

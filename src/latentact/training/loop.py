@@ -1,18 +1,20 @@
 """The training loop of every model: Lightning with deterministic steps, exact resume, `metrics.csv`.
 
-Batch and random numbers of a step are functions of (seed, step), so that a killed run that goes on from its
-last checkpoint ends with the same weights as an undisturbed one.
+Batch and random numbers of a step are functions of (seed, step): a killed run that resumes from its last
+checkpoint ends with the same weights as an undisturbed one.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,7 +23,8 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentact.device import keep_freed_memory
@@ -29,10 +32,14 @@ from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import Busy, saved_steps
-from latentact.training.settings import TrainingConfig, precision
+from latentact.training.settings import TrainingConfig, get_precision
+from latentact.training.strategies import ShardedLoss, build_strategy
 
 log = logging.getLogger(__name__)
-for _name in ("lightning.pytorch", "lightning.fabric"):  # greetings; what matters is raised or logged here
+for _name in (
+    "lightning.pytorch",
+    "lightning.fabric",
+):  # greetings; errors and progress are raised and logged here
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
@@ -43,12 +50,12 @@ def train(
     out: Path,
     evaluate: Callable[[bool], dict[str, float]] | None,
 ) -> None:
-    """Do what `training.fit.fit` promises."""
+    """Implementation of `training.fit.fit`."""
     checkpoints = out / "checkpoints"
     newest = max(saved_steps(out), default=None, key=_step_of)
     start = _step_of(newest) if newest else 0
     if newest:
-        log.info("going on from step %d of %s", start, out)
+        log.info("resuming from step %d of %s", start, out)
     world = config.devices * config.num_nodes
     loader = DataLoader(
         data,
@@ -65,12 +72,17 @@ def train(
         accelerator=config.device,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        precision=precision(config),  # type: ignore[arg-type]
+        strategy=build_strategy(config),
+        accumulate_grad_batches=config.accumulate,
+        precision=get_precision(config),  # type: ignore[arg-type]
         max_steps=config.steps,
         max_epochs=-1,
         gradient_clip_val=config.grad_clip or None,
         logger=loggers,
-        callbacks=[_Progress(config, checkpoints, evaluate), *([RichProgressBar()] if terminal else [])],
+        callbacks=[
+            _Progress(model, config, checkpoints, evaluate),
+            *([RichProgressBar()] if terminal else []),
+        ],
         plugins=[FolderCheckpointIO()],
         default_root_dir=out,
         enable_checkpointing=False,
@@ -81,16 +93,31 @@ def train(
     )
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
+    module = _ShardedModule(model, config) if config.strategy == "fsdp" else _Module(model, config)
+    lock = FileLock(out / ".lock", timeout=0) if trainer.is_global_zero else nullcontext()
     try:
-        with FileLock(out / ".lock", timeout=0):
-            for leftover in checkpoints.glob(".*.partial"):
-                shutil.rmtree(leftover)
-            trainer.fit(_Module(model, config), loader, ckpt_path=newest)  # loads it also when all is done
+        with lock:
+            if trainer.is_global_zero:
+                for leftover in checkpoints.glob(".*.partial"):
+                    shutil.rmtree(leftover)
+            trainer.fit(module, loader, ckpt_path=newest)  # loads it also when all steps are done
+            module.finish(model)
     except Timeout as error:
         raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
-    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+    except SystemExit as stopped:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from stopped
+    if not trainer.is_global_zero:
+        sys.exit(0)  # the first process does the rest
     model.eval()
+
+
+@runtime_checkable
+class HasParameterGroups(Protocol):
+    """A module with learning rates or weight decays of its own."""
+
+    def parameter_groups(self) -> list[Any]:
+        """Return `training.fit.ParameterGroup`s."""
+        ...
 
 
 class _Module(pl.LightningModule):
@@ -102,20 +129,41 @@ class _Module(pl.LightningModule):
         self.config = config
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
+        self.slices: list[dict[str, Tensor]] = []
+        """Loss and metrics of each slice of the present step."""
 
     def on_train_start(self) -> None:
         # A fused optimizer reads its state in the memory layout of the parameters; a checkpoint has lost it.
         for parameter, state in self.trainer.optimizers[0].state.items():
             for name, value in state.items():
-                if value.shape == parameter.shape:
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
                     state[name] = torch.empty_like(parameter).copy_(value)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(self.config.seed * 1_000_003 + self.global_step)
+        if batch_idx % self.config.accumulate == 0:
+            self.slices.clear()
+            # The first process has the noise of a run in one process.
+            torch.manual_seed(self.config.seed * 1_000_003 + self.global_step + (self.global_rank << 40))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss, metrics = self.compute(batch)
-        return {"loss": loss, "metrics": metrics}
+        self.slices.append({"loss": loss.detach()} | metrics)
+        return {"loss": loss}
+
+    def step_metrics(self) -> dict[str, float]:
+        """Return loss and metrics of the present step, averaged over its slices and all processes."""
+        values = [[float(values[name]) for name in self.slices[0]] for values in self.slices]
+        means = torch.tensor(values, dtype=torch.float64).mean(0)
+        if self.trainer.world_size > 1:
+            means = self.trainer.strategy.reduce(means.to(self.device))
+        return dict(zip(self.slices[0], means.tolist(), strict=True))
+
+    def gather(self, model: nn.Module) -> None:
+        """Bring `model` up to date; it is the trained module itself."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Bring `model` up to date after training."""
+        self.gather(model)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch.to(str(device))
@@ -129,7 +177,8 @@ class _Module(pl.LightningModule):
             )
 
         fused = c.precision != "16-mixed"  # whose loss scale a fused step undoes only after clipping
-        optimizer = torch.optim.AdamW(self.model.parameters(), c.lr, weight_decay=c.weight_decay, fused=fused)
+        groups = _parameter_groups(self.trained, c)
+        optimizer = torch.optim.AdamW(groups, c.lr, weight_decay=c.weight_decay, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -138,11 +187,61 @@ class _Module(pl.LightningModule):
     ) -> None:
         # Lightning's own refuses fused optimizers, for the sake of loss scaling.
         if gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module whose parameters are trained."""
+        return self.model
+
+
+class _ShardedModule(_Module):
+    """The same for a sharded copy of the model."""
+
+    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+        super().__init__(model, config)
+        self.model = ShardedLoss(model)
+        self.compute = self.model.__call__  # the module itself would be registered twice
+        self.sharded = False
+
+    @property
+    def trained(self) -> nn.Module:
+        """The sharded copy."""
+        return self.model.trained
+
+    def configure_model(self) -> None:
+        if not self.sharded:
+            assert self.device_mesh is not None
+            self.model.shard(self.device_mesh["data_parallel"])
+            self.sharded = True
+
+    def gather(self, model: nn.Module) -> None:
+        """Copy the weights of all shards into `model`, in the first process."""
+        self.model.gather(model)
+
+
+def _parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: all parameters without a group, then the model's groups."""
+    named = model.parameter_groups() if isinstance(model, HasParameterGroups) else []
+    groups: list[dict[str, Any]] = [
+        {
+            "params": group["params"],
+            "lr": config.lr * group.get("lr_factor", 1.0),
+            "weight_decay": group.get("weight_decay", config.weight_decay),
+        }
+        for group in named
+    ]
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return [{"params": rest}, *groups] if rest else groups
 
 
 class _Steps:
-    """Endless batches of positions; each is a function of (seed, step), cut between ranks."""
+    """Endless slices of batches of positions.
+
+    A step's batch is a function of (seed, step). Slice i of process r of w holds its positions r + i * w,
+    r + i * w + n, ... where n = w * accumulate.
+    """
 
     def __init__(self, length: int, config: TrainingConfig, start: int, world: int) -> None:
         self.length, self.config, self.start, self.world = length, config, start, world
@@ -153,7 +252,9 @@ class _Steps:
         step = self.start
         while True:
             rng = np.random.default_rng((self.config.seed, step))
-            yield rng.integers(self.length, size=self.config.batch_size)[rank :: self.world].tolist()
+            positions = rng.integers(self.length, size=self.config.batch_size)
+            for i in range(self.config.accumulate):
+                yield positions[rank + i * self.world :: self.world * self.config.accumulate].tolist()
             step += 1
 
 
@@ -161,9 +262,13 @@ class _Progress(pl.Callback):
     """Metrics rows, plain progress lines, evaluations and checkpoints at their steps."""
 
     def __init__(
-        self, config: TrainingConfig, folder: Path, evaluate: Callable[[bool], dict[str, float]] | None
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        folder: Path,
+        evaluate: Callable[[bool], dict[str, float]] | None,
     ) -> None:
-        self.config, self.folder, self.evaluate = config, folder, evaluate
+        self.model, self.config, self.folder, self.evaluate = model, config, folder, evaluate
         self.began = self.began_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,11 +277,12 @@ class _Progress(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (batch_idx + 1) % self.config.accumulate:
+            return
         step, last = trainer.global_step, trainer.global_step == self.config.steps
         row: dict[str, float] = {}
         if step % self.config.log_every == 0 or step == 1 or last:
-            row["train/loss"] = outputs["loss"].item()
-            row |= {f"train/{k}": v.item() for k, v in outputs["metrics"].items()}
+            row = {f"train/{k}": v for k, v in pl_module.step_metrics().items()}
             if not np.isfinite(row["train/loss"]):
                 raise UserError(
                     f"the loss must be finite, got {row['train/loss']} at step {step}; lower training.lr and "
@@ -186,17 +292,21 @@ class _Progress(pl.Callback):
         if saves:
             _require_finite(pl_module.model, step)
         if self.evaluate and (last or (self.config.eval_every and step % self.config.eval_every == 0)):
-            pl_module.eval()
-            with torch.no_grad():
-                row |= self.evaluate(last)
-            pl_module.train()
-        if row:
+            pl_module.gather(self.model)
+            if trainer.is_global_zero:
+                pl_module.eval()
+                self.model.eval()
+                with torch.no_grad():
+                    row |= self.evaluate(last)
+                pl_module.train()
+        if row and trainer.is_global_zero:
             self._report(trainer, row, step)
         if saves:
             older = saved_steps(self.folder.parent)
             trainer.save_checkpoint(self.folder / f"step={step:08d}", weights_only=False)
-            for path in older:
-                trainer.strategy.remove_checkpoint(path)
+            if trainer.is_global_zero:
+                for path in older:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _report(self, trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
@@ -211,7 +321,8 @@ class _Progress(pl.Callback):
 def _require_finite(model: nn.Module, step: int) -> None:
     """Raise a UserError if training has diverged."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if shard.is_floating_point() and not shard.isfinite().all():
             raise UserError(
                 f"the weights must be finite, got others in {name!r} at step {step}; lower training.lr and "
                 f"run again."

@@ -1,4 +1,4 @@
-"""`metrics.csv`: one row per logged step, columns as they come, whole at any moment."""
+"""`metrics.csv`: one row per logged step, columns in order of appearance, written atomically."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""A run folder: its `config.yaml` says what was asked for, its result file that it is finished."""
+"""A run folder: `config.yaml` holds its settings, a result file marks it as finished."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from latentact.config import current_names, to_dict
+from latentact.config import current_names, from_dict, to_dict
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_write
 from latentact.io.records import read_yaml
@@ -20,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class Busy(UserError):
-    """Another process works in the run folder."""
+    """Another process is using the run folder."""
 
 
 def finished(out: Path, config: Any, result: str) -> bool:
-    """Whether a run folder already holds the `result` of this very config; writes nothing.
+    """Return whether a run folder already holds the `result` of this config; write nothing.
 
     Raises:
         UserError: the folder holds a run with other settings.
@@ -34,7 +35,8 @@ def finished(out: Path, config: Any, result: str) -> bool:
         found = read_yaml(path)
         if not isinstance(found, dict):
             raise UserError(f"{path} must hold the settings of a run, got {found!r}; delete the folder.")
-        if different := _first_difference(current_names(type(config), found), _requested(config)):
+        found = _with_defaults(type(config), current_names(type(config), found))
+        if different := _first_difference(found, _requested(config)):
             key, old, new = different
             raise UserError(
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
@@ -49,17 +51,17 @@ def finished(out: Path, config: Any, result: str) -> bool:
 
 
 def begin_run(out: Path, config: Any) -> None:
-    """Write `config.yaml`, once everything that the config names has turned out to be usable."""
+    """Write `config.yaml`; call it when everything that the config names has been checked."""
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 
 
 @contextmanager
 def run_folder(out: Path, config: Any) -> Iterator[None]:
-    """Begin a run, and let its body train and write the results.
+    """Begin a run; the body trains and writes the results.
 
-    Where the run fails on its input after all, before the first checkpoint (as with a learning rate at which
-    it diverges), a folder that it made is removed.
+    If the run raises a UserError before its first checkpoint, as with a learning rate at which it diverges,
+    the folders that it made are removed.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -80,6 +82,16 @@ def saved_steps(out: Path) -> list[Path]:
 
 def _requested(config: Any) -> dict[str, Any]:
     return {k: v for k, v in to_dict(config).items() if k != "out"}
+
+
+def _with_defaults(cls: type, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run folder; settings that are newer than the run have their defaults."""
+    place = {"out": ""} if "out" in {field.name for field in dataclasses.fields(cls)} else {}
+    try:
+        values = to_dict(from_dict(cls, {**found, **place}))
+    except UserError:  # settings of a newer release, or damaged ones: the comparison names the first
+        return found
+    return {k: v for k, v in values.items() if k != "out"}
 
 
 def _first_difference(found: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -1,4 +1,4 @@
-"""How every model is trained: the settings, and the way into the loop of `training/loop.py`."""
+"""Settings of training, for every model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch import nn
 from latentact.device import memory_bytes, require_device, supports_bf16
 from latentact.errors import UserError, require_between
 
+STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _MOST_STEPS = 10**9
 RANGES = {
-    **dict.fromkeys(("steps", "checkpoint_every", "log_every"), (1, _MOST_STEPS)),
-    **dict.fromkeys(("warmup_steps", "eval_every"), (0, _MOST_STEPS)),
+    "steps": (1, _MOST_STEPS),
+    "checkpoint_every": (1, _MOST_STEPS),
+    "log_every": (1, _MOST_STEPS),
+    "warmup_steps": (0, _MOST_STEPS),
+    "eval_every": (0, _MOST_STEPS),
     "batch_size": (1, 1 << 16),
+    "accumulate": (1, 1 << 16),
     "lr": (0, 100),
     "weight_decay": (0, 100),
     "grad_clip": (0, 1e9),
@@ -36,6 +41,9 @@ class TrainingConfig:
     """Optimizer steps."""
     batch_size: int = 128
     """Samples per step, over all devices together."""
+    accumulate: int = 1
+    """Slices of a step's batch that are processed one after another and whose gradients are averaged: less
+    memory, the same batches. Where a loss averages over valid elements, each slice averages over its own."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -46,7 +54,7 @@ class TrainingConfig:
     """Steps in which the learning rate grows from 0.1 of its peak; it then falls to 0.01 of it, both
     linearly."""
     precision: str = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
+    """auto: bf16 where the hardware supports it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
     seed: int = 0
     """Seed of weights, batches and noise."""
     checkpoint_every: int = 500
@@ -61,6 +69,9 @@ class TrainingConfig:
     """Devices per node."""
     num_nodes: int = 1
     """Machines."""
+    strategy: str = "auto"
+    """auto: one process, or ddp with several devices; ddp: the whole model on every device; fsdp: weights,
+    gradients and optimizer state in shards."""
     num_workers: int = 0
     """Data loader processes; the memory-mapped store rarely needs any."""
     compile: bool = False
@@ -76,14 +87,24 @@ class TrainingConfig:
             raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
         if self.precision not in PRECISIONS:
             raise UserError(
-                f"training.precision is {self.precision!r}; wanted one of {', '.join(PRECISIONS)}."
+                f"training.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}."
+            )
+        if self.strategy not in STRATEGIES:
+            raise UserError(
+                f"training.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}."
+            )
+        slices = self.accumulate * self.devices * self.num_nodes
+        if self.batch_size % slices:
+            raise UserError(
+                f"training.batch_size must be a multiple of accumulate x devices x num_nodes ({slices}), got "
+                f"{self.batch_size}."
             )
         if self.device != "auto":
             require_device(self.device)
 
 
 _BYTES_PER_PARAMETER = {"cpu": 28, "cuda": 16}
-"""fp32 weights, gradients and AdamW's two averages; on a CPU also what a checkpoint is written from."""
+"""fp32 weights, gradients and AdamW's two averages; on a CPU also the copy for a checkpoint."""
 
 
 def require_trainable_size(build: Callable[[], nn.Module], name: str, device: str) -> None:
@@ -91,8 +112,8 @@ def require_trainable_size(build: Callable[[], nn.Module], name: str, device: st
 
     Args:
         build: makes the model; called with torch's meta device as the default.
-        name: what messages call it.
-        device: where it will be trained; auto is the one that torch would take.
+        name: its name in messages.
+        device: device to train it on; auto: torch's choice.
     """
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in build().parameters())
@@ -105,8 +126,8 @@ def require_trainable_size(build: Callable[[], nn.Module], name: str, device: st
         )
 
 
-def precision(config: TrainingConfig) -> str:
-    """Return Lightning's name of the precision to train in."""
+def get_precision(config: TrainingConfig) -> str:
+    """Return the training precision, by Lightning's name."""
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if supports_bf16(config.device) else "32-true"

@@ -1,0 +1,233 @@
+"""Fine-tune a policy end to end on robot actions of few labeled episodes, with self-training if configured.
+
+`ground` does it to grounded policies; `compare` does it to the baselines as well, so that every method gets
+the same number of updates.
+"""
+
+from __future__ import annotations
+
+import logging
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentact.config import LARGEST
+from latentact.data.cache import DataConfig, FrameStore, known_rows, open_store
+from latentact.data.samples import LabeledBatch, LabeledRows, PolicyBatch, PolicySamples
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.errors import UserError, require_between
+from latentact.io.atomic import write_json
+from latentact.lams.contract import action_loss
+from latentact.policies.contract import Policy
+from latentact.training.fit import fit
+from latentact.training.run_folder import finished, run_folder
+from latentact.training.settings import TrainingConfig
+from latentact.types import ActionSpace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune a policy that outputs robot actions on the labeled episodes."""
+
+    out: str = "runs/finetune"
+    """Run folder; re-run the same command to resume."""
+    policy: str
+    """Folder of the policy."""
+    data: DataConfig
+    """Data with robot actions."""
+    labeled_episodes: int | None = 5
+    """k: training episodes whose actions are used; empty: all."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=500, batch_size=64, lr=1e-4, eval_every=0)
+    )
+    """How it is trained."""
+    self_training: bool = False
+    """Whether to learn from all training episodes, with the actions of a teacher where they are hidden."""
+    teacher_training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
+    )
+    """How the teacher is trained."""
+    held_out: float = 0.1
+    """Fraction of the episodes that training never uses; as in train-policy."""
+    split_seed: int = 0
+    """Seed of the choice of held-out and labeled episodes; as in train-policy."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_between("split_seed", self.split_seed, 0, LARGEST)
+
+
+def run(config: FinetuneConfig, out: Path) -> Path:
+    """Fine-tune and save a policy; return its folder."""
+    if finished(out, config, "finetune.json"):
+        return out
+    policy, store = Policy.from_pretrained(config.policy), open_store(config.data)
+    if policy.spec.action_space is None:
+        raise UserError(f"{config.policy} predicts latent actions; ground it first: latentact ground --help.")
+    if store.action_space != policy.spec.action_space:
+        raise UserError(
+            f"{config.policy} outputs {policy.spec.action_space}, but {store.path} has "
+            f"{store.action_space or 'no robot actions'}; give the data that it was trained on."
+        )
+    train, _ = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    teacher = config.teacher_training if config.self_training else None
+    with run_folder(out, config):
+        finetune(policy, store, train, labeled, config.training, teacher, out)
+        write_json(out / "finetune.json", {"labeled_episodes": len(labeled), "steps": config.training.steps})
+    return out
+
+
+def finetune(
+    policy: Policy,
+    store: FrameStore,
+    train: np.ndarray,
+    labeled: np.ndarray,
+    training: TrainingConfig,
+    teacher: TrainingConfig | None,
+    out: Path,
+) -> None:
+    """Train a copy of a policy from observations to robot actions and write it into `out`.
+
+    Args:
+        policy: outputs robot actions.
+        store: the data.
+        train: training episodes.
+        labeled: those among them whose actions are used.
+        training: how the policy is trained.
+        teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
+        out: folder.
+    """
+    tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
+    if teacher:
+        episodes = train
+        actions = _pseudo_actions(policy, store, train, actions, teacher, out / "teacher")
+    exists = np.isin(store.episode, episodes)
+    exists[store.starts + store.lengths - 1] = False
+    network, stride = tuned.config.network, tuned.spec.stride
+    samples = PolicySamples(
+        store,
+        target=np.ma.getdata(actions).reshape(len(actions), -1),
+        exists=exists,
+        frames=network.n_obs_steps,
+        chunk=network.chunk_size * stride,
+        stride=1,
+        words=tuned.spec.words,
+    )
+    samples.past = samples.past * stride
+    out.mkdir(parents=True, exist_ok=True)
+    fit(_EndToEnd(tuned), samples, training, out)
+    tuned.cpu().write(out)
+
+
+def _pseudo_actions(
+    policy: Policy,
+    store: FrameStore,
+    train: np.ndarray,
+    known: np.ndarray,
+    training: TrainingConfig,
+    out: Path,
+) -> np.ndarray:
+    """Return robot actions for every training step: the known ones, and a teacher's where they are hidden.
+
+    The teacher is a head on the policy's frozen features. A latent policy learned them from the latent
+    actions of every step, so few labels suffice to read the action from them.
+    """
+    assert policy.spec.action_space is not None
+    rows = np.flatnonzero(np.isin(store.episode, train))
+    features = _features(policy, store, rows)
+    hidden = ~known_rows(known)[rows]
+    last = np.isin(rows, store.starts + store.lengths - 1)
+    labeled = torch.from_numpy(~hidden & ~last)
+    known = np.ma.getdata(known)
+    actions = torch.from_numpy(known[rows])
+    torch.manual_seed(training.seed)
+    teacher = _Teacher(features, actions[labeled], policy.spec.action_space)
+    fit(teacher, LabeledRows(features[labeled], None, actions[labeled]), training, out)
+    with torch.inference_mode():
+        predicted = teacher.cpu().actions(features)
+    filled = known.copy()
+    filled[rows[hidden]] = predicted.numpy()[hidden]
+    return filled
+
+
+@torch.inference_mode()
+def _features(policy: Policy, store: FrameStore, rows: np.ndarray) -> Tensor:
+    """Return the policy's features of the observation at each row, ``[m, d]``."""
+    unused = np.zeros((len(store.frames), 1), np.float32)
+    samples = PolicySamples(
+        store,
+        target=unused,
+        exists=np.ones(len(unused), bool),
+        frames=policy.config.network.n_obs_steps,
+        stride=policy.spec.stride,
+        words=policy.spec.words,
+    )
+    parts = []
+    for some in np.array_split(rows, -(-len(rows) // 512)):
+        batch = samples.batch(some)
+        parts.append(policy.eval().features(batch.frames, batch.state, batch.words).float())
+    return torch.cat(parts).clone()
+
+
+class _Teacher(nn.Module):
+    """Robot actions from standardized features; dropout regularizes it on few labels."""
+
+    mean: Tensor
+    std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(self, features: Tensor, actions: Tensor, space: ActionSpace) -> None:
+        super().__init__()
+        self.space = space
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("std", features.std(0) + 1e-3)
+        mean, std = torch.tensor(0.0), torch.tensor(1.0)
+        if not space.discrete:
+            mean, std = actions.mean(0), actions.std(0).clamp(min=1e-4)
+        self.register_buffer("action_mean", mean)
+        self.register_buffer("action_std", std)
+        self.net = nn.Sequential(
+            nn.Linear(features.shape[1], 128),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Linear(128, space.size),
+        )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return logits or normalized actions."""
+        return self.net((features - self.mean) / self.std).float()
+
+    def loss(self, batch: LabeledBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss over a batch, all of whose actions are labeled."""
+        actions = batch.actions
+        if not self.space.discrete:
+            actions = (actions - self.action_mean) / self.action_std
+        labeled = torch.ones(len(actions), dtype=torch.bool, device=actions.device)
+        return action_loss(self.scores(batch.inputs), actions, labeled), {}
+
+    def actions(self, features: Tensor) -> Tensor:
+        """Return classes, or actions in the robot's units."""
+        scores = self.eval().scores(features)
+        return scores.argmax(1) if self.space.discrete else scores * self.action_std + self.action_mean
+
+
+class _EndToEnd(nn.Module):
+    """Trains network and decoder from observations to robot actions."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of robot actions."""
+        return self.policy.action_loss(batch)
