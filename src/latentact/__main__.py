@@ -1,5 +1,5 @@
 """`python -m latentact` is `latentact`."""
 
-from latentact.cli.app import main
+from latentact.cli import main
 
 main()

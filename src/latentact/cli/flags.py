@@ -1,68 +1,223 @@
-"""Flags that commands share, and what their values must be."""
+"""Flags of a command, made from the dataclass of its stage: names, types, defaults, bounds, choices and help.
+
+LeRobot's names of flags (`--dataset.root`) are translated here, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
-from latentact.config import LARGEST
+from latentact.config import Between, OneOf, constraints, field_help
 from latentact.errors import UserError, require_between
+from latentact.registry import Registry
+
+SYNONYMS = {
+    "dataset.repo_id": ("dataset_repo_id", "data", "path"),
+    "dataset.root": ("dataset_root", "data", "path"),
+    "policy.path": ("policy_path", "policy"),
+    "output_dir": ("output_dir", "out"),
+}
+"""LeRobot's name of a flag -> fields that it sets; a command uses the first that its stage has."""
 
 
-def _not_empty(param: typer.CallbackParam, value: str) -> str:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flag:
+    """A field of a stage's dataclass, or of a dataclass that it holds, as a flag."""
+
+    path: tuple[str, ...]
+    """Names of the fields that lead to it: `("batch_size",)`, `("data", "camera")`."""
+    name: str
+    """Name without dashes: `batch-size`; of a switch that is on by default `no-render`."""
+    kind: Any
+    """Type: bool, int, float, str, one of these or None, or a tuple of str."""
+    default: Any
+    """Default; `inspect.Parameter.empty` where the flag must be given."""
+    help: str
+    """The string under the field."""
+    constraint: Between | OneOf | None
+    """Bounds of a number, or choices of a text."""
+
+    @property
+    def identifier(self) -> str:
+        """Name of the Python parameter."""
+        return self.name.replace("-", "_")
+
+
+def read_flags(config: type, names: Mapping[str, str], hidden: Iterable[str] = ()) -> list[Flag]:
+    """Return the flags of a stage's dataclass; those of a dataclass that it holds follow in its place.
+
+    Args:
+        config: the dataclass.
+        names: field -> name of its flag, where that is not the field's own.
+        hidden: fields without a flag.
+    """
+    flags = _flags_of(config, None, ())
+    outer = {flag.path[0] for flag in flags if len(flag.path) == 1}
+    return [
+        dataclasses.replace(flag, name=names.get(flag.path[-1], flag.name))
+        for flag in flags
+        if flag.path[-1] not in hidden and (len(flag.path) == 1 or flag.path[-1] not in outer)
+    ]
+
+
+def _flags_of(config: type, default: Any, path: tuple[str, ...]) -> list[Flag]:
+    """Return a flag for every field; defaults are those of the instance `default`, or else of the class."""
+    hints, texts, limits = typing.get_type_hints(config), field_help(config), constraints(config)
+    flags: list[Flag] = []
+    for field in dataclasses.fields(config):
+        value = getattr(default, field.name) if default is not None else _default(field)
+        here, hint = (*path, field.name), hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            flags += _flags_of(
+                typing.cast(type, hint), None if value is inspect.Parameter.empty else value, here
+            )
+            continue
+        # The path of a dataset is named after the field that holds the dataset.
+        name = path[-1] if path and field.name == "path" else field.name
+        flags.append(
+            Flag(
+                path=here,
+                name=f"no-{name}".replace("_", "-") if value is True else name.replace("_", "-"),
+                kind=hint,
+                default=value,
+                help=texts.get(field.name, ""),
+                constraint=limits.get(field.name),
+            )
+        )
+    return flags
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty
+
+
+def parameter(flag: Flag, positional: bool) -> inspect.Parameter:
+    """Return a flag as a parameter of a Typer command."""
+    kind, default = flag.kind, flag.default
+    options: dict[str, Any] = {"help": flag.help}
+    if isinstance(flag.constraint, OneOf):
+        known = flag.constraint.known()
+        options["autocompletion"] = lambda incomplete: [name for name in known if name.startswith(incomplete)]
+        if isinstance(flag.constraint.names, Registry):  # other values are possible: SUITE/LEVEL
+            options["help"] += f" {flag.constraint.names.kind.capitalize()}s: {', '.join(known)}."
+        else:
+            options["metavar"] = "|".join(known)
+    if kind is bool:
+        if default:  # the switch turns the setting off
+            options["help"] = f"Turn off: {flag.help}"
+        default = False
+    elif typing.get_origin(kind) is tuple:
+        kind, default = list[str] | None, None
+    elif isinstance(flag.constraint, Between):
+        options["callback"] = _check_between(flag.constraint)
+    elif default is inspect.Parameter.empty:
+        options["callback"] = _check_not_empty
+    info: Any = typer.Argument(**options) if positional else typer.Option(f"--{flag.name}", **options)
+    return inspect.Parameter(
+        flag.identifier,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, info],
+    )
+
+
+def _check_between(bounds: Between) -> Callable[[typer.CallbackParam, Any], Any]:
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        require_between(param.opts[0], value, bounds.low, bounds.high)
+        return value
+
+    return check
+
+
+def _check_not_empty(param: typer.CallbackParam, value: str) -> str:
     """Refuse an empty name, which would stand for the current folder."""
     if not value:
-        raise UserError(f"{param.opts[0]} is empty; give a name.")
+        raise UserError(f"{param.opts[0]} must not be empty. Give a name.")
     return value
 
 
-def _argument(text: str) -> Any:
-    return typer.Argument(help=text, callback=_not_empty)
+def build_config(config: type, flags: Iterable[Flag], values: Mapping[str, Any]) -> Any:
+    """Return the stage's dataclass from the values of its flags, by identifier."""
+    given: dict[str, Any] = {}
+    for flag in flags:
+        value = values[flag.identifier]
+        if flag.kind is bool and flag.default is True:
+            value = not value
+        elif typing.get_origin(flag.kind) is tuple:
+            value = tuple(value or ())
+        inside = given
+        for name in flag.path[:-1]:
+            inside = inside.setdefault(name, {})
+        inside[flag.path[-1]] = value
+    hints = typing.get_type_hints(config)
+    return config(**{k: hints[k](**v) if isinstance(v, dict) else v for k, v in given.items()})
 
 
-def _option(text: str) -> Any:
-    return typer.Option(help=text, callback=_not_empty)
+def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> list[str]:
+    """Return what was typed with LeRobot's names of flags, and underscores in them, replaced by ours.
+
+    Where data is one flag, `--dataset.root` replaces `--dataset.repo_id`, as LeRobot reads from the folder.
+
+    Args:
+        arguments: what was typed after the command.
+        flags: the command's flags.
+        argument: fields that are given without a flag; empty: none.
+    """
+    fields = {flag.path[0] if flag.name == flag.path[0] else flag.path[-1]: flag for flag in flags}
+    targets = {
+        synonym: fields[field]
+        for synonym, names in SYNONYMS.items()
+        if (field := next((name for name in names if name in fields), ""))
+        and not isinstance(fields[field].constraint, OneOf)  # the kind of a policy is no path
+    }
+    root, repo_id = targets.get("dataset.root"), targets.get("dataset.repo_id")
+    typed = {word.partition("=")[0] for word in arguments}
+    drop_repo_id = root is not None and root == repo_id and "--dataset.root" in typed
+    translated: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("--").replace("output-dir", "output_dir")
+        target = targets.get(name) if key.startswith("--") else None
+        if target is None:
+            dashed = key.replace("_", "-") if key.startswith("--") else key
+            translated.append(f"{dashed}{equals}{value}")
+            continue
+        value = value if equals else next(words, "")
+        if name == "dataset.repo_id" and drop_repo_id:
+            continue
+        translated += [value] if target.path[-1] in argument.split() else [f"--{target.name}", value]
+    return translated
 
 
-def between(low: int | float, high: int | float) -> Callable[[str], Any]:
-    """Return a maker of flags for numbers from `low` to `high`: help text -> `typer.Option`."""
-
-    def check(param: typer.CallbackParam, value: int | float | None) -> int | float | None:
-        require_between(param.opts[0], value, low, high)
-        return value
-
-    return lambda text: typer.Option(help=text, callback=check)
-
-
-ARGUMENT, NAME = _argument, _option
-"""Makers of what must be given: help text -> `typer.Argument`, `typer.Option`."""
-SEED = between(0, LARGEST)
-PIXELS = between(0, 4096)
-COUNT, LIMIT = between(1, 10**9), between(0, 10**9)
-BATCH, WORKERS = between(1, 1 << 16), between(0, 1024)
-RATE = SECONDS = between(0.0, 1e6)
-
-Resolution = Annotated[int, PIXELS("Height and width of frames in pixels; 0: as they are.")]
-View = Annotated[str, typer.Option(help="agent: what the agent sees; full: the whole world.")]
-Distract = Annotated[
-    str, typer.Option(help="Distractors, each from 0 to 1: background=0.5,shake=0.3,correlation=0.8.")
-]
-Camera = Annotated[str, typer.Option(help="Camera key; empty: the only one there is.")]
-FrameGap = Annotated[float, SECONDS("Seconds between the frames of a transition; 0: the LAM's own.")]
-TargetFps = Annotated[float, RATE("Frames per second to resample to; 0: the data's own.")]
-Strict = Annotated[bool, typer.Option("--strict", help="An unreadable file is an error instead of skipped.")]
-DropNonfinite = Annotated[
-    bool,
-    typer.Option(
-        "--drop-nonfinite", help="Leave out rows whose state or action is missing, NaN or infinite."
-    ),
-]
-Precision = Annotated[
-    str,
-    typer.Option(
-        help="fp32, bf16, int8 (faster, coarser), or auto: the fastest that keeps 99 % of the codes."
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+def translate_settings(arguments: list[str], config: type) -> list[str]:
+    """Return what was typed after a command that takes settings, with LeRobot's names of flags replaced."""
+    hints = typing.get_type_hints(config)
+    targets = {"output_dir": "out"}
+    if "data" in hints:
+        targets |= {"dataset.root": "data.path", "dataset.repo_id": "data.path"}
+    if hints.get("policy") is str:
+        targets["policy.path"] = "policy"
+    rooted = any(word.startswith("--dataset.root") for word in arguments)
+    translated: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.removeprefix("--").replace("output-dir", "output_dir")
+        if not key.startswith("--") or name not in targets:
+            translated.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not (name == "dataset.repo_id" and rooted):
+            translated.append(f"{targets[name]}={value}")
+    return translated

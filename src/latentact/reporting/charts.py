@@ -73,7 +73,7 @@ def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any
     x = flat[:, 0]
     y = flat[:, 1] if flat.shape[1] > 1 else np.zeros_like(x)
     action = arrays.get("action")
-    said = [
+    labels = [
         f"episode {arrays['episode'][i]}, {arrays['time'][i]:.1f} s{_action_text(action, int(i), names)}"
         for i in shown
     ]
@@ -89,7 +89,7 @@ def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any
             _points(
                 x[part],
                 y[part],
-                [said[j] for j in np.flatnonzero(action[shown] == c)],
+                [labels[j] for j in np.flatnonzero(action[shown] == c)],
                 _name(names, c),
                 color,
             )
@@ -101,7 +101,7 @@ def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any
     if action is not None:
         dims = {_name(names, d, "action "): action[shown, d] for d in range(min(action.shape[1], MOST_DIMS))}
         colors = {**dims, **colors}
-    figure["data"] = [_points(x[shown], y[shown], said, "", "")]
+    figure["data"] = [_points(x[shown], y[shown], labels, "", "")]
     figure["colors"] = {name: _rounded(values) for name, values in colors.items()}
     layout["showlegend"] = False
     return figure
@@ -155,14 +155,14 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [round(float(value), 4) if np.isfinite(value) else None for value in values]
 
 
-def _points(x: np.ndarray, y: np.ndarray, said: list[str], name: str, color: str) -> dict[str, Any]:
+def _points(x: np.ndarray, y: np.ndarray, labels: list[str], name: str, color: str) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
         "x": _rounded(x),
         "y": _rounded(y),
-        "text": said,
+        "text": labels,
         "hoverinfo": "text",
         "marker": {"size": 7, "opacity": 0.7, **({"color": color} if color else {})},
     }

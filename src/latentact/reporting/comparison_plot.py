@@ -35,8 +35,9 @@ Length = int | float  # pixels
 
 
 def color(method: str) -> str:
-    """Return the color of a method; one before fine-tuning shares that of its method."""
-    return COLORS.get(method.removesuffix("_decoder_only"), "#8a8f98")
+    """Return the color of a method; its variants share it."""
+    base = max((name for name in COLORS if method.startswith(name)), key=len, default="oracle")
+    return COLORS[base]
 
 
 def comparison_svg(results: Sequence[Result], *, title: str) -> str:
@@ -50,11 +51,13 @@ def comparison_svg(results: Sequence[Result], *, title: str) -> str:
     else:
         body, height = _one_k(results, oracle)
     measure = "return" if any(r.success is None for r in results) else "success"
-    said = "; ".join(f"{r.label}{f', k = {r.k}' if r.k is not None else ''}: {r.score:.2f}" for r in results)
+    description = "; ".join(
+        f"{r.label}{f', k = {r.k}' if r.k is not None else ''}: {r.score:.2f}" for r in results
+    )
     name = f"{measure.capitalize()} of every method on {title}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" style="{FONT}">'
-        f"<title>{escape(name)}</title><desc>{escape(said)}</desc>"
+        f"<title>{escape(name)}</title><desc>{escape(description)}</desc>"
         f'<rect width="{WIDTH}" height="{height}" fill="{CARD}"/>{body}</svg>'
     )
 

@@ -89,7 +89,7 @@ def text(value: object) -> str:
 
 
 def figure(body: str, caption: str) -> str:
-    """Return a figure whose caption says what to see."""
+    """Return a figure with a caption."""
     return f"<figure>{body}<figcaption>{text(caption)}</figcaption></figure>"
 
 
@@ -103,7 +103,7 @@ def chart(content: dict[str, Any], *, label: str, height: int = 320) -> str:
 
 
 def image(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> str:
-    """Return a picture with its bytes in the page."""
+    """Return an image that is embedded in the page."""
     from PIL import Image
 
     file = io.BytesIO()

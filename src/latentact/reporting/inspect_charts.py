@@ -102,20 +102,20 @@ def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str,
     if len(np.unique(arrays["episode"][shown])) > 1:
         colors["episode"] = arrays["episode"][shown]
     colors["time in the episode (s)"] = arrays["time"][shown]
-    said = [
+    labels = [
         f"episode {arrays['episode'][i]}, {arrays['time'][i]:.1f} s{_taken(action, int(i), names)}"
         for i in shown
     ]
-    return {title: _scatter(points, said, colors) for title, points in places.items()}
+    return {title: _scatter(points, labels, colors) for title, points in places.items()}
 
 
-def _scatter(points: np.ndarray, said: list[str], colors: dict[str, np.ndarray]) -> dict[str, Any]:
+def _scatter(points: np.ndarray, labels: list[str], colors: dict[str, np.ndarray]) -> dict[str, Any]:
     marks = {
         "type": "scatter",
         "mode": "markers",
         "x": [_number(value) for value in points[:, 0]],
         "y": [_number(value) for value in points[:, 1]],
-        "text": said,
+        "text": labels,
         "hoverinfo": "text",
         "marker": {"size": 7, "opacity": 0.7},
     }

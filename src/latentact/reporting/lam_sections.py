@@ -21,7 +21,7 @@ PROBES = {
     ),
     "shuffled_future": (
         "Control: shuffled future",
-        "Latents of the right moment with a wrong next frame. What stays is not about the change.",
+        "Latents of the same timestep with a wrong next frame: information not about the change.",
     ),
     "state_change": ("Latent action to displacement", "How far the robot's state moves, by a straight line."),
     "state_change_state_only": (
@@ -47,18 +47,18 @@ def lam_section(lam: LamRun) -> Section:
     if health:
         used = f"{health['used']} of {health['size']}"
         items.append(("Codes in use", used, f"perplexity {health['perplexity']:.1f}"))
-    warnings = "".join(f'<p class="warn">{text(said)}</p>' for said in lam.numbers.get("warnings", []))
+    warnings = "".join(f'<p class="warn">{text(warning)}</p>' for warning in lam.numbers.get("warnings", []))
     return Section(
         anchor="lam",
         title="The latent action model",
-        what="A latent action is what changed between two moments of a video. These numbers are from "
+        what="A latent action is what changed between two timesteps of a video. These numbers are from "
         "held-out episodes, on which the model was not trained.",
         body=tiles(items) + warnings,
     )
 
 
 def probe_section(lam: LamRun) -> Section | str:
-    """What latents tell about actions, beside what can be told without them."""
+    """Probes of actions from latents, beside their floors and controls."""
     probes = lam.numbers.get("probes") or {}
     if not probes:
         return "Probes need actions or enough held-out episodes, and there were none."
@@ -83,14 +83,14 @@ def probe_section(lam: LamRun) -> Section | str:
 def prediction_section(lam: LamRun) -> Section | str:
     """Predicted frames beside the real ones."""
     if "predicted" not in lam.arrays:
-        return "There are no pictures of predictions."
+        return "There are no images of predictions."
     names = ("now", "next", "predicted")
-    said = ("the frame now", "the real next frame", "the predicted next frame")
+    labels = ("the current frame", "the real next frame", "the predicted next frame")
     cells = []
     for i in range(len(lam.arrays["now"])):
         triple = "".join(
             f"<div>{image(lam.arrays[name][i], f'Example {i + 1}: {alt}')}<span>{name}</span></div>"
-            for name, alt in zip(names, said, strict=True)
+            for name, alt in zip(names, labels, strict=True)
         )
         cells.append(f'<div class="triple">{triple}</div>')
     return Section(
@@ -99,8 +99,8 @@ def prediction_section(lam: LamRun) -> Section | str:
         what="From what it has seen so far and the latent action, the model draws the next frame.",
         body=figure(
             f'<div class="examples">{"".join(cells)}</div>',
-            "Moments with visible motion. A good prediction moves what really "
-            "moved; blur, or a copy of the first picture, is a bad sign.",
+            "Timesteps with visible motion. A good prediction moves what "
+            "moved; blur, or a copy of the current frame, is a bad sign.",
         ),
     )
 
@@ -117,7 +117,7 @@ def transfer_section(lam: LamRun) -> Section | str:
         body=figure(
             scroll(_transfer_table(lam.arrays), "Transfer grid"),
             "Read along a row: where the latent is an action, the same thing happens everywhere. Where a "
-            "row shows the scene it was taken from, the latent carries the picture instead.",
+            "row shows the scene it was taken from, the latent encodes the image instead.",
         ),
     )
 
@@ -126,18 +126,18 @@ def _transfer_table(arrays: dict[str, np.ndarray]) -> str:
     starts = _numbered(arrays.get("transfer_start_episode"), len(arrays["transfer_start"]))
     sources = _numbered(arrays.get("transfer_source_episode"), len(arrays["transfer_source"]))
     head = "".join(
-        f'<th scope="col"{FIRST if not j else ""}>{text(name)}{image(picture, f"Start, {name}")}</th>'
-        for j, (name, picture) in enumerate(zip(starts, arrays["transfer_start"], strict=True))
+        f'<th scope="col"{FIRST if not j else ""}>{text(name)}{image(frame, f"Start, {name}")}</th>'
+        for j, (name, frame) in enumerate(zip(starts, arrays["transfer_start"], strict=True))
     )
     lines = []
     for i, name in enumerate(sources):
         before, after = (
-            image(picture, f"Latent of {name}, {when}")
-            for picture, when in zip(arrays["transfer_source"][i], ("now", "next"), strict=True)
+            image(frame, f"Latent of {name}, {when}")
+            for frame, when in zip(arrays["transfer_source"][i], ("now", "next"), strict=True)
         )
         cells = "".join(
-            f"<td{FIRST if not j else ''}>{image(picture, f'Latent of {name} applied in {starts[j]}')}</td>"
-            for j, picture in enumerate(arrays["transfer_grid"][i])
+            f"<td{FIRST if not j else ''}>{image(frame, f'Latent of {name} applied in {starts[j]}')}</td>"
+            for j, frame in enumerate(arrays["transfer_grid"][i])
         )
         lines.append(
             f'<tr><th scope="row"><span class="pair">{before}<span aria-hidden="true">→</span>'
@@ -180,7 +180,7 @@ def codebook_section(lam: LamRun) -> Section | str:
     health = lam.numbers.get("codebook")
     if not health or "codes" not in lam.arrays:
         return "The model has no codebook, so there is no code usage."
-    said = (
+    summary = (
         f"{health['used']} of {health['size']} codes are used, {health['dead']} never. The perplexity, "
         f"the number of codes that are really in play, is {health['perplexity']:.1f}."
     )
@@ -188,9 +188,9 @@ def codebook_section(lam: LamRun) -> Section | str:
     return Section(
         anchor="codebook",
         title="Codebook",
-        what=said,
+        what=summary,
         body=figure(
-            chart(usage, label=f"Bar chart of code usage. {said}", height=260),
+            chart(usage, label=f"Bar chart of code usage. {summary}", height=260),
             "Share of each code. One tall bar with nothing beside it would mean that the "
             "codes have collapsed.",
         ),
@@ -213,7 +213,7 @@ def other_lams_section(lams: Sequence[LamRun]) -> Section:
     return Section(
         anchor="lams",
         title="All latent action models of this run",
-        what="The pictures and charts above are of the first.",
+        what="The images and charts above show the first.",
         body=table(
             ("Run", "Error", "Of copying", "Wrong latent", "Linear probe"), rows, "Latent action models"
         ),

@@ -85,6 +85,7 @@ class _Row(_Before):
     episodes: Annotated[int, Field(ge=1, le=10**6)]
     successes: tuple[int | bool, ...] = Field((), strict=False)
     run: str = ""
+    updates: Count | None = None
     decoder_only: _Before | None = None
 
 
@@ -105,7 +106,7 @@ class _RolloutRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class LamRun:
-    """A judged latent action model."""
+    """An evaluated latent action model."""
 
     path: str
     """Its folder, relative to the run folder."""
@@ -170,7 +171,7 @@ class Findings:
     configs: dict[str, str] = field(default_factory=dict)
     """Folder -> text of its `config.yaml`."""
     wall_s: float | None = None
-    """How long the whole run took, where `demo.json` says so."""
+    """Duration of the whole run in seconds, from `demo.json`."""
 
     def empty(self) -> bool:
         """Whether there is nothing to report."""
@@ -295,9 +296,9 @@ def _comparison(path: Path, folder: str) -> Comparison:
     parse_record(_ComparisonRecord, values, str(path))
     content = list(values["rows"])
     rows = [Row.from_json(row) for row in content]
-    said = values.get("verdict") or verdict(rows)
+    sentence = values.get("verdict") or verdict(rows)
     env = ", ".join(filter(None, (str(values.get(name, "")) for name in ("env", "distract"))))
-    return Comparison(path=folder, env=env, content=content, rows=rows, verdict=said)
+    return Comparison(path=folder, env=env, content=content, rows=rows, verdict=sentence)
 
 
 def _curves(path: Path, folder: str) -> Curves:

@@ -25,15 +25,15 @@ def comparison_section(comparison: Comparison, number: int) -> Section:
     body = _comparison_table(results) + figure(
         f'<div class="plot">{comparison_svg(results, title=comparison.env)}</div>',
         "Bars are 95 % intervals over the episodes of all seeds: where two do not touch, the difference "
-        "is not luck of the episodes. The dashed line is the oracle, which sees every label.",
+        "is not due to chance. The dashed line is the oracle, which is trained on every label.",
     )
     return Section(
         anchor=f"comparison{number or ''}",
         title=f"Every method on {comparison.env}",
         what="Same network, training steps, labeled episodes and evaluation seeds in every row; k is "
-        "the number of labeled episodes. BC on k labels never sees the other videos. IDM on k labels "
+        "the number of labeled episodes. BC on k labels does not use the other videos. IDM on k labels "
         "learns actions from the k episodes and guesses those of all others. Latent policies are then "
-        "fine-tuned for some steps more, as their configuration says; decoder only is before that.",
+        "fine-tuned for some steps more, by their configuration; decoder only is before that.",
         body=body,
     )
 
@@ -74,8 +74,8 @@ def rollout_section(found: Findings) -> Section | str:
         for path in rollout.videos[:VIDEOS_EACH]:
             if (size := path.stat().st_size) <= budget:
                 budget -= size
-                said = _episode(path.stem, rollout.numbers)
-                cells.append(figure(video(path, f"{title}, {said}"), said))
+                caption = _episode(path.stem, rollout.numbers)
+                cells.append(figure(video(path, f"{title}, {caption}"), caption))
         reached, grid = _reached(rollout, len(cells)), f'<div class="videos pixels">{"".join(cells)}</div>'
         if len(shown) > UNFOLDED:
             parts.append(fold(f"{title}: {reached}", grid, unfolded=i < UNFOLDED))
@@ -105,10 +105,10 @@ def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
 
 def _reached(rollout: Rollout, shown: int) -> str:
     success, episodes = rollout.numbers.get("success"), rollout.numbers.get("episodes")
-    said = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
+    parts = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
     if shown < len(rollout.videos):
-        said.append(f"{shown} of {len(rollout.videos)} videos shown")
-    return "; ".join(said)
+        parts.append(f"{shown} of {len(rollout.videos)} videos shown")
+    return "; ".join(parts)
 
 
 def _episode(stem: str, numbers: dict[str, Any]) -> str:

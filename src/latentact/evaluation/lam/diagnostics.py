@@ -50,7 +50,7 @@ def algebra(
     """Return how far latents are from adding up like motions, 0 is exact.
 
     Args:
-        ab: latents from moment a to moment b; the others likewise, c being as far after b as b is after a.
+        ab: latents from timestep a to timestep b; likewise the others. c is as far after b as b is after a.
         bc: from b to c.
         ac: from a to c.
         ba: from b back to a.
@@ -190,8 +190,8 @@ def label_efficiency(
     curve: list[dict[str, Any]] = []
     for k in ks:
         row: dict[str, Any] = {"k": int(k)}
-        for name, learn, judge in (("latent", fit, score), ("floor", floor_fit, floor_score)):
-            reached = [_with_labels(learn, judge, order[:k], seed) for order in orders]
+        for name, learn, evaluate in (("latent", fit, score), ("floor", floor_fit, floor_score)):
+            reached = [_with_labels(learn, evaluate, order[:k], seed) for order in orders]
             row[name] = {"score": float(np.mean(reached)), "low": min(reached), "high": max(reached)}
         curve.append(row)
     return curve

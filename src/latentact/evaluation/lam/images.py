@@ -1,4 +1,4 @@
-"""Pictures of a latent action model at work: predictions beside reality, latents applied elsewhere."""
+"""Images of a latent action model: predicted beside real frames, and transfer of latents to other scenes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CANDIDATES = 64  # among which the sources are chosen for their different latent
 STARTS = 6
 
 
-def pictures(
+def evaluation_images(
     model: LatentActionModel,
     store: FrameStore,
     clips: Clips,
@@ -32,7 +32,7 @@ def pictures(
     rng: np.random.Generator,
     device: str,
 ) -> dict[str, np.ndarray]:
-    """Return the pictures of `lam.npz`; none for frames that are not RGB.
+    """Return the images of `lam.npz`; none for frames that are not RGB.
 
     Args:
         model: in eval mode.

@@ -1,7 +1,4 @@
-"""Inspect a latent action model: every number, and the verdict on them.
-
-What `evaluate_lam` judges during training comes first; probes and questions beyond it are added.
-"""
+"""Inspect a latent action model: the metrics of `evaluate_lam`, further probes, diagnostics and a verdict."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from latentact.evaluation.lam.inspect_model import (
 )
 from latentact.evaluation.lam.inspect_probes import Probed
 from latentact.evaluation.lam.metrics import derangement, encode_rows, evaluate_lam, other_future
-from latentact.evaluation.lam.verdict import judge
+from latentact.evaluation.lam.verdict import interpret
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -38,12 +35,12 @@ MAP_POINTS = 1500
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found."""
+    """Result of an inspection."""
 
     numbers: dict[str, Any]
-    """Content of `inspect.json`: numbers, verdict, what is missing."""
+    """Content of `inspect.json`: metrics, verdict, and notes on missing metrics."""
     arrays: dict[str, np.ndarray]
-    """What the page draws: latents, their map, pictures."""
+    """Arrays of the page: latents, their map, images."""
 
 
 @torch.no_grad()
@@ -89,18 +86,16 @@ def inspect_lam(
     errors = {f"{name}_mse": base.numbers.get(f"{name}_mse") for name in ("recon", "copy", "shuffled")}
     control = controllability(case) if model.generative and case.rgb else None
     if not model.generative:
-        case.missing.append("The model predicts no frames: nothing is said about reconstruction or control.")
-    if not model.sees:
-        case.missing.append(
-            "The model looks at robot states alone: nothing is said about where latents look."
-        )
+        case.missing.append("The model predicts no frames, so reconstruction and control are not evaluated.")
+    if not model.uses_images:
+        case.missing.append("The model uses robot states only, so saliency is not evaluated.")
     if base.numbers["episodes"] == 1:
         case.missing.append(
-            "There is one episode to judge on: probes are fitted on its beginning and scored on its end, and "
-            "intervals say nothing about others."
+            "There is one evaluation episode: probes are fitted on its beginning and scored on its end, and "
+            "intervals do not cover other episodes."
         )
     if base.numbers["codebook"] is None:
-        case.missing.append("The model has no codes: nothing is said about a codebook.")
+        case.missing.append("The model has no codes, so no codebook is evaluated.")
     numbers: dict[str, Any] = {
         "latents": {
             "dims": latents.shape[1],
@@ -121,24 +116,26 @@ def inspect_lam(
         "algebra": algebra(case),
         "leakage": leakage(case, rng),
         "gaps": gap_curve(case),
-        "saliency": saliency(case, base.arrays) if case.rgb and model.sees else None,
-        "sees": model.sees,
+        "saliency": saliency(case, base.arrays) if case.rgb and model.uses_images else None,
+        "sees": model.uses_images,
         "action_names": list(store.action_names),
         "transitions": len(rows),
         "episodes": base.numbers["episodes"],
     }
     arrays = {**base.arrays, **_maps(latents, seed, case.missing)}
-    numbers |= {"missing": case.missing, "verdict": judge(numbers).to_json()}
+    numbers |= {"missing": case.missing, "verdict": interpret(numbers).to_json()}
     return Inspection(numbers=numbers, arrays=arrays)
 
 
 def _maps(latents: Float[np.ndarray, "n f"], seed: int, missing: list[str]) -> dict[str, np.ndarray]:
-    """The latents' places on a UMAP, where it is installed; the PCA is drawn from the latents themselves."""
+    """Return the UMAP coordinates of latents, if UMAP is installed; the page computes the PCA."""
     shown = np.unique(np.linspace(0, len(latents) - 1, min(len(latents), MAP_POINTS)).astype(int))
     try:
         from umap import UMAP
     except ModuleNotFoundError:
-        missing.append("There is no UMAP, only PCA; install it with: pip install 'latentact[umap]'.")
+        missing.append(
+            "UMAP is not installed, so only PCA is shown; install it with: pip install 'latentact[umap]'."
+        )
         return {"shown": shown}
     if len(shown) < 20 or diagnostics.effective_dims(latents) == 0:
         return {"shown": shown}

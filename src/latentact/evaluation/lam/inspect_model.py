@@ -36,14 +36,14 @@ PAIRS = 256  # transitions that are asked about
 BATCH = 64
 STEPS = 4  # of a rollout, as in Genie
 GAPS = (0.5, 1, 2, 4)  # frame gaps of the gap curve, in gaps of the model
-CELLS = 8  # per side, of the picture parts that are grayed out in turn
+CELLS = 8  # per side, of the image, cells that are grayed out in turn
 SALIENT = 12  # transitions whose parts are grayed out
 MOVES = 8  # gray levels by which a pixel that moves changes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model on one set of held-out transitions; messages on what cannot be said go into `missing`."""
+    """One model on one set of held-out transitions; `missing` collects notes on absent metrics."""
 
     model: LatentActionModel
     store: FrameStore
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def rgb(self) -> bool:
-        """Whether frames are pictures, not grids."""
+        """Whether frames are RGB images, not grids."""
         return self.store.frames.shape[-1] == 3
 
     def ahead(self, rows: np.ndarray, steps: int) -> np.ndarray:
@@ -69,9 +69,9 @@ class Case:
         """Frames at these rows [n, t] as [n, t, c, h, w]."""
         return torch.from_numpy(np.asarray(self.store.frames[rows])).permute(0, 1, 4, 2, 3)
 
-    def latents(self, *moments: np.ndarray) -> np.ndarray:
-        """Latents of the last two of these moments, each given as the rows of its frames."""
-        rows = np.stack(moments, axis=1)
+    def latents(self, *timesteps: np.ndarray) -> np.ndarray:
+        """Return latents between the last two of these timesteps, each given as rows of frames."""
+        rows = np.stack(timesteps, axis=1)
         parts = [
             self.encode(self.frames(part), part) for part in np.split(rows, range(BATCH, len(rows), BATCH))
         ]
@@ -79,10 +79,10 @@ class Case:
 
     def encode(self, frames: torch.Tensor, rows: np.ndarray) -> np.ndarray:
         """Latents of the last transition of clips, whose states are those at `rows` [n, t]."""
-        seen: dict[str, Any] = {}
+        states = None
         if self.model.state_size and self.store.state is not None:
-            seen = {"state": torch.from_numpy(self.store.state[rows]).to(self.device)}
-        latent = self.model.encode(frames.to(self.device), last=True, **seen)
+            states = torch.from_numpy(self.store.state[rows]).to(self.device)
+        latent = self.model.encode(frames.to(self.device), last=True, states=states)
         return latent.vectors[:, -1].flatten(1).float().cpu().numpy()
 
 
@@ -90,7 +90,7 @@ def algebra(case: Case) -> dict[str, float] | None:
     """Whether latents add up like motions; None where episodes are too short."""
     a = case.ahead(case.rows, 2 * case.gap)
     if not len(a):
-        case.missing.append("Episodes are shorter than two transitions: nothing is said about additivity.")
+        case.missing.append("Episodes are shorter than two transitions, so additivity is not evaluated.")
         return None
     b, c = a + case.gap, a + 2 * case.gap
     found = [case.latents(*pair) for pair in ((a, b), (b, c), (a, c), (b, a), (a, a))]
@@ -98,7 +98,7 @@ def algebra(case: Case) -> dict[str, float] | None:
 
 
 def leakage(case: Case, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Whether latents carry the picture: S-PCFC, and predictions of frames across cuts."""
+    """Measure whether latents encode the next frame: S-PCFC, and predictions of frames across cuts."""
     past = case.ahead(case.rows, 2 * case.gap)
     if not len(past):
         return None
@@ -110,7 +110,7 @@ def leakage(case: Case, rng: np.random.Generator) -> dict[str, Any] | None:
     if not case.model.generative or not case.rgb:
         return found
     if len(np.unique(case.store.episode[case.rows])) < 2:
-        case.missing.append("There is one held-out episode: nothing is said about frames across a cut.")
+        case.missing.append("There is one held-out episode, so predictions across a cut are not evaluated.")
         return found
     episode = case.store.episode[past]
     elsewhere = np.array([rng.choice(case.rows[case.store.episode[case.rows] != e]) for e in episode])
@@ -160,9 +160,7 @@ def controllability(case: Case) -> dict[str, Any] | None:
         changed += float((rolled[0][:, 0] - rolled[1][:, 0]).square().sum())
         moved += float((now - truth[:, 0]).square().sum())
     if moved == 0:
-        case.missing.append(
-            "Nothing moves in the held-out video: nothing is said about whether latents are used."
-        )
+        case.missing.append("Nothing moves in the held-out video, so the use of latents is not evaluated.")
         return None
     return {
         "delta_psnr": diagnostics.delta_psnr(np.concatenate(own), np.concatenate(other)),
@@ -173,10 +171,10 @@ def controllability(case: Case) -> dict[str, Any] | None:
 
 def _following(case: Case, clip: Clip, steps: int) -> torch.Tensor:
     """Latents of the last `steps` transitions of clips."""
-    seen: dict[str, Any] = {"valid": clip.valid.to(case.device)}
+    valid, states = clip.valid.to(case.device), None
     if case.model.state_size and clip.states is not None:
-        seen["state"] = clip.states.to(case.device)
-    return case.model.encode(clip.frames.to(case.device), **seen).vectors[:, -steps:]
+        states = clip.states.to(case.device)
+    return case.model.encode(clip.frames.to(case.device), valid, states=states).vectors[:, -steps:]
 
 
 def _rollout(model: LatentActionModel, past: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -240,7 +238,7 @@ def saliency(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None
     motion = np.array([_motion(case.store.frames[r], case.store.frames[r + case.gap]) for r in rows[:PAIRS]])
     order = np.flatnonzero(motion > 0)
     if not len(order):
-        case.missing.append("Nothing moves in the held-out video: nothing is said about where latents look.")
+        case.missing.append("Nothing moves in the held-out video, so saliency is not evaluated.")
         return None
     chosen = rows[order[np.unique(np.linspace(0, len(order) - 1, min(len(order), SALIENT)).astype(int))]]
     pairs = np.stack([chosen, chosen + case.gap], 1)

@@ -51,7 +51,7 @@ class Probed:
             self._with_present()
         else:
             self.case.missing.append(
-                "All actions of the held-out episodes are the same: nothing is said about actions."
+                "All actions of the held-out episodes are the same, so actions are not evaluated."
             )
         self._state()
         self._nuisance()
@@ -92,7 +92,7 @@ class Probed:
     def _state(self) -> None:
         store, rows, seed = self.case.store, self.case.rows, self.case.seed
         if store.state is None:
-            self.case.missing.append("The data has no state: nothing is said about z to state.")
+            self.case.missing.append("The data has no state, so state changes are not evaluated.")
             return
         change = store.state[rows + self.case.gap] - store.state[rows]
         sets = {
@@ -109,7 +109,7 @@ class Probed:
         column = self.case.store.column(NUISANCE)
         if column is None:
             self.case.missing.append(
-                f"The data records no distractor ({NUISANCE}): nothing is said about nuisances."
+                f"The data records no distractor ({NUISANCE}), so nuisances are not evaluated."
             )
             return
         column = column.reshape(len(column), -1).astype(np.float32)
@@ -118,8 +118,8 @@ class Probed:
         self._both("nuisance", self.latents, change, everywhere)
         if self.case.store.action_space is not None:
             taken, known = self._actions()
-            told = np.eye(self.case.store.action_space.size)[taken] if taken.ndim == 1 else taken
-            pair = self._pair(np.where(known[:, None], told, 0.0), change, known)
+            actions = np.eye(self.case.store.action_space.size)[taken] if taken.ndim == 1 else taken
+            pair = self._pair(np.where(known[:, None], actions, 0.0), change, known)
             self.probes["nuisance_from_action"] = linear_probe(*pair, seed=self.case.seed).to_json()
 
     def label_efficiency(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Judge a latent action model on held-out episodes: does it predict, are latents used, do they hold actions?
+"""Evaluate a latent action model on held-out episodes: prediction error, use of latents, probes of actions.
 
 Every number stands beside the one that makes it honest: reconstruction beside copying the last frame and
 beside shuffled latents, probes beside a state-only floor and a shuffled-future control.
@@ -18,7 +18,7 @@ from latentact.data.cache import known_rows
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.evaluation.lam.codebook import codebook_health
-from latentact.evaluation.lam.images import pictures, resize
+from latentact.evaluation.lam.images import evaluation_images, resize
 from latentact.evaluation.lam.probes import ProbeData, linear_probe, mlp_probe, principal_components
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ COLLAPSED_BELOW = 0.1  # perplexity over codebook size
 
 @dataclass(frozen=True, kw_only=True)
 class LamEvaluation:
-    """The judgment of one latent action model."""
+    """Evaluation of one latent action model."""
 
     numbers: dict[str, Any]
     """Content of `lam.json`: errors, probes, codebook, warnings."""
     arrays: dict[str, np.ndarray]
-    """Content of `lam.npz`: latents with episode, time and action; pictures of predictions and transfer."""
+    """Content of `lam.npz`: latents with episode, time and action; images of predictions and transfer."""
 
 
 def evaluate_lam(
@@ -54,7 +54,7 @@ def evaluate_lam(
     max_transitions: int = 4096,
     device: str = "cpu",
 ) -> LamEvaluation:
-    """Judge `model` on `episodes` that it was not trained on.
+    """Evaluate `model` on `episodes` that it was not trained on.
 
     Half of the episodes (by `seed`) fit the probes, the others score them; a single one is split in time.
 
@@ -62,7 +62,7 @@ def evaluate_lam(
         model: in any mode, on `device`; it is evaluated in eval mode and left as it was.
         store: the frames, and the states and actions where there are any.
         episodes: held-out episodes, all of whose actions may be seen.
-        frame_gap: frames between the two moments of a transition.
+        frame_gap: frames between the two timesteps of a transition.
         seed: of the choice of transitions, halves and shuffles.
         max_transitions: transitions looked at, chosen at random when there are more.
         device: where the frames go.
@@ -85,7 +85,11 @@ def evaluate_lam(
         errors = _errors(model, clips, rows, vectors, order, device) if model.generative else {}
         futures = other_future(store, rows, frame_gap, rng)
         controls, _ = encode_rows(model, clips, rows, device, futures=futures)
-        shown = pictures(model, store, clips, rows, vectors, errors["copy"], rng, device) if errors else {}
+        shown = (
+            evaluation_images(model, store, clips, rows, vectors, errors["copy"], rng, device)
+            if errors
+            else {}
+        )
     model.train(training)
 
     latents, size = _flat(vectors), model.spec.codebook_size
@@ -142,8 +146,8 @@ def encode_rows(
             if states is not None and clips.store.state is not None:
                 other = torch.from_numpy(clips.store.state[futures[part]])
                 states = torch.cat([states[:, :-1], other[:, None]], dim=1)
-        seen = {} if states is None else {"state": states.to(device)}
-        latent = model.encode(frames.to(device), clip.valid.to(device), last=True, **seen)
+        states = None if states is None else states.to(device)
+        latent = model.encode(frames.to(device), clip.valid.to(device), last=True, states=states)
         vectors.append(latent.vectors[:, -1].float().cpu())
         if latent.codes is not None:
             codes.append(latent.codes[:, -1].cpu().numpy())
@@ -265,7 +269,7 @@ def bootstrap_groups(episode: Int64[np.ndarray, "m"], score: Bool[np.ndarray, "m
 def present_features(
     store: FrameStore, rows: Int64[np.ndarray, "m"], fit: Bool[np.ndarray, "m"]
 ) -> Float[np.ndarray, "m f"]:
-    """What the present alone says: the state, or 32 principal components of the current frame at 16x16."""
+    """Return features of the current timestep: the state, or 32 principal components of a 16x16 frame."""
     if store.state is not None:
         return store.state[rows]
     parts = []

@@ -23,7 +23,7 @@ from latentact.reporting.html import (
 )
 
 FOLLOWS = 0.1
-"""By how much a rollout must agree more with the same moment than with others, to be called following."""
+"""Margin over the agreement with other timesteps from which a rollout counts as following its guide."""
 
 
 def write_page(
@@ -37,7 +37,7 @@ def write_page(
     Args:
         path: where.
         metrics: what `metrics.json` holds.
-        stills: pictures of the run.
+        stills: images of the run.
         film: its video.
 
     Raises:
@@ -62,8 +62,10 @@ def headline(metrics: dict[str, Any]) -> str:
     found = metrics["agreement"]
     if not found or not found["measure"]:
         return "Whether the policy follows its guide was not measured."
-    mean, others = found["mean"], found["other_moments"]
-    beside = f"{found['measure']} {mean:.2f} at the same moment, {others:.2f} with the guide's other moments"
+    mean, others = found["mean"], found["chance"]
+    beside = (
+        f"{found['measure']} {mean:.2f} at the same timestep, {others:.2f} with the guide's other timesteps"
+    )
     if mean - others > FOLLOWS:
         return f"What happened follows the guide: {beside}."
     return f"What happened does not follow the guide: {beside}."
@@ -84,7 +86,7 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(("Return", f"{metrics['return']:.2f}", best))
     found = metrics["agreement"]
     if found and found["measure"]:
-        items.append(("Agreement", f"{found['mean']:.2f}", f"{found['other_moments']:.2f} is that of chance"))
+        items.append(("Agreement", f"{found['mean']:.2f}", f"{found['chance']:.2f} is that of chance"))
     if "missed_deadlines" in metrics:
         late = f"latest by {1000 * metrics['latest_s']:.0f} ms"
         items.append(("Missed deadlines", str(metrics["missed_deadlines"]), late))
@@ -98,10 +100,10 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _watch(stills: np.ndarray | None, film: Path | None) -> Section | None:
     if stills is None:
         return None
-    shown = "".join(image(np.ascontiguousarray(s), f"moment {i + 1}") for i, s in enumerate(stills))
+    shown = "".join(image(np.ascontiguousarray(s), f"still {i + 1}") for i, s in enumerate(stills))
     body = f'<div class="examples">{shown}</div>'
     if film is not None:
-        caption = "Demonstration and rollout at the same moment of the guide."
+        caption = "Demonstration and rollout at the same timestep of the guide."
         body = f'<div class="pixels">{figure(video(film, caption), caption)}</div>' + fold("Stills", body)
     return Section(
         anchor="watch",
@@ -118,7 +120,9 @@ def _agreement(metrics: dict[str, Any]) -> Section | None:
     if not found["measure"]:
         body = f'<p class="warn">{text(found["why"])}</p>'
     else:
-        body = figure(_chart(found, metrics["fps"]), "The dotted line is the mean over the guide's moments.")
+        body = figure(
+            _chart(found, metrics["fps"]), "The dotted line is the mean over the guide's timesteps."
+        )
     return Section(
         anchor="agreement",
         title="Agreement with the guide",
@@ -131,8 +135,8 @@ def _agreement(metrics: dict[str, Any]) -> Section | None:
 def _chart(found: dict[str, Any], fps: float) -> str:
     steps = found["steps"]
     times = [round(i / fps, 3) for i in range(len(steps))]
-    lines = (("this moment", steps, "#0d8a72", "solid"),)
-    lines += (("other moments", [found["other_moments"]] * len(steps), "#6b7280", "dot"),)
+    lines = (("same timestep", steps, "#0d8a72", "solid"),)
+    lines += (("other timesteps", [found["chance"]] * len(steps), "#6b7280", "dot"),)
     data = [
         {
             "type": "scatter",
@@ -173,7 +177,7 @@ def _safety(metrics: dict[str, Any]) -> Section | None:
 
 def _event(event: dict[str, Any]) -> str:
     first, last = event["from_step"], event["to_step"]
-    return f"step {first}{f' to {last}' if last > first else ''}: {event['said']}"
+    return f"step {first}{f' to {last}' if last > first else ''}: {event['message']}"
 
 
 def _settings(metrics: dict[str, Any]) -> Section:

@@ -64,24 +64,24 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
     Args:
         path: where.
         numbers: content of `inspect.json`.
-        arrays: latents, their map and pictures, from `inspect_lam`.
+        arrays: latents, their map and images, from `inspect_lam`.
 
     Raises:
         UserError: plotly is missing.
     """
     lam = LamRun(path=".", numbers=numbers | (numbers["reconstruction"] or {}), arrays=arrays)
-    told = numbers["verdict"]["name"] not in ("collapsed", "too_few")  # else there is no structure to show
+    has_structure = numbers["verdict"]["name"] not in ("collapsed", "too_few")
     made = (
         _findings(numbers),
         _probes(numbers),
-        _labels(numbers) if told else None,
-        _alignment(numbers) if told else None,
+        _labels(numbers) if has_structure else None,
+        _alignment(numbers) if has_structure else None,
         _use(numbers),
         prediction_section(lam),
-        transfer_section(lam) if told and numbers["episodes"] > 1 else None,
-        _content(numbers) if told else None,
-        _map(numbers, arrays) if told else None,
-        _saliency(numbers, arrays) if told else None,
+        transfer_section(lam) if has_structure and numbers["episodes"] > 1 else None,
+        _content(numbers) if has_structure else None,
+        _map(numbers, arrays) if has_structure else None,
+        _saliency(numbers, arrays) if has_structure else None,
         codebook_section(lam),
         _missing(numbers),
     )
@@ -91,7 +91,7 @@ def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray
         command="inspect",
         name=f"{name} ({numbers['model']}) on {Path(numbers['data']).name}",
         headline=verdict["headline"],
-        lead=f'<p class="lead"><b>Next.</b> {text(verdict["next"])}</p>',
+        lead=f'<p class="lead"><b>Next.</b> {text(verdict["recommendation"])}</p>',
         numbers=_headline_numbers(numbers),
         sections=sections,
     )
@@ -141,7 +141,7 @@ def _findings(numbers: dict[str, Any]) -> Section | None:
         return None
     cards = "".join(
         f'<p class="warn"><b>{text(f["level"].capitalize())}, {text(f["name"].replace("_", " "))}:</b> '
-        f"{text(f['said'])} <b>Next:</b> {text(f['next'])}</p>"
+        f"{text(f['message'])} <b>Next:</b> {text(f['recommendation'])}</p>"
         for f in found
     )
     return Section(
@@ -205,7 +205,7 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
         "what latents are worth with few labels.",
         body=figure(
             chart(charts.labels(curve), label="Line chart of probe score over labeled episodes"),
-            "Mean over draws of the k episodes; the band spans the worst and the best draw. The floor sees "
+            "Mean over draws of the k episodes; the band spans the worst and the best draw. The floor uses "
             "the present alone with the same labels. What the state of the robot tells of its action "
             "is taken out first, where actions are numbers.",
         ),
@@ -213,7 +213,7 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
 
 
 def _alignment(numbers: dict[str, Any]) -> Section | None:
-    panels, said = [], []
+    panels, descriptions = [], []
     for title, curve, draw, what in (
         (
             *("Action at other rows", _lags(numbers), charts.lags),
@@ -222,19 +222,19 @@ def _alignment(numbers: dict[str, Any]) -> Section | None:
         ),
         (
             *("Other frame gaps", numbers["gaps"], charts.gaps),
-            "Other gaps: the same model over shorter and longer ones, and how much of the picture moves.",
+            "Other gaps: the same model over shorter and longer ones, and how much of the image moves.",
         ),
     ):
         if curve:
             drawn = chart(draw(curve), label=f"Line chart: {title}", height=260)
             panels.append(f"<figure><figcaption>{title}</figcaption>{drawn}</figure>")
-            said.append(what)
+            descriptions.append(what)
     if not panels:
         return None
     return Section(
         anchor="time",
         title="Are actions and frames aligned?",
-        what=" ".join(said),
+        what=" ".join(descriptions),
         body=f'<div class="panels">{"".join(panels)}</div>',
     )
 
@@ -265,28 +265,28 @@ def _use(numbers: dict[str, Any]) -> Section | None:
         anchor="use",
         title="Are latents used?",
         what="The forward model predicts the next frame from the present and a latent: with its own, with "
-        "another moment's, and several steps in a row.",
+        "another timestep's, and several steps in a row.",
         body=body,
     )
 
 
 def _content(numbers: dict[str, Any]) -> Section:
     latents, leak, algebra = numbers["latents"], numbers["leakage"] or {}, numbers["algebra"] or {}
-    said = (
+    metrics = (
         ("Spread", latents["spread"], "deviation over size; 0 is collapse"),
         ("Dependence on the future", latents["future_dependence"], "0: the next frame is not looked at"),
         ("S-PCFC", leak.get("s_pcfc"), "near 1: latents show the target frame; low is better"),
         ("S-PCFC, centered", leak.get("centered"), "the same without what all latents share"),
-        ("Error across cuts", leak.get("across_cuts"), "of that of copying; low: they may carry the picture"),
+        ("Error across cuts", leak.get("across_cuts"), "of that of copying; low: they may encode the image"),
         ("Additivity", algebra.get("additivity"), "|z(a,c) - z(a,b) - z(b,c)| / |z|; 0 is exact"),
         ("Reversal", algebra.get("reversal"), "|z(a,b) + z(b,a)| / |z|; 0 is exact"),
         ("Identity", algebra.get("identity"), "|z(a,a)| / |z|; 0 is exact"),
     )
-    rows = [(text(n), (ABSENT if v is None else f"{v:.2f}", text(why)), False) for n, v, why in said]
+    rows = [(text(n), (ABSENT if v is None else f"{v:.2f}", text(why)), False) for n, v, why in metrics]
     return Section(
         anchor="content",
-        title="Motion or picture?",
-        what="What latents are made of, told without any label: how they answer to wrong futures, to time "
+        title="Motion or appearance?",
+        what="What latents encode, measured without labels: how they respond to wrong futures, to time "
         "turned round, to cuts, and whether they add up as motions do.",
         body=table(("Measure", "Value", "How to read it"), rows, "Label-free measures"),
     )
@@ -320,7 +320,7 @@ def _saliency(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section
         anchor="saliency",
         title="Where latents look",
         what=f"{found['share_inside']:.0%} of what latents answer to lies where something moves, which is "
-        f"{found['area']:.0%} of the picture.",
+        f"{found['area']:.0%} of the image.",
         body=figure(
             f'<div class="videos">{cells}</div>',
             "Parts of both frames are grayed out in turn; the brighter a part, the more the latent changes.",
@@ -329,7 +329,7 @@ def _saliency(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section
 
 
 def _heat(now: UInt8[np.ndarray, "h w 3"], response: Float[np.ndarray, "g g"]) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture darkened but for what latents answer to."""
+    """Return an image, darkened except where latents respond."""
     height, width = now.shape[:2]
     rows, columns = (np.arange(side) * len(response) // side for side in (height, width))
     weight = (response / max(response.max(), 1e-12))[rows][:, columns, None]
@@ -339,9 +339,9 @@ def _heat(now: UInt8[np.ndarray, "h w 3"], response: Float[np.ndarray, "g g"]) -
 def _missing(numbers: dict[str, Any]) -> Section | None:
     if not numbers["missing"]:
         return None
-    said = "".join(f"<li>{text(sentence)}</li>" for sentence in numbers["missing"])
+    items = "".join(f"<li>{text(sentence)}</li>" for sentence in numbers["missing"])
     what = (
         f"{numbers['transitions']} transitions of {numbers['episodes']} episode(s), "
         f"{numbers['frame_gap_s']:g} s apart. Not in this report:"
     )
-    return Section(anchor="absent", title="What this rests on", what=what, body=f"<ul>{said}</ul>")
+    return Section(anchor="absent", title="Data and missing metrics", what=what, body=f"<ul>{items}</ul>")

@@ -31,7 +31,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir` and return the first's content.
 
     Everything below the folder that a report knows by name is in it: LAM runs, comparisons, learning curves,
-    rollouts with videos, configurations. What is missing is said in one sentence.
+    rollouts with videos, configurations. Missing parts are named in one sentence.
 
     Raises:
         UserError: the folder is missing, holds nothing to report or a damaged file; or plotly is missing.
@@ -88,7 +88,7 @@ def _sections(found: Findings) -> tuple[list[Section], list[str]]:
         if len(found.lams) > 1:
             parts.append(other_lams_section(found.lams))
     else:
-        parts.append("No latent action model was judged.")
+        parts.append("No latent action model was evaluated.")
     parts += [curve_section(found), config_section(found)]
     return [p for p in parts if isinstance(p, Section)], [p for p in parts if isinstance(p, str)]
 
@@ -101,32 +101,32 @@ def _verdict(found: Findings) -> str:
         return " ".join(f"On {c.env}, {c.verdict}" for c in found.comparisons)
     if found.lams:
         return _lam_verdict(found.lams[0])
-    return f"{found.name} has not been judged yet. Learning curves and rollouts are below."
+    return f"{found.name} has not been evaluated yet. Learning curves and rollouts are below."
 
 
 def _lam_verdict(lam: LamRun) -> str:
     numbers = lam.numbers
     recon, copy, shuffled = numbers["recon_mse"], numbers["copy_mse"], numbers["shuffled_mse"]
     warnings = numbers.get("warnings") or []
-    judged = (
+    summary = (
         "The latent action model has warnings to read first."
         if warnings
         else "The latent action model works."
     )
-    said = [judged]
+    sentences = [summary]
     if copy > 0 and recon > 0:
-        said.append(
+        sentences.append(
             f"Its error is {recon / copy:.1%} of that of copying the last frame, and "
-            f"{shuffled / recon:.1f} times as large with another moment's latent."
+            f"{shuffled / recon:.1f} times as large with another timestep's latent."
         )
     probes = numbers.get("probes") or {}
     if probes:
         best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
         floor = probes["state_only"]["score"]
-        said.append(
+        sentences.append(
             f"A probe reads the action from its latents at {best:.2f}, from the present alone at {floor:.2f}."
         )
-    return " ".join([*said, *warnings])
+    return " ".join([*sentences, *warnings])
 
 
 def _headline_numbers(found: Findings) -> list[tuple[str, str, str]]:
@@ -156,7 +156,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def _split(said: str) -> tuple[str, str]:
+def _split(sentence: str) -> tuple[str, str]:
     """A headline, the verdict up to its first colon or full stop, and the rest as sentences."""
-    first, *rest = re.split(r"[:.] ", said.removesuffix("."), maxsplit=1)
+    first, *rest = re.split(r"[:.] ", sentence.removesuffix("."), maxsplit=1)
     return f"{first}.", "".join(f"{part[:1].upper()}{part[1:]}." for part in rest)

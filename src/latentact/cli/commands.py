@@ -1,0 +1,206 @@
+"""The commands, in the order of `latentact --help`, and what each of them prints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from latentact.cli.stage_command import app, hydra_command, stage_command
+
+__all__ = ["NOT_RESUMABLE", "app"]
+
+NOT_RESUMABLE = {"check-data", "check-guidance", "imitate", "inspect", "report", "rollout"}
+"""Commands that start from the beginning after an interruption."""
+
+
+@stage_command("collect", "CollectConfig", argument="env")
+def _collect(config: Any, result: Any) -> str:
+    """Play a scripted expert and keep its successful episodes.
+
+    Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
+    """
+    return (
+        f"{result.episodes} episodes, {result.frames} frames, {result.failed} failed attempts: {result.path}"
+    )
+
+
+@stage_command("cache", "CacheConfig")
+def _cache(config: Any, result: Any) -> str:
+    """Show the cache of decoded frames, fill it for a dataset, or clear it.
+
+    Examples: latentact cache; latentact cache --data DIR --resolution 56; latentact cache --clear all
+    """
+    lines = [f"removed {entry.key} ({entry.bytes / 1e6:.1f} MB)" for entry in result.removed]
+    for entry in result.entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_use))
+        content = f"{entry.frames} frames of {entry.resolution}" if entry.finished else "unfinished"
+        lines.append(
+            f"{entry.key}  {entry.bytes / 1e6:8.1f} MB  {used}  {content}  {entry.dataset} {entry.camera}"
+        )
+    return "\n".join([*lines, f"{result.folder}: {len(result.entries)} entries, {result.bytes / 1e6:.1f} MB"])
+
+
+@stage_command("check-data", "CheckDataConfig", argument="path", ok=lambda result: result.usable)
+def _check_data(config: Any, result: Any) -> str:
+    """Check a dataset: its content, what readers reject, skip or repair, and whether it is fit for training.
+
+    Example: latentact check-data data/red_ball --html check.html
+    """
+    from latentact.reporting.pages.data import summary
+
+    lines = [summary(result), *(f"warning: {line}" for line in result.warnings)]
+    lines += [f"unreadable: {name}: {reason}" for name, reason in [*result.unreadable.items()][:20]]
+    lines += [f"skipped: {name}: {reason}" for name, reason in [*result.skipped.items()][:20]]
+    return "\n".join([*lines, result.verdict])
+
+
+hydra_command(
+    "train-lam",
+    "TrainLamConfig",
+    help="Train a latent action model on video. Takes Hydra overrides; see --help.",
+    example="latentact train-lam experiment=babyai data.path=data/red_ball",
+)
+
+
+@stage_command("convert-lam", "ConvertLamConfig", argument="where")
+def _convert_lam(config: Any, result: Any) -> str:
+    """Convert a published latent action model to our format; its outputs stay the same.
+
+    Example: latentact convert-lam microsoft/villa-x --out models/villa_x
+    """
+    return str(result)
+
+
+@stage_command("label", "LabelConfig", hidden=("resize", "cache_dir"))
+def _label(config: Any, result: Any) -> str:
+    """Write latent actions for every frame of a dataset.
+
+    Example: latentact label --lam runs/lam --data data/red_ball --out data/red_ball_labels
+    """
+    return str(result)
+
+
+@stage_command("precompute", "PrecomputeConfig")
+def _precompute(config: Any, result: Any) -> str:
+    """Write the LAM tokens of a dataset once, for all later runs; torchrun divides the work.
+
+    Example: latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens
+    """
+    return str(result)
+
+
+@stage_command(
+    "train-with-tokens",
+    "TrainWithTokensConfig",
+    names={"out": "output-dir", "overrides": "policy-override"},
+)
+def _train_with_tokens(config: Any, result: Any) -> str:
+    """Train a LeRobot policy that is conditioned on LAM tokens.
+
+    Example: latentact train-with-tokens --dataset-root data/pusht_tokens --output-dir runs/lam_diffusion
+    """
+    return str(result)
+
+
+hydra_command(
+    "train-policy",
+    "TrainPolicyConfig",
+    help="Train a policy on latent labels or robot actions. Takes Hydra overrides; see --help.",
+    example="latentact train-policy labels=data/red_ball_labels",
+)
+hydra_command(
+    "ground",
+    "GroundConfig",
+    help="Learn latent action -> robot action from few labeled episodes. Takes Hydra overrides; see --help.",
+    example="latentact ground policy=runs/policy labels=data/red_ball_labels labeled_episodes=5",
+)
+
+
+@stage_command("rollout", "RolloutConfig")
+def _rollout(config: Any, result: Any) -> str:
+    """Run a policy in an environment and write success, return and videos.
+
+    Example: latentact rollout --policy runs/ground --env babyai/GoToRedBall --out runs/rollout
+    """
+    from latentact.stages.rollout import summary
+
+    return f"{summary(result)}: {config.out}"
+
+
+@stage_command("imitate", "ImitateConfig")
+def _imitate(config: Any, result: Any) -> str:
+    """Guide a policy by one demonstration video, in simulation or on a robot.
+
+    Example: latentact imitate --video-path demo.mp4 --lam-model-path runs/lam --policy-path runs/ground
+    --env-name PushT-v0 --output-dir runs/imitate
+    """
+    from latentact.reporting.pages.imitate import headline
+
+    lines = [f"{result['guide']['latent_actions']} latent actions: {config.output_dir}"]
+    return "\n".join(lines if config.mode == "extract_only" else [*lines, headline(result)])
+
+
+@stage_command(
+    "check-guidance",
+    "CheckGuidanceConfig",
+    names={"policy": "policy-path", "lam": "lam-model-path", "out": "output-dir", "env": "env-name"},
+)
+def _check_guidance(config: Any, result: Any) -> str:
+    """Roll out a guided policy with the matching demonstration, with a wrong one and with none.
+
+    Example: latentact check-guidance --policy-path runs/guided --lam-model-path runs/lam --output-dir check
+    """
+    lines = []
+    for condition, metrics in result["conditions"].items():
+        numbers = [
+            f"{name} {value['mean']:.3g} ({value['ci95'][0]:.3g} to {value['ci95'][1]:.3g})"
+            for name, value in metrics.items()
+        ]
+        lines.append(f"{condition:9s} {', '.join(numbers)}")
+    return "\n".join([*lines, result["verdict"]])
+
+
+hydra_command(
+    "compare",
+    "CompareConfig",
+    help="Compare latent policies with BC, IDM and oracle. Takes Hydra overrides; see --help.",
+    example="latentact compare experiment=babyai data.path=data/red_ball env=babyai/GoToRedBall ks=[5]",
+)
+
+
+@stage_command("inspect", "InspectConfig", stage="inspect_lam", argument="lam")
+def _inspect(config: Any, result: Any) -> str:
+    """Evaluate a latent action model: go or no-go, the reasons, and what to try next.
+
+    Example: latentact inspect runs/lam --data data/red_ball
+    """
+    cautions = [f"Caution: {caution}" for caution in result.cautions]
+    return "\n".join([result.verdict, *cautions, result.recommendation, str(result.html)])
+
+
+@stage_command("report", "ReportConfig", argument="run_dir")
+def _report(config: Any, result: Any) -> str:
+    """Write report.html and report.json for a run.
+
+    Example: latentact report runs/demo
+    """
+    return f"{result.verdict}\n{result.html}"
+
+
+@stage_command("push", "PushConfig", argument="folder repo")
+def _push(config: Any, result: Any) -> str:
+    """Upload a LAM, policy or dataset with its card to the Hugging Face hub; private unless --public.
+
+    Example: latentact push runs/ground/finetuned OWNER/NAME --results runs/rollout --dry-run
+    """
+    listed = [result.card, "Files:", *(f"  {name}" for name in sorted(result.files))]
+    return "\n".join(listed) if config.dry_run else result.address
+
+
+@stage_command("demo", "DemoConfig", argument="overrides")
+def _demo(config: Any, result: Any) -> str:
+    """Run the whole pipeline: collect, learn from video, ground, compare, report.
+
+    Example: latentact demo
+    """
+    return f"\n{result.verdict}\n\nReport: {result.html.absolute()}"

@@ -1,0 +1,185 @@
+"""`stage_command` and `hydra_command`: a function that formats a stage's result becomes a command.
+
+The stage is imported when its command is used, so that `latentact --help` imports none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from latentact.cli.flags import Flag, build_config, parameter, read_flags, translate_flags, translate_settings
+
+app = typer.Typer(
+    help="Robot policies from video without actions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode="rich",
+)
+HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+JSON_HELP = "Print the result as one line of JSON instead of text."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileCommand:
+    """A command whose flags are the fields of its stage's dataclass."""
+
+    name: str
+    """Name of the command."""
+    stage: str
+    """Module in `latentact.stages`; its `run(config)` returns the result."""
+    config: str
+    """Name of the dataclass in it."""
+    show: Callable[[Any, Any], str]
+    """Returns what people read: `show(config, result)`; its docstring is the help."""
+    argument: str = ""
+    """Fields that are given without a flag, in order, separated by spaces."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Field -> name of its flag, where that is not the field's own."""
+    hidden: tuple[str, ...] = ()
+    """Fields without a flag."""
+    ok: Callable[[Any], bool] = lambda result: True
+    """Whether the command succeeds; otherwise its exit code is 2."""
+
+    @functools.cached_property
+    def config_class(self) -> type:
+        """The stage's dataclass; imports the stage."""
+        return getattr(importlib.import_module(f"latentact.stages.{self.stage}"), self.config)
+
+    @functools.cached_property
+    def flags(self) -> list[Flag]:
+        """The flags; imports the stage."""
+        return read_flags(self.config_class, self.names, self.hidden)
+
+    def run(self, as_json: bool, **values: Any) -> None:
+        """Run the stage and print its result."""
+        config = build_config(self.config_class, self.flags, values)
+        result = importlib.import_module(f"latentact.stages.{self.stage}").run(config)
+        print(json_line(self.name, result) if as_json else self.show(config, result))
+        if not self.ok(result):
+            raise typer.Exit(2)
+
+
+FILE_COMMANDS: dict[str, FileCommand] = {}
+"""Command -> its stage."""
+
+
+class LazyCommand(TyperCommand):
+    """A file command that imports its stage when it is used."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse what was typed after the command."""
+        assert self.name is not None
+        command = FILE_COMMANDS[self.name]
+        args = translate_flags(args, command.flags, command.argument)
+        return _built(self.name, self.help or "").make_context(info_name, args, parent=parent, **extra)
+
+
+@functools.cache
+def _built(name: str, text: str) -> Any:
+    """Return the Typer command with the flags of its stage's dataclass."""
+    command = FILE_COMMANDS[name]
+
+    def run(**values: Any) -> None:
+        command.run(**values)
+
+    positional = {flag.path[-1]: flag.path[-1] in command.argument.split() for flag in command.flags}
+    as_json = inspect.Parameter(
+        "as_json",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--json", help=JSON_HELP)],
+    )
+    parameters = [parameter(flag, positional[flag.path[-1]]) for flag in command.flags]
+    run.__signature__ = inspect.Signature([*parameters, as_json])  # type: ignore[attr-defined]
+    run.__annotations__ = {}
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    single.command(name=name, help=text)(run)
+    return typer.main.get_command(single)
+
+
+def stage_command(
+    name: str,
+    config: str,
+    *,
+    stage: str = "",
+    argument: str = "",
+    names: Mapping[str, str] | None = None,
+    hidden: tuple[str, ...] = (),
+    ok: Callable[[Any], bool] = lambda result: True,
+) -> Callable[[Callable[[Any, Any], str]], Callable[[Any, Any], str]]:
+    """Return a decorator that makes a command of a function that formats a stage's result.
+
+    Args:
+        name: the command.
+        config: the stage's dataclass.
+        stage: module of the stage; empty: the command's name.
+        argument: see `FileCommand`, as the others.
+        names: likewise.
+        hidden: likewise.
+        ok: likewise.
+    """
+
+    def register(show: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
+        FILE_COMMANDS[name] = FileCommand(
+            name=name,
+            stage=stage or name.replace("-", "_"),
+            config=config,
+            show=show,
+            argument=argument,
+            names=names or {},
+            hidden=hidden,
+            ok=ok,
+        )
+        app.command(name=name, cls=LazyCommand, help=inspect.getdoc(show))(lambda: None)
+        return show
+
+    return register
+
+
+def hydra_command(name: str, config: str, *, help: str, example: str) -> None:
+    """Add a command that takes Hydra overrides to `app`."""
+    stage = name.replace("-", "_")
+
+    def run(context: typer.Context) -> None:
+        from latentact.config import run_stage
+
+        module = importlib.import_module(f"latentact.stages.{stage}")
+        cls = getattr(module, config)
+        arguments = translate_settings([word for word in context.args if word != "--json"], cls)
+        results = run_stage(stage, cls, module.run, arguments, f"{example} [--json]")
+        if "--json" in context.args and results:
+            print(json_line(name, results[0] if len(results) == 1 else {"runs": results}))
+
+    run.__annotations__ = {"context": typer.Context}
+    app.command(name=name, context_settings=HYDRA, help=help)(run)
+
+
+def json_line(command: str, result: Any) -> str:
+    """Return the result of a command as one line of JSON: its name and the fields of the result."""
+    content = _plain(result)
+    content = content if isinstance(content, dict) else {"path": content}
+    return json.dumps({"command": command, **content}, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Return a result as dicts, lists and scalars; paths are text."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

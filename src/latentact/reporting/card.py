@@ -1,0 +1,291 @@
+"""README.md of a hub repository: YAML metadata and tables, with every number from the run's json files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from latentact.evaluation.policy.comparison import METHODS
+
+PROBES = {
+    "latent_linear": "linear probe of the latent action",
+    "latent_mlp": "MLP probe of the latent action",
+    "state_only": "baseline: MLP probe of the state alone",
+    "shuffled_future": "control: the same LAM on shuffled futures",
+}
+NO_RESULTS = "No evaluation results were found beside this {what}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardInfo:
+    """What the user says about a repository."""
+
+    repo_id: str
+    """Hub id."""
+    license: str = ""
+    """License id; empty: not stated."""
+    datasets: tuple[str, ...] = ()
+    """Hub ids of the training data."""
+
+
+def policy_card(
+    info: CardInfo,
+    config: Mapping[str, Any],
+    *,
+    training: Mapping[str, Any] | None,
+    grounding: Mapping[str, Any] | None,
+    rollouts: Sequence[Mapping[str, Any]],
+    comparison: Mapping[str, Any] | None,
+    run: str,
+) -> str:
+    """Return the card of a policy.
+
+    Args:
+        info: what the user says.
+        config: content of `config.json`.
+        training: content of `policy.json`.
+        grounding: content of `ground.json`.
+        rollouts: contents of `rollout.json` files of this policy.
+        comparison: content of the `comparison.json` that the policy is part of.
+        run: the policy's rollout in the comparison, as in its rows.
+    """
+    spec, kind = config["spec"], config["policy"]["kind"]
+    rows = list((comparison or {}).get("rows", ()))
+    own = next((row for row in rows if row["run"] == run), None)
+    peers = [row for row in rows if own and row["seed"] == own["seed"] and row["k"] in (own["k"], None)]
+    env = (comparison or {}).get("env", "")
+    baselines = [f"{METHODS.get(row['method'], row['method'])} {_score(row)}" for row in peers if row != own]
+    results = [_eval_result(env, own, baselines)] if own else []
+    results += [_eval_result(rollout["env"], rollout, []) for rollout in rollouts]
+    actions = spec["action_space"]
+    described = f"{actions['size']} discrete actions" if actions["kind"] == "discrete" else ""
+    state = (
+        f" and {spec['state_size']} state values" if "observation.state" in config["input_features"] else ""
+    )
+    lines = [
+        f"A `{kind}` policy trained with latentact, as a LeRobot policy of type `{config['type']}`.",
+        "",
+        f"- Input: {spec['resolution']}x{spec['resolution']} frames of "
+        f"`{next(iter(config['input_features']))}`{state}, {spec['fps']:g} fps.",
+        f"- Output: {described or str(actions['size']) + ' continuous action values'}.",
+    ]
+    if config["latent"]:
+        latent = config["latent"]
+        lines.append(
+            f"- Latent actions: `{latent['model']}`, {latent['tokens']} x {latent['token_dim']} values over "
+            f"{latent['frame_gap_s']:g} s."
+        )
+    lines += _training_lines(training, grounding)
+    lines += ["", "## Results", ""]
+    if own:
+        lines += [f"`{env}`, same labels, seed and episodes for every method:", ""]
+        lines += _table(
+            ("method", "labeled episodes", "success or return", "95 % interval", "episodes"),
+            [_comparison_cells(row, row is own) for row in peers],
+        )
+    if rollouts:
+        cells = [(f"`{r['env']}`", _score(r), _interval(r), r["episodes"], r["seed"]) for r in rollouts]
+        lines += _table(
+            ("environment", "success or return", "95 % interval", "episodes", "first reset seed"), cells
+        )
+    if not own and not rollouts:
+        lines.append(NO_RESULTS.format(what="policy"))
+    lines += ["", "## Use", "", "```bash"]
+    lines += ["# Needs latentact and its plugins for LeRobot."]
+    task = env or (rollouts[0]["env"] if rollouts else "")
+    if task:
+        lines += [
+            f"lerobot-eval --policy.path={info.repo_id} --env.type=latentact --env.task={task} "
+            "--eval.n_episodes=100",
+            f"latentact rollout --policy {info.repo_id} --env {task} --out runs/rollout",
+        ]
+    lines += [f"lerobot-train --policy.path={info.repo_id} --dataset.repo_id=OWNER/NAME", "```"]
+    tags = ["robotics", "lerobot", "latentact", "latent-action", kind]
+    return _model_card(info, "lerobot", tags, results, lines)
+
+
+def lam_card(info: CardInfo, spec: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    """Return the card of a latent action model.
+
+    Args:
+        info: what the user says.
+        spec: content of `spec.json`.
+        evaluation: content of `lam.json`.
+    """
+    codes = f", {spec['codebook_size']} codes" if spec["codebook_size"] else ""
+    lines = [
+        f"A latent action model (`{spec['model']}`) trained with latentact: {spec['tokens']} x "
+        f"{spec['token_dim']} values per transition{codes}, {spec['frame_gap_s']:g} s between frames, "
+        f"{spec['resolution']}x{spec['resolution']} frames.",
+        "",
+        "## Results",
+        "",
+    ]
+    results = []
+    probes = (evaluation or {}).get("probes", {})
+    errors = {
+        "recon_mse": "reconstruction",
+        "copy_mse": "baseline: copy of the last frame",
+        "shuffled_mse": "control: shuffled latent actions",
+    }
+    found = {key: text for key, text in errors.items() if isinstance((evaluation or {}).get(key), float)}
+    if evaluation and found:
+        cells = [(text, f"{evaluation[key]:.4g}") for key, text in found.items()]
+        lines += [
+            *_table(("prediction of the next frame, held-out episodes", "mean squared error"), cells),
+            "",
+        ]
+    if probes:
+        cells = []
+        for name, probe in probes.items():
+            low, high = probe.get("ci95") or ("", "")
+            interval = f"{low:.3g} to {high:.3g}" if probe.get("ci95") else ""
+            cells.append((PROBES.get(name, name), probe["metric"], f"{probe['score']:.3g}", interval))
+            if name.startswith("latent_"):
+                floor = [
+                    f"{n} {probes[n]['score']:.3g}" for n in ("state_only", "shuffled_future") if n in probes
+                ]
+                results.append(_metric("robot action", name, probe["metric"], probe["score"], floor))
+        lines += _table(("robot action from", "metric", "score", "95 % interval"), cells)
+    if not found and not probes:
+        lines.append(NO_RESULTS.format(what="model"))
+    lines += [f"- Warning: {warning}" for warning in (evaluation or {}).get("warnings", ())]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import latentact",
+        "",
+        f'lam = latentact.load_lam("{info.repo_id}")',
+    ]
+    lines += ["latent_actions = lam.encode(frames)  # uint8 [b, t, 3, h, w]", "```"]
+    tags = ["robotics", "latentact", "latent-action-model", spec["model"]]
+    return _model_card(info, "latentact", tags, results, lines)
+
+
+def dataset_card(
+    info: CardInfo,
+    meta: Mapping[str, Any],
+    *,
+    collected: Mapping[str, Any] | None,
+    tokens: Mapping[str, Any] | None,
+) -> str:
+    """Return the card of a LeRobot dataset.
+
+    Args:
+        info: what the user says.
+        meta: content of `meta/info.json`.
+        collected: content of `meta/collect.json`.
+        tokens: content of `meta/lam_tokens.json`.
+    """
+    from huggingface_hub import DatasetCardData
+
+    data = DatasetCardData(
+        license=info.license or None,
+        task_categories=["robotics"],
+        tags=["LeRobot", "robotics", "latentact", *(["latent-action"] if tokens else [])],
+        source_datasets=list(info.datasets) or None,
+        configs=[{"config_name": "default", "data_files": "data/*/*.parquet"}],
+    )
+    lines = [
+        f"A LeRobot dataset ({meta['codebase_version']}): {meta['total_episodes']} episodes, "
+        f"{meta['total_frames']} frames, {meta['fps']:g} fps.",
+    ]
+    if collected:
+        lines += ["", "Collected with a scripted expert of latentact:", ""]
+        lines += [f"- {name}: {value}" for name, value in collected.items()]
+    if tokens:
+        spec = tokens["spec"]
+        lines += [
+            "",
+            f"`observation.lam_tokens` holds {tokens.get('tokens', 'latent')} tokens of `{spec['model']}`: "
+            f"{spec['tokens']} x {spec['token_dim']} values over {spec['frame_gap_s']:g} s, weights "
+            f"{spec['weights']}.",
+        ]
+    cells = [
+        (f"`{name}`", feature["dtype"], " x ".join(map(str, feature["shape"])))
+        for name, feature in meta["features"].items()
+    ]
+    lines += ["", *_table(("feature", "type", "shape"), cells), "", "## Use", "", "```python"]
+    lines += ["from lerobot.datasets.lerobot_dataset import LeRobotDataset", ""]
+    lines += [f'dataset = LeRobotDataset("{info.repo_id}")', "```"]
+    return _card(data.to_yaml(), info.repo_id, lines)
+
+
+def _training_lines(training: Mapping[str, Any] | None, grounding: Mapping[str, Any] | None) -> list[str]:
+    lines = []
+    if training:
+        loss = training.get("val/loss")
+        held_out = "" if loss is None else f", loss on held-out episodes {loss:.4g}"
+        lines.append(f"- Training: {training['samples']} steps of {training['episodes']} episodes{held_out}.")
+    if grounding:
+        steps = grounding.get("labeled_steps", grounding.get("labelled_steps"))
+        score = grounding.get("held_out_score")
+        held_out = "" if score is None else f", decoder's score on held-out episodes {score:.3g}"
+        lines.append(f"- Grounding: {steps} steps with robot actions{held_out}.")
+    return lines
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    return f"return {row['return']:.3g}" if row["success"] is None else f"{row['success']:.3g}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row["return_ci95"] if row["success"] is None else row["ci95"]
+    return f"{low:.3g} to {high:.3g}"
+
+
+def _comparison_cells(row: Mapping[str, Any], own: bool) -> tuple[Any, ...]:
+    name = METHODS.get(row["method"], row["method"])
+    k = "all" if row["k"] is None else row["k"]
+    return f"**{name} (this policy)**" if own else name, k, _score(row), _interval(row), row["episodes"]
+
+
+def _eval_result(env: str, row: Mapping[str, Any], baselines: Sequence[str]) -> Any:
+    success = row["success"] is not None
+    metric, value = ("success_rate", row["success"]) if success else ("return", row["return"])
+    about = f"{metric}, {row['episodes']} episodes, 95 % interval {_interval(row)}"
+    return _metric(env, about, metric, value, baselines)
+
+
+def _metric(on: str, name: str, metric: str, value: float, baselines: Sequence[str]) -> Any:
+    """Return an entry of the card's model index; what it is compared with stands in its name."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="robotics",
+        dataset_type=on,
+        dataset_name=on,
+        metric_type=metric,
+        metric_value=value,
+        metric_name=name + (f" (compared with {', '.join(baselines)})" if baselines else ""),
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+
+
+def _model_card(
+    info: CardInfo, library: str, tags: list[str], results: list[Any], lines: Sequence[str]
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="robotics",
+        tags=tags,
+        datasets=list(info.datasets) or None,
+        license=info.license or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        model_name=info.repo_id.partition("/")[2],
+    )
+    return _card(data.to_yaml(), info.repo_id, lines)
+
+
+def _card(yaml: str, repo_id: str, lines: Sequence[str]) -> str:
+    return "\n".join(["---", yaml.strip(), "---", "", f"# {repo_id.partition('/')[2]}", "", *lines, ""])
