@@ -15,20 +15,20 @@ class PushTSimConfig(RobotConfig):
     """Settings of the simulated robot."""
 
     seed: int = 0
-    """Where the block and the finger start."""
+    """Seed of the start positions of block and finger."""
     image_size: int = 96
     """Height and width of the camera `top` in pixels."""
     realtime: bool = False
-    """Whether the world goes on by itself, ten steps a second, or by one step per action."""
+    """Whether the simulation runs in real time, at ten steps per second, or one step per action."""
     fault: str = "none"
-    """What goes wrong: `get_observation` blocks, raises, gives NaN for a position, or drops the picture."""
+    """Injected fault: `get_observation` blocks, raises, returns NaN for a position, or drops the image."""
     fault_after: int = 0
-    """Observations that go well before it does."""
+    """Number of observations before the fault."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be simulated."""
+        """Validate the configuration."""
         super().__post_init__()
         if self.fault not in FAULTS:
-            raise ValueError(f"fault is {self.fault!r}; wanted one of {', '.join(FAULTS)}")
+            raise ValueError(f"fault must be one of {', '.join(FAULTS)}, got {self.fault!r}")
         if self.image_size < 16:
-            raise ValueError(f"image_size is {self.image_size}; wanted at least 16 pixels")
+            raise ValueError(f"image_size must be at least 16 pixels, got {self.image_size}")

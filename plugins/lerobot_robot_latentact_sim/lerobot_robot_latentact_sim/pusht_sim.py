@@ -1,4 +1,4 @@
-"""PushT (Chi et al., 2023) as a robot: a finger on a table whose commands are positions."""
+"""PushT (Chi et al., 2023) as a robot: a finger on a table, commanded by positions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lerobot_robot_latentact_sim.config_pusht_sim import PushTSimConfig
 
 JOINTS = ("x.pos", "y.pos")
 STEP_S = 0.1
-"""Seconds of a step of the world."""
+"""Seconds per simulation step."""
 
 
 class PushTSim(Robot):
-    """Observes the finger's place (0..512, pixels of the world) and a picture from above; moves the finger.
+    """Observes the finger's position (0..512, pixels of the world) and an image from above; moves the finger.
 
     Args:
         config: settings.
@@ -32,24 +32,24 @@ class PushTSim(Robot):
         super().__init__(config)
         self.config = config
         self.sent: list[dict[str, float]] = []
-        """Every command, in order."""
+        """All commands, in order."""
         self.best = 0.0
-        """Largest share of its place that the block has covered."""
+        """Largest fraction of the goal covered by the block."""
         self._env: Any = None
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        """Two positions and a picture."""
+        """Two positions and an image."""
         return {**self.action_features, "top": (self.config.image_size, self.config.image_size, 3)}
 
     @property
     def action_features(self) -> dict[str, type]:
-        """Where the finger should go."""
+        """Target position of the finger."""
         return dict.fromkeys(JOINTS, float)
 
     @property
     def is_connected(self) -> bool:
-        """Whether the world exists."""
+        """Whether the simulation is running."""
         return self._env is not None
 
     @property
@@ -58,12 +58,12 @@ class PushTSim(Robot):
         return True
 
     def connect(self, calibrate: bool = True) -> None:
-        """Make the world, at the start that belongs to the seed."""
+        """Start the simulation from the seed's start positions."""
         if self.is_connected:
             raise DeviceAlreadyConnectedError(f"{self} is already connected")
         self._env = make_env("pusht", resolution=self.config.image_size)
-        self._seen, _ = self._env.reset(seed=self.config.seed)
-        self._goal = self._seen["agent_pos"].astype(np.float32)
+        self._observation, _ = self._env.reset(seed=self.config.seed)
+        self._goal = self._observation["agent_pos"].astype(np.float32)
         self._observed, self._clock = 0, time.monotonic()
 
     def calibrate(self) -> None:
@@ -73,7 +73,7 @@ class PushTSim(Robot):
         """Do nothing."""
 
     def get_observation(self) -> dict[str, Any]:
-        """Return the finger's place and the picture."""
+        """Return the finger's position and the image."""
         self._require_connection()
         self._observed += 1
         fault = self.config.fault if self._observed > self.config.fault_after else "none"
@@ -83,16 +83,16 @@ class PushTSim(Robot):
             raise ConnectionError("the simulated robot does not answer")
         if self.config.realtime:
             self._catch_up()
-        x, y = (float(value) for value in self._seen["agent_pos"])
-        seen = {"x.pos": x, "y.pos": y, "top": self._seen["pixels"]}
+        x, y = (float(value) for value in self._observation["agent_pos"])
+        observation = {"x.pos": x, "y.pos": y, "top": self._observation["pixels"]}
         if fault == "nan":
-            seen["x.pos"] = float("nan")
+            observation["x.pos"] = float("nan")
         if fault == "drop":
-            del seen["top"]
-        return seen
+            del observation["top"]
+        return observation
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """Send the finger to a place."""
+        """Set the finger's target position."""
         self._require_connection()
         command = {joint: float(action[joint]) for joint in JOINTS}
         self.sent.append(command)
@@ -104,13 +104,13 @@ class PushTSim(Robot):
         return command
 
     def disconnect(self) -> None:
-        """End the world."""
+        """Stop the simulation."""
         self._require_connection()
         self._env.close()
         self._env = None
 
     def _step(self) -> None:
-        self._seen, _, _, _, info = self._env.step(self._goal)
+        self._observation, _, _, _, info = self._env.step(self._goal)
         self.best = max(self.best, float(info["coverage"]))
 
     def _catch_up(self) -> None:

@@ -1,10 +1,11 @@
-"""LeRobot policies conditioned on latent actions: `lam_diffusion` and `lam_act`.
+"""LeRobot policies of latentact: `latentact`, `lam_diffusion` and `lam_act`.
 
 LeRobot imports this package by its name when one of its commands starts. The processor is imported here too:
 LeRobot rebuilds a checkpoint's processors by the registered names of their steps.
 """
 
-from lerobot_policy_latentact import processor_latentact
-from lerobot_policy_latentact.configuration_latentact import LamActConfig, LamDiffusionConfig
+from lerobot_policy_latentact import processor_lam
+from lerobot_policy_latentact.configuration_lam import LamActConfig, LamDiffusionConfig
+from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 
-__all__ = ["LamActConfig", "LamDiffusionConfig", "processor_latentact"]
+__all__ = ["LamActConfig", "LamDiffusionConfig", "LatentactConfig", "processor_lam"]

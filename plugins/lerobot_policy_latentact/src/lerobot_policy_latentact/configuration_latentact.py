@@ -1,267 +1,131 @@
-"""Settings of `lam_diffusion` and `lam_act`: those of the host policy, and where its LAM tokens come from.
+"""Settings of `latentact`: a policy folder of `latentact train-policy` or `latentact ground`, as it is.
 
-To the host the tokens are the state of the environment, a slot that both policies have: `env_state_feature`
-says how wide it is, and the host sizes its networks by it.
+`config.json` of such a folder holds LeRobot's settings beside latentact's own (`policy`, `spec`, `decoder`,
+`latent`), which say what the network is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
-from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig
 
 from latentact.errors import UserError
-from latentact.io.atomic import read_json
+from latentact.policies.lerobot_files import NORMALIZATION, TYPE
 
 if TYPE_CHECKING:
-    from latentact.labeling.frozen import FrozenLam
-
-Host: Any = object
-"""Stands for the host, which comes next among the bases of a config; were it LeRobot's base class, its
-defaults would come before the host's."""
-
-LAM_FRAMES = "observation.lam_frames"
-"""Batch key of the camera's raw uint8 frames, which the preprocessor sets aside for the LAM."""
-LAM_VALID = "observation.lam_valid"
-"""Column that is false where a row has no LAM token, because its episode ends before the frame gap."""
-PROVENANCE = "lam_tokens.json"
-"""File in a dataset's `meta` that says which LAM made its tokens."""
+    from latentact.policies.contract import Policy, PolicySpec
 
 
+@PreTrainedConfig.register_subclass(TYPE)
 @dataclass
-class LamConfig(Host):
-    """What both policies add to their host's settings."""
+class LatentactConfig(PreTrainedConfig):
+    """Settings of a policy of latentact that outputs robot actions."""
 
-    use_lam_conditioning: bool = True
-    """Whether LAM tokens condition the policy; without, it is the host, bit for bit."""
-    use_precomputed_lam_tokens: bool = True
-    """Whether training reads tokens from the dataset; if not, the frozen LAM makes them from the images."""
-    lam_tokens_key: str = "observation.lam_tokens"
-    """Column, and batch key, of the tokens: k * d numbers per row."""
-    lam_model_path: str = ""
-    """Folder or hub id of the LAM; needed where tokens are not precomputed."""
-    lam_camera_key: str = ""
-    """Camera that the LAM looks at; empty: the only one there is."""
-    lam_num_learned_tokens: int = 2
-    """k: tokens per transition."""
-    lam_action_latent_dim: int = 32
-    """d: numbers per token."""
-    lam_temporal_aggregation: Literal["latest", "concat"] = "latest"
-    """latest: the current transition's tokens; concat: those of every observation step."""
-    lam_use_vq_tokens: bool = False
-    """Whether tokens are taken after the LAM's quantizer, if it has one, or before."""
-    lam_projection_dim: int = 32
-    """Numbers to which the tokens are projected before the host sees them."""
-    lam_dropout: float = 0.0
-    """Share of training samples whose guide is hidden; above 0 the policy also works without one."""
-    lam_frame_gap: int = 0
-    """Rows between the two moments of a transition made on the fly; 0: the LAM's own frame gap."""
-    lam_frame_gap_s: float = 0.0
-    """Seconds that a token spans; filled in when the LAM is known."""
-    lam_fps: float = 0.0
-    """Rows per second of the training data; filled in when the dataset is known."""
-    lam_weights: str = ""
-    """Hash of the LAM that the policy was trained with; filled in, and verified, when the LAM is known."""
-
-    def __post_init__(self) -> None:
-        """Check what does not depend on data.
-
-        Raises:
-            UserError: a setting cannot be used.
-        """
-        super().__post_init__()
-        for name in ("lam_num_learned_tokens", "lam_action_latent_dim", "lam_projection_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; set it to at least 1.")
-        if not 0 <= self.lam_dropout < 1:
-            raise UserError(f"lam_dropout is {self.lam_dropout}; set it to at least 0 and less than 1.")
-        if self.lam_temporal_aggregation not in ("latest", "concat"):
-            raise UserError(
-                f"lam_temporal_aggregation is {self.lam_temporal_aggregation!r}; set it to latest or concat."
-            )
-        if self.lam_frame_gap < 0:
-            raise UserError(f"lam_frame_gap is {self.lam_frame_gap}; set it to at least 0.")
-        if not self.lam_tokens_key.startswith("observation."):
-            raise UserError(
-                f"lam_tokens_key is {self.lam_tokens_key!r}, and LeRobot hands only columns that begin with "
-                f"'observation.' to a policy; rename the column."
-            )
-        if self.lam_on_the_fly and not self.lam_model_path:
-            raise UserError(
-                "lam_model_path is empty and use_precomputed_lam_tokens is false; give the folder or hub id "
-                "of the LAM, or precompute the tokens."
-            )
-
-    @property
-    def lam_on_the_fly(self) -> bool:
-        """Whether the policy's own frozen LAM makes the tokens."""
-        return self.use_lam_conditioning and not self.use_precomputed_lam_tokens
-
-    @property
-    def token_dim(self) -> int:
-        """Numbers per transition."""
-        return self.lam_num_learned_tokens * self.lam_action_latent_dim
-
-    @property
-    def lam_transitions(self) -> int:
-        """Transitions whose tokens condition one prediction.
-
-        A window of n observations holds n transitions of the dataset's column, which start at its rows, but
-        only n - 1 between its frames. ACT's single observation gets the frame before it for the LAM's sake.
-        """
-        if self.lam_temporal_aggregation == "latest":
-            return 1
-        return self.n_obs_steps if self.use_precomputed_lam_tokens else max(self.n_obs_steps - 1, 1)
-
-    @property
-    def conditioning_dim(self) -> int:
-        """Numbers that enter the projection."""
-        return self.lam_transitions * self.token_dim
-
-    @property
-    def real_env_state_feature(self) -> PolicyFeature | None:
-        """The environment state that the data itself has."""
-        return super().env_state_feature
-
-    @property
-    def env_state_feature(self) -> PolicyFeature | None:
-        """What the host takes for the environment's state: projected tokens, then the real one."""
-        real = self.real_env_state_feature
-        if not self.use_lam_conditioning:
-            return real
-        return PolicyFeature(
-            type=FeatureType.ENV, shape=(self.lam_projection_dim + (real.shape[0] if real else 0),)
-        )
-
-    @property
-    def lam_camera(self) -> str:
-        """Key of the camera that the LAM looks at.
-
-        Raises:
-            UserError: it does not exist, or there are several and none is chosen.
-        """
-        there = [*self.image_features]
-        if self.lam_camera_key in there:
-            return self.lam_camera_key
-        if len(there) == 1 and not self.lam_camera_key:
-            return there[0]
-        raise UserError(
-            f"lam_camera_key is {self.lam_camera_key!r}; set it to one of the cameras: {', '.join(there)}."
-        )
+    push_to_hub: bool = False  # type: ignore[assignment]
+    """Whether lerobot-train uploads the policy."""
+    policy: dict[str, Any] = field(default_factory=dict)
+    """Settings of the policy, of its registered kind."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """Inputs and outputs of the policy."""
+    decoder: dict[str, Any] | None = None
+    """Settings of the decoder from latent to robot actions, of a grounded policy."""
+    latent: dict[str, Any] | None = None
+    """Meaning of its latent actions."""
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {key: NormalizationMode(mode) for key, mode in NORMALIZATION.items()}
+    )
+    """Identity: the policy's weights hold its statistics."""
+    optimizer_lr: float = 1e-4
+    """Learning rate of AdamW."""
+    optimizer_weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    optimizer_grad_clip_norm: float = 2.0
+    """Largest gradient norm."""
 
     @cached_property
-    def lam(self) -> FrozenLam:
-        """The frozen LAM, loaded on first use; it is part of neither the policy's modules nor its files.
+    def untrained(self) -> Policy:
+        """The policy with initial weights, built on no device: what the settings describe.
 
         Raises:
-            UserError: it is missing, of another size, or not the one that the policy was trained with.
+            UserError: the settings are not those of a policy.
         """
-        from latentact.labeling.frozen import FrozenLam
+        import torch
 
-        lam = FrozenLam(self.lam_model_path)
-        self.check_tokens(vars(lam.spec), f"the LAM {self.lam_model_path}")
-        return lam
-
-    @property
-    def lam_delta_indices(self) -> list[int]:
-        """Rows, relative to the current one, of the frames that the LAM looks at."""
-        return self.lam.offsets(self.lam_transitions, self.lam_frame_gap or self.lam.spec.frame_gap)
+        with torch.device("meta"):
+            return self.build()
 
     @property
-    def host_delta_indices(self) -> list[int] | None:
-        """Rows of the host's observations; None: the current one, without an axis of time."""
-        return super().observation_delta_indices
+    def policy_spec(self) -> PolicySpec:
+        """Inputs and outputs of the policy."""
+        return self.untrained.spec
 
-    @property
-    def observation_delta_indices(self) -> Any:
-        """Rows of the host's observations and, on the fly, of the LAM's frames."""
-        host = self.host_delta_indices
-        return sorted({*(host or [0]), *self.lam_delta_indices}) if self.lam_on_the_fly else host
-
-    def check_tokens(self, spec: dict[str, Any], source: str, tokens_kind: str = "") -> None:
-        """Check that tokens fit the settings, and remember whose they are.
-
-        Args:
-            spec: fields of a `LatentActionSpec`.
-            source: what has them, for the message.
-            tokens_kind: "vq" after the quantizer, "continuous" before it; empty: either can be had.
+    def build(self) -> Policy:
+        """Return the policy with initial weights.
 
         Raises:
-            UserError: they do not fit.
+            UserError: the settings are not those of a policy.
         """
-        k, d = spec["tokens"], spec["token_dim"]
-        if (k, d) != (self.lam_num_learned_tokens, self.lam_action_latent_dim):
-            raise UserError(
-                f"{source} has {k} tokens of {d} numbers, and the policy takes {self.lam_num_learned_tokens} "
-                f"of {self.lam_action_latent_dim}; set lam_num_learned_tokens={k} and "
-                f"lam_action_latent_dim={d}."
-            )
-        if tokens_kind and (tokens_kind == "vq") != self.lam_use_vq_tokens:
-            mine, theirs = (str(vq).lower() for vq in (self.lam_use_vq_tokens, tokens_kind == "vq"))
-            raise UserError(
-                f"{source} has {tokens_kind} tokens and lam_use_vq_tokens is {mine}; "
-                f"set lam_use_vq_tokens={theirs}, or precompute the other kind."
-            )
-        if self.lam_weights and spec["weights"] != self.lam_weights:
-            raise UserError(
-                f"the policy was trained with the LAM of weights {self.lam_weights} and {source} is of "
-                f"weights {spec['weights']}; give the LAM that it was trained with."
-            )
-        self.lam_weights = spec["weights"]
-        self.lam_frame_gap_s = self.lam_frame_gap_s or spec["frame_gap_s"]
+        from latentact.config import from_dict
+        from latentact.policies.contract import POLICIES, PolicySpec
+        from latentact.policies.decoder import DecoderConfig
+        from latentact.types import LatentActionSpec
 
-    def check_dataset(self, meta: Any) -> None:
-        """Check that a dataset has the tokens, or that the LAM's time base fits it.
+        self.validate_features()
+        kind = POLICIES.get(str(self.policy.get("kind")))
+        latent = self.latent and {**self.latent, "value_range": tuple(self.latent["value_range"])}
+        policy = from_dict(kind, self.policy, "policy").build(
+            from_dict(PolicySpec, self.spec, "spec"), LatentActionSpec(**latent) if latent else None
+        )
+        if self.decoder:
+            policy.add_decoder(from_dict(DecoderConfig, self.decoder, "decoder"))
+        return policy
 
-        Args:
-            meta: LeRobot's `LeRobotDatasetMetadata`.
+    def validate_features(self) -> None:
+        """Validate the configuration.
 
         Raises:
-            UserError: it does not.
+            UserError: it does not come from a policy folder.
         """
-        self.lam_fps = float(meta.fps)
-        if self.lam_on_the_fly:
-            self._check_gap(meta.fps)
-            return
-        if self.lam_tokens_key not in meta.features:
+        if not self.policy or not self.spec:
             raise UserError(
-                f"the dataset {meta.repo_id} has no column {self.lam_tokens_key!r}; add it with `latentact "
-                f"precompute`, or set use_precomputed_lam_tokens=false."
-            )
-        provenance = Path(meta.root) / "meta" / PROVENANCE
-        if provenance.exists():
-            values = read_json(provenance)
-            self.check_tokens(values["spec"], f"the dataset {meta.repo_id}", values.get("tokens", ""))
-        (width,) = meta.features[self.lam_tokens_key]["shape"]
-        if width != self.token_dim:
-            raise UserError(
-                f"{self.lam_tokens_key} of {meta.repo_id} has {width} numbers per row, and "
-                f"lam_num_learned_tokens={self.lam_num_learned_tokens} times lam_action_latent_dim="
-                f"{self.lam_action_latent_dim} is {self.token_dim}; set both to those of the LAM."
+                "policy.path must be a policy folder, got a new policy of type latentact. Train one with "
+                "`latentact train-policy`, then fine-tune it with lerobot-train --policy.path=FOLDER."
             )
 
-    def _check_gap(self, fps: float) -> None:
-        spec = self.lam.spec
-        wanted, gap = spec.frame_gap_s * fps, self.lam_frame_gap or spec.frame_gap
-        if wanted and abs(gap - wanted) > 0.5:
-            raise UserError(
-                f"the LAM {self.lam_model_path} looks {spec.frame_gap_s:g} s ahead, and {gap} row(s) of data "
-                f"at {fps:g} fps are {gap / fps:g} s; set lam_frame_gap={max(1, round(wanted))}."
-            )
+    @property
+    def frame_indices(self) -> list[int]:
+        """Rows of the observed frames, relative to the current one."""
+        network, stride = self.untrained.config.network, self.policy_spec.stride
+        return [row * stride for row in range(1 - network.n_obs_steps, 1)]
 
+    @property
+    def observation_delta_indices(self) -> list[int]:
+        """Rows of the observed frames and, of a guided policy, of the tokens ahead."""
+        guide = self.policy_spec.guide
+        return sorted({*self.frame_indices, *(guide.offsets if guide else ())})
 
-@PreTrainedConfig.register_subclass("lam_diffusion")
-@dataclass
-class LamDiffusionConfig(LamConfig, DiffusionConfig):
-    """Diffusion Policy conditioned on LAM tokens."""
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """Rows of the predicted actions, from the current one on."""
+        return [*range(self.untrained.config.network.chunk_size * self.policy_spec.stride)]
 
+    @property
+    def reward_delta_indices(self) -> None:
+        """None: rewards are not used."""
+        return
 
-@PreTrainedConfig.register_subclass("lam_act")
-@dataclass
-class LamActConfig(LamConfig, ACTConfig):
-    """ACT conditioned on LAM tokens."""
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """Return the optimizer of `latentact ground`'s fine-tuning."""
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> None:
+        """Return None: the learning rate is constant."""
+        return

@@ -1,196 +1,231 @@
-"""`lam_diffusion` and `lam_act`: LeRobot's policies with projected LAM tokens as their environment state.
+"""`latentact`: a policy of latentact behind LeRobot's interface, with the same weights, numbers and files.
 
-No code of the hosts is copied. The projection is attached inside the host's network, so that it is optimized,
-saved and moved with it; the LAM is not, so that no checkpoint holds it.
+LeRobot gives images as float32 in [0, 1]; the policy was trained on uint8, and `round(255 * x)` restores it
+exactly. The tensors of `model.safetensors` keep latentact's names, so one folder serves both libraries.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.policies.act.modeling_act import ACTPolicy
-from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from latentact.data.samples import PolicyBatch, count_words
 from latentact.errors import UserError
-from latentact.nn.token_projection import TokenProjection
-from lerobot_policy_latentact.configuration_latentact import (
-    LAM_FRAMES,
-    LAM_VALID,
-    LamActConfig,
-    LamConfig,
-    LamDiffusionConfig,
-)
+from latentact.io.tensors import WEIGHTS, load_tensors, load_weights, save_tensors
+from lerobot_policy_latentact.configuration_lam import LAM_VALID
+from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 
-Host: Any = object
-"""Stands for the host, which comes next among the bases of a policy."""
+LAM_TOKENS = "observation.lam_tokens"
+"""Batch key of the guide's tokens: the dataset's column in training, ``[b, offsets * k * d]`` in acting."""
+MODEL = "model."
+"""Prefix of the names of the policy's tensors in this module."""
 
 
-class LamPolicy(Host):
-    """What both policies add to their host.
+class LatentactPolicy(PreTrainedPolicy):
+    """A behavior cloning, grounded latent or guided policy of latentact.
 
-    While acting, tokens come from the batch (a guide), else on the fly from the frames seen since `reset`,
-    else from nowhere: the learned "no guide" of a policy trained with `lam_dropout`.
+    A discrete action is the environment's integer as float32 ``[b, 1]``.
+
+    Args:
+        config: settings; they come from a policy folder.
+        kwargs: LeRobot's statistics and metadata of a dataset, which are not used.
     """
 
-    config: Any
-    inside: str
-    """Name of the host's network."""
+    config_class = LatentactConfig  # type: ignore[assignment]
+    name = "latentact"  # type: ignore[assignment]
+    config: LatentactConfig  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        config: LamConfig,
-        *,
-        dataset_stats: dict[str, dict[str, Any]] | None = None,
-        dataset_meta: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Build the host, then attach the projection.
-
-        Raises:
-            UserError: dataset, LAM and settings do not fit each other.
-        """
-        if config.use_lam_conditioning and dataset_meta is not None:
-            config.check_dataset(dataset_meta)
-        super().__init__(config, **kwargs)  # type: ignore[arg-type]
-        if not config.use_lam_conditioning:
-            return
-        if config.lam_on_the_fly:
-            self._lam_offsets = config.lam_delta_indices
-        self._host.lam_encoder = TokenProjection(
-            steps=config.lam_transitions,
-            token_dim=config.token_dim,
-            width=config.lam_projection_dim,
-            dropout=config.lam_dropout,
-            stats=(dataset_stats or {}).get(config.lam_tokens_key),
-        )
-
-    @property
-    def _host(self) -> Any:
-        return getattr(self, self.inside)
+    def __init__(self, config: LatentactConfig, **kwargs: Any) -> None:
+        super().__init__(config)
+        # Weights stay contiguous: LeRobot cannot save an optimizer's state that is channels last.
+        self.model: Any = config.build()
+        self.reset()
 
     def reset(self) -> None:
-        """Forget the episode."""
-        super().reset()
-        self._seen: dict[str, deque[Tensor]] = {}
+        """Start a new episode: clear the observed frames and the pending actions."""
+        self._frames: deque[Tensor] = deque(maxlen=-self.config.frame_indices[0] + 1)
+        self._pending: deque[Tensor] = deque()
 
-    def forward(self, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Return the host's loss of a batch."""
-        if self.config.use_lam_conditioning:
-            batch = self._with_lam(batch, learning=True)
-        return super().forward(batch, *args, **kwargs)
+    def get_optim_params(self) -> Any:
+        """Return the parameters."""
+        return self.parameters()
 
-    def select_action(self, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the action for the current observation; remembers what later ones need."""
-        if self.config.use_lam_conditioning:
-            self._remember(batch)
-        return super().select_action(batch, *args, **kwargs)
+    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the loss of the robot actions, as in `train-policy` (bc, guided) and `ground` (latent).
 
-    def predict_action_chunk(self, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the next actions."""
-        if self.config.use_lam_conditioning:
-            batch = self._with_lam(batch, learning=False)
-        return super().predict_action_chunk(batch, *args, **kwargs)
-
-    def _with_lam(self, batch: dict[str, Tensor], *, learning: bool) -> dict[str, Tensor]:
-        """Return the batch as the host wants it, with the projection first in the environment's state."""
-        projected = self._projected(batch, learning=learning)
-        batch = self._host_rows(batch)
-        return {**batch, OBS_ENV_STATE: self._env_state(batch, projected, learning=learning)}
-
-    def _env_state(self, batch: dict[str, Tensor], projected: Tensor, *, learning: bool) -> Tensor:
-        real = [batch[OBS_ENV_STATE]] if self.config.real_env_state_feature else []
-        return torch.cat([projected, *real], dim=-1)
-
-    def _host_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch without the rows of the window that are there for the LAM alone."""
-        config = self.config
-        if LAM_FRAMES not in batch or batch[LAM_FRAMES].ndim == 4:
-            return batch
-        window = config.observation_delta_indices
-        rows = [window.index(row) for row in config.host_delta_indices or [0]]
-        own = {key: batch[key][:, rows] for key in config.input_features if key in batch}
-        if config.host_delta_indices is None:
-            own = {key: value[:, -1] for key, value in own.items()}
-        return {**batch, **own}
-
-    def _window(
-        self, batch: dict[str, Tensor], key: str, offsets: Sequence[int], rank: int, *, learning: bool
-    ) -> Tensor:
-        """Return the rows of `key` at `offsets` from the current one, ``[b, n, ...]``.
-
-        Rows from before the episode, or before the policy began to look, repeat the oldest.
+        Args:
+            batch: frames ``[b, rows, c, h, w]``, state ``[b, rows, s]`` and tokens ``[b, rows, k * d]`` of
+                the config's `observation_delta_indices`, actions ``[b, l(, a)]`` and `action_is_pad`.
         """
-        if key in self._seen and not learning:
-            seen = self._seen[key]
-            return torch.stack([seen[max(0, len(seen) - 1 + offset)] for offset in offsets], dim=1)
-        value = batch[key]
-        if value.ndim == rank:
-            return value[:, None].expand(-1, len(offsets), *(-1,) * (rank - 1))
         rows = self.config.observation_delta_indices
-        return value[:, [rows.index(offset) for offset in offsets]]
+        now = rows.index(0)
+        frames = batch[self._camera][:, [rows.index(row) for row in self.config.frame_indices]]
+        state = batch[OBS_STATE][:, now] if self.model.uses_state else None
+        actions = self._action_targets(batch[ACTION])
+        mask = torch.ones_like(actions[..., 0], dtype=torch.bool)
+        if "action_is_pad" in batch:
+            mask = ~batch["action_is_pad"]
+        inputs = self._inputs(batch, frames, state, self._tokens_ahead(batch), actions, mask)
+        decoder = self.model.decoder
+        if decoder is None:
+            loss, _ = self.model.loss(inputs)
+        else:
+            targets = inputs.target[..., 0] if decoder.space.discrete else inputs.target
+            loss = decoder.action_loss(self.model.action_scores(inputs), targets, inputs.mask)
+        return loss, {}
 
-    def _remember(self, batch: dict[str, Tensor]) -> None:
-        frames = 1 - self._lam_offsets[0] if self.config.lam_on_the_fly else 0
-        for key, length in ((self.config.lam_tokens_key, self.config.lam_transitions), (LAM_FRAMES, frames)):
-            if key in batch and length:
-                self._seen.setdefault(key, deque(maxlen=length)).append(batch[key])
-            else:
-                self._seen.pop(key, None)
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Return the next action, float32 ``[b, a]``; a new chunk is predicted when none is pending.
 
-    def _projected(self, batch: dict[str, Tensor], *, learning: bool) -> Tensor:
-        """Return the projected tokens of a batch, ``[b, width]``."""
-        config, encoder = self.config, self._host.lam_encoder
-        steps = range(1 - config.lam_transitions, 1)
-        window = partial(self._window, batch, learning=learning)
-        if config.lam_tokens_key in batch and (config.use_precomputed_lam_tokens or not learning):
-            valid = window(LAM_VALID, steps, 1).bool() if LAM_VALID in batch else None
-            return encoder(window(config.lam_tokens_key, steps, 2), valid)
-        if config.lam_on_the_fly:
-            if LAM_FRAMES not in batch:
-                raise UserError(
-                    f"the batch has no {LAM_FRAMES}; run it through the policy's preprocessor, which sets "
-                    f"the frames of {config.lam_camera} aside."
-                )
-            frames = window(LAM_FRAMES, self._lam_offsets, 4)
-            return encoder(config.lam.tokens(frames, config.lam_transitions, config.lam_use_vq_tokens))
-        if learning or not config.lam_dropout:
+        Args:
+            batch: the current observation, without an axis of time.
+            kwargs: not used.
+        """
+        frame = self._as_uint8(batch[self._camera])
+        self._frames.extend([frame] * (self._frames.maxlen or 1) if not self._frames else [frame])
+        if not self._pending:
+            seen = torch.stack([*self._frames][:: self.model.spec.stride], 1)
+            chunk = self.predict_action_chunk({**batch, self._camera: seen})
+            steps = self.model.config.network.n_action_steps * self.model.spec.stride
+            self._pending.extend(chunk[:, :steps].unbind(1))
+        return self._pending.popleft()
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """Return the next actions, float32 ``[b, l, a]``.
+
+        Args:
+            batch: the current observation; frames ``[b, n_obs_steps, c, h, w]``, or ``[b, c, h, w]``, which
+                stands for an episode's first frame.
+            kwargs: not used.
+
+        Raises:
+            UserError: a guide is missing, or an action is not finite.
+        """
+        self.eval()
+        frames = batch[self._camera]
+        if frames.ndim == 4:
+            frames = frames[:, None].expand(-1, len(self.config.frame_indices), -1, -1, -1)
+        state = batch[OBS_STATE] if self.model.uses_state else None
+        none = torch.zeros(len(frames), 0)
+        inputs = self._inputs(batch, frames, state, self._guide(batch, len(frames)), none[..., None], none)
+        actions = torch.from_numpy(self.model.actions(inputs))
+        space = self.model.spec.action_space
+        if space.discrete:
+            actions = (torch.tensor(space.values)[actions] if space.values else actions)[..., None]
+        return actions.float().to(frames.device)
+
+    @property
+    def _camera(self) -> str:
+        return next(iter(self.config.image_features))
+
+    def _inputs(
+        self,
+        batch: dict[str, Any],
+        frames: Tensor,
+        state: Tensor | None,
+        guide: Tensor | None,
+        target: Tensor,
+        mask: Tensor,
+    ) -> PolicyBatch:
+        """Return the batch of latentact on the policy's device."""
+        # Channels last, as latentact's own frames are, so that resizing and convolutions round equally.
+        frames = self._as_uint8(frames).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        words = self.model.spec.words
+        tasks = batch.get("task") or [""] * len(frames)
+        tasks = [tasks] * len(frames) if isinstance(tasks, str) else tasks
+        counts = torch.tensor([count_words(task, words) for task in tasks], dtype=torch.float32)
+        inputs = PolicyBatch(
+            frames=frames,
+            state=None if state is None else state.float(),
+            words=counts.reshape(len(frames), len(words)),
+            target=target,
+            mask=mask.bool(),
+            guide=guide,
+        )
+        return inputs.to(next(self.model.parameters()).device)
+
+    @staticmethod
+    def _as_uint8(frames: Tensor) -> Tensor:
+        if not frames.is_floating_point():
+            return frames
+        return frames.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+    def _guide(self, batch: dict[str, Any], size: int) -> Tensor | None:
+        """Return the guide's tokens for acting, ``[b, offsets, k * d]``; None: there is no guide."""
+        guide = self.model.spec.guide
+        if guide is None:
+            return None
+        if LAM_TOKENS not in batch:
+            return self._without_guide()
+        return torch.as_tensor(batch[LAM_TOKENS]).float().reshape(size, len(guide.offsets), guide.size)
+
+    def _tokens_ahead(self, batch: dict[str, Any]) -> Tensor | None:
+        """Return the guide's tokens for training, ``[b, offsets, k * d]``; None: there is no guide.
+
+        Where an episode has no token at an offset, the last valid one of the window stands for it, else NaN.
+        Index spaces: `now` is the current row's position in the window; `places` and `offsets` count from it.
+        """
+        guide = self.model.spec.guide
+        if guide is None:
+            return None
+        if LAM_TOKENS not in batch:
+            return self._without_guide()
+        rows = self.config.observation_delta_indices
+        now = rows.index(0)
+        offsets = torch.tensor([rows.index(row) - now for row in guide.offsets])
+        tokens = batch[LAM_TOKENS].float()[:, now:]
+        valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if LAM_VALID in batch:
+            valid = batch[LAM_VALID].flatten(1)[:, now:].bool()
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        last_valid = torch.where(valid, places, -1).cummax(1).values[:, offsets]
+        ahead = tokens.gather(1, last_valid.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[2]))
+        return ahead.masked_fill(last_valid[..., None] < 0, torch.nan)
+
+    def _without_guide(self) -> None:
+        if not self.model.spec.guide.dropout:
             raise UserError(
-                f"the batch has no {config.lam_tokens_key!r}; give a guide with `latentact imitate`, or "
-                f"train with lam_dropout above 0 for a policy that also works without one."
+                f"the batch must hold {LAM_TOKENS!r}, got none. Give a guide with `latentact imitate`, or "
+                "train with policy.dropout above 0 for a policy that also acts without one."
             )
-        some = next(v for k, v in batch.items() if k in config.input_features and isinstance(v, Tensor))
-        return encoder.without_guide(len(some))
 
+    def _action_targets(self, actions: Tensor) -> Tensor:
+        """Return actions of a dataset as float32 ``[b, l, a]``, or as classes, int64 ``[b, l, 1]``."""
+        space = self.model.spec.action_space
+        actions = actions.reshape(*actions.shape[:2], -1)
+        if not space.discrete:
+            return actions.float()
+        values = torch.tensor(space.values or range(space.size), device=actions.device)
+        equal = actions.round().long() == values
+        if not equal.any(-1).all():
+            raise UserError(
+                f"action must be one of {values.tolist()}, got another value. Choose a dataset of the "
+                "environment that the policy was trained for."
+            )
+        return equal.long().argmax(-1, keepdim=True)
 
-class LamDiffusionPolicy(LamPolicy, DiffusionPolicy):
-    """Diffusion Policy conditioned on LAM tokens."""
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the files of a policy folder."""
+        self.config._save_pretrained(save_directory)
+        tensors = self.state_dict() if state_dict is None else state_dict
+        save_tensors(save_directory / WEIGHTS, {k.removeprefix(MODEL): v for k, v in tensors.items()})
+        if self.model.latent:
+            self.model.latent.save(save_directory / "spec.json")
 
-    config_class = LamDiffusionConfig  # type: ignore[assignment]
-    name = "lam_diffusion"  # type: ignore[assignment]
-    inside = "diffusion"
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """Load the weights of a policy folder; names and shapes must match.
 
-    def _env_state(self, batch: dict[str, Tensor], projected: Tensor, *, learning: bool) -> Tensor:
-        """Repeat the projection for every observation step, also for those in the host's queues."""
-        steps, queues = self.config.n_obs_steps, self._queues
-        if learning or not queues or not queues[OBS_STATE]:
-            return super()._env_state(batch, projected[:, None].expand(-1, steps, -1), learning=learning)
-        real = self.config.real_env_state_feature
-        width = real.shape[0] if real else 0
-        states = queues[OBS_ENV_STATE] if real else [projected] * steps
-        rows = [torch.cat([projected, state[:, state.shape[1] - width :]], dim=-1) for state in states]
-        queues[OBS_ENV_STATE] = deque(rows, maxlen=steps)
-        return projected  # the host looks at its queues only
-
-
-class LamActPolicy(LamPolicy, ACTPolicy):
-    """ACT conditioned on LAM tokens."""
-
-    config_class = LamActConfig  # type: ignore[assignment]
-    name = "lam_act"  # type: ignore[assignment]
-    inside = "model"
+        Raises:
+            UserError: they do not, or the file is damaged.
+        """
+        load_weights(model.model, load_tensors(Path(model_file)), Path(model_file))
+        return model

@@ -1,74 +1,16 @@
-"""What happens to a batch before the policy: LeRobot's own steps, and one that prepares the LAM's inputs.
-
-Tokens are left as they are, whatever LeRobot's normalization of states is (the projection has their mean and
-deviation), and the LAM gets the camera's raw pixels, not normalized ones.
-"""
+"""Processors of `latentact`: LeRobot's standard steps; the policy converts and normalizes by itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
-from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
+from lerobot.processor.factory import make_default_pre_post_processors
 
-from lerobot_policy_latentact.configuration_latentact import LAM_FRAMES, LamConfig
+from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 
 
-@ProcessorStepRegistry.register("latentact_lam_inputs")
-@dataclass
-class LamInputsStep(ObservationProcessorStep):
-    """Gives a guide's tokens a batch dimension and sets raw frames aside for the LAM."""
-
-    tokens_key: str
-    """Key of the tokens."""
-    camera: str = ""
-    """Camera whose frames are set aside as uint8; empty: none."""
-
-    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Return the observation with what the policy needs."""
-        found = dict(observation)
-        if self.tokens_key in found:
-            tokens = torch.as_tensor(found[self.tokens_key])
-            found[self.tokens_key] = tokens[None] if tokens.ndim == 1 else tokens
-        if self.camera and self.camera in found:
-            frames = found[self.camera]
-            if frames.is_floating_point():
-                frames = frames.mul(255).round().clamp(0, 255).to(torch.uint8)
-            found[LAM_FRAMES] = frames
-        return found
-
-    def get_config(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"tokens_key": self.tokens_key, "camera": self.camera}
-
-    def transform_features(self, features: Any) -> Any:
-        """Return the features; the step adds none that a dataset could hold."""
-        return features
-
-
-def make_lam_pre_post_processors(
-    config: Any, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
+def make_latentact_pre_post_processors(
+    config: LatentactConfig, dataset_stats: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Any, Any]:
-    """Return the pipelines before and after the policy."""
-    steps = make_default_policy_processor_steps(config, dataset_stats)
-    steps.normalize.normalize_observation_keys = _normalized(config)
-    before = [
-        steps.rename_observations,
-        steps.add_batch_dim,
-        LamInputsStep(config.lam_tokens_key, config.lam_camera if config.lam_on_the_fly else ""),
-        steps.to_device,
-        steps.normalize,
-    ]
-    return make_policy_processor_pipelines(before, [steps.unnormalize, steps.to_cpu])
-
-
-make_lam_diffusion_pre_post_processors = make_lam_pre_post_processors
-make_lam_act_pre_post_processors = make_lam_pre_post_processors
-
-
-def _normalized(config: LamConfig) -> set[str]:
-    """Return the inputs to normalize: all but the LAM's, of which some are flags and indices."""
-    lam = (config.lam_tokens_key, "observation.lam_")
-    return {key for key in config.input_features or {} if not key.startswith(lam)}
+    """Return the pipelines before and after the policy; normalization is the identity."""
+    return make_default_pre_post_processors(config)
