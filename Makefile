@@ -5,22 +5,25 @@ export PYGAME_HIDE_SUPPORT_PROMPT = 1
 export SDL_VIDEODRIVER = dummy
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check static bench lock clean
 
 demo: .venv/ready
 	$(BIN)/latentact demo
 
 # Two processes of one thread each: tests are many small steps.
 test check: export OMP_NUM_THREADS = 1
-test: .venv/ready
+test: static
 	$(BIN)/pytest -n 2 --dist loadfile
 
-check: .venv/ready
+check: static
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+
+static: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/lapo_step.py

@@ -1,7 +1,7 @@
 """Training step and labeling of the full-size models here: rates, memory, share of the matrix rate.
 
 Random weights of the published sizes. A training step is loss, backward pass, clipping and AdamW, on as many
-clips as --batch says; labeling is `encode` of a clip of 64 frames. The share is the work of the matrix
+clips as --batch; labeling is `encode` of a clip of 64 frames. The share is the work of the matrix
 products and convolutions per second, divided by what a large product of the same precision reaches here.
 Each row is written at once into the machine's section of the page; other rows and sections stay.
 
@@ -45,12 +45,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FRAMES = 64
 HEAD = """# Speed of the full-size models
 
-Made by `python benchmarks/lam_speed.py`, random weights of the published sizes. Step: loss, backward pass,
-clipping, AdamW. Labeling: `encode` of a clip of 64 frames (villa-X with `window=chunked`), in int8 as
-`--precision int8` does it. Of peak: the work
-of matrix products and convolutions per second over what a product of two large matrices reaches on the same
-machine in the same precision (convolutions can be faster than that). Memory: the largest that the process
-held, with the model.
+Measured by `python benchmarks/lam_speed.py` with random weights of the published sizes. Step: loss, backward
+pass, gradient clipping and AdamW. Labeling: `encode` of a clip of 64 frames (villa-X with `window=chunked`);
+int8 as with `--precision int8`. Of peak: throughput of matrix products and convolutions divided by that of
+one large matrix product on the same machine in the same precision (convolutions can be faster). Memory: peak
+memory of the process, including the model.
 """
 
 
@@ -179,12 +178,12 @@ def _machine(device: str) -> str:
     flags = [
         flag for flag in ("amx_bf16", "avx512_bf16") if info.is_file() and f" {flag} " in info.read_text()
     ]
-    said = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} cores"
-    return f"{said}, {flags[0] if flags else 'no native bf16'}"
+    machine = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} cores"
+    return f"{machine}, {flags[0] if flags else 'no native bf16'}"
 
 
 def _write(page: Path, machine: str, row: str) -> None:
-    """Put a row into the machine's section of the page, in place of an older one of the same case."""
+    """Write a row into the machine's section of the page, replacing an older one of the same case."""
     names = ("model", "precision", "compiled", "clips", "step", "of peak", "labeled/s", "of peak", "memory")
     parts = re.split(r"^## ", page.read_text() if page.is_file() else HEAD, flags=re.MULTILINE)[1:]
     mine = next((part for part in parts if part.splitlines()[0] == machine), "")

@@ -1,13 +1,13 @@
 """Every latent action model, with and without distractors, with and without k labeled episodes: one table.
 
-Run: python benchmarks/lam_table.py --out runs/lam_table        (goes on where it was stopped)
+Run: python benchmarks/lam_table.py --out runs/lam_table        (re-run an interrupted command to resume it)
 
-All rows see the same episodes and the same k labels and are scored on the same held-out episodes:
-- probe: R2 of the best of a linear and a small MLP probe that reads the action, fitted on half of them;
-- motion: R2 of the best probe that reads how the robot's state changes;
+All rows use the same episodes and the same k labels and are scored on the same held-out episodes:
+- probe: R2 of the best of a linear and a small MLP probe of the action, fitted on half of them;
+- motion: R2 of the best probe of the change of the robot state;
 - k labels: R2 on all of them of a linear decoder fitted on the k labeled training episodes alone;
-- nuisance: R2 of the best probe that reads how background and camera move; lower is better.
-BC-k and IDM-k go through the same numbers with the actions that they predict.
+- nuisance: R2 of the best probe of the motion of background and camera; lower is better.
+BC-k and IDM-k are scored alike, by the actions that they predict.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 """Model -> its settings of train-lam at a size for a laptop."""
 NETWORK = NetworkConfig(backbone="patch", patch=4, channels=(64, 128, 128), n_obs_steps=2)
-"""What BC looks with: the pictures alone, like the models."""
+"""Network of BC: images only, as for the models."""
 NAMES = {"idm": "IDM-k (supervised)", "bc": "BC-k"}
 COLUMNS = ("probe", "motion", "k_labels", "nuisance")
 
@@ -103,7 +103,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", default="runs/lam_table", help="run folder")
-    parser.add_argument("--page", default="docs/lam_table.md", help="where the finished table goes")
+    parser.add_argument("--page", default="docs/lam_table.md", help="file of the finished table")
     parser.add_argument("--env", default="pusht")
     parser.add_argument("--episodes", type=int, default=150)
     parser.add_argument("--resolution", type=int, default=64)
@@ -126,10 +126,10 @@ def _options() -> argparse.Namespace:
 def _refuse_other_settings(path: Path, options: argparse.Namespace) -> None:
     """Rows of one folder are made with the same settings; more models, seeds and kinds of data may join."""
     free = ("out", "page", "models", "seeds", "kinds")
-    asked = {name: value for name, value in vars(options).items() if name not in free}
-    if path.is_file() and read_json(path) != asked:
-        raise SystemExit(f"{path.parent} holds a table with other settings; give another --out.")
-    write_json(path, asked)
+    settings = {name: value for name, value in vars(options).items() if name not in free}
+    if path.is_file() and read_json(path) != settings:
+        raise SystemExit(f"{path.parent} holds a table with other settings. Give another --out.")
+    write_json(path, settings)
 
 
 def _exists(model: str, k: int) -> bool:
@@ -137,28 +137,30 @@ def _exists(model: str, k: int) -> bool:
     if model in ("idm", "bc"):
         return k > 0
     if model not in LAMS.names():
-        log.warning("there is no lam=%s; its rows are left out", model)
+        log.warning("lam=%s does not exist; skipping its rows", model)
         return False
     return not k or "action_weight" in {field.name for field in fields(LAMS.get(model))}  # type: ignore[arg-type]
 
 
 def _measured(cell: Cell, path: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, unless that is done, and score; returns the row's numbers."""
+    """Train, unless finished, and return the scores of a row."""
     folder = out / f"seed{cell.seed}" / cell.data / f"{cell.model}_k{cell.k}"
     if (folder / "row.json").is_file():
         return read_json(folder / "row.json")
     train = _train_bc if cell.model == "bc" else _train_lam
     features, rows, store = train(cell, path, folder, options)
-    numbers = _scores(features, rows, store, cell.seed, options)
-    write_json(folder / "row.json", numbers)
-    return numbers
+    scores = _scores(features, rows, store, cell.seed, options)
+    write_json(folder / "row.json", scores)
+    return scores
 
 
 def _split(store: FrameStore, seed: int, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """The k labeled episodes and the held-out ones, as `train-lam` and `train-policy` draw them."""
     train, held_out = split_episodes(store, held_out=options.held_out, seed=seed)
     if len(held_out) < 2:
-        raise SystemExit(f"--held-out {options.held_out} leaves {len(held_out)} episodes; wanted 2 or more.")
+        raise SystemExit(
+            f"--held-out must leave at least 2 episodes, got {len(held_out)} with {options.held_out}."
+        )
     return choose_labeled(train, options.k, seed), held_out
 
 
@@ -222,8 +224,8 @@ def _train_bc(
         words=policy.spec.words,
     )
     parts = [policy.actions(samples.batch(rows[i : i + 256]))[:, 0] for i in range(0, len(rows), 256)]
-    said = np.concatenate(parts)
-    return (said if said.ndim > 1 else np.eye(policy.spec.target.size)[said]), rows, store
+    actions = np.concatenate(parts)
+    return (actions if actions.ndim > 1 else np.eye(policy.spec.target.size)[actions]), rows, store
 
 
 def _scores(
@@ -299,8 +301,8 @@ def _cell(values: list[float | None]) -> str:
 
 
 def _winners(groups: dict[tuple[str, str, int], list[dict[str, Any]]]) -> list[str]:
-    """A sentence per data set: who reads the action best with k labels."""
-    said = []
+    """Return a sentence per dataset: the best method with k labels."""
+    sentences = []
     for data in sorted({key[0] for key in groups}):
         scores = {
             key: float(np.mean([row["k_labels"] for row in rows]))
@@ -315,8 +317,8 @@ def _winners(groups: dict[tuple[str, str, int], list[dict[str, Any]]]) -> list[s
         name = f"{best[1]} ({'with' if best[2] else 'without'} labels inside, {latent[best]:.2f})"
         other = f"{NAMES[rival[1]]} ({plain[rival]:.2f})"
         first, second = (name, other) if latent[best] > plain[rival] else (other, name)
-        said.append(f"- **{data}**: with k labels {first} wins before {second}.")
-    return said
+        sentences.append(f"- **{data}**: with k labels {first} wins before {second}.")
+    return sentences
 
 
 if __name__ == "__main__":

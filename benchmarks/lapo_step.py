@@ -1,8 +1,8 @@
-"""One LAPO training step at the published sizes: the plain way beside ours, same weights, same batches.
+"""Benchmark a LAPO training step at the published sizes: plain against ours, same weights and batches.
 
-Plain: fp32, NCHW, the latent repeated over the whole picture and convolved there, as LAPO's published code
-does. Ours: what `latentact train-lam` runs. Each has a process of its own, since `train-lam` also tells the C
-library to keep freed memory; their steps alternate, so that a machine whose speed drifts treats both alike.
+Plain: fp32, NCHW, the latent repeated over all pixels before the convolution, as in LAPO's published code.
+Ours: as in `latentact train-lam`. Each runs in its own process, since `train-lam` makes the C library keep
+freed memory; their steps alternate, so that drift of the machine's speed affects both alike.
 
     python benchmarks/lapo_step.py [--batch-size 128] [--steps 50]
 """
@@ -24,7 +24,7 @@ from latentact.device import keep_freed_memory
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn import unet
 from latentact.nn.impala import Impala
-from latentact.training.settings import TrainingConfig, precision
+from latentact.training.settings import TrainingConfig, get_precision
 from latentact.types import Clip
 
 
@@ -34,12 +34,12 @@ def repeated(conv: nn.Conv2d, x: Tensor, latent: Tensor) -> Tensor:
 
 
 def as_given(self: Impala, x: Tensor) -> Tensor:
-    """Return the features in the memory layout that the input has, as published."""
+    """Return the features in the memory layout of the input, as published."""
     return F.relu(self.fc(F.relu(self.conv_stack(x).flatten(1))))
 
 
 def batches(steps: int, size: int) -> list[Clip]:
-    """Smooth pictures in which a block moves."""
+    """Return batches of smooth images with a moving block."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(steps):
@@ -56,7 +56,7 @@ def batches(steps: int, size: int) -> list[Clip]:
 
 
 def work(pipe: Connection, ours: bool, steps: int, size: int) -> None:
-    """Take one training step whenever the pipe says so, and answer its loss and seconds."""
+    """Run a training step for each message of the pipe, and reply with its loss and seconds."""
     torch.manual_seed(0)
     model = LapoConfig().build().train()
     if ours:
@@ -65,7 +65,7 @@ def work(pipe: Connection, ours: bool, steps: int, size: int) -> None:
     else:
         unet._conv_with_constant, Impala.forward = repeated, as_given
         unet._upsampled = unet._flattened = nn.Module.__call__
-    bf16 = ours and precision(TrainingConfig()) == "bf16-mixed"
+    bf16 = ours and get_precision(TrainingConfig()) == "bf16-mixed"
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=ours)
     for number, clip in enumerate(batches(steps, size)):
         if not ours:
@@ -93,24 +93,24 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     pipes = []
     for ours in (False, True):
-        here, there = context.Pipe()
-        context.Process(target=work, args=(there, ours, args.steps, args.batch_size), daemon=True).start()
-        there.close()
-        pipes.append(here)
-    told: list[list[tuple[float, float]]] = [[], []]
+        parent, child = context.Pipe()
+        context.Process(target=work, args=(child, ours, args.steps, args.batch_size), daemon=True).start()
+        child.close()
+        pipes.append(parent)
+    results: list[list[tuple[float, float]]] = [[], []]
     for number in range(args.steps):
-        for pipe, rows in zip(pipes, told, strict=True):
+        for pipe, rows in zip(pipes, results, strict=True):
             pipe.send(number)
             rows.append(pipe.recv())
         if number % 10 == 0 or number == args.steps - 1:
-            print(f"step {number}: plain {told[0][-1][0]:.5f}  ours {told[1][-1][0]:.5f}", flush=True)
-    slow, quick = ([seconds for _, seconds in rows[1:] or rows] for rows in told)
+            print(f"step {number}: plain {results[0][-1][0]:.5f}  ours {results[1][-1][0]:.5f}", flush=True)
+    slow, quick = ([seconds for _, seconds in rows[1:] or rows] for rows in results)
     ratio = statistics.median(a / b for a, b in zip(slow, quick, strict=True))
     print(
         f"plain fp32 {statistics.median(slow):.3f} s/step, ours {statistics.median(quick):.3f} s/step, "
         f"ratio {ratio:.2f} (median of pairs)"
     )
-    late = [statistics.mean(loss for loss, _ in rows[-10:]) for rows in told]
+    late = [statistics.mean(loss for loss, _ in rows[-10:]) for rows in results]
     print(f"losses of the last ten steps differ by {abs(late[1] / late[0] - 1):.2%}")
 
 

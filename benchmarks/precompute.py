@@ -1,9 +1,8 @@
-"""`latentact precompute`: the whole pipeline beside its stages, and the memory that 100,000 rows take.
+"""Benchmark `latentact precompute`: the pipeline against its stages, and peak memory for 100,000 rows.
 
-`decode` drains the decoder, `encode` takes frames that are decoded already, `pipeline` does both and writes;
-all three by the product's own functions with the same threads. The ratio is the pipeline's rate over that of
-the slower stage. Then a dataset of many rows gets its column in a process of its own, whose peak memory is
-printed.
+`decode` only decodes, `encode` encodes decoded frames, `pipeline` does both and writes; all three use the
+functions and threads of the command. The ratio is the pipeline's rate over that of the slower stage. Then the
+column of a dataset of many rows is added in a separate process, whose peak memory is printed.
 
     python benchmarks/precompute.py [--frames 3000] [--rows 100000] [--repeats 3] [--device cpu]
 """
@@ -36,7 +35,7 @@ FPS, EPISODE, SIDE = 30, 500, 192
 
 
 def write_video(path: Path, seed: int, frames: int = EPISODE, side: int = SIDE) -> None:
-    """Write a video of a bright square that wanders over noise."""
+    """Write a video of a bright square that moves over noise."""
     rng = np.random.default_rng(seed)
     ground = rng.integers(0, 120, (side, side, 3), np.uint8)
     with av.open(str(path), "w") as container:
@@ -45,15 +44,15 @@ def write_video(path: Path, seed: int, frames: int = EPISODE, side: int = SIDE) 
         )
         stream.pix_fmt, stream.width, stream.height = "yuv420p", side, side
         for i in range(frames):
-            picture = ground.copy()
+            image = ground.copy()
             x, y = int(side * (0.4 + 0.3 * np.sin(i / 9))), int(side * (0.4 + 0.3 * np.cos(i / 7)))
-            picture[y : y + side // 6, x : x + side // 6] = (250, 200, 60)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            image[y : y + side // 6, x : x + side // 6] = (250, 200, 60)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
 
 
 def rates(frames: int, repeats: int, device: str) -> None:
-    """Print frames per second of decoding, encoding and the whole."""
+    """Print frames per second of decoding, encoding and the pipeline."""
     torch.manual_seed(0)
     model = LapoConfig().build().eval().to(device)  # the published size: IMPALA x 4, 64x64 pixels
     found: dict[str, list[float]] = {"decode": [], "encode": [], "pipeline": []}
@@ -81,18 +80,18 @@ def rates(frames: int, repeats: int, device: str) -> None:
     ]
     for name, rate in medians.items():
         print(f"{name:9s} {rate:9.1f} frames/s")
-    print(f"pipeline / slower stage: {statistics.median(ratios):.3f} (median of {repeats}; wanted 0.9)")
+    print(f"pipeline / slower stage: {statistics.median(ratios):.3f} (median of {repeats}; target 0.9)")
 
 
 def drain(stream: FrameStream) -> None:
-    """Decode everything and keep nothing."""
+    """Decode all frames and discard them."""
     for _, chunks in stream.episodes(range(len(stream.lengths))):
         for _ in chunks:
             pass
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Return how long a call takes."""
+    """Return the duration of a call."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
@@ -119,7 +118,7 @@ def memory(rows: int) -> None:
         own = [file for file in out.rglob("*") if file.is_file() and file.stat().st_nlink == 1]
         size = sum(file.stat().st_size for file in own) / 1e6
         links = sum(1 for file in out.rglob("*.mp4") if file.stat().st_nlink > 1)
-        print(f"column of {sum(stream.lengths)} rows: {took:.0f} s, peak memory {peak:.2f} GiB (wanted: 1.4)")
+        print(f"column of {sum(stream.lengths)} rows: {took:.0f} s, peak memory {peak:.2f} GiB (target: 1.4)")
         print(f"written {size:.0f} MB; {links} videos linked, none copied")
 
 
