@@ -19,7 +19,7 @@ import latentact.io.atomic  # what is imported below must not be the first to im
 
 # Runtime type checks would refuse Typer's context, whose class is not the one Typer documents.
 with mock.patch.object(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]):
-    from latentact.cli.app import main
+    from latentact.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to Ctrl-C
 

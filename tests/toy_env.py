@@ -1,4 +1,4 @@
-"""A toy Gymnasium environment, each part of which a test can replace, and a policy that always acts alike."""
+"""A toy Gymnasium environment with replaceable parts, and a policy with a constant action."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import Policy, PolicySpec, Target
+from latentact.policies.contract import PolicySpec, Target
 from latentact.policies.network import NetworkConfig
 from latentact.types import ActionSpace
 
@@ -20,7 +20,7 @@ FRAME = np.full((32, 32, 3), 200, np.uint8)
 
 
 class Toy(gymnasium.Env):
-    """Shows `FRAME`, gives reward 1 and reports nothing, but for what is replaced."""
+    """Returns `FRAME` and reward 1, without success, unless a part is replaced."""
 
     metadata = {"render_fps": 20}  # noqa: RUF012 (as Gymnasium has it)
     taken: list[Any] = []  # noqa: RUF012
@@ -95,10 +95,10 @@ def constant_policy(
     discrete = isinstance(action, int)
     size = 2 if discrete else len(action)
     space = space or ActionSpace(kind="discrete" if discrete else "continuous", size=size)
-    target = Target(kind="classes" if discrete else "numbers", size=space.size)
+    target = Target(kind="classes" if discrete else "continuous", size=space.size)
     network = NetworkConfig(backbone="patch", patch=8, channels=(8,), use_state="state_size" in spec)
     about = PolicySpec(resolution=32, target=target, action_space=space, fps=10.0, camera=camera, **spec)
-    policy = Policy(BcConfig(network=network), about)
+    policy = BcConfig(network=network).build(about)
     with torch.no_grad():
         policy.head.weight.zero_()
         policy.head.bias.zero_()

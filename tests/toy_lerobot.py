@@ -1,4 +1,4 @@
-"""What tests of the LeRobot policies share: small demonstrations, a small LAM, small networks."""
+"""Shared by tests of LeRobot policies: small demonstrations, a small LAM, small networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"n_encoder_layers": 1, "n_vae_encoder_layers": 1},
     },
 }
-"""Settings of the hosts with which a step takes a fraction of a second."""
+"""Settings of small host policies, with training steps of a fraction of a second."""
 
 
 def write_demonstrations(folder: Path, episodes: int = 3, seed: int = 0) -> Path:

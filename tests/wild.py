@@ -1,4 +1,4 @@
-"""Small inputs as people have them: videos whose frames carry their number, LeRobot datasets, a LAM."""
+"""Small realistic inputs: videos with numbered frames, LeRobot datasets, a LAM."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def turn(path: Path, a: int, b: int, c: int, d: int) -> Path:
 
 
 def trim(path: Path, *, keep_ms: int, skip: float = 0.0) -> Path:
-    """Let an mp4's edit list show `keep_ms` milliseconds that begin `skip` seconds later."""
+    """Set the edit list of an mp4 to show `keep_ms` milliseconds starting at `skip` seconds."""
     data = bytearray(path.read_bytes())
     scale = struct.unpack_from(">I", data, data.find(b"mdhd") + 16)[0]
     place = data.find(b"elst") + 12
@@ -130,7 +130,7 @@ def trim(path: Path, *, keep_ms: int, skip: float = 0.0) -> Path:
 
 
 def ffmpeg_frames(path: Path, stream: str = "0:v:0") -> np.ndarray | None:
-    """Return the frames [n, h, w, 3] that FFmpeg's command line gives; None where it is not installed."""
+    """Return the frames [n, h, w, 3] decoded by the FFmpeg command line; None if it is not installed."""
     program = shutil.which("ffmpeg")
     if program is None:
         return None
@@ -144,7 +144,7 @@ def ffmpeg_frames(path: Path, stream: str = "0:v:0") -> np.ndarray | None:
 
 
 def pyav_times(path: Path) -> list[float]:
-    """Return the times of a video's frames by PyAV alone."""
+    """Return the times of a video's frames, decoded with PyAV only."""
     with av.open(str(path)) as container:
         return [float(frame.time or 0) for frame in container.decode(video=0)]
 
@@ -316,7 +316,7 @@ def change_tables(root: Path, change: Callable[[pa.Table], pa.Table], below: str
 
 
 def change_info(root: Path, **fields: Any) -> Path:
-    """Change fields of `meta/info.json`; ... leaves one out."""
+    """Change fields of `meta/info.json`; the value ... removes a field."""
     file = root / "meta/info.json"
     info = {**json.loads(file.read_text()), **fields}
     file.write_text(json.dumps({k: v for k, v in info.items() if v is not ...}))
@@ -328,7 +328,7 @@ def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
 
 
 def without_first_rows(root, count):
-    """Drop the first rows of each episode as an editor does: counters are made anew, timestamps are kept."""
+    """Drop the first rows of each episode as editing tools do: renumber rows, keep timestamps."""
 
     def cut(table):
         table = table.filter(pa.array(table["frame_index"].to_numpy() >= count))
@@ -354,7 +354,7 @@ def without_first_rows(root, count):
 
 @contextmanager
 def lerobot_dataset(root: Path, cache: Path) -> Iterator[Any]:
-    """Open a dataset with LeRobot, whose copies of tables go to `cache`."""
+    """Open a dataset with LeRobot, with `cache` as its table cache."""
     from datasets import config
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -366,17 +366,17 @@ def lerobot_dataset(root: Path, cache: Path) -> Iterator[Any]:
 
 
 def lerobot_frames(root: Path, cache: Path, camera: str = TOP) -> np.ndarray:
-    """Return the frames [n, h, w, 3] that LeRobot shows, row by row."""
+    """Return the frames [n, h, w, 3] decoded by LeRobot, one per row."""
     with lerobot_dataset(root, cache) as read:
         items = [read[row][camera].numpy() for row in range(len(read))]
     return np.stack([np.round(item.transpose(1, 2, 0) * 255).astype(np.uint8) for item in items])
 
 
-# --- what is done with them
+# --- LAMs and stores
 
 
 def small_lam(folder: Path, gap: int = 2, fps: float = 10.0) -> Path:
-    """Write a LAM with random weights that looks `gap` frames ahead, 32x32 pixels."""
+    """Write a LAM with random weights, frame gap `gap`, 32x32 pixels."""
     import torch
 
     from latentact.lams.models.lapo import LapoConfig
@@ -392,13 +392,13 @@ def small_lam(folder: Path, gap: int = 2, fps: float = 10.0) -> Path:
 
 
 def store(path: Path, **options: Any) -> Any:
-    """Return a dataset's frames, unresized."""
+    """Return the store of a dataset without resizing."""
     from latentact.data.cache import DataConfig, open_store
 
     return open_store(DataConfig(path=str(path), **{"resolution": 0, **options}))
 
 
 def actions(read: Any, episodes: Iterable[int]) -> np.ndarray:
-    """Return the actions of a store's episodes; hidden ones are NaN, or -1 where they are classes."""
+    """Return the actions of a store's episodes; masked actions are NaN, or -1 for classes."""
     found = read.actions(list(episodes))
     return np.ma.filled(found, -1 if read.action_space.discrete else np.nan)

@@ -1,8 +1,9 @@
-"""Every environment suite keeps the promises of `make_env`, `env_spec` and `make_expert`."""
+"""Every environment suite keeps the contract of `make_env`, `env_spec` and `make_expert`."""
 
 import numpy as np
 import pytest
 
+from latentact import check_env
 from latentact.envs.spec import ENVS, env_spec, make_env, make_expert
 
 EXAMPLES = {"babyai": "babyai/GoToLocal", "pusht": "pusht", "gymnasium": "CartPole-v1"}
@@ -29,34 +30,19 @@ def test_gymnasium_accepts_it(made):
     check_env(made[2], skip_render_check=True)
 
 
-def test_spec_says_what_the_environment_does(made):
+def test_spec_matches_the_environment(made):
     name, view, env = made
     spec = env_spec(name, view=view)
     observation, info = env.reset(seed=3)
-    assert observation["pixels"].dtype == np.uint8
-    assert observation["pixels"].shape[2] == 3
     assert observation["pixels"].std() > 0
-    assert observation["agent_pos"].dtype == np.float32
-    assert observation["agent_pos"].shape == (len(spec.state_names),)
-    assert isinstance(info["task"], str)
-    assert spec.fps > 0
-    assert len(spec.action_names) == spec.action_space.size
-    if spec.action_space.discrete:
-        assert env.action_space.n == spec.action_space.size
-    else:
-        assert env.action_space.shape == (spec.action_space.size,)
+    assert len(spec.state_names) == len(observation["agent_pos"])
+    assert bool(info["task"]) == (spec.camera != "observation.images.camera")
 
 
-def test_the_same_seed_is_the_same_episode(made):
-    _, _, env = made
-    env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(5)]
-
-    def play():
-        frames = [env.reset(seed=11)[0]["pixels"]]
-        return np.stack(frames + [env.step(action)[0]["pixels"] for action in actions])
-
-    assert (play() == play()).all()
+def test_check_env_accepts_it(made):
+    name, view, env = made
+    check_env(env, spec=env_spec(name, view=view), seed=11)
+    check_env(name, view=view)
 
 
 @pytest.mark.parametrize("name", EXAMPLES.values())

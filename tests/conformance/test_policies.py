@@ -1,20 +1,23 @@
 """Every registered policy keeps the contract of `Policy` and `PolicyActor`."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import latentact
 from latentact.agents.own import PolicyActor
 from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
+from latentact.policies.check import check_policy, random_batch
 from latentact.policies.contract import POLICIES, Policy, PolicySpec, Target
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
-from latentact.policies.network import NetworkConfig
+from latentact.policies.network import NetworkConfig, NetworkPolicy
 from latentact.types import ActionSpace, LatentActionSpec
 
 DISCRETE, CONTINUOUS = ActionSpace(kind="discrete", size=4), ActionSpace(kind="continuous", size=2)
@@ -22,7 +25,9 @@ NETWORK = NetworkConfig(
     backbone="patch", patch=8, channels=(8,), n_obs_steps=2, chunk_size=3, n_action_steps=2, use_state=True
 )
 WORDS = ("blue", "red")
-SPEC = PolicySpec(resolution=32, state_size=3, words=WORDS, target=Target(kind="numbers", size=6), stride=3)
+SPEC = PolicySpec(
+    resolution=32, state_size=3, words=WORDS, target=Target(kind="continuous", size=6), stride=3
+)
 LATENT = LatentActionSpec(
     model="lapo",
     tokens=2,
@@ -35,24 +40,24 @@ LATENT = LatentActionSpec(
     camera="",
     weights="1234",
 )
-CODES = Target(kind="classes", size=5, groups=2)
+CODES = Target(kind="classes", size=5, num_tokens=2)
 
 
 def latent(network=NETWORK, target="continuous", spec=SPEC):
     config = LatentConfig(network=network, target=target)
-    return Policy(config, replace(spec, target=config.latent_target(LATENT)), LATENT)
+    return config.build(replace(spec, target=config.targets(LATENT, None).target), LATENT)
 
 
 def bc(network=NETWORK, space=DISCRETE):
-    target = Target(kind="classes" if space.discrete else "numbers", size=space.size)
-    return Policy(BcConfig(network=network), replace(SPEC, target=target, action_space=space, stride=1))
+    target = Target(kind="classes" if space.discrete else "continuous", size=space.size)
+    return BcConfig(network=network).build(replace(SPEC, target=target, action_space=space, stride=1))
 
 
 def guided(space=CONTINUOUS):
     config = GuidedConfig(network=NETWORK, offsets=(0, 2), dropout=0.0)
-    target = Target(kind="classes" if space.discrete else "numbers", size=space.size)
-    guide = config.guide(LATENT)
-    return Policy(config, replace(SPEC, target=target, action_space=space, stride=1, guide=guide), LATENT)
+    target = Target(kind="classes" if space.discrete else "continuous", size=space.size)
+    guide = config.targets(LATENT, space).guide
+    return config.build(replace(SPEC, target=target, action_space=space, stride=1, guide=guide), LATENT)
 
 
 MAKERS = {
@@ -68,24 +73,7 @@ MAKERS = {
 }
 
 
-def observe(policy, b=4, seed=0):
-    """A batch of random observations with targets as the policy's kind has them."""
-    rng, n, target = np.random.default_rng(seed), policy.config.network, policy.spec.target
-    classes = target.kind == "classes"
-    width = target.groups if classes else target.size
-    drawn = (
-        rng.integers(target.size, size=(b, n.chunk_size, width))
-        if classes
-        else rng.normal(size=(b, n.chunk_size, width))
-    )
-    return PolicyBatch(
-        frames=torch.from_numpy(rng.integers(256, size=(b, n.n_obs_steps, 3, 32, 32), dtype=np.uint8)),
-        state=torch.from_numpy(rng.normal(size=(b, 3)).astype(np.float32)),
-        words=torch.from_numpy(rng.integers(2, size=(b, len(WORDS))).astype(np.float32)),
-        target=torch.from_numpy(drawn if classes else drawn.astype(np.float32)),
-        mask=torch.ones(b, n.chunk_size, dtype=torch.bool),
-        guide=torch.from_numpy(rng.normal(size=(b, 2, 6)).astype(np.float32)) if policy.guide else None,
-    )
+observe = random_batch
 
 
 def out(policy, batch):
@@ -105,6 +93,106 @@ def test_every_policy_is_here():
     assert {make().config.kind for make in MAKERS.values()} == set(POLICIES.names())
 
 
+def test_every_policy_passes_the_public_check(policy):
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    assert latentact.check_policy is check_policy
+    check_policy(policy)
+    after = policy.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class SharedAcrossBatch(NetworkPolicy):
+    def features(self, frames, state, words):
+        features = super().features(frames, state, words)
+        return features - features.mean(0)
+
+
+class RandomInEvaluation(NetworkPolicy):
+    def forward(self, frames, state, words, guide=None):
+        return super().forward(frames, state, words, guide) + torch.randn(())
+
+
+class OneStepTooFew(NetworkPolicy):
+    def forward(self, frames, state, words, guide=None):
+        return super().forward(frames, state, words, guide)[:, 1:]
+
+
+class MaskedTargetsCount(NetworkPolicy):
+    def loss(self, batch):
+        return super().loss(replace(batch, mask=torch.ones_like(batch.mask)))
+
+
+class UnusedLayer(NetworkPolicy):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.unused = torch.nn.Linear(3, 3)
+
+
+class StateOutsideTheCheckpoint(NetworkPolicy):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.offset = torch.rand(())
+
+    def forward(self, frames, state, words, guide=None):
+        return super().forward(frames, state, words, guide) + self.offset
+
+
+class StateOptional(NetworkPolicy):
+    def normal_state(self, state):
+        return torch.zeros(4, 3) if state is None else super().normal_state(state)
+
+
+class GuideIgnored(NetworkPolicy):
+    def normal_guide(self, guide, batch_size):
+        return super().normal_guide(None, batch_size) + 0 * sum(p.sum() for p in self.guide.parameters())
+
+
+class NanGuideIsZero(NetworkPolicy):
+    def normal_guide(self, guide, batch_size):
+        return super().normal_guide(None if guide is None else guide.nan_to_num(), batch_size)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (SharedAcrossBatch, "must treat the samples of a batch independently"),
+        (RandomInEvaluation, "must be deterministic in evaluation mode"),
+        (OneStepTooFew, r"forward must return float32 \[4, 3, 2\], got float32 \[4, 2, 2\]"),
+        (MaskedTargetsCount, "loss must ignore masked targets"),
+        (UnusedLayer, "no gradient for unused.weight, unused.bias"),
+        (StateOutsideTheCheckpoint, "a saved policy must load bit-equal"),
+        (StateOptional, "must refuse a missing state"),
+        (GuideIgnored, "must depend on the guide"),
+        (NanGuideIsZero, "must treat a guide of NaN as no guide"),
+    ],
+)
+def test_the_public_check_finds_planted_faults(fault, message, monkeypatch):
+    sound = guided()
+    network = sound.config.network
+    monkeypatch.setattr(
+        GuidedConfig, "build", lambda config, spec, latent=None: fault(config, network, spec, latent)
+    )
+    faulty = sound.config.build(sound.spec, sound.latent)
+    with pytest.raises(UserError, match=message):
+        check_policy(faulty)
+
+
+def test_checkpoints_with_former_names_load(policy, tmp_path):
+    """A config.json as it was written before targets and networks got their present names."""
+    policy.save_pretrained(tmp_path / "policy")
+    path = tmp_path / "policy/config.json"
+    values = json.loads(path.read_text())
+    network, target = values["policy"]["network"], values["spec"]["target"]
+    for old, new in (("frames", "n_obs_steps"), ("chunk", "chunk_size"), ("execute", "n_action_steps")):
+        network[old] = network.pop(new)
+    target["groups"] = target.pop("num_tokens")
+    target["kind"] = {"continuous": "numbers"}.get(target["kind"], target["kind"])
+    path.write_text(json.dumps(values))
+    found = Policy.from_pretrained(tmp_path / "policy")
+    assert (found.config, found.spec) == (policy.config, policy.spec)
+    assert torch.equal(found.action_scores(observe(policy)), policy.eval().action_scores(observe(policy)))
+
+
 def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
     policy.save_pretrained(tmp_path / "policy")
     found = Policy.from_pretrained(tmp_path / "policy")
@@ -116,7 +204,10 @@ def test_saved_and_loaded_it_is_the_same(policy, tmp_path):
     batch = observe(policy)
     assert torch.equal(found.action_scores(batch), policy.eval().action_scores(batch))
     names = {path.name for path in (tmp_path / "policy").iterdir()}
-    assert names == {"config.json", "model.safetensors"} | ({"spec.json"} if policy.latent else set())
+    files = {"config.json", "model.safetensors"} | ({"spec.json"} if policy.latent else set())
+    if policy.spec.action_space is not None:
+        files |= {"policy_preprocessor.json", "policy_postprocessor.json"}
+    assert names == files
 
 
 def test_loss_is_finite_and_reaches_every_weight(policy):
@@ -171,8 +262,8 @@ def test_every_observation_matters(policy):
 
 def test_a_wrong_state_is_refused(policy):
     batch = observe(policy)
-    for state, got in ((None, "none"), (batch.state[:, :2], "2 numbers")):
-        with pytest.raises(UserError, match=f"state of 3 numbers and got {got}"):
+    for state, got in ((None, "none"), (batch.state[:, :2], "2")):
+        with pytest.raises(UserError, match=f"must have 3 numbers, got {got}"):
             policy(batch.frames, state, batch.words)
 
 
@@ -285,11 +376,11 @@ def test_grounding_keeps_the_network_and_what_it_means():
 
 
 def test_codes_need_a_codebook():
-    with pytest.raises(UserError, match=r"codes but the labels of lapo have none"):
-        LatentConfig(target="codes").latent_target(replace(LATENT, codebook_size=None))
+    with pytest.raises(UserError, match=r"codes, but the labels of lapo have none"):
+        LatentConfig(target="codes").targets(replace(LATENT, codebook_size=None), None)
 
 
-@pytest.mark.parametrize("wrong", [{"backbone": "vit"}, {"execute": 4}, {"execute": 0}])
+@pytest.mark.parametrize("wrong", [{"backbone": "vit"}, {"n_action_steps": 4}, {"n_action_steps": 0}])
 def test_networks_that_cannot_be_built(wrong):
     with pytest.raises(UserError, match=f"network.{next(iter(wrong))}"):
         replace(NETWORK, **wrong)
@@ -362,7 +453,7 @@ def test_a_guide_that_is_hidden_is_none():
 def test_dropout_hides_guides_in_training_only():
     policy = guided()
     policy.spec = replace(policy.spec, guide=replace(policy.spec.guide, dropout=0.5))
-    batch = observe(policy, b=64)
+    batch = observe(policy, 64)
     torch.manual_seed(0)
     with_guide, without = out(policy.eval(), batch), out(policy, replace(batch, guide=None))
     trained = out(policy.train(), batch)
@@ -376,5 +467,5 @@ def test_words():
     assert vocabulary(("go", "go")) == ()
     assert vocabulary(()) == ()
     assert count_words("Red red green", ("blue", "red")) == [0.0, 2.0]
-    with pytest.raises(UserError, match="no step of the data has a target"):
+    with pytest.raises(UserError, match="must have a step with a target"):
         PolicySamples(Store(), target=np.zeros((12, 1)), exists=np.zeros(12, bool))

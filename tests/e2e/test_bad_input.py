@@ -1,4 +1,4 @@
-"""Input that cannot be used: exit code 2, one sentence that says what to do, and nothing written."""
+"""Invalid input: exit code 2, a one-sentence message that says what to do, and no written files."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ class Evil:
 
 
 def sentence(done):
-    """The one sentence, after checking that there is nothing else to see."""
+    """Return the error message after checking that it is the only error and has no traceback."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     lines = done.stderr.splitlines()
@@ -41,7 +41,7 @@ def sentence(done):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, blocks):
-    """Good and bad things that a person can name on a command line."""
+    """Valid and invalid inputs for a command line."""
     root = tmp_path_factory.mktemp("given")
     f = SimpleNamespace(root=root, blocks=blocks, marks=root / "marks")
     for name in ("empty", "texts", "mixed", "short", "hollow", "sizes", "marks"):
@@ -129,9 +129,12 @@ CASES = {
     "truncated video, strict": (lambda f: lam(f, "data.strict=true", data="mixed"), "1 unreadable: b.mp4"),
     "videos shorter than the gap": (
         lambda f: lam(f, "frame_gap_s=1", data="short"),
-        "a window needs 11 frames (frame gap 10)",
+        "at least 11 frames for a window (frame gap 10)",
     ),
-    "gap below a frame": (lambda f: lam(f, "frame_gap_s=0.01"), "less than half a frame"),
+    "gap below a frame": (
+        lambda f: lam(f, "frame_gap_s=0.01"),
+        "frame_gap_s must be near a whole number of frames",
+    ),
     "unknown camera": (lambda f: lam(f, "data.camera=top"), "no camera 'top'"),
     "pickle inside an npz": (lambda f: lam(f, data="evil.npz"), "not a file of plain arrays"),
     "label: missing path": (
@@ -148,7 +151,7 @@ CASES = {
     ),
     "label: nothing can be decoded": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "hollow"),
-        "nothing is left to read: 1 unreadable: a.mp4",
+        "no episode is readable: 1 unreadable: a.mp4",
     ),
     "label: nothing can be decoded, strict": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "hollow", "--strict"),
@@ -159,18 +162,18 @@ CASES = {
             *("precompute", "--lam-model-path", f.root / "lam", "--dataset-root", f.root / "hollow"),
             *("--output", "file"),
         ),
-        "nothing is left to read: 1 unreadable: a.mp4",
+        "no episode is readable: 1 unreadable: a.mp4",
     ),
     "label: sizes that differ": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "sizes", "--resolution", "0"),
-        "those before it are (256, 256, 3)",
+        "as those of earlier episodes",
     ),
     "label: rate that does not fit": (
         lambda f: ("label", "--lam", f.root / "lam", "--data", f.root / "mixed", "--target-fps", "3"),
-        "frame gap is 0.1 s",
+        "the frame gap of the LAM lapo must be near a whole number",
     ),
     # settings
-    "no data": (lambda f: ("train-lam",), "data.path is not set"),
+    "no data": (lambda f: ("train-lam",), "data.path is required"),
     "demo: k too large": (lambda f: ("demo", "--episodes", "5", "--k", "5"), "there are 4 training episodes"),
     "settings that cannot be trained": (
         lambda f: ("train-lam", f"data.path={f.blocks}", "experiment=laom_debug", "lam.patch=0"),
@@ -208,7 +211,10 @@ CASES = {
         "frame_gap_s must be a finite number, got nan",
     ),
     "a gap of centuries": (lambda f: lam(f, "frame_gap_s=1e300"), "frame_gap_s must be between"),
-    "a gap shorter than light": (lambda f: lam(f, "frame_gap_s=1e-300"), "less than half a frame"),
+    "a gap shorter than light": (
+        lambda f: lam(f, "frame_gap_s=1e-300"),
+        "frame_gap_s must be near a whole number of frames",
+    ),
     "a learning rate of no use": (
         lambda f: lam(f, "training.lr=1e300"),
         "training.lr must be between",
@@ -236,11 +242,11 @@ CASES = {
     ),
     "latents without numbers": (
         lambda f: lam(f, "lam.bottleneck.kind=none", "lam.bottleneck.dim=0"),
-        "bottleneck.dim is 0",
+        "bottleneck.dim must be between 1 and 1048576, got 0",
     ),
     "levels of one value": (
         lambda f: lam(f, "lam.bottleneck.kind=fsq", "lam.bottleneck.levels=[1,1]"),
-        "bottleneck.levels is [1, 1]",
+        "bottleneck.levels must be at least 2 per dim",
     ),
     "a pair of three": (
         lambda f: (
@@ -251,7 +257,10 @@ CASES = {
         ),
         "lam.random_crop_scale must be a list of 2 values, got [0.1, 0.2, 0.3]",
     ),
-    "no such device": (lambda f: lam(f, "training.device=tpu"), "device is 'tpu'"),
+    "no such device": (
+        lambda f: lam(f, "training.device=tpu"),
+        "device must be cpu on this machine, got 'tpu'",
+    ),
     "negative share": (lambda f: lam(f, "held_out=1.5"), "held_out is 1.5"),
     "unknown policy": (
         lambda f: policy("policy=bcc", "labels=x"),
@@ -260,10 +269,10 @@ CASES = {
     "nothing to learn from": (lambda f: policy(), "nothing to learn from"),
     "idm without labels": (
         lambda f: (*lam(f)[:2], "lam=idm", "lam.size=32", "data.resolution=32"),
-        "labeled_episodes is 0",
+        "labeled_episodes must be at least 1 for lam=idm",
     ),
     "unknown environment": (lambda f: compare(f, "env=babyai/GoToLokal"), "did you mean 'GoToLocal'?"),
-    "unknown method": (lambda f: compare(f, "methods=[latent,gail]"), "methods has 'gail'"),
+    "unknown method": (lambda f: compare(f, "methods=[latent,gail]"), "got 'gail'"),
     "data of another environment": (lambda f: compare(f), "give demonstrations of that environment"),
     # k
     "k too large for train-lam": (
@@ -282,20 +291,23 @@ CASES = {
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=0"),
         "0 labeled episodes",
     ),
-    "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks is [0]"),
+    "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks must be at least 1, got [0]"),
     "k without brackets": (
         lambda f: compare(f, "ks=5"),
-        "ks must be a list, as in ks=[VALUE], got one value",
+        "ks must be a list, as in ks=[VALUE], got a single value",
     ),
-    "no k for compare": (lambda f: compare(f, "ks=[]"), "wanted at least one method and one k"),
-    "no method for compare": (lambda f: compare(f, "methods=[]"), "wanted at least one method and one k"),
+    "no k for compare": (lambda f: compare(f, "ks=[]"), "methods and ks must have at least one value each"),
+    "no method for compare": (
+        lambda f: compare(f, "methods=[]"),
+        "methods and ks must have at least one value each",
+    ),
     "labels that nothing learns from": (
         lambda f: lam(f, "labeled_episodes=2"),
-        "learns nothing from robot actions; give lam.action_weight=1, or leave labeled_episodes 0",
+        "learns nothing from robot actions as configured, got",
     ),
     "a value with an equals sign": (
         lambda f: compare(f, "distract=background=0.5,shake=2"),
-        "distractor shake is 2; wanted a number from 0 to 1",
+        "distractor shake must be between 0 and 1, got 2",
     ),
     "a value that cannot be read": (
         lambda f: compare(f, "distract=(a"),
@@ -308,11 +320,11 @@ CASES = {
     "lam: empty folder": (lambda f: ("label", "--lam", f.root / "empty"), "holds no config.json"),
     "lam: pickled weights": (
         lambda f: ("label", "--lam", f.root / "pickled"),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "lam: truncated weights": (
         lambda f: ("label", "--lam", f.root / "truncated"),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "lam: no weights": (lambda f: ("label", "--lam", f.root / "no_weights"), "model.safetensors is missing"),
     "lam: wrong shapes": (lambda f: ("label", "--lam", f.root / "shapes"), "has a wrong shape for"),
@@ -327,7 +339,7 @@ CASES = {
     ),
     "label: no such device": (
         lambda f: ("label", "--lam", f.root / "lam", "--device", "tpu"),
-        "device is 'tpu'",
+        "device must be cpu on this machine, got 'tpu'",
     ),
     "label: empty batches": (
         lambda f: ("label", "--lam", f.root / "lam", "--batch-size", "0"),
@@ -343,19 +355,19 @@ CASES = {
     ),
     "policy: not grounded": (
         lambda f: ("rollout", "--policy", f.root / "policy", "--env", "babyai/GoToLocal"),
-        "ground it first",
+        "Ground it first",
     ),
     # labels
     "labels: missing": (lambda f: policy(f"labels={f.root}/nowhere"), "holds no latent labels"),
-    "labels: truncated": (lambda f: policy(f"labels={f.root}/cut_labels"), "not a whole safetensors file"),
+    "labels: truncated": (lambda f: policy(f"labels={f.root}/cut_labels"), "not a complete safetensors file"),
     "labels: strange": (
         lambda f: policy(f"labels={f.root}/odd_labels"),
         "manifest.json: spec.surprise is not a known field",
     ),
-    "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "label it again"),
+    "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "Label it again"),
     "labels: of another LAM": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/other_labels"),
-        "different latent actions: weights is",
+        "weights of the latent actions must be the same",
     ),
     "labels: latent ones for bc": (
         lambda f: policy("policy=bc", f"labels={f.root}/labels"),
@@ -395,7 +407,7 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
          "--target-fps must be between 0 and 1000000, got nan"),
         ("label --lam {lam} --data {data} --out out --resolution -7",
          "--resolution must be between -1 and 4096, got -7"),
-        ("label --lam {lam} --data {data} --out ", "--out is empty"),
+        ("label --lam {lam} --data {data} --out ", "--out must not be empty"),
         ("cache --data {data} --target-fps inf", "--target-fps must be between 0 and 1000000, got inf"),
         ("cache --data {data} --resolution 32 --cache-dir /dev/null", "File exists"),
         ("imitate --mode extract_only --video-path a --lam-model-path b --output-dir c --fps nan",
@@ -405,11 +417,11 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
         ("collect pusht --out out --explore 1.5", "--explore must be between 0 and 1, got 1.5"),
         ("collect pusht --out out --resolution 100000",
          "--resolution must be between 0 and 4096, got 100000"),
-        ("train-lam data.path={data} out=", "out is empty"),
+        ("train-lam data.path={data} out=", "out must be a folder, got an empty path"),
         ("train-lam data.path={data} out=out training.devices=0",
          "training.devices must be between 1 and 1024, got 0"),
         ("ground policy={policy} labels={labels} labeled_episodes=2 decoder.hidden=[0] out=out",
-         "decoder.hidden is [0]"),
+         "decoder.hidden must be widths of at least 1"),
         ("train-with-tokens --dataset-root {data} --output-dir out --learning-rate nan",
          "--learning-rate must be between 0 and 100, got nan"),
     ],
@@ -432,7 +444,7 @@ def test_a_cache_that_cannot_be_written(given, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentact.data.cache.Path.touch", refuse)
         done = cli("cache", "--data", given.blocks, "--resolution", "24", "--cache-dir", tmp_path / "cache")
-    assert "cannot be written (Permission denied); set cache_dir" in sentence(done)
+    assert "is not writable (Permission denied); set cache_dir" in sentence(done)
 
 
 def test_a_place_below_a_file(given, tmp_path):
@@ -443,7 +455,7 @@ def test_a_place_below_a_file(given, tmp_path):
         ("inspect", given.root / "lam", "--data", given.blocks, "--out", place),
         lam(given, f"out={place}"),
     ):
-        assert "give another place" in sentence(cli(*command))
+        assert "give another path" in sentence(cli(*command))
 
 
 def test_k_larger_than_the_episodes_in_compare(tmp_path):
@@ -471,13 +483,13 @@ def test_truncated_video_is_skipped_by_name_and_counted(given, tmp_path):
 
 
 def test_damaged_training_checkpoint(given, tmp_path):
-    """The same command after a disk has eaten the checkpoint: one sentence, and the rest is left alone."""
+    """Re-running after the checkpoint was damaged: a one-sentence error, and other files are kept."""
     command = lam(given, "training.steps=2", f"out={tmp_path}/lam")
     assert cli(*command).returncode == 0
     (tmp_path / "lam/lam.json").unlink()
     state = next((tmp_path / "lam/checkpoints").iterdir()) / "state.safetensors"
     torch.save(Evil(given.marks / "state"), state)
-    assert "not a whole safetensors file" in sentence(cli(*command))
+    assert "not a complete safetensors file" in sentence(cli(*command))
     assert not [*given.marks.iterdir()]
 
 
@@ -497,7 +509,7 @@ def test_bad_input_in_a_real_process(name, given, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of one megabyte."""
+    """A mounted file system of one megabyte."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -511,15 +523,15 @@ def test_full_disk_while_decoding(small_disk, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTACT_CACHE", str(small_disk / "cache"))
     data = write_blocks(tmp_path / "blocks.npz", episodes=40)
     done = cli("cache", "--data", data, "--resolution", "32")
-    assert "free space there" in sentence(done)
+    assert "free some space" in sentence(done)
     assert not [path for path in (small_disk / "cache").glob("*") if path.is_dir() and path.name != "memo"]
-    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))  # as the sentence says
+    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))  # as the message advises
     assert cli("cache", "--data", data, "--resolution", "32").returncode == 0
 
 
 @pytest.mark.parametrize("free", [0, 200_000, 600_000, 900_000])
 def test_full_disk_while_training(free, small_disk, given, tmp_path):
-    """Whatever file hits the end of the disk, the run says so and goes on once there is room."""
+    """Whichever file fills the disk, the run reports it and resumes once space is free."""
     out = small_disk / "lam"
     command = lam(given, "training.steps=40", "lam.idm_channels=[32]", f"out={out}")
     ballast = small_disk / "ballast"

@@ -151,10 +151,10 @@ def test_a_folder_of_videos(tmp_path):
     assert found["episodes"]["count"] == 5
     assert list(found["unreadable"]) == ["cut.mp4"]
     assert found["skipped"] == {
-        "notes.txt": "files that end in .txt are not read",
+        "notes.txt": "unsupported suffix '.txt'",
         ".hidden.mp4": "hidden",
-        "gone.mp4": "a link to nothing",
-        "around": "a link to a folder that it lies in",
+        "gone.mp4": "a dangling link",
+        "around": "a link to a parent folder",
     }
     assert found["duplicates"] == [["a.mp4", "same/b.mp4"]]
     (span,) = found["still"]
@@ -162,6 +162,31 @@ def test_a_folder_of_videos(tmp_path):
     assert found["rate"]["varies"]
     assert warned(found, "videos rotated or mirrored by a display matrix: 1, such as turned.mp4")
     assert warned(found, "varies.mp4: the frame rate varies")
+
+
+def test_a_video_whose_frames_change_size(tmp_path):
+    millis = [100 * i for i in range(12)]
+    parts = [
+        write_video(tmp_path / "a.ts", 6, millis=millis[:6], options={"bf": "0"}),
+        write_video(tmp_path / "b.ts", 6, start=6, millis=millis[6:], size=(64, 96), options={"bf": "0"}),
+    ]
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    found = checked(tmp_path / "v")
+    assert warned(found, r"episodes whose frames change size: 1, such as a.ts \(48x32, 96x64\); precompute")
+
+
+def test_videos_that_cannot_become_rows(tmp_path):
+    write_video(tmp_path / "mkv/a.mkv", 6)
+    assert warned(checked(tmp_path / "mkv"), "videos other than mp4: 1, such as a.mkv; precompute --output")
+    write_video(tmp_path / "late/a.mp4", 6, millis=[500 + 100 * i for i in range(6)])
+    assert warned(
+        checked(tmp_path / "late"), "frames that are not at row / fps: 1, such as a.mp4; precompute"
+    )
+    write_video(tmp_path / "ntsc/a.mp4", 6, fps=29.97)
+    assert warned(checked(tmp_path / "ntsc"), "29.97 frames per second is not an integer; precompute")
+    write_video(tmp_path / "good/a.mp4", 6)
+    assert checked(tmp_path / "good")["verdict"].startswith("Ready")
 
 
 def test_still_spans_by_hand():

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from latentact.envs import episode
 from latentact.envs.spec import ExpertStuckError, make_env, make_expert
 from latentact.errors import UserError
 from latentact.stages import collect
@@ -105,7 +106,7 @@ def test_killed_while_playing_goes_on(undisturbed, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    while alive(process.pid):  # the workers follow within moments
+    while alive(process.pid):  # the workers follow shortly after
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert len(list(partial.glob("*.npz"))) >= 5
@@ -139,14 +140,14 @@ def test_other_settings_are_refused(undisturbed, change):
 
 
 def test_foreign_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="other files"):
         run(config(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_unfinished_collection_with_other_settings_is_refused(tmp_path):
     out = tmp_path / "data"
-    with collect._claimed(tmp_path / "data.partial", config(out, seed=7)):
+    with collect._locked(tmp_path / "data.partial", config(out, seed=7)):
         pass
     with pytest.raises(UserError, match="other settings"):
         run(config(out))
@@ -155,8 +156,8 @@ def test_unfinished_collection_with_other_settings_is_refused(tmp_path):
 def test_two_processes_do_not_share_a_folder(tmp_path):
     out = tmp_path / "data"
     with (
-        collect._claimed(tmp_path / "data.partial", config(out)),
-        pytest.raises(UserError, match="another process"),
+        collect._locked(tmp_path / "data.partial", config(out)),
+        pytest.raises(UserError, match="in use by another collect process"),
     ):
         run(config(out))
 
@@ -176,7 +177,7 @@ def test_bad_numbers_are_refused(change, tmp_path):
 
 
 class Faulty:
-    """The bot, except that every third episode goes wrong."""
+    """The bot, but every third episode fails."""
 
     def __init__(self, name, env, seed):
         self.bot, self.seed = make_expert(name, env, seed), seed
@@ -188,8 +189,8 @@ class Faulty:
 
 
 def test_failed_episodes_are_dropped_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "make_expert", Faulty)
-    # Attempts 0 2 5 6 8 succeed, 1 3 4 7 fail: 3 turns on the spot until the time is over.
+    monkeypatch.setattr(episode, "make_expert", Faulty)
+    # Attempts 0 2 5 6 8 succeed, 1 3 4 7 fail: 3 turns in place until the time limit.
     result = run(config(tmp_path / "data", episodes=5))
     assert (result.episodes, result.failed) == (5, 4)
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -203,7 +204,7 @@ def test_failed_episodes_are_dropped_and_counted(tmp_path, monkeypatch):
 
 
 def test_a_hopeless_expert_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="solved 0 of 20"):
+    with pytest.raises(UserError, match="must solve at least 10 % of the attempts, got 0 of 20"):
         run(config(tmp_path / "data", max_steps=1, episodes=30, seed=2))
 
 

@@ -14,12 +14,25 @@ from latentact.data.latents import read_labels
 from latentact.policies.contract import Policy
 
 pytestmark = pytest.mark.slow
-METHODS = ["latent", "latent_joint", "bc_k", "idm_k", "oracle"]
+METHODS = [
+    "latent",
+    "latent_finetuned",
+    "latent_joint",
+    "bc_k",
+    "bc_k_self_training",
+    "idm_k",
+    "idm_k_finetuned",
+    "oracle",
+    "oracle_finetuned",
+]
 NAMES = {
     "latent": "Latent policy",
+    "latent_finetuned": "Latent policy, fine-tuned on k labels",
     "latent_joint": "Latent policy with joint head",
     "bc_k": "BC on k labels",
+    "bc_k_self_training": "BC on k labels, self-training",
     "idm_k": "IDM on k labels",
+    "idm_k_finetuned": "IDM on k labels, fine-tuned",
 }
 STEPS = 40
 SMALL = (
@@ -54,7 +67,7 @@ def compared(data, tmp_path_factory):
     """A comparison, its folder and the command that made it."""
     out = tmp_path_factory.mktemp("compare") / "compare"
     settings = (f"data.path={data}", "env=babyai/GoToLocal", "ks=[2]", "seeds=[0]", f"out={out}")
-    command = ("compare", "experiment=babyai", *settings, *SMALL)
+    command = ("compare", "experiment=babyai", f"methods=[{','.join(METHODS)}]", *settings, *SMALL)
     ok(*command)
     return json.loads((out / "comparison.json").read_text()), out, command
 
@@ -64,7 +77,7 @@ def test_rows(compared):
     assert content["env"] == "babyai/GoToLocal"
     assert [row["method"] for row in content["rows"]] == METHODS
     for row in content["rows"]:
-        assert row["k"] == (None if row["method"] == "oracle" else 2)
+        assert row["k"] == (None if row["method"].startswith("oracle") else 2)
         assert (row["seed"], row["episodes"], len(row["successes"])) == (0, 4, 4)
         assert row["success"] == np.mean(row["successes"])
         low, high = row["ci95"]
@@ -108,7 +121,7 @@ def test_verdict_names_a_winner_of_the_rows(compared):
 
 def test_rows_are_on_equal_terms(compared):
     """Same network, same steps, same labeled episodes; the IDM's labels are robot actions."""
-    _, out, _ = compared
+    content, out, _ = compared
     root = out / "seed0"
     folders = {
         "latent": root / "latent_k2/grounded",
@@ -124,7 +137,14 @@ def test_rows_are_on_equal_terms(compared):
         for method in ("bc_k", "idm_k", "oracle")
     }
     assert samples == {"bc_k": 2, "idm_k": 7, "oracle": 7}
-    for method in METHODS:
+    base = {"bc_k", "idm_k", "oracle"}
+    assert all(row["updates"] == STEPS + 10 * (row["method"] not in base) for row in content["rows"])
+    for method in ("bc_k_self_training_k2", "idm_k_finetuned_k2", "oracle_finetuned"):
+        last = [*csv.DictReader((root / method / "finetuned/metrics.csv").open(newline=""))][-1]
+        assert int(last["step"]) == 10
+    assert "with the decoder only" in content["verdict"]
+    assert "At the same number of updates, BC on k labels goes from" in content["verdict"]
+    for method in ("latent", "latent_joint", "bc_k", "idm_k", "oracle"):
         last = [*csv.DictReader((root / _policy(method) / "metrics.csv").open(newline=""))][-1]
         assert int(last["step"]) == STEPS
     labels, store = read_labels(root / "idm_k_k2/labels")
@@ -140,7 +160,7 @@ def _policy(method):
 def test_videos_play(compared):
     _, out, _ = compared
     videos = sorted(out.rglob("episode_*.mp4"))
-    assert len(videos) == 7  # one of each of five rows, and of two policies before fine-tuning
+    assert len(videos) == 11  # one of each of nine rows, and of two policies before fine-tuning
     with av.open(str(videos[0])) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -176,7 +196,7 @@ def test_report_of_a_comparison(compared):
         keys = ("method", "k", "seed", "episodes", "success", "return", "ci95")
         assert [row[key] for key in keys] == [other[key] for key in keys]
     page = (out / "report.html").read_text()
-    assert page.count("<video") == 7
+    assert page.count("<video") == 11
     assert 'src="http' not in page
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ def test_several_images_and_the_remedy(right, tmp_path):
 def test_a_state_of_another_size_is_refused_first(tmp_path):
     policy = constant_policy(tmp_path / "policy", 1, state_size=3)
     message = refuse_rollout(policy, toy("ToyEdge-v0"), tmp_path / "out")
-    assert "needs a robot state of 3 numbers, but ToyEdge-v0 has 0" in message
+    assert "needs a robot state of 3 dimensions, but ToyEdge-v0 has 0" in message
 
 
 # --- actions
@@ -312,6 +313,7 @@ def test_a_failure_of_the_first_episode_leaves_nothing(right, tmp_path):
     for parts, message in (
         ({"step": fails_at(1, 10)}, "failed at step 1 of the episode with reset seed 10: RuntimeError"),
         ({"reset": reset}, "ToyEdge-v0 failed at reset with seed 10: OSError: no display"),
+        ({"step": lambda *_: sys.exit()}, "failed at step 1 of the episode with reset seed 10: SystemExit."),
         (
             {"step": lambda _, default: (default[0], np.nan, *default[2:])},
             "a finite reward, got nan at step 1",
@@ -379,8 +381,8 @@ SPEC = LatentActionSpec(
 def follower(root, space, camera="observation.image"):
     """Write a grounded latent policy and a guide of 8 latent actions; return the arguments for `imitate`."""
     network = NetworkConfig(backbone="patch", patch=8, channels=(8,))
-    about = PolicySpec(resolution=32, target=Target(kind="numbers", size=4), fps=10.0, camera=camera)
-    latent = Policy(LatentConfig(network=network), about, SPEC)
+    about = PolicySpec(resolution=32, target=Target(kind="continuous", size=4), fps=10.0, camera=camera)
+    latent = LatentConfig(network=network).build(about, SPEC)
     latent.ground(DecoderConfig(), space).save_pretrained(root / "policy")
     vectors = np.random.default_rng(0).normal(size=(8, 1, 4)).astype(np.float32)
     guide = Guide(spec=SPEC, fps=10.0, vectors=vectors, continuous=vectors, codes=None)
@@ -413,7 +415,7 @@ def test_imitate_acts_by_the_same_rules(tmp_path):
         assert "but ToyEdge-v0 expects" in refused(*imitate(env))
 
 
-def test_a_summary_says_what_there_is():
+def test_a_summary_has_success_and_return():
     result = {"return": 3.0, "return_ci95": [2.0, 4.0], "success": None, "ci95": None}
     assert rolling.summary(result) == "return 3 (2 to 4)"
     result |= {"success": 0.5, "ci95": [0.25, 0.75]}

@@ -1,4 +1,4 @@
-"""`latentact imitate`: one video in, a policy that follows it, in simulation and on the simulated robot."""
+"""`latentact imitate`: a policy follows one video, in simulation and on the simulated robot."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def made(tmp_path_factory):
     spec, pusht = lam.spec, ActionSpace(kind="continuous", size=2)
     network = NetworkConfig(backbone="patch", patch=4, channels=(16,), use_state=True)
     about = {"resolution": 32, "state_size": 2, "fps": 10.0, "camera": "observation.images.top"}
-    target = Target(kind="numbers", size=4)
-    latent = Policy(LatentConfig(network=network), PolicySpec(target=target, **about), spec)
+    target = Target(kind="continuous", size=4)
+    latent = LatentConfig(network=network).build(PolicySpec(target=target, **about), spec)
     latent.save_pretrained(root / "latent")
     grounded = latent.ground(DecoderConfig(use_state=True), pusht)
     actions = np.array([[200.0, 200.0], [300.0, 300.0]], np.float32)
@@ -66,8 +66,12 @@ def made(tmp_path_factory):
     grounded.decoder.set_action_stats(actions)
     grounded.save_pretrained(root / "ground")
     config = GuidedConfig(network=network)
-    about |= {"target": Target(kind="numbers", size=2), "action_space": pusht, "guide": config.guide(spec)}
-    guided = Policy(config, PolicySpec(**about), spec)
+    about |= {
+        "target": Target(kind="continuous", size=2),
+        "action_space": pusht,
+        "guide": config.targets(spec, pusht).guide,
+    }
+    guided = config.build(PolicySpec(**about), spec)
     guided.set_action_stats(actions, None)
     guided.save_pretrained(root / "guided")
     env = make_env("pusht")
@@ -119,7 +123,11 @@ def test_simulation(made, tmp_path, policy, env):
     )
     assert "What happened" in done.stdout
     metrics = json.loads((out / "metrics.json").read_text())
-    assert (metrics["steps"], metrics["ended"], metrics["success"]) == (12, "the last step was taken", False)
+    assert (metrics["steps"], metrics["ended"], metrics["success"]) == (
+        12,
+        "the maximum number of steps was reached",
+        False,
+    )
     assert (metrics["fps"], metrics["guide"]["fps"], metrics["config"]["seed"]) == (10, 10, 0)
     assert metrics["return"] >= 0
     assert len(metrics["agreement"]["steps"]) == 12
@@ -135,11 +143,11 @@ def test_simulation(made, tmp_path, policy, env):
     assert "Plotly" in scripts
 
 
-def test_the_guide_ends_the_rollout_and_pictures_can_be_left_out(made, tmp_path):
+def test_the_guide_ends_the_rollout_and_frames_can_be_left_out(made, tmp_path):
     given = (*flags(made), "--output-dir", tmp_path)
     ok("imitate", *given, "--max-frames", "6", "--no-save-video")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["steps"], metrics["ended"]) == (5, "the guide is over")
+    assert (metrics["steps"], metrics["ended"]) == (5, "the guide ended")
     assert not (tmp_path / "imitation.mp4").exists()
     assert '<img src="data:image/png' in (tmp_path / "report.html").read_text()
     ok("imitate", *given, "--max-frames", "6", "--no-render", "--fps", "20", "--control-time-s", "0.4")
@@ -162,8 +170,7 @@ def test_saved_latents_do_as_well_as_the_video(made, tmp_path):
 
 
 def test_the_decoder_alone_acts(made):
-    """A grounded policy that follows a guide does what its decoder says of the guide and the state."""
-    from latentact.policies.contract import Policy
+    """A grounded policy that follows a guide decodes the guide's latent action and the state."""
 
     inference = LatentGuidedInference(made / "ground", made / "latents")
     guide, policy = inference.guide, Policy.from_pretrained(made / "ground")
@@ -173,8 +180,10 @@ def test_the_decoder_alone_acts(made):
         scores = policy.decoder(
             (latent - policy.mean) / policy.std, policy.normal_state(torch.from_numpy(state)[None])
         )
-        wanted = policy.decoder.unnormalize(scores)[0, 0].detach().numpy()
-        np.testing.assert_allclose(inference.predict_action({"observation.state": state}), wanted, rtol=1e-5)
+        expected = policy.decoder.unnormalize(scores)[0, 0].detach().numpy()
+        np.testing.assert_allclose(
+            inference.predict_action({"observation.state": state}), expected, rtol=1e-5
+        )
 
 
 def write_lerobot_policy(made, folder, kind):
@@ -225,12 +234,12 @@ def test_a_lerobot_policy_follows(made, tmp_path, kind):
     guide = Guide.load(made / "latents")
     inference = LatentGuidedInference(tmp_path / "policy", guide)
     batch = inference.prepare_batch(SEEN, inference.get_next_latent_action())
-    np.testing.assert_array_equal(batch["observation.lam_tokens"][0], guide.continuous[0].ravel())
+    np.testing.assert_array_equal(batch["observation.lam_tokens"][0, 0], guide.continuous[0].ravel())
     values = json.loads((tmp_path / "policy/config.json").read_text())
     for change, message in (
         ({"lam_weights": "other"}, "LAM of weights other"),
-        ({"use_lam_conditioning": False}, "acts by what it sees alone"),
-        ({"type": "lam_dream"}, "type 'lam_dream', which no installed package knows"),
+        ({"use_lam_conditioning": False}, "is not conditioned on latent actions"),
+        ({"type": "lam_dream"}, "policy type 'lam_dream', which no installed package provides"),
     ):
         (tmp_path / "policy/config.json").write_text(json.dumps({**values, **change}))
         assert message in refused("imitate", *given, "--output-dir", tmp_path / "no")
@@ -238,7 +247,7 @@ def test_a_lerobot_policy_follows(made, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["lam_act", "lam_diffusion"])
-def test_a_lerobot_policy_looks_at_its_guide_before_every_action(made, tmp_path, kind):
+def test_a_lerobot_policy_reads_its_guide_before_every_action(made, tmp_path, kind):
     write_lerobot_policy(made, tmp_path, kind)
     guide = Guide.load(made / "latents")
     changed = guide.continuous.copy()
@@ -260,11 +269,8 @@ def test_the_simulated_robot_follows(made, tmp_path):
     given = (*flags(made, "robot"), "--robot-config", file, "--output-dir", tmp_path / "out")
     ok("imitate", *given, "--control-time-s", "0.8")
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert (metrics["commands"], metrics["ended"], metrics["disconnected"]) == (
-        8,
-        "the last step was taken",
-        True,
-    )
+    assert (metrics["commands"], metrics["end"], metrics["disconnected"]) == (8, "max_steps", True)
+    assert metrics["ended"] == "the maximum number of steps was reached"
     assert metrics["without_limits"] == []
     assert set(metrics) >= {
         "missed_deadlines",
@@ -296,7 +302,7 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
         tmp_path / "out",
         "--no-render",
     )
-    assert "the robot pusht_sim held still for" in message
+    assert "the robot pusht_sim was held still for" in message
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["commands"] <= 4
     assert metrics["ended"] == message.removeprefix("error: ")
@@ -314,7 +320,7 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
         (("--video-path", "a.mp4"), "give --lam-model-path"),
         (("--latents-path", "{root}/latents"), "give --policy-path"),
         (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),
-        (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "ground it first"),
+        (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "Ground it first"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "is not a policy"),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--mode", "robot"),
@@ -333,12 +339,12 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
         ),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--fps", "5"),
-            "holding would skip some",
+            "--time-base hold would skip some",
         ),
         (("--mode", "dream", "--latents-path", "a"), "unknown mode 'dream'"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(made, tmp_path, arguments, message):
+def test_invalid_input_is_one_sentence(made, tmp_path, arguments, message):
     given = [str(argument).format(root=made) for argument in arguments]
     assert message in refused("imitate", *given, "--output-dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -348,9 +354,11 @@ def test_the_guide_of_another_lam_is_refused(made, tmp_path):
     small_lam(tmp_path / "lam", seed=1)
     given = ("imitate", "--policy-path", made / "ground", "--output-dir", tmp_path / "out")
     video = ("--video-path", made / "demo.mp4", "--lam-model-path", tmp_path / "lam")
-    assert "the policy and the guide hold different latent actions: weights" in refused(*given, *video)
+    assert "weights of the latent actions must be the same in the policy and the guide" in refused(
+        *given, *video
+    )
     saved = ("--latents-path", made / "latents", "--lam-model-path", tmp_path / "lam")
-    assert "was extracted by a LAM of other weights" in refused(*given, *saved)
+    assert "got other weights" in refused(*given, *saved)
 
 
 def checking(root, out, policy="guided"):
@@ -358,7 +366,7 @@ def checking(root, out, policy="guided"):
     return ("check-guidance", *given, "--demos", "2", "--seed", "500005")
 
 
-def test_check_guidance_sees_that_nothing_was_learned(made, tmp_path):
+def test_check_guidance_reports_an_untrained_policy(made, tmp_path):
     done = ok(*checking(made, tmp_path / "out"))
     result = json.loads((tmp_path / "out/guidance.json").read_text())
     assert "The policy ignores its guide" in result["verdict"]
@@ -380,14 +388,14 @@ def test_check_guidance_sees_that_nothing_was_learned(made, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--env-name", "FrozenLake-v1"), "FrozenLake-v1 tells no place of the agent"),
+        (("--env-name", "FrozenLake-v1"), "FrozenLake-v1 must have the agent's position in its state"),
         (
             ("--env-name", "babyai/GoToLocal"),
             "has a 2-D continuous action, but babyai/GoToLocal expects one of 7 discrete actions",
         ),
-        (("--policy-path", "{root}/latent"), "ground it first"),
-        (("--lam-model-path", "{tmp}/other"), "hold different latent actions: weights"),
-        (("--lam-model-path", "{tmp}/slow"), "the LAM's frame gap is 0.04 s"),
+        (("--policy-path", "{root}/latent"), "Ground it first"),
+        (("--lam-model-path", "{tmp}/other"), "weights of the latent actions must be the same"),
+        (("--lam-model-path", "{tmp}/slow"), "the frame gap of the LAM"),
     ],
 )
 def test_check_guidance_refuses_before_it_demonstrates(made, tmp_path, arguments, message, monkeypatch):
@@ -425,4 +433,4 @@ def test_ctrl_c_leaves_the_robot_safe(made, tmp_path, monkeypatch):
     assert (metrics["ended"], metrics["disconnected"]) == ("interrupted", True)
     assert 3 <= metrics["commands"] <= 4
     assert not robots[0].is_connected
-    assert len(robots[0].sent) <= 5, "what was on its way, and to hold still"
+    assert len(robots[0].sent) <= 5, "the command in flight, and to hold still"

@@ -34,9 +34,9 @@ def _fast(monkeypatch):
 class Healthy(nn.Module):
     """Its latent is how far the block moves, in halves of a step; its prediction moves the block as far."""
 
-    spec, context, generative, state_size, sees = SPEC, 0, True, 0, True
+    spec, context, generative, state_size, uses_images = SPEC, 0, True, 0, True
 
-    def encode(self, frames, valid=None, last=False):
+    def encode(self, frames, valid=None, last=False, states=None):
         place = self.place(frames)
         z = self.latents((place[:, 1:] - place[:, :-1]) / 4, frames)[:, -1:] if last else None
         z = self.latents((place[:, 1:] - place[:, :-1]) / 4, frames) if z is None else z
@@ -131,7 +131,7 @@ def test_a_healthy_model_passes(path):
     numbers = inspected(Healthy(), path)
     verdict = numbers["verdict"]
     assert (verdict["go"], verdict["name"], verdict["findings"]) == (True, "healthy", [])
-    assert verdict["headline"].startswith("Go: latents tell 0.9")
+    assert verdict["headline"].startswith("Go: latents predict 0.9")
     assert numbers["algebra"] == pytest.approx({"additivity": 0, "reversal": 0, "identity": 0}, abs=1e-6)
     assert numbers["reconstruction"]["recon_mse"] == 0
     assert numbers["controllability"]["delta_psnr"][0] > 20
@@ -148,10 +148,10 @@ def test_a_healthy_model_passes(path):
     ("model", "name", "said"),
     [
         (Collapsed, "collapsed", "the same for every transition"),
-        (CollapsedCodes, "collapsed", "of 64 codes the model really uses 1.0"),
+        (CollapsedCodes, "collapsed", "the model uses 1.0 of 64 codes"),
         (Ignoring, "ignored", "ignores its latents"),
         (Presence, "shuffled_future", "do not depend on the future"),
-        (WrongPairs, "shuffled_future", "do not say which future came true"),
+        (WrongPairs, "shuffled_future", "latents do not identify the actual future"),
     ],
 )
 def test_bad_models_are_called_by_name(path, model, name, said):
@@ -159,7 +159,7 @@ def test_bad_models_are_called_by_name(path, model, name, said):
     assert (verdict["go"], verdict["name"]) == (False, name)
     assert verdict["headline"].startswith("No-go: ")
     assert said in verdict["headline"]
-    assert verdict["next"]
+    assert verdict["recommendation"]
 
 
 @pytest.mark.parametrize(("by", "said"), [(1, "1 row too late"), (-1, "1 row too early")])
@@ -193,7 +193,7 @@ def test_without_actions_the_label_free_part_judges(path, tmp_path, model, name)
     assert numbers["lags"] == numbers["label_efficiency"] == []
     assert "The data has no actions" in " ".join(numbers["missing"])
     if name == "healthy":
-        assert numbers["verdict"]["headline"].startswith("Go as far as can be told without actions")
+        assert numbers["verdict"]["headline"].startswith("Go as far as metrics without actions show")
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,8 @@ def test_the_command_judges_what_training_held_out_and_writes_a_page(trained, pa
     verdict = numbers["verdict"]
     assert done.stdout.splitlines() == [
         verdict["headline"],
-        *(f"Caution: {each['said']}" for each in verdict["findings"] if each["level"] == "caution"),
-        verdict["next"],
+        *(f"Caution: {each['message']}" for each in verdict["findings"] if each["level"] == "caution"),
+        verdict["recommendation"],
         str(tmp_path / "card/inspect.html"),
     ]
     assert numbers["episodes"] == 8
@@ -231,21 +231,21 @@ def test_what_was_held_out_is_known_by_the_frames_and_other_data_is_judged_whole
         assert cli("inspect", trained, "--data", data, "--out", tmp_path / "card").returncode == 0
         numbers = json.loads((tmp_path / "card/inspect.json").read_text())
         assert numbers["episodes"] == episodes
-        assert any("all episodes are judged" in said for said in numbers["missing"]) == (data == other)
+        assert any("all episodes are used" in said for said in numbers["missing"]) == (data == other)
 
 
 def test_one_episode_is_said_to_be_one(trained, tmp_path):
     data = write_blocks(tmp_path / "one.npz", episodes=1, steps=30)
     assert cli("inspect", trained, "--data", data, "--out", tmp_path / "card").returncode == 0
     numbers = json.loads((tmp_path / "card/inspect.json").read_text())
-    assert any(said.startswith("There is one episode to judge on") for said in numbers["missing"])
+    assert any(said.startswith("There is one evaluation episode") for said in numbers["missing"])
     page = (tmp_path / "card/inspect.html").read_text()
     assert not any(f'id="{anchor}"' in page for anchor in ("labels", "transfer"))
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(("--held-out", "1.5"), "between 0 and 1"), (("--frame-gap-s", "9"), "use a smaller gap")],
+    [(("--held-out", "1.5"), "between 0 and 1"), (("--frame-gap-s", "9"), "Use a smaller gap")],
 )
 def test_bad_input_is_one_sentence(trained, path, tmp_path, flags, said):
     done = cli("inspect", trained, "--data", path, "--out", tmp_path / "card", *flags)

@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     monkeypatch.undo()
     done = train(world / "tokens", out)
     assert done.returncode == 0, done.stderr
-    assert "going on from step 2" in done.stderr
+    assert "resuming from step 2" in done.stderr
     mine, wanted = contents(out), contents(trained)
     assert mine.keys() == wanted.keys()
     assert [name for name in wanted if mine[name] != wanted[name]] == []
@@ -199,14 +199,14 @@ def test_lerobot_train_is_the_same_training_and_resumes(world: Path, trained: Pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--policy", "act"), "wanted one of lam_diffusion, lam_act"),
+        (("--policy", "act"), "--policy must be one of lam_diffusion, lam_act"),
         (("--num-epochs", "0"), "--num-epochs must be between 1"),
-        (("--policy-override", "lam_dropout"), "wanted KEY=VALUE"),
+        (("--policy-override", "lam_dropout"), "--policy-override must be KEY=VALUE"),
         (("--policy-override", "lam_dropuot=0.1"), "does not take these settings"),
-        (("--policy-override", "lam_dropout=2"), "set it to at least 0 and less than 1"),
+        (("--policy-override", "lam_dropout=2"), "must be at least 0 and less than 1"),
         (("--policy-override", "lam_dropout=some"), "lam_dropout"),
-        (("--policy-override", "lam_num_learned_tokens=7"), "set lam_num_learned_tokens=2"),
-        (("--lam-tokens-path", "nowhere.safetensors"), "nowhere.safetensors is missing"),
+        (("--policy-override", "lam_num_learned_tokens=7"), "Set lam_num_learned_tokens=2"),
+        (("--lam-tokens-path", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
         (("--dataset-root", "nowhere"), "nowhere is no LeRobot dataset"),
     ],
 )
@@ -230,7 +230,7 @@ def test_lerobot_train_says_what_is_wrong_with_a_setting(
         main()
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert said.rstrip().endswith("lam_dropout is 2.0; set it to at least 0 and less than 1.")
+    assert said.rstrip().endswith("lam_dropout must be at least 0 and less than 1, got 2.0.")
     assert "Traceback" not in said
 
 
@@ -242,10 +242,10 @@ def test_token_files_that_do_not_fit_are_one_sentence(world: Path, tmp_path: Pat
     (tmp_path / "alike").mkdir()
     alike = write_demonstrations(tmp_path / "alike", episodes=3, seed=1)
     bad = {
-        "alike.safetensors": (alike, "holds tokens of other pictures"),
-        "truncated.safetensors": (world / "plain", "is not a whole safetensors file"),
-        "truncated.pt": (world / "plain", "truncated.pt is not a whole file"),
-        "other.safetensors": (other, f"has tokens for {3 * STEPS} rows and"),
+        "alike.safetensors": (alike, "got those of other frames"),
+        "truncated.safetensors": (world / "plain", "is not a complete safetensors file"),
+        "truncated.pt": (world / "plain", "truncated.pt is not a complete"),
+        "other.safetensors": (other, f"rows of plain, got {3 * STEPS}"),
         "dtype.safetensors": (world / "plain", "of float32 or float16 [36, 2, 4], got float64"),
     }
     (tmp_path / "other.safetensors").write_bytes(whole)

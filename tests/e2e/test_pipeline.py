@@ -206,7 +206,7 @@ def test_labels_of_another_lam_are_refused(runs, blocks, tmp_path):
     message = refused(
         "ground", f"policy={root}/policy", f"labels={tmp_path}/labels", f"out={tmp_path}/ground"
     )
-    assert "the policy and the labels hold different latent actions: weights is" in message
+    assert "weights of the latent actions must be the same in the policy and the labels" in message
     assert not (tmp_path / "ground").exists()
 
 

@@ -212,7 +212,7 @@ def test_editing_tools_keep_the_column_and_its_statistics(column, tmp_path):
 
 def test_files_hold_the_same_and_say_what_they_are(data, lam, column, tmp_path):
     done = ok(*command(data, lam, tmp_path / "out", "--output", "both", "--tokens", "vq"))
-    assert "are in the cache" in done.stderr  # another kind of token computes nothing
+    assert "are cached" in done.stderr  # another kind of token computes nothing
     assert "encoding" not in done.stderr
     saved = torch.load(tmp_path / "out/lam_tokens.pt", weights_only=True)
     assert saved["latent_actions"].shape == (ROWS, 4, 4)
@@ -239,7 +239,7 @@ def test_files_hold_the_same_and_say_what_they_are(data, lam, column, tmp_path):
 
 def test_label_uses_what_precompute_computed(data, lam, column, tmp_path):
     done = ok("label", "--lam", lam, "--data", data, "--out", tmp_path / "labels")
-    assert "are in the cache" in done.stderr
+    assert "are cached" in done.stderr
     labels, _ = read_labels(tmp_path / "labels")
     tokens = np.stack([np.asarray(row) for row in lerobot(column).hf_dataset[TOKENS]])
     assert np.array_equal(labels.continuous.reshape(ROWS, -1), tokens)
@@ -362,10 +362,10 @@ def test_a_dataset_of_the_hub(data, lam, column, tmp_path, monkeypatch):
         (("--camera-key", "observation.images.tap"), "did you mean 'observation.images.top'?"),
         (("--tokens", "vqs"), "did you mean 'vq'?"),
         (("--output", "columns"), "did you mean 'column'?"),
-        (("--dtype", "float8"), "--dtype is 'float8'"),
+        (("--dtype", "float8"), "unknown --dtype 'float8'"),
         (("--batch-size", "0"), "--batch-size must be"),
         (("--frame-gap-s", "0.04"), "a frame every 0.1 s"),
-        (("--device", "tpu"), "device is 'tpu'"),
+        (("--device", "tpu"), "device must be cpu on this machine, got 'tpu'"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, words, data, lam, tmp_path):
@@ -376,8 +376,8 @@ def test_bad_flags_are_one_sentence(flags, words, data, lam, tmp_path):
 def test_bad_places_are_one_sentence(data, lam, tmp_path):
     out = tmp_path / "out"
     assert "does not exist" in refused(*command(tmp_path / "nothing", lam, out))
-    assert "no dataset is named" in refused("precompute", "--lam-model-path", lam, "--output-dir", out)
-    assert "lies in the dataset" in refused(*command(data, lam, data / "tokens"))
+    assert "a dataset must be given" in refused("precompute", "--lam-model-path", lam, "--output-dir", out)
+    assert "must be outside of the dataset" in refused(*command(data, lam, data / "tokens"))
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     for more in ((), ("--overwrite",)):
@@ -392,23 +392,21 @@ def test_bad_token_files_are_one_sentence(data, lam, column, tmp_path):
     }
     for name, content in good.items():
         (tmp_path / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(UserError, match="is not a whole"):
+        with pytest.raises(UserError, match="is not a complete"):
             read_token_file(tmp_path / name)
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="does not exist"):
         read_token_file(tmp_path / "nowhere")
     ok("label", "--lam", lam, "--data", data, "--out", tmp_path / "labels")
-    with pytest.raises(UserError, match="does not say what its tokens mean"):
+    with pytest.raises(UserError, match="must describe its tokens, got no metadata"):
         read_token_file(tmp_path / "labels")
     file = read_token_file(tmp_path / "out")
-    with pytest.raises(UserError, match="hold different latent actions: weights is 'other'"):
+    with pytest.raises(UserError, match=r"weights of the latent actions must be the same in .* got 'other'"):
         read_token_file(tmp_path / "out", spec=replace(file.spec, weights="other"))
-    file.refuse_other_rows(file.episode_index, file.frame_index, "data")
-    with pytest.raises(UserError, match=f"has tokens for {ROWS} rows and data has {ROWS - 1}"):
-        file.refuse_other_rows(file.episode_index[1:], file.frame_index[1:], "data")
-    with pytest.raises(
-        UserError, match="row 12 is frame 0 of episode 1 there and frame 12 of episode 0 here"
-    ):
-        file.refuse_other_rows(np.repeat([0, 1], [13, 26]), np.r_[:13, :26], "data")
+    file.check_rows(file.episode_index, file.frame_index, "data")
+    with pytest.raises(UserError, match=f"must have tokens for the {ROWS - 1} rows of data, got {ROWS}"):
+        file.check_rows(file.episode_index[1:], file.frame_index[1:], "data")
+    with pytest.raises(UserError, match="row 12 must be frame 12 of episode 0, got frame 0 of episode 1"):
+        file.check_rows(np.repeat([0, 1], [13, 26]), np.r_[:13, :26], "data")
     saved = torch.load(tmp_path / "out/lam_tokens.pt", weights_only=True)
     torch.save({**saved, "latent_actions": saved["latent_actions"].double()}, tmp_path / "double.pt")
     with pytest.raises(UserError, match=r"'latent_actions' of float32 or float16 \[39, 4, 4\], got float64"):
@@ -464,7 +462,7 @@ import os, sys
 os.environ["LATENTACT_CACHE"] = {str(cache)!r}
 sys.argv = {["latentact", *map(str, arguments)]!r}
 sys.stdout = sys.stderr = open(os.devnull, "w")
-from latentact.cli.app import main
+from latentact.cli import main
 main()"""
     process = context.Process(target=exec, args=(code, {}))
     process.start()

@@ -1,4 +1,4 @@
-"""Real robot video, where it lies beside the repository: every dataset trains a LAM and gets labeled."""
+"""Real robot video, if available beside the repository: train a LAM on each dataset and label it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_trains_and_labels(name: str, tmp_path: Path) -> None:
     if not (DATA / name).exists():
         pytest.skip("the real datasets are not beside the repository")
     lam, labels, data = tmp_path / "lam", tmp_path / "labels", DATA / name
-    if (data / "meta").exists():  # one episode of it: the format takes what is there
+    if (data / "meta").exists():  # one episode: missing episodes are allowed
         data = tmp_path / "one"
         shutil.copytree(DATA / name, data, ignore=shutil.ignore_patterns("*3[0-9].*"))
     run("train-lam", f"data.path={data}", f"out={lam}", *TINY, *SETS[name])

@@ -12,7 +12,7 @@ from latentact.evaluation.policy.comparison import Row
 from latentact.evaluation.policy.rollout import success_interval
 from latentact.io.video_writer import write_video
 from latentact.reporting.comparison_plot import write_comparison
-from latentact.stages.report import run
+from latentact.stages.report import ReportConfig, run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = (
@@ -55,7 +55,7 @@ def page(tmp_path_factory):
         (folder / method / "rollout.json").write_text(json.dumps(rollout))
         rows.append(Row.from_json({**rollout, "method": method, "k": 5, "seed": 0, "run": method}))
     write_comparison(folder, "toy", rows)
-    return run(folder).html
+    return run(ReportConfig(run_dir=str(folder))).html
 
 
 def browse(page, tmp_path, *arguments):

@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
+from latentact.errors import UserError
 from latentact.lams.contract import load_lam
 from wild import (
     ACTION,
@@ -21,7 +23,9 @@ from wild import (
     WIDTH,
     change_info,
     change_tables,
+    encoded,
     ffmpeg_frames,
+    floats,
     image_cell,
     lerobot,
     lerobot_dataset,
@@ -36,6 +40,7 @@ from wild import (
     with_column,
     without_first_rows,
     write_lines,
+    write_table,
     write_video,
 )
 
@@ -123,7 +128,7 @@ ODD = {
     "nulls": {
         "columns": {
             ACTION: (
-                normalize_frames(2),
+                floats(2),
                 lambda e, n: pa.array([*[[1.0, 2.0]] * (n - 1), None], pa.list_(pa.float32())),
             )
         }
@@ -158,8 +163,11 @@ def test_version_3_keeps_its_rows(tmp_path, lam, kind):
     root = lerobot(tmp_path / "d", 3, **given)
     out = tmp_path / "out"
     more = ("--camera-key", TOP) if kind == "two_cameras" else ()
-    if kind in ("wrong_size", "nulls"):  # LeRobot itself shows other frames than announced, or cannot
-        assert "LeRobot cannot show row" in refused(root, lam, out, *more)
+    if kind in ("wrong_size", "nulls"):  # LeRobot itself shows frames of another size, or fails
+        pattern = "shape must be .* as in videos" if kind == "wrong_size" else "LeRobot cannot read row"
+        assert re.search(pattern, refused(root, lam, out, *more))
+        found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
+        assert not found["verdict"].startswith("Ready")
         return
     written(root, lam, out, *more)
     ours, lengths = store(root, camera=TOP).frames, given.get("lengths", (8, 6))
@@ -168,7 +176,7 @@ def test_version_3_keeps_its_rows(tmp_path, lam, kind):
     np.testing.assert_allclose(tokens, tokens_of(lam, ours, lengths), atol=1e-5)
 
 
-def test_policies_see_channels_first_whatever_the_data_said(tmp_path, lam):
+def test_policies_see_channels_first_whatever_the_data_message(tmp_path, lam):
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
     root = lerobot(tmp_path / "d", 2, shape=(3, HEIGHT, WIDTH), names=("channels", "height", "width"))
@@ -267,9 +275,9 @@ def test_videos_become_rows(tmp_path, lam):
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1), (0, 1, 1, 0)])
 def test_turned_and_mirrored_videos_are_refused_as_columns_and_taken_as_files(tmp_path, lam, matrix):
     turn(write_video(tmp_path / "v/a.mp4", 6), *matrix)
-    said = refused(tmp_path / "v", lam, tmp_path / "out")
-    assert "is rotated or mirrored" in said
-    assert "--output file" in said
+    message = refused(tmp_path / "v", lam, tmp_path / "out")
+    assert "is rotated or mirrored" in message
+    assert "--output file" in message
     written(tmp_path / "v", lam, tmp_path / "out", "--output", "file")
 
 
@@ -304,6 +312,8 @@ def test_videos_that_cannot_be_rows_are_refused_as_columns_and_taken_as_files(tm
     UNFIT[kind](tmp_path / "v")
     gap = ("--frame-gap-s", "0.4")
     assert "--output file" in refused(tmp_path / "v", lam, tmp_path / "out", *gap)
+    found = json.loads(cli("check-data", tmp_path / "v", "--json", "--max-frames", "0").stdout)
+    assert found["verdict"].startswith("Usable with care")
     done = precompute(tmp_path / "v", lam, tmp_path / "out", *gap, "--output", "file")
     assert done.returncode == 0 or "error: " in done.stderr
 
@@ -380,11 +390,112 @@ BROKEN = {
 }
 
 
+def on_episodes(name, values):
+    """Return a change of a column of `meta/episodes`."""
+    return lambda r: change_tables(r, lambda t: with_column(t, name, values), "meta/episodes")
+
+
+def on_rows(name, change):
+    """Return a change of a column of the rows."""
+
+    def apply(table):
+        return with_column(table, name, change(table[name].to_numpy().copy()))
+
+    return lambda r: change_tables(r, apply)
+
+
+def put(row, value, dtype=None):
+    def change(values):
+        values = values.astype(dtype or values.dtype)
+        values[row] = value
+        return values
+
+    return change
+
+
+def info_with(**fields):
+    return lambda r: change_info(r, **fields)
+
+
+BROKEN |= {
+    "episode_not_listed": lambda r: change_tables(r, lambda t: t.slice(0, 1), "meta/episodes"),
+    "episodes_swapped": lambda r: change_tables(r, lambda t: pa.concat_tables([t.slice(8), t.slice(0, 8)])),
+    "video_of_another_size": lambda r: write_video(next(r.rglob("*.mp4")), 14, size=(48, 64)),
+    "task_index_beyond": on_rows("task_index", put(3, 7)),
+    "task_index_negative": on_rows("task_index", put(3, -1)),
+    "episode_index_half": on_rows("episode_index", put(3, 0.5, float)),
+    "episode_index_lists": on_rows("episode_index", lambda v: [[int(e)] for e in v]),
+    "frame_index_half": on_rows("frame_index", put(3, 3.5, float)),
+    "index_text": on_rows("index", lambda v: [str(i) for i in v]),
+    "file_index_float": on_episodes("data/file_index", [0.0, 0.0]),
+    "file_index_half": on_episodes(f"videos/{TOP}/file_index", [0.5, 0.0]),
+    "file_index_beyond": on_episodes("data/file_index", [0, 3]),
+    "length_wrong": on_episodes("length", [8, 5]),
+    "total_tasks_text": info_with(total_tasks="v9"),
+    "total_tasks_zero": info_with(total_tasks=0),
+    "total_episodes_missing": info_with(total_episodes=...),
+    "total_frames_negative": info_with(total_frames=-1),
+    "data_size_text": info_with(data_files_size_in_mb=""),
+    "video_size_negative": info_with(video_files_size_in_mb=-1),
+    "video_size_infinite": info_with(video_files_size_in_mb=float("inf")),
+    "splits_surrogate": info_with(splits={"\ud800": "0:2"}),
+    "task_not_utf8": lambda r: write_table(
+        pa.table(
+            {
+                "task_index": [0],
+                "task": pa.StringArray.from_buffers(
+                    1, pa.py_buffer(np.int32([0, 2]).tobytes()), pa.py_buffer(b"\xc3\x28")
+                ),
+            }
+        ),
+        r / "meta/tasks.parquet",
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_datasets_are_refused_in_one_sentence_and_nothing_is_left(tmp_path, lam, kind):
     root = lerobot(tmp_path / "d", 3)
+    (root / "meta/stats.json").write_text("{}")
     BROKEN[kind](root)
-    assert refused(root, lam, tmp_path / "out").startswith("error: ")
+    message = refused(root, lam, tmp_path / "out")
+    assert message.startswith("error: ")
+    assert "LeRobot cannot read" not in message  # it is found before anything is written
+    assert re.search(r"meta/|column |data: |files|parquet", message), message
+    found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
+    assert not found["verdict"].startswith("Ready"), message
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "turned"])
+@EITHER
+def test_images_that_lerobot_reads_in_another_shape_are_found_beforehand(tmp_path, lam, mode, version):
+    def cell(e, i):
+        image = Image.fromarray(numbered(20 * e + i))
+        if mode == "turned":
+            exif = Image.Exif()
+            exif[0x0112] = 6  # a quarter turn: 48 high and 32 wide
+            return {"bytes": encoded(image, "jpeg", exif=exif), "path": None}
+        return {"bytes": encoded(image.convert(mode), "tiff" if mode == "CMYK" else "png"), "path": None}
+
+    root = lerobot(tmp_path / "d", version, cell=cell)
+    (root / "meta/stats.json").write_text("{}")
+    height, width, channels = (
+        (48, 32, 3) if mode == "turned" else (32, 48, len(Image.new(mode, (1, 1)).getbands()))
+    )
+    want = f"images must be [h, w, c] = [32, 48, 3] as LeRobot reads them, got {[height, width, channels]}"
+    assert want in refused(root, lam, tmp_path / "out")
+    found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
+    assert any(want in line for line in found["warnings"])
+    written(root, lam, tmp_path / "file", "--output", "file")
+
+
+def test_what_lerobot_raises_is_one_sentence(tmp_path):
+    from latentact.data.lerobot.verify import verify_dataset
+
+    root = lerobot(tmp_path / "d", 3)
+    on_rows("episode_index", put(3, 0.5, float))(root)
+    with pytest.raises(UserError, match=r"LeRobot cannot read what was written \(.*0\.5.*\); mend it\."):
+        verify_dataset(root, "mend it")
 
 
 def test_missing_texts_of_tasks_become_those_of_the_list(tmp_path, lam):
@@ -399,7 +510,7 @@ def test_numbers_of_the_tables_are_kept(tmp_path, lam):
     root = lerobot(
         tmp_path / "d",
         2,
-        columns={ACTION: (normalize_frames(2), lambda e, n: [[float(i), float(e)] for i in range(n)])},
+        columns={ACTION: (floats(2), lambda e, n: [[float(i), float(e)] for i in range(n)])},
     )
     out = written(root, lam, tmp_path / "out")
     table = pa.concat_tables([pq.read_table(file) for file in sorted((out / "data").rglob("*.parquet"))])
@@ -417,17 +528,15 @@ def test_training_on_numbers_that_are_none_ends_before_it_starts_or_leaves_them_
     def values(e, n):
         return [[float("nan") if i == 3 else i / n, 0.5] for i in range(n)]
 
-    root = lerobot(
-        tmp_path / "d", 2, lengths=(12,) * 4, cell=image_cell, columns={name: (normalize_frames(2), values)}
-    )
+    root = lerobot(tmp_path / "d", 2, lengths=(12,) * 4, cell=image_cell, columns={name: (floats(2), values)})
     more = ("labeled_episodes=3", "lam.action_weight=1") if name == ACTION else ()
     short = ("training.steps=2", "held_out=0.25", "frame_gap_s=0.1", *more)
     command = ("train-lam", *TINY_LAM, f"data.path={root}", f"out={tmp_path / 'run'}", *short)
     done = cli(*command)
     assert done.returncode == 2, done.stderr
-    said = done.stderr.splitlines()[-1]
+    message = done.stderr.splitlines()[-1]
     assert re.search(
-        rf"column {name}: \d rows are missing, NaN or infinite, the first is row 3 of episode", said
+        rf"column {name}: \d rows are missing, NaN or infinite, the first is row 3 of episode", message
     )
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run/model.safetensors").exists()

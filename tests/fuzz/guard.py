@@ -1,4 +1,4 @@
-"""Run the command line on odd input and check what must hold whatever it is."""
+"""Run the command line on unusual input and check its invariants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Hang(BaseException):
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Note what the guarded thread writes outside of the allowed folders, starts or connects to."""
+    """Record writes outside the allowed folders, new processes and connections of the guarded thread."""
     seen = _watched["seen"]
     if seen is None or threading.get_ident() != _watched["thread"]:
         return
@@ -56,9 +56,9 @@ def _check(event: str, path: Any, seen: list[str]) -> None:
     if not isinstance(path, str | bytes | os.PathLike):
         return
     full = os.path.abspath(os.fsdecode(path))
-    # Modules that are compiled, folders that libraries make when they are imported, nameless files.
-    there = event == "os.mkdir" and os.path.isdir(full)
-    usual = there or "__pycache__" in full or full.startswith(_LIBRARIES) or full == tempfile.gettempdir()
+    # Compiled modules, folders that libraries create on import, unnamed files.
+    exists = event == "os.mkdir" and os.path.isdir(full)
+    usual = exists or "__pycache__" in full or full.startswith(_LIBRARIES) or full == tempfile.gettempdir()
     if not usual and not full.startswith(_watched["allowed"]):
         seen.append(f"{event} {full}")
 
@@ -87,14 +87,14 @@ def _guarded(*allowed: Path) -> Iterator[list[str]]:
 def check(
     command: list[str | Path], *, box: Path, out: Path | None, mark: Path, resumed: bool = False
 ) -> list[str]:
-    """Run a command and return what is wrong with how it ended; empty: nothing.
+    """Run a command and return the violated invariants.
 
     Args:
-        command: what is typed after `latentact`.
-        box: folder of this case, the only place besides the cache that may be written.
-        out: what the command makes; None: nothing, or it writes into a folder that is there.
-        mark: file that appears if something in its input is executed.
-        resumed: whether `out` was there before.
+        command: arguments after `latentact`.
+        box: folder of this case, the only folder besides the cache that may be written.
+        out: output of the command; None: no output, or it writes into an existing folder.
+        mark: file that exists if code in the input was executed.
+        resumed: whether `out` existed before.
     """
     wrong: list[str] = []
     cache = Path(os.environ["LATENTACT_CACHE"])
@@ -116,9 +116,9 @@ def check(
     if done.returncode == 2:
         found = [line for line in lines if line.startswith("error: ")]
         if len(found) != 1 or lines[-1] != found[0]:
-            wrong.append(f"not one sentence: {done.stderr[-1500:]}")
+            wrong.append(f"not a one-sentence error: {done.stderr[-1500:]}")
         elif len(found[0]) > 1500:
-            wrong.append(f"a sentence of {len(found[0])} characters: {found[0][:300]}")
+            wrong.append(f"an error of {len(found[0])} characters: {found[0][:300]}")
         after = {path for path in box.rglob("*") if path.name != ".lock"} - before
         left = [str(path.relative_to(box)) for path in after]
         if out is not None and left and not resumed:
@@ -126,12 +126,12 @@ def check(
     elif done.returncode != 0:
         wrong.append(f"exit code {done.returncode}: {done.stderr[-1500:]}")
     if any("partial" in path.name or path.suffix == ".tmp" for path in set(box.rglob("*")) - before):
-        wrong.append("half of a file or folder is left behind")
+        wrong.append("a partial file or folder is left behind")
     return wrong
 
 
 def emptied(box: Path) -> Path:
-    """Return the folder of a case, new and empty."""
+    """Return an empty folder for a case."""
     shutil.rmtree(box, ignore_errors=True)
     (box / "here").mkdir(parents=True)
     return box

@@ -1,4 +1,4 @@
-"""Damage to files and values, each drawn from a `random.Random`, so that a seed and a number name a case."""
+"""Mutations of files and values, drawn from a `random.Random` so that a seed and a number identify a case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import yaml
 
 DEEP = "@deep@"
-"""Stands for JSON nested too deep for any parser."""
+"""Placeholder for JSON nested too deeply for parsers."""
 ODD: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 7, 0.5, -0.5, 2**31, 2**63, 10**30, -(10**30), 1e300, -1e300, 1e-320),
     *(
@@ -53,7 +53,7 @@ NUMBERS = (
     ),
     *("true", "0x10", "1e400", "9" * 5000, " ", "\0", "18446744073709551616", "4294967296"),
 )
-"""What is typed where a number belongs."""
+"""Arguments in place of a number."""
 
 
 class Evil:
@@ -67,7 +67,7 @@ class Evil:
 
 
 def mutate(rng: random.Random, file: Path, mark: Path) -> str:
-    """Damage a file in place and return what was done.
+    """Damage a file in place and return a description of the mutation.
 
     Args:
         rng: decides what.
@@ -136,7 +136,7 @@ _BYTES = (_flip, _flip, _cut, _insert, _drop, _empty, _missing, _folder, _pickle
 
 
 def alter(rng: random.Random, values: Any) -> tuple[Any, str]:
-    """Return a copy of nested dicts and lists in which one value is another, is missing or is added."""
+    """Return a copy of nested dicts and lists with one value changed, removed or added."""
     values = copy.deepcopy(values)
     places: list[tuple[Any, Any]] = []
 
@@ -167,7 +167,7 @@ def alter(rng: random.Random, values: Any) -> tuple[Any, str]:
 
 
 def dump(values: Any) -> str:
-    """Return JSON text, also of numbers that JSON does not have and of nesting that no parser takes."""
+    """Return JSON text, including invalid numbers and nesting that parsers reject."""
     return json.dumps(values).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
 
 
@@ -222,7 +222,7 @@ def _safetensors(rng: random.Random, file: Path, mark: Path) -> str:
 
 
 def _tensors(rng: random.Random, file: Path) -> str:
-    """Another shape, dtype or value of one tensor, in a file that is whole."""
+    """Change the shape, dtype or values of one tensor in a valid file."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -241,7 +241,7 @@ def _tensors(rng: random.Random, file: Path) -> str:
 
 
 def odd_tensor(rng: random.Random, tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Return a tensor of another shape, dtype or values."""
+    """Return a tensor with another shape, dtype or values."""
     makers: dict[str, Callable[[], torch.Tensor]] = {
         "a row less": lambda: tensor[:-1].clone() if tensor.ndim else tensor,
         "an axis more": lambda: tensor[None].clone(),
@@ -312,7 +312,7 @@ def _odd_array(rng: random.Random, array: np.ndarray, mark: Path) -> tuple[np.nd
 
 
 def _zip(rng: random.Random, file: Path, _: Path) -> str:
-    """Leave a member of an archive out."""
+    """Remove a member of an archive."""
     with zipfile.ZipFile(file) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members.pop(rng.choice(sorted(members)))

@@ -1,4 +1,4 @@
-"""Our own files, damaged: a command that reads them ends well, or in one sentence with exit code 2.
+"""Damaged artifacts: a command that reads them succeeds, or fails with exit code 2 and a one-sentence error.
 
 Another seed or more cases: LATENTACT_FUZZ_SEED=7 LATENTACT_FUZZ_CASES=5000 pytest tests/fuzz.
 """
@@ -21,17 +21,17 @@ class Use:
     """How a command reads an artifact."""
 
     artifact: str
-    """Name in `whole`; the copy of this name is what is damaged."""
+    """Name in `whole`; a copy of it is damaged."""
     command: Callable[[Path, Path, Path], tuple[str | Path, ...]]
-    """(whole, the damaged copy, out) -> what is typed."""
+    """(whole, damaged copy, out) -> command line."""
     files: str = "**/*"
-    """Which of its files are damaged."""
+    """Pattern of the files that are damaged."""
     makes: bool = True
-    """Whether it makes `out`; otherwise it writes into the artifact."""
+    """Whether it creates `out`; otherwise it writes into the artifact."""
     weight: int = 4
-    """How often it is drawn, relative to others."""
+    """Relative frequency."""
     drop: str = ""
-    """File that is removed first, so that a run is not finished."""
+    """File to remove first, so that the run is unfinished."""
 
 
 def _lam_run(whole: Path, bad: Path, _: Path) -> tuple[str | Path, ...]:

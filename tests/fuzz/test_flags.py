@@ -1,4 +1,4 @@
-"""Odd numbers in every flag and setting: a command ends well, or in one sentence with exit code 2.
+"""Unusual numbers in every flag and setting: a command succeeds, or fails with exit code 2 and one sentence.
 
 Flags come from the command line's own definition and settings from the stages' dataclasses, so new ones are
 covered. Another seed or more cases: LATENTACT_FUZZ_SEED=7 LATENTACT_FUZZ_CASES=5000 pytest tests/fuzz.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import random
-import typing
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from mutations import NUMBERS
 from whole import CASES, LAM, POLICY, SEED, whole_artifacts  # noqa: F401 (a fixture)
 
 from latentact import config
-from latentact.cli import app as cli
+from latentact.cli.stage_command import FILE_COMMANDS
 from latentact.lams.contract import LAMS
 from latentact.policies.contract import POLICIES
 from latentact.quantizers.quantizer import QUANTIZERS
@@ -37,7 +36,7 @@ BASES = {
     "demo": "--out {o} --episodes 5 --k 5",
     "check-data": "{w}/blocks.npz --max-frames 4",
 }
-"""Command -> flags with which it ends soon; one that is not here gets a text for whatever it needs."""
+"""Command -> flags with which it ends quickly."""
 SMALL = {
     "lapo": LAM,
     "idm": ("lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.channels=[8]", "labeled_episodes=2"),
@@ -59,24 +58,22 @@ SMALL = {
         *("lam.decoder_n_heads=2", "lam.num_learned_tokens=1", "lam.action_latent_dim=4", "lam.n_codes=4"),
     ),
 }
-"""LAM -> settings that make it small."""
+"""LAM -> settings of a small model."""
 STEPS = ("training.steps=2", "training.batch_size=4", "data.resolution=32")
 
 
 def _flags() -> list[tuple[str, str]]:
     """(command, flag) of every flag that takes a number."""
-    found = []
-    for command in cli.app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__.replace("_", "-")
-        for parameter, hint in typing.get_type_hints(command.callback).items():
-            if hint in (int, float, int | None, float | None):
-                found.append((name, f"--{parameter.replace('_', '-')}"))
-    return found
+    return [
+        (name, f"--{flag.name}")
+        for name, command in FILE_COMMANDS.items()
+        for flag in command.flags
+        if flag.kind in (int, float, int | None, float | None)
+    ]
 
 
 def _settings() -> list[tuple[str, tuple[str, ...], str, str]]:
-    """(stage, settings that choose, setting, type) of every setting that is or holds numbers."""
+    """Return (stage, group choices, setting, type) for every numeric setting."""
     choices: list[tuple[str, dict[str, str]]] = [("ground", {}), ("compare", {})]
     choices += [("train_lam", {"lam": name}) for name in LAMS.names()]
     choices += [("train_policy", {"policy": name}) for name in POLICIES.names()]
@@ -91,7 +88,7 @@ def _settings() -> list[tuple[str, tuple[str, ...], str, str]]:
 
 
 LARGE = ("300", "2000", "65537", "1000000", "300000000", "2147483647", "1e9", "1e-9", "-1e9")
-"""Typed for the sizes of networks."""
+"""Values for sizes of networks."""
 FLAGS, SETTINGS = _flags(), _settings()
 
 

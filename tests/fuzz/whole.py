@@ -1,4 +1,4 @@
-"""One of each artifact, tiny and whole; where the fuzz tests begin."""
+"""Valid tiny artifacts of every kind, which the fuzz tests damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from latentact.io.video_writer import write_video
 
 SEED = int(os.environ.get("LATENTACT_FUZZ_SEED", "0"))
 CASES = int(os.environ.get("LATENTACT_FUZZ_CASES", "500"))
-"""Of both tests together."""
+"""Number of cases of both tests together."""
 CODES = (
     *("lam.bottleneck.kind=vq", "lam.bottleneck.dim=4", "lam.bottleneck.positions=2"),
     "lam.bottleneck.codebook_size=4",
@@ -26,7 +26,7 @@ POLICY = (*TINY_POLICY, "training.steps=2")
 
 
 def make_whole(root: Path) -> Path:
-    """Write one of each artifact, tiny and whole, into a folder."""
+    """Write one valid tiny artifact of each kind into a folder."""
     blocks = write_blocks(root / "blocks.npz", episodes=4, steps=8)
     arrays = dict(np.load(blocks))
     arrays["action"][1] = 6  # as many classes as BabyAI has

@@ -59,7 +59,7 @@ def test_pictures_are_replaced_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     windows = []
     infer = model._infer
     monkeypatch.setattr(model, "_infer", lambda window: windows.append(window.x) or infer(window))
-    monkeypatch.setattr(model, "_picture", lambda x, latent: x[:, 1] * 0 + 0.25)
+    monkeypatch.setattr(model, "_predict_pixels", lambda x, latent: x[:, 1] * 0 + 0.25)
     batch = clip(steps=2)
     model.loss(batch)
     assert (windows[1][:, 1] == 0.25).all()
@@ -77,17 +77,17 @@ def test_states_are_counted_in_their_own_deviations() -> None:
 def test_a_model_of_states_refuses_to_work_without_them() -> None:
     model = STATE.build().eval()
     batch = clip()
-    assert model.encode(batch.frames, state=batch.states).vectors.shape == (8, 2, 1, 8)
-    assert model.encode(batch.frames[0], state=batch.states[0]).vectors.shape == (1, 2, 1, 8)
-    for wrong, found in ((None, "none"), (torch.zeros(8, 3, 5), "5 numbers")):
-        with pytest.raises(UserError, match=rf"observes a robot state of 2 numbers and got.*{found}"):
-            model.encode(batch.frames, state=wrong)
+    assert model.encode(batch.frames, states=batch.states).vectors.shape == (8, 2, 1, 8)
+    assert model.encode(batch.frames[0], states=batch.states[0]).vectors.shape == (1, 2, 1, 8)
+    for wrong, found in ((None, "none"), (torch.zeros(8, 3, 5), "5 values")):
+        with pytest.raises(UserError, match=rf"must have the 2 values that the LAM clam uses, got {found}"):
+            model.encode(batch.frames, states=wrong)
 
 
 def test_a_model_of_pictures_does_not_look_at_states() -> None:
     model = SMALL.build().eval()
     batch = clip()
-    assert torch.equal(model.encode(batch.frames).vectors, model.encode(batch.frames, state=None).vectors)
+    assert torch.equal(model.encode(batch.frames).vectors, model.encode(batch.frames, states=None).vectors)
     assert not hasattr(model, "state_fdm")
 
 
@@ -97,7 +97,7 @@ def test_latents_of_states_change_with_the_next_state() -> None:
     batch = clip()
     changed = batch.states.clone()
     changed[:, 2] += 1
-    before, after = (model.encode(batch.frames, state=s).vectors for s in (batch.states, changed))
+    before, after = (model.encode(batch.frames, states=s).vectors for s in (batch.states, changed))
     assert torch.equal(before[:, 0], after[:, 0])
     assert not torch.isclose(before[:, 1], after[:, 1]).all(-1).any()
 

@@ -32,8 +32,8 @@ def data(tmp_path):
     info = {"codebase_version": "v3.0", "features": features, "fps": 10, "note": "kept"}
     (root / "meta/info.json").write_text(json.dumps(info))
     (root / "meta/stats.json").write_text(json.dumps({"index": {"min": [0]}}))
-    episode, moment = np.repeat([0, 1, 2], LENGTHS), np.array([0, 0.1, 0, 0.1, 0.2, 0], np.float32)
-    table = pa.table({"episode_index": episode, "index": np.arange(6), "timestamp": moment})
+    episode, timestamp = np.repeat([0, 1, 2], LENGTHS), np.array([0, 0.1, 0, 0.1, 0.2, 0], np.float32)
+    table = pa.table({"episode_index": episode, "index": np.arange(6), "timestamp": timestamp})
     pq.write_table(table.slice(0, 2), root / "data/chunk-000/file-000.parquet")
     pq.write_table(table.slice(2), root / "data/chunk-000/file-001.parquet", row_group_size=3)
     rows = pa.table({"episode_index": [0, 1, 2], "stats/index/min": [[0.0], [2.0], [5.0]]})

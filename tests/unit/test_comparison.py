@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from latentact.evaluation.policy.comparison import Row, aggregate, verdict
-from latentact.evaluation.policy.rollout import success_interval
+from latentact.evaluation.policy.intervals import success_interval
 from latentact.reporting.comparison_plot import write_comparison
 
 
@@ -48,23 +48,29 @@ def rows(**success):
 )
 def test_the_first_sentence_names_the_winner_whoever_it_is(method, name):
     scores = {"latent": 0.3, "latent_joint": 0.3, "bc_k": 0.3, "idm_k": 0.3, "oracle": 0.9} | {method: 0.8}
-    said = verdict(rows(**scores))
-    assert said.startswith(f"{name} wins with 5 labeled episodes: success 0.80 (0.71 to 0.87) against 0.30")
-    assert "the next best; the intervals are apart." in said
-    assert said.endswith("is 89% of the oracle, BC on all labels, which reaches 0.90 (0.83 to 0.94).")
+    message = verdict(rows(**scores))
+    assert message.startswith(
+        f"{name} wins with 5 labeled episodes: success 0.80 (0.71 to 0.87) against 0.30"
+    )
+    assert "the next best; the intervals are apart." in message
+    assert message.endswith("is 89% of the oracle, BC on all labels, which reaches 0.90 (0.83 to 0.94).")
 
 
-def test_when_a_baseline_wins_the_latent_policy_is_still_told():
-    said = verdict(rows(latent=0.2, latent_joint=0.25, bc_k=0.7, idm_k=0.5))
-    assert said.startswith("BC on k labels wins with 5 labeled episodes: success 0.70")
-    assert "against 0.50 (0.40 to 0.60) for IDM on k labels" in said
-    assert "The best latent policy, Latent policy with joint head, reaches 0.25 (0.18 to 0.34)" in said
+def test_when_a_baseline_wins_the_latent_policy_is_still_reported():
+    message = verdict(rows(latent=0.2, latent_joint=0.25, bc_k=0.7, idm_k=0.5))
+    assert message.startswith("BC on k labels wins with 5 labeled episodes: success 0.70")
+    assert "against 0.50 (0.40 to 0.60) for IDM on k labels" in message
+    assert "The best latent policy, Latent policy with joint head, reaches 0.25 (0.18 to 0.34)" in message
 
 
-def test_when_latent_policies_lead_the_best_baseline_is_told():
-    said = verdict(rows(latent=0.7, latent_joint=0.75, bc_k=0.2, idm_k=0.5))
-    assert "for Latent policy, the next best; the intervals overlap, so more episodes or seeds could" in said
-    assert "The best baseline, IDM on k labels, reaches 0.50 (0.40 to 0.60); the intervals are apart." in said
+def test_when_latent_policies_lead_the_best_baseline_is_reported():
+    message = verdict(rows(latent=0.7, latent_joint=0.75, bc_k=0.2, idm_k=0.5))
+    assert (
+        "for Latent policy, the next best; the intervals overlap, so more episodes or seeds could" in message
+    )
+    assert (
+        "The best baseline, IDM on k labels, reaches 0.50 (0.40 to 0.60); the intervals are apart." in message
+    )
 
 
 def test_ties_failures_and_loneliness():
@@ -79,10 +85,10 @@ def test_several_k():
         [row("latent", 0.6, k=1), row("bc_k", 0.1, k=1)],
         [row("latent", 0.7, k=50), row("bc_k", 0.9, k=50)],
     )
-    said = verdict([*few, *many, row("oracle", 0.9, k=None)])
-    assert said.startswith("The winner depends on k: Latent policy at k = 1, BC on k labels at k = 50. ")
-    assert "Latent policy wins with 1 labeled episode: success 0.60" in said
-    assert said.endswith(
+    message = verdict([*few, *many, row("oracle", 0.9, k=None)])
+    assert message.startswith("The winner depends on k: Latent policy at k = 1, BC on k labels at k = 50. ")
+    assert "Latent policy wins with 1 labeled episode: success 0.60" in message
+    assert message.endswith(
         "The best with 50 labeled episodes is not behind the oracle, BC on all labels, "
         "which reaches 0.90 (0.83 to 0.94)."
     )
@@ -116,8 +122,8 @@ def test_without_success_the_return_decides():
         interval = [value - 1, value + 1]
         return row(method, 0.0, **{"success": None, "ci95": None, "return": value, "return_ci95": interval})
 
-    said = verdict([blind("latent", 5.0), blind("bc_k", 9.0)])
-    assert said.startswith("BC on k labels wins with 5 labeled episodes: return 9.00 (8.00 to 10.00)")
+    message = verdict([blind("latent", 5.0), blind("bc_k", 9.0)])
+    assert message.startswith("BC on k labels wins with 5 labeled episodes: return 9.00 (8.00 to 10.00)")
 
 
 def test_fine_tuned_policies_are_shown_and_do_not_compete():
@@ -143,10 +149,10 @@ def test_files(tmp_path, ks):
     assert lines[-1]["k"] == ""
     assert float(lines[0]["success_low"]) == pytest.approx(success_interval([1] * 70 + [0] * 30)[0])
     svg = ET.fromstring((tmp_path / "comparison.svg").read_text())
-    said = "".join(svg.itertext())
-    assert "Success of every method on <env> & co" in said
-    assert "Latent policy" in said
-    assert "Oracle BC (all labels)" in said
+    message = "".join(svg.itertext())
+    assert "Success of every method on <env> & co" in message
+    assert "Latent policy" in message
+    assert "Oracle BC (all labels)" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "comparison.csv",
         "comparison.json",

@@ -122,7 +122,7 @@ def test_resampling_upwards_repeats_frames_and_stops_at_the_last():
     assert [n for _, n, _ in at_times(frames, (k / 4 for k in range(100)))] == [0, 0, 1, 1, 2]
 
 
-def test_a_moment_before_the_first_frame_is_refused():
+def test_a_time_before_the_first_frame_is_rejected():
     with pytest.raises(Unreadable, match="first frame"):
         list(at_times([(0.5, "a")], [0.0]))
 
@@ -165,7 +165,7 @@ def test_an_mp4_whose_index_comes_first_and_whose_data_is_cut_is_cut_short(tmp_p
         container.mux(stream.encode())
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
-    with pytest.raises(Unreadable, match="cut short"):
+    with pytest.raises(Unreadable, match="truncated"):
         probe(path)
 
 
@@ -176,7 +176,7 @@ def test_matroska_that_ends_before_its_duration_is_cut_short(tmp_path, name, cod
     path = write_video(tmp_path / name, noise, codec=codec)
     assert probe(path).frames == 40
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(Unreadable, match=r"cut short: .* of its 4\.0 seconds"):
+    with pytest.raises(Unreadable, match=r"truncated: .* of 4\.0 seconds"):
         probe(path)
 
 

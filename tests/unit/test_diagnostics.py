@@ -23,7 +23,7 @@ from latentact.evaluation.lam.diagnostics import (
     without_state,
 )
 from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe
-from latentact.evaluation.lam.verdict import judge
+from latentact.evaluation.lam.verdict import interpret
 
 A = np.array([[3.0, 4.0], [0.0, 1.0]])
 
@@ -238,11 +238,11 @@ SAME = {"recon_mse": 1e-3, "copy_mse": 1e-2, "shuffled_mse": 1e-3}
     ],
 )
 def test_verdicts(changes, name):
-    verdict = judge(numbers(**changes))
+    verdict = interpret(numbers(**changes))
     assert verdict.name == name
     assert verdict.go == (name == "healthy")
     assert verdict.headline.startswith("Go" if verdict.go else "No-go: ")
-    assert verdict.next
+    assert verdict.recommendation
 
 
 @pytest.mark.parametrize(
@@ -257,16 +257,16 @@ def test_verdicts(changes, name):
     ],
 )
 def test_cautions_do_not_forbid(changes, name):
-    verdict = judge(numbers(**changes))
+    verdict = interpret(numbers(**changes))
     assert verdict.go
     assert [(finding.name, finding.level) for finding in verdict.findings] == [(name, "caution")]
 
 
 def test_a_leak_is_told_as_what_it_is():
-    (far,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": 1.01})).findings
-    (near,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": 0.4})).findings
-    (state,) = judge(numbers(leakage={"centered": 0.95, "across_cuts": None}, sees=False)).findings
-    assert "across a cut" not in far.said, "no evidence of a picture"
-    assert "across a cut the error is 40%" in near.said
-    assert "frame" in near.next
-    assert "frame" not in state.said + state.next
+    (far,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": 1.01})).findings
+    (near,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": 0.4})).findings
+    (state,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": None}, sees=False)).findings
+    assert "across a cut" not in far.message, "no evidence of a picture"
+    assert "across a cut the error is 40%" in near.message
+    assert "frame" in near.recommendation
+    assert "frame" not in state.message + state.recommendation

@@ -27,26 +27,26 @@ def played(name, distraction, steps=25, seed=3):
     return np.stack(frames), nuisances
 
 
-def test_words():
+def test_parse():
     assert Distraction.parse("") == Distraction()
     assert not Distraction(correlation=1.0)
     assert Distraction.parse("background=0.6, shake=0.5,correlation=0.8") == ALL
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("text", "message"),
     [
         ("backgroud=1", "did you mean 'background'"),
-        ("shake=0.1,shake=0.2", "given twice"),
-        ("correlation=0.8", "distracts nothing"),
-        ("shake=much", "wanted a number from 0 to 1"),
-        ("shake=2", "shake is 2"),
-        ("correlation=nan", "correlation is nan"),
+        ("shake=0.1,shake=0.2", "must be given once"),
+        ("correlation=0.8", "must include background or shake"),
+        ("shake=much", "shake must be between 0 and 1, got 'much'"),
+        ("shake=2", "shake must be between 0 and 1, got 2"),
+        ("correlation=nan", "correlation must be between 0 and 1, got nan"),
     ],
 )
-def test_wrong_words_are_user_errors(said, message):
+def test_invalid_distractors_are_user_errors(text, message):
     with pytest.raises(UserError, match=message):
-        Distraction.parse(said)
+        Distraction.parse(text)
 
 
 def test_at_correlation_one_the_action_decides_both_motions():

@@ -12,7 +12,7 @@ from latentact.data.stream import FrameStream
 from latentact.errors import UserError
 from latentact.labeling import dataset as encode
 from latentact.labeling import precision
-from latentact.labeling.dataset import EncodeOptions, Share, encode_dataset
+from latentact.labeling.dataset import EncodeOptions, Shard, encode_dataset
 from latentact.lams.contract import LatentActionModel
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -42,7 +42,7 @@ class Corner(LatentActionModel):
         super().__init__(None)
         self.batches = []
 
-    def encode(self, frames, valid=None, last=False):
+    def encode(self, frames, valid=None, last=False, states=None):
         self.batches.append(len(frames))
         seen = frames.float().mean((2, 3, 4))[:, None, :, None]
         return LatentActions(
@@ -89,9 +89,9 @@ def test_windows_by_hand(gap, batch_size, numbered, tmp_path):
 class Stretched(Corner):
     """Looks at four frames at once; its token tells the clip's first frame, the current and the next one."""
 
-    stretch = 3
+    transitions_per_window = 3
 
-    def encode(self, frames, valid=None, last=False):
+    def encode(self, frames, valid=None, last=False, states=None):
         self.batches.append(len(frames))
         assert frames.shape[1] == 4
         seen = frames.float().mean((2, 3, 4))
@@ -128,14 +128,14 @@ def test_settings_that_change_the_numbers_have_tokens_of_their_own(numbered, tmp
 
 
 class Coarse(Corner):
-    """Says other codes in bf16 than in fp32 for a share of the transitions."""
+    """Says other codes in bf16 than in fp32 for a shard of the transitions."""
 
     def __init__(self, every):
         super().__init__()
         self.every, self.narrow = every, 0
         self.spec = replace(Corner.spec, codebook_size=2)
 
-    def encode(self, frames, valid=None, last=False):
+    def encode(self, frames, valid=None, last=False, states=None):
         narrow = torch.is_autocast_enabled("cpu")
         self.narrow += narrow
         codes = torch.zeros(1, frames.shape[-4] - 1, 3, dtype=torch.long)
@@ -176,7 +176,7 @@ def test_auto_takes_the_fastest_that_is_native_and_keeps_the_codes(
     used = 2 * (chosen != "fp32")
     assert model.narrow == len(tried) + used, "tried once, then used for both batches or for none"
     assert len(made) == ("int8" in tried) + (chosen == "int8")
-    assert (f"{chosen} keeps 100.0 % of the codes of 32 transitions" in caplog.text) == bool(used)
+    assert (f"{chosen} preserves 100.0 % of the codes of 32 transitions" in caplog.text) == bool(used)
     assert f"computing in {chosen}" in caplog.text
 
 
@@ -185,9 +185,9 @@ def test_precision_is_part_of_what_was_computed(numbered, tmp_path):
     encode_dataset(wide, numbered, 1, EncodeOptions(cache_dir=str(tmp_path)))
     encode_dataset(narrow, numbered, 1, EncodeOptions(cache_dir=str(tmp_path), precision="bf16"))
     assert narrow.batches
-    with pytest.raises(UserError, match="--precision is 'bf1'; did you mean 'bf16'"):
+    with pytest.raises(UserError, match="unknown --precision 'bf1'; did you mean 'bf16'"):
         EncodeOptions(precision="bf1")
-    with pytest.raises(UserError, match="int8, which wants a CPU with VNNI and not this cuda; give auto"):
+    with pytest.raises(UserError, match="--precision must not be int8 on this cuda"):
         EncodeOptions(precision="int8", device="cuda")
 
 
@@ -220,12 +220,12 @@ def test_shares_are_joined_by_the_first(numbered, tmp_path):
     whole = encode_dataset(
         Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "whole"), batch_size=4)
     )
-    shares = [Share(rank=rank, world=2) for rank in (1, 0)]
+    shards = [Shard(rank=rank, world=2) for rank in (1, 0)]
     found = [
         encode_dataset(
-            Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "cut"), batch_size=4, share=s)
+            Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "cut"), batch_size=4, shard=s)
         )
-        for s in shares
+        for s in shards
     ]
     assert found[0] is None
     assert np.array_equal(found[1].continuous, whole.continuous)
@@ -234,8 +234,8 @@ def test_shares_are_joined_by_the_first(numbered, tmp_path):
 def test_shares_that_contradict_each_other(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start the processes with torchrun"):
-        Share.of_environment()
+    with pytest.raises(UserError, match="RANK must be between 0 and WORLD_SIZE - 1"):
+        Shard.from_environment()
 
 
 def test_a_damaged_video_has_no_tokens_and_harms_no_other(tmp_path):
@@ -277,7 +277,7 @@ def test_labels_of_frames_of_any_size_are_what_a_published_model_says_of_them(co
     size, cache = model.spec.resolution, tmp_path / "cache"
     data = DataConfig(path=str(tmp_path / "data.npz"), cache_dir=str(cache))
     lam, out = str(tmp_path / "lam"), str(tmp_path / "out")
-    label.run(label.LabelConfig(lam=lam, data=data, out=out, lam_resolution=True))
+    label.run(label.LabelConfig(lam=lam, data=data, out=out))
     assert {path.name for path in cache.iterdir()} == {"memo", "tokens"}  # no frame was kept
     labels, store = read_labels(tmp_path / "out")
     with torch.inference_mode():
@@ -311,7 +311,7 @@ def test_threads_do_not_change_the_last_bit(blocks, tmp_path):
 
 
 def test_too_short_episodes_are_one_sentence(numbered, tmp_path):
-    with pytest.raises(UserError, match="has 9 frames, and a window needs 10"):
+    with pytest.raises(UserError, match=r"must have at least 10 frames for a window .*, got 9"):
         encode_dataset(Corner(), numbered, 9, EncodeOptions(cache_dir=str(tmp_path)))
 
 

@@ -79,7 +79,7 @@ class Right(nn.Module):
     generative = True
     state_size = 0
 
-    def encode(self, frames, valid=None, last=False):
+    def encode(self, frames, valid=None, last=False, states=None):
         assert not self.training
         now, after = frames[:, -2], frames[:, -1]
         found = torch.stack([(now.roll(s, (-2, -1)) == after).all((1, 2, 3)) for s in SHIFTS], -1).float()

@@ -1,4 +1,4 @@
-"""The guide of a video, its time base by hand, and what refuses what."""
+"""The guide of a video, its time base by hand, and the pairs that are refused."""
 
 import json
 from dataclasses import replace
@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentact.agents.agent import picture
+from latentact.agents.agent import AgentSpec, LatentInput, select_image
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
 from latentact.guidance import inference as guidance
-from latentact.guidance.align import agreement, follow, sample_tokens
+from latentact.guidance.align import align_to_rate, latent_agreement, sample_tokens
 from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import LatentGuidedInference
@@ -54,26 +54,18 @@ LINE = [[float(i), -float(i)] for i in range(5)]
 
 
 class Echo:
-    """A policy that acts by repeating the tokens it was given."""
+    """An agent whose actions are the tokens."""
 
-    latent, lam_weights, gap_s, token_size = SPEC, "", 0.1, 2
-    without_guide = False
-    tokens, offsets, stride, fps = "continuous", (0,), 1, 10.0
-    cameras, state_size, actions = (), 0, ActionSpace(kind="continuous", size=2)
-
-    def __init__(self, **changes):
+    def __init__(self, fps=10.0, **changes):
+        latent = LatentInput(**({"size": 2, "kind": "continuous", "gap_s": 0.1, "spec": SPEC} | changes))
+        self.spec = AgentSpec(action_space=ActionSpace(kind="continuous", size=2), fps=fps, latent=latent)
         self.resets = 0
-        for name, value in changes.items():
-            setattr(self, name, value)
 
-    def reset(self):
-        self.resets += 1
+    def reset(self, num_envs):
+        self.resets += num_envs
 
-    def prepare(self, observation, latent_action):
-        return {"seen": observation, "latent": latent_action}
-
-    def act(self, batch):
-        return batch["latent"].numpy().ravel()
+    def act(self, observation, latent=None):
+        return latent[:, 0]
 
 
 def small_lam(folder, kind="none", **spec):
@@ -93,7 +85,7 @@ def lam(tmp_path_factory):
     return small_lam(tmp_path_factory.mktemp("lam") / "lam")
 
 
-def pictures(count, size=32, seed=0):
+def images(count, size=32, seed=0):
     smooth = np.random.default_rng(seed).integers(256, size=(count, 4, 4, 3), dtype=np.uint8)
     return smooth.repeat(size // 4, 1).repeat(size // 4, 2)
 
@@ -120,7 +112,7 @@ def test_a_guide_is_what_labeling_says(blocks, tmp_path, gap):
 
 
 def test_windows_change_nothing(lam, monkeypatch):
-    extractor, frames = LatentActionExtractor(lam, 0, "cpu"), pictures(40)
+    extractor, frames = LatentActionExtractor(lam, 0, "cpu"), images(40)
     whole = extractor.extract_from_frames(frames)
     for batch in (1, 7, 39, 40):
         monkeypatch.setattr(guidance, "BATCH", batch)
@@ -135,13 +127,13 @@ def test_only_a_window_of_frames_is_held(lam, monkeypatch):
     monkeypatch.setattr(
         extractor, "_window", lambda frames, *rest: held.append(len(frames)) or own(frames, *rest)
     )
-    guide = extractor._encode((picture for picture in pictures(200)), 10.0)
+    guide = extractor._encode((image for image in images(200)), 10.0)
     assert len(guide) == 199
     assert max(held) <= guidance.BATCH + 2  # and one of context, one ahead
 
 
 def test_a_video_at_another_rate(lam, tmp_path):
-    frames = pictures(20, 64)
+    frames = images(20, 64)
     write_video(tmp_path / "demo.mp4", frames, 20)
     extractor = LatentActionExtractor(lam, lam_resolution=48, device="cpu")
     loaded = extractor.load_video(tmp_path / "demo.mp4")
@@ -154,30 +146,30 @@ def test_a_video_at_another_rate(lam, tmp_path):
     streamed = extractor.extract(tmp_path / "demo.mp4", 20.0)
     np.testing.assert_array_equal(streamed.vectors, guide.vectors)
     for arguments, message in (
-        ((tmp_path / "demo.mp4", 40.0), "20 frames per second and 40 are wanted"),
+        ((tmp_path / "demo.mp4", 40.0), "must have at least 40 frames per second, got 20"),
         (
             (tmp_path / "demo.mp4", 7.0),
-            "frame gap is 0.1 s and the demonstration has a frame every 0.142857 s",
+            "frames of the demonstration, which has a frame every 0.142857 s, got 0.1 s",
         ),
         ((tmp_path / "none.mp4",), "does not exist"),
-        ((tmp_path / "demo.mp4", 10.0, 1), r"has 1 frame\(s\) and a latent action spans 2"),
+        ((tmp_path / "demo.mp4", 10.0, 1), "must have at least 2 frames, got 1"),
     ):
         with pytest.raises(UserError, match=message):
             extractor.extract(*arguments)
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(UserError, match=r"text.mp4 cannot be read"):
         extractor.load_video(tmp_path / "text.mp4")
-    with pytest.raises(UserError, match=r"frames are float64 \[3, 8, 8, 3\]; wanted uint8"):
+    with pytest.raises(UserError, match=r"frames must be uint8 \[t, h, w, 3\], got float64 \[3, 8, 8, 3\]"):
         extractor.extract_from_frames(np.zeros((3, 8, 8, 3)))
 
 
 def test_a_lam_without_a_rate_gives_a_guide_that_cannot_be_followed(tmp_path):
     folder = small_lam(tmp_path / "lam", frame_gap_s=0.0, fps=0.0)
-    guide = LatentActionExtractor(folder, 0, "cpu").extract_from_frames(pictures(4))
+    guide = LatentActionExtractor(folder, 0, "cpu").extract_from_frames(images(4))
     assert np.isnan(guide.timestamps).all()
-    with pytest.raises(UserError, match=r"the rate of the guide is unknown; give --target-fps"):
-        follow(guide, 10.0, "hold")
-    known = LatentActionExtractor(folder, 0, "cpu").extract_from_frames(pictures(4), fps=5.0)
+    with pytest.raises(UserError, match=r"the rate of the guide is unknown. Give --target-fps"):
+        align_to_rate(guide, 10.0, "hold")
+    known = LatentActionExtractor(folder, 0, "cpu").extract_from_frames(images(4), fps=5.0)
     assert (known.fps, known.spec.frame_gap_s) == (5.0, 0.2)
 
 
@@ -207,10 +199,10 @@ def test_what_is_no_guide_is_refused(tmp_path):
         (tmp_path / name).write_bytes(data[:-40])
         with pytest.raises(UserError, match=name):
             Guide.load(tmp_path / name)
-        with pytest.raises(UserError, match=r"missing|cannot be read"):
+        with pytest.raises(UserError, match=r"does not exist|missing|cannot be read"):
             Guide.load(tmp_path / f"no_{name}")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="must contain a dict of weights, got list"):
         Guide.load(tmp_path / "list.pt")
     strange = dict.fromkeys(("latent_actions", "vectors"), torch.zeros(3, 1, 5)) | {
         "timestamps": torch.zeros(3)
@@ -226,9 +218,9 @@ def test_what_is_no_guide_is_refused(tmp_path):
 
 def test_hold_by_hand():
     line = guide(LINE, 10.0)
-    assert follow(line, 10.0, "hold").tolist() == [0, 1, 2, 3, 4]
-    assert follow(line, 20.0, "hold").tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert follow(line, 25.0, "hold").tolist() == [
+    assert align_to_rate(line, 10.0, "hold").tolist() == [0, 1, 2, 3, 4]
+    assert align_to_rate(line, 20.0, "hold").tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert align_to_rate(line, 25.0, "hold").tolist() == [
         0,
         0,
         0,
@@ -243,19 +235,19 @@ def test_hold_by_hand():
         4,
         4,
     ]  # 0.5 s, 0.04 s each
-    assert follow(guide(LINE, 29.97), 30.0, "hold").tolist() == [0, 1, 2, 3, 4]
+    assert align_to_rate(guide(LINE, 29.97), 30.0, "hold").tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(
-        UserError, match=r"10 latent actions per second and control runs at 5, so that holding"
+        UserError, match="10 latent actions per second and control runs at 5, so --time-base hold"
     ):
-        follow(line, 5.0, "hold")
+        align_to_rate(line, 5.0, "hold")
 
 
 def test_resample_by_hand():
     line = guide(LINE, 10.0)
     np.testing.assert_allclose(
-        follow(line, 25.0, "resample"), [0, 0.4, 0.8, 1.2, 1.6, 2, 2.4, 2.8, 3.2, 3.6, 4, 4, 4]
+        align_to_rate(line, 25.0, "resample"), [0, 0.4, 0.8, 1.2, 1.6, 2, 2.4, 2.8, 3.2, 3.6, 4, 4, 4]
     )
-    np.testing.assert_allclose(follow(line, 5.0, "resample"), [0, 2, 4])
+    np.testing.assert_allclose(align_to_rate(line, 5.0, "resample"), [0, 2, 4])
     found = sample_tokens(line, np.array([0.0, 0.4, 3.75, 4.0]), "continuous")
     np.testing.assert_allclose(found, [[0, 0], [0.4, -0.4], [3.75, -3.75], [4, -4]], rtol=1e-6)
     coded = guide(LINE, 10.0, codes=[5, 4, 3, 2, 1])
@@ -264,10 +256,10 @@ def test_resample_by_hand():
         [0, 0],
         [1, -1],
     ]  # never between codes
-    with pytest.raises(UserError, match="follows codes and the guide of lapo has none"):
+    with pytest.raises(UserError, match="needs codes, but the guide of lapo has none"):
         sample_tokens(line, np.zeros(1), "codes")
     with pytest.raises(UserError, match="unknown time base 'hole'; did you mean 'hold'"):
-        follow(line, 10.0, "hole")
+        align_to_rate(line, 10.0, "hole")
 
 
 # --- inference
@@ -278,14 +270,17 @@ def test_one_action_per_latent_action_then_none():
     inference = LatentGuidedInference(policy, guide(LINE))
     assert [inference.predict_action({}).tolist() for _ in LINE] == LINE
     assert inference.predict_action({}) is None
+    assert inference.act({}) == [None]
     assert inference.get_next_latent_action() is None
     inference.reset()
     assert policy.resets == 2
     latent = inference.get_next_latent_action()
     assert latent.tolist() == [[0.0, -0.0]]
-    batch = inference.prepare_batch({"a": 1}, latent[0])
-    assert batch["seen"] == {"a": 1}
-    assert batch["latent"].shape == (1, 2)
+    batch = inference.prepare_batch({"observation.state": np.zeros(3), "task": "go"}, latent[0])
+    assert batch["observation.state"].shape == (1, 3)
+    assert batch["task"] == ["go"]
+    assert batch["observation.lam_tokens"].shape == (1, 1, 2)
+    assert np.array_equal(inference.act(batch)[0], LINE[1])
 
 
 def test_a_window_of_the_guide_stays_at_its_last():
@@ -303,21 +298,21 @@ def test_a_window_of_the_guide_stays_at_its_last():
         (
             Echo(),
             guide(LINE, weights="xyz"),
-            "the policy and the guide .* weights is 'abc' in the first and 'xyz'",
+            "in the policy and the guide, got 'abc' and 'xyz'",
         ),
-        (Echo(), guide(LINE, model="laq"), "model is 'lapo' in the first and 'laq'"),
-        (Echo(latent=None, lam_weights="q"), guide(LINE), "LAM of weights q and the guide comes from abc"),
+        (Echo(), guide(LINE, model="laq"), "in the policy and the guide, got 'lapo' and 'laq'"),
+        (Echo(spec=None, weights="q"), guide(LINE), "LAM of weights q, but the guide comes from abc"),
         (
-            Echo(latent=None, token_size=8),
+            Echo(spec=None, size=8),
             guide(LINE),
-            "follows 8 numbers per latent action and the guide has 2",
+            "needs 8 values per latent action, but the guide has 2",
         ),
         (
             Echo(),
             guide(LINE, frame_gap_s=0.2, frame_gap=2),
-            "latent actions of 0.1 s and the guide's span 0.2 s",
+            "latent actions of 0.1 s, but those of the guide span 0.2 s",
         ),
-        (Echo(stride=2, fps=5.0), guide(LINE), "2 robot actions at 5 per second and control runs at 10"),
+        (Echo(stride=2, fps=5.0), guide(LINE), "2 robot actions at 5 per second, but control runs at 10"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(policy, other, message):
@@ -335,27 +330,27 @@ def test_the_same_gap_at_another_rate_belongs_together():
 # --- agreement
 
 
-def test_agreement_by_hand():
+def test_latent_agreement_by_hand():
     demo = guide([[1, 0], [0, 2], [-3, 0]])
-    same = agreement(demo, demo, np.arange(3.0))
+    same = latent_agreement(demo, demo, np.arange(3.0))
     assert same["steps"] == [1, 1, 1]
     assert same["mean"] == 1
     # rows of the cosine matrix: (1, 0, -1), (0, 1, 0), (-1, 0, 1)
-    assert same["other_moments"] == pytest.approx(1 / 9)
-    happened = guide([[0, 1], [0, 1]])
-    found = agreement(demo, happened, np.arange(3.0))
+    assert same["chance"] == pytest.approx(1 / 9)
+    achieved = guide([[0, 1], [0, 1]])
+    found = latent_agreement(demo, achieved, np.arange(3.0))
     assert found["steps"] == [0, 1]
     assert found["measure"] == "cosine"
     coded, done = guide(LINE, codes=[0, 1, 2, 3, 4]), guide(LINE, codes=[0, 1, 1, 1, 4])
-    found = agreement(coded, done, np.arange(5.0))
+    found = latent_agreement(coded, done, np.arange(5.0))
     assert (found["measure"], found["steps"]) == ("equal codes", [1, 1, 0, 0, 1])
-    assert found["other_moments"] == pytest.approx(1 / 5)
+    assert found["chance"] == pytest.approx(1 / 5)
 
 
-def test_the_only_picture_is_taken_whatever_it_is_called():
+def test_the_only_image_is_selected_whatever_its_key():
     one = {"observation.images.top": np.zeros((2, 2, 3), np.uint8), "task": ""}
-    assert picture(one, "observation.image") is one["observation.images.top"]
+    assert select_image(one, "observation.image") is one["observation.images.top"]
     two = {**one, "observation.images.side": np.ones((2, 2, 3), np.uint8)}
-    assert picture(two, "observation.images.side").all()
-    with pytest.raises(UserError, match=r"looks at observation.image and there is observation.images.top"):
-        picture(two, "observation.image")
+    assert select_image(two, "observation.images.side").all()
+    with pytest.raises(UserError, match=r"must have the image observation.image, got observation.images.top"):
+        select_image(two, "observation.image")

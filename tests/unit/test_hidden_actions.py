@@ -23,7 +23,7 @@ from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
 from latentact.quantizers.quantizer import BottleneckConfig
-from latentact.stages import ground, label, train_lam, train_policy
+from latentact.stages import finetune, ground, label, train_lam, train_policy
 from latentact.training.settings import TrainingConfig
 from latentact.types import Clip
 
@@ -94,7 +94,7 @@ def seen(monkeypatch):
             loss = model.loss
 
             def recording(batch):
-                if model.training:  # it judges held-out episodes at rest
+                if model.training:  # held-out episodes are evaluated in evaluation mode
                     actions.extend(_actions(batch))
                 return loss(batch)
 
@@ -103,7 +103,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(stage, "fit", spied)
 
-    for stage in (train_lam, train_policy, ground):
+    for stage in (train_lam, train_policy, ground, finetune):
         watch(stage)
     return actions
 
@@ -195,9 +195,8 @@ def test_self_training_keeps_known_actions_and_fills_the_others(honest, labeled,
     folder = grounded(honest, tmp_path)
     store, policy = open_store(data(honest)), Policy.from_pretrained(folder)
     train, held_out = split_episodes(store, held_out=0.1, seed=0)
-    config = ground.GroundConfig(policy="", labels="", training=TRAINING)
-    filled = ground._pseudo_actions(
-        config, policy, store, train, store.actions(labeled), tmp_path / "teacher"
+    filled = finetune._pseudo_actions(
+        policy, store, train, store.actions(labeled), TRAINING, tmp_path / "teacher"
     )
     known = np.isin(store.episode, labeled)
     assert (filled[known] == store.episode[known]).all()
@@ -238,7 +237,7 @@ def test_a_store_shows_only_the_named_actions(honest):
     assert shown.mask[~np.isin(store.episode, [1, 4])].all()
     assert store.actions([]).mask.all()
     for name in ("action", "action.left"):
-        with pytest.raises(ValueError, match="through `actions` only"):
+        with pytest.raises(ValueError, match="column must not be an action"):
             store.column(name)
     clips = Clips(store, episodes=range(EPISODES), frame_gap=1, labeled=[2])
     clip = clips.clip(clips.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from lerobot_policy_latentact import LamActConfig, LamDiffusionConfig
 
 from latentact.errors import UserError
 from latentact.lams.contract import load_lam
+from latentact.lams.models.clam import ClamConfig
 from latentact.nn.token_projection import TokenProjection
 from toy_lerobot import CAMERA, GAP, SIZE, SMALL, STEPS, TOKENS, D, K, write_demonstrations, write_lam
 
@@ -145,18 +147,18 @@ def test_environment_state_is_the_projection_and_the_real_one(kind: str) -> None
 
 @both
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
-        ({"lam_num_learned_tokens": 0}, "lam_num_learned_tokens is 0; set it to at least 1"),
-        ({"lam_projection_dim": 0}, "lam_projection_dim is 0; set it to at least 1"),
-        ({"lam_dropout": 1.0}, "lam_dropout is 1.0; set it to at least 0 and less than 1"),
-        ({"lam_temporal_aggregation": "mean"}, "set it to latest or concat"),
+        ({"lam_num_learned_tokens": 0}, "lam_num_learned_tokens must be at least 1, got 0"),
+        ({"lam_projection_dim": 0}, "lam_projection_dim must be at least 1, got 0"),
+        ({"lam_dropout": 1.0}, "lam_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"lam_temporal_aggregation": "mean"}, "must be latest or concat"),
         ({"lam_tokens_key": "lam"}, "begin with 'observation.'"),
-        ({"use_precomputed_lam_tokens": False}, "lam_model_path is empty"),
+        ({"use_precomputed_lam_tokens": False}, "lam_model_path must be given"),
     ],
 )
-def test_settings_that_cannot_be_used(kind: str, given: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_settings_that_cannot_be_used(kind: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         CONFIGS[kind](**settings(kind, **given))
 
 
@@ -273,6 +275,30 @@ def test_on_the_fly_tokens_are_the_lams_of_raw_frames(
 
 
 @both
+def test_on_the_fly_tokens_of_a_lam_that_uses_states(kind: str, data: Path, tmp_path: Path) -> None:
+    first = single_rows(data)[0]
+    size, row = len(first["observation.state"]), STEPS + 9
+    small: dict[str, Any] = {"backbone": "patch", "size": 32, "idm_channels": (8,), "fdm_channels": (8,)}
+    config = ClamConfig(observations="both", state_size=size, hidden=16, decoder=(16,), **small)
+    config.build().eval().save_pretrained(tmp_path / "lam")
+    options = {"lam_num_learned_tokens": 1, "lam_action_latent_dim": 8, "lam_frame_gap": GAP}
+    options |= {"use_precomputed_lam_tokens": False, "lam_model_path": str(tmp_path / "lam")}
+    built = build(kind, data, **options)
+    tokens = condition(built.policy)
+    built.policy.forward(built.before(batch_of(built, [row, row])))
+    rows = [single_rows(data)[i] for i in range(row - 2 * GAP, row + 1, GAP)]
+    frames = torch.stack([(item[CAMERA] * 255).round().byte() for item in rows])
+    states = torch.stack([item["observation.state"] for item in rows])
+    latent = load_lam(tmp_path / "lam").encode(frames, states=states).continuous[:, -1:].flatten(2)
+    torch.testing.assert_close(tokens[0], latent.expand(2, -1, -1))
+    built.policy.eval().reset()
+    built.policy.select_action(built.before(observation(built, row)))
+    replace(config, state_size=size + 1).build().eval().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=f"must have the {size + 1} values that the LAM clam"):
+        build(kind, data, **options | {"lam_model_path": str(tmp_path / "other")})
+
+
+@both
 def test_on_the_fly_leaves_the_hosts_inputs_alone(kind: str, data: Path, lam: Path) -> None:
     made = build(kind, data, use_precomputed_lam_tokens=False, lam_model_path=str(lam))
     plain = build(kind, data)
@@ -295,7 +321,7 @@ def test_no_checkpoint_holds_the_lam_and_another_lam_is_refused(
     get_policy_class(kind).from_pretrained(tmp_path / "saved", config=config)
     other = write_lam(tmp_path / "other", seed=1)
     config = PreTrainedConfig.from_pretrained(tmp_path / "saved", cli_overrides=[f"--lam_model_path={other}"])
-    with pytest.raises(UserError, match="was trained with the LAM of weights"):
+    with pytest.raises(UserError, match="must be of the LAM with weights"):
         get_policy_class(kind).from_pretrained(tmp_path / "saved", config=config)
 
 
@@ -353,7 +379,7 @@ def test_every_step_of_the_hosts_queue_has_the_latest_guide(data: Path) -> None:
 def test_without_a_guide(kind: str, data: Path) -> None:
     with torch.inference_mode():
         built = build(kind, data)
-        with pytest.raises(UserError, match="give a guide with `latentact imitate`"):
+        with pytest.raises(UserError, match="Give a guide with `latentact imitate`"):
             built.policy.eval().select_action(built.before(observation(built, 0)))
         built = build(kind, data, lam_dropout=0.5, n_action_steps=1)
         policy = built.policy.eval()
@@ -368,7 +394,7 @@ def test_training_never_goes_without_a_guide(kind: str, data: Path) -> None:
     built = build(kind, data, lam_dropout=0.5)
     batch = built.before(batch_of(built, [0, 1]))
     del batch[TOKENS]
-    with pytest.raises(UserError, match=r"has no 'observation\.lam_tokens'"):
+    with pytest.raises(UserError, match=r"must hold 'observation\.lam_tokens'"):
         built.policy.train().forward(batch)
 
 
@@ -403,25 +429,27 @@ def test_data_that_does_not_fit(kind: str, data: Path, lam: Path) -> None:
         config.check_dataset(LeRobotDatasetMetadata("local/tokens", root=root))
 
     check()
-    with pytest.raises(UserError, match=r"8 numbers per row.* lam_num_learned_tokens=3 .*set both"):
+    with pytest.raises(UserError, match=r"= 12 numbers per row, got 8\. Set both"):
         check(lam_num_learned_tokens=3)
-    with pytest.raises(UserError, match=r"has no column 'observation\.lam_tokens'; add it with"):
+    with pytest.raises(
+        UserError, match=r"must have a column 'observation\.lam_tokens', got none\. Add it with"
+    ):
         check(data.parent / "plain")
     fly = {"use_precomputed_lam_tokens": False, "lam_model_path": str(lam)}
     check(**fly)
-    with pytest.raises(UserError, match=r"set lam_num_learned_tokens=2 and lam_action_latent_dim=4"):
+    with pytest.raises(UserError, match=r"Set lam_num_learned_tokens=2 and lam_action_latent_dim=4"):
         check(lam_action_latent_dim=8, **fly)
-    with pytest.raises(UserError, match=r"looks 0.2 s ahead.*set lam_frame_gap=2"):
+    with pytest.raises(UserError, match=r"span 0\.2 s.*Set lam_frame_gap=2"):
         check(lam_frame_gap=5, **fly)
 
 
 def test_cameras_for_the_lam() -> None:
     config = LamDiffusionConfig(**settings("lam_diffusion"))
-    picture = PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE))
-    config.input_features = {CAMERA: picture}
+    image = PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE))
+    config.input_features = {CAMERA: image}
     assert config.lam_camera == CAMERA
-    config.input_features["observation.images.wrist"] = picture
-    with pytest.raises(UserError, match=r"set it to one of the cameras: observation.images.top, observation"):
+    config.input_features["observation.images.wrist"] = image
+    with pytest.raises(UserError, match=r"must be one of observation\.images\.top, observation"):
         _ = config.lam_camera
     config.lam_camera_key = "observation.images.wrist"
     assert config.lam_camera == "observation.images.wrist"
@@ -439,11 +467,11 @@ def test_provenance_of_the_column_is_checked_and_kept(kind: str, data: Path, lam
     try:
         config = check()
         assert (config.lam_weights, config.lam_frame_gap_s, config.lam_fps) == (spec["weights"], 0.2, 10.0)
-        with pytest.raises(UserError, match="set lam_use_vq_tokens=false, or precompute the other kind"):
+        with pytest.raises(UserError, match="Set lam_use_vq_tokens=false, or precompute the other kind"):
             check(lam_use_vq_tokens=True)
-        with pytest.raises(UserError, match=r"set lam_num_learned_tokens=2 and lam_action_latent_dim=4"):
+        with pytest.raises(UserError, match=r"Set lam_num_learned_tokens=2 and lam_action_latent_dim=4"):
             check(lam_num_learned_tokens=1, lam_action_latent_dim=8)
-        with pytest.raises(UserError, match="was trained with the LAM of weights another"):
+        with pytest.raises(UserError, match="must be of the LAM with weights another"):
             check(lam_weights="another")
     finally:
         path.unlink()

@@ -96,9 +96,9 @@ def test_average_follows_by_tau() -> None:
     torch.testing.assert_close(fdm.average.weight, before)
     with torch.no_grad():
         encoder.weight.add_(4.0)
-    fdm.follow(encoder)
+    fdm.update_average(encoder)
     torch.testing.assert_close(fdm.average.weight, before + 1.0)
-    fdm.eval().follow(encoder)
+    fdm.eval().update_average(encoder)
     torch.testing.assert_close(fdm.average.weight, before + 1.0)
     assert [name for name, p in fdm.named_parameters() if "average" in name and p.requires_grad] == []
 
@@ -131,10 +131,10 @@ def test_forward_dynamics_teaches_the_encoder_through_the_latent_only() -> None:
 
 
 def test_pictures_teach_the_latent_nothing() -> None:
-    model = replace(SMALL, augment="none", patch=4, picture_channels=(8,)).build().train()
-    assert model.pictures is not None
+    model = replace(SMALL, augment="none", patch=4, image_channels=(8,)).build().train()
+    assert model.pixel_decoder is not None
     x = torch.rand(4, 5, 3, 32, 32) - 0.5
-    latent = model._seen(x)
+    latent = model._label_latent(x)
     assert not latent.requires_grad
     assert model.training
 
@@ -186,7 +186,7 @@ def test_what_no_model_can_be_built_from() -> None:
 def test_trains_through_the_command_line(blocks: Path, tmp_path: Path) -> None:
     arguments = (
         *("train-lam", "experiment=laom_debug", f"data.path={blocks}", "data.resolution=32"),
-        *("lam.size=32", "lam.channels=[16]", "lam.picture_channels=[8]", "lam.bottleneck.dim=4"),
+        *("lam.size=32", "lam.channels=[16]", "lam.image_channels=[8]", "lam.bottleneck.dim=4"),
         *("lam.action_weight=0.1", "labeled_episodes=2", "training.batch_size=8", "training.log_every=1"),
         *("training.checkpoint_every=4", "training.precision=32-true", "training.warmup_steps=2"),
         *("training.eval_every=0",),
@@ -195,7 +195,7 @@ def test_trains_through_the_command_line(blocks: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     with (tmp_path / "whole" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {"train/feature_rank", "train/feature_std", "train/action", "train/picture"} <= rows[0].keys()
+    assert {"train/feature_rank", "train/feature_std", "train/action", "train/pixels"} <= rows[0].keys()
     model = load_lam(tmp_path / "whole")
     assert model.generative
     assert any(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentact.lams.contract import action_loss, pairs
+from latentact.lams.contract import action_loss, normalize_frames, transition_windows
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
 from latentact.quantizers.quantizer import BottleneckConfig
@@ -74,17 +74,17 @@ def test_convolutions_without_overlap_are_matrix_products(quick, conv: nn.Module
 def test_pairs_are_one_window_per_transition() -> None:
     frames = torch.arange(6, dtype=torch.uint8).view(1, 6, 1, 1, 1)
     valid = torch.tensor([[False, True, True, True, False, True]])
-    windows, real = pairs(frames, None, context=2, channels=1)
+    windows, real = transition_windows(frames, None, context=2, channels=1)
     assert windows.flatten(1).tolist() == [
         [0, 0, 0, 1],
         [0, 0, 1, 2],
         *([i, i + 1, i + 2, i + 3] for i in range(3)),
     ]
     assert real.all()
-    windows, real = pairs(frames, valid, context=2, channels=1)
+    windows, real = transition_windows(frames, valid, context=2, channels=1)
     assert real.tolist() == [[False, True, True, False, False]]
     assert windows[real[0]].flatten(1).tolist() == [[1, 1, 1, 2], [1, 1, 2, 3]]
-    windows, real = pairs(frames[:, :4], valid[:, :4], context=1, last=True, channels=1)
+    windows, real = transition_windows(frames[:, :4], valid[:, :4], context=1, last=True, channels=1)
     assert windows.flatten(1).tolist() == [[1, 2, 3]]
     assert real.tolist() == [[True]]
 

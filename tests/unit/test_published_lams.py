@@ -96,7 +96,7 @@ def test_convert_gives_the_same_numbers(model: Lapo, tmp_path: Path) -> None:
     assert torch.equal(ours.encode(frames).vectors, published.encode(frames).vectors)
     again = cli("convert-lam", path, "--out", tmp_path / "ours")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    assert "exists already" in again.stderr
+    assert "must not exist or be empty" in again.stderr
 
 
 def first_less(weights: dict) -> dict:
@@ -112,7 +112,7 @@ BROKEN = {
     "extra weights": ({"idm": lambda w: {**w, "stranger": torch.zeros(1)}}, "has unknown 'idm.stranger'"),
     "wrong shapes": ({"idm": lambda w: {**w, "fc.bias": torch.zeros(3)}}, "wrong shape for 'idm.fc.bias'"),
     "no codebook": ({"idm": lambda w: {**w, "vq.embedding": torch.zeros(3)}}, "shapes"),
-    "a policy": ({"wm": 3}, "is no published"),
+    "a policy": ({"wm": 3}, "is not a published"),
 }
 
 
@@ -131,7 +131,7 @@ def test_truncated_files_are_one_sentence(model: Lapo, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (0, 10, 1000, len(whole) // 2, len(whole) - 30):
         path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"not a whole file of `torch\.save`"):
+        with pytest.raises(UserError, match=r"not a complete `torch\.save` file"):
             load_lam(path)
 
 
@@ -142,7 +142,7 @@ def test_flipped_bytes_are_told(model: Lapo, tmp_path: Path) -> None:
     at = whole.index(model.idm.fc.weight.detach().numpy().tobytes()[:64])
     whole[at] ^= 255
     path.write_bytes(whole)
-    with pytest.raises(UserError, match=r"not a whole file of `torch\.save`"):
+    with pytest.raises(UserError, match=r"not a complete `torch\.save` file"):
         load_lam(path)
 
 
@@ -177,7 +177,7 @@ def test_what_is_read_is_plain(tmp_path: Path) -> None:
     assert type(values["cfg"]).__module__ == "latentact.io.unpickle"
     assert not vars(values["cfg"])
     torch.save([1], tmp_path / "b.pt")
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="must contain a dict of weights, got list"):
         read_pickled(tmp_path / "b.pt")
 
 
@@ -185,7 +185,7 @@ def test_keywords(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="unknown setting 'windw'; did you mean 'window'"):
         load_lam(tmp_path / "empty", windw="chunked")
-    with pytest.raises(UserError, match=r"holds no config\.json and is no published"):
+    with pytest.raises(UserError, match=r"holds no config\.json and is not a published"):
         load_lam(tmp_path / "empty", window="chunked")
     TINY.build().save_pretrained(tmp_path / "lapo")
     with pytest.raises(UserError, match=r"unknown setting 'lam\.window'"):
@@ -236,7 +236,7 @@ BROKEN = {
     "a list as kind": (lambda c: c["lam"].update(kind=["laq"]), r"config.json: unknown lam .*laq"),
     "actions that are none": (
         lambda c: c.update(actions="all"),
-        "actions must be settings by name, got 'all'",
+        "actions must be a mapping of settings, got 'all'",
     ),
     "a size that nobody has": (
         lambda c: c["lam"].update(spatial_depth=10**15),
@@ -268,8 +268,8 @@ def test_numbers_that_are_none_and_of_a_wrong_kind_are_refused(folder):
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     for value, said in (
-        (tensors[name] * torch.nan, "not finite"),
-        (tensors[name].to(torch.int64), "wrong kind"),
+        (tensors[name] * torch.nan, "must contain finite numbers"),
+        (tensors[name].to(torch.int64), "wrong dtype"),
     ):
         save_file(tensors | {name: value}, folder / "model.safetensors")
         with pytest.raises(UserError, match=said):
@@ -307,7 +307,7 @@ def test_settings_of_more_than_the_file_holds_cost_no_memory(folder):
 def test_a_spec_of_another_model_is_refused(folder):
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps(spec | {"tokens": 99}))
-    with pytest.raises(UserError, match="says tokens 99 and the model has 4"):
+    with pytest.raises(UserError, match="tokens must be 4, got 99"):
         load_lam(folder)
 
 

@@ -100,7 +100,7 @@ def test_residual_vectors_are_sums_of_entries() -> None:
 
 @pytest.mark.parametrize("kind", ["vq", "nsvq", "vq_ema", "residual_vq"])
 def test_sizes_that_do_not_fit_are_refused(kind: str) -> None:
-    with pytest.raises(UserError, match=f"{kind} wants a multiple"):
+    with pytest.raises(UserError, match=f"must be a multiple of the . tokens of {kind}"):
         BottleneckConfig(kind=kind, dim=10, codebooks=1, positions=4)
 
 

@@ -11,7 +11,7 @@ from latentact.reporting.charts import codebook_usage, curve_panels, latent_map
 from latentact.reporting.comparison_plot import write_comparison
 from latentact.reporting.pages.run import build_report
 from latentact.reporting.run_data import find
-from latentact.stages.report import run
+from latentact.stages.report import ReportConfig, run
 
 EVIL = "<script>alert('x')</script>&\""
 LAM = {
@@ -125,7 +125,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("runs") / "demo", env=f"env {EVIL}")
-    return folder, run(folder)
+    return folder, run(ReportConfig(run_dir=str(folder)))
 
 
 def test_report_json(whole):
@@ -196,7 +196,7 @@ def test_the_same_run_makes_the_same_page(whole):
 
 def test_a_lone_lam_run(tmp_path):
     write_lam(tmp_path / "run")
-    result = run(tmp_path / "run")
+    result = run(ReportConfig(run_dir=str(tmp_path / "run")))
     content = json.loads(result.json.read_text())
     assert content["comparison"] == []
     assert content["wall_s"] is None
@@ -209,7 +209,7 @@ def test_a_lone_lam_run(tmp_path):
 
 def test_warnings_of_a_lam_come_first(tmp_path):
     write_lam(tmp_path / "run", warnings=["Latents are ignored: so."], probes={}, codebook=None)
-    result = run(tmp_path / "run")
+    result = run(ReportConfig(run_dir=str(tmp_path / "run")))
     assert result.verdict.startswith("The latent action model has warnings to read first.")
     assert "Latents are ignored: so." in result.verdict
     page = result.html.read_text()
@@ -219,9 +219,9 @@ def test_warnings_of_a_lam_come_first(tmp_path):
 
 def test_a_comparison_alone(tmp_path):
     write_run(tmp_path / "demo")
-    result = run(tmp_path / "demo" / "compare")
+    result = run(ReportConfig(run_dir=str(tmp_path / "demo" / "compare")))
     assert json.loads(result.json.read_text())["lam"] is None
-    assert "No latent action model was judged." in result.html.read_text()
+    assert "No latent action model was evaluated." in result.html.read_text()
 
 
 def test_several_lams_are_all_in_the_report_the_least_nested_first(tmp_path):
@@ -235,10 +235,10 @@ def test_several_lams_are_all_in_the_report_the_least_nested_first(tmp_path):
 
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
-        run(tmp_path / "missing")
+        run(ReportConfig(run_dir=str(tmp_path / "missing")))
     (tmp_path / "video.mp4").write_bytes(b"")
     with pytest.raises(UserError, match="nothing to report"):
-        run(tmp_path)
+        run(ReportConfig(run_dir=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
 
 
@@ -258,7 +258,7 @@ def test_damaged_files_are_named(tmp_path, name, content):
     write_lam(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(UserError, match=re.escape(name)):
-        run(tmp_path / "run")
+        run(ReportConfig(run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "report.html").exists()
 
 

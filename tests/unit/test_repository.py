@@ -20,7 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import latentact
-from latentact.cli.app import app
+from latentact.cli import app
 from latentact.config import from_dict, load_experiment, run_stage, to_dict
 from latentact.errors import UserError
 
@@ -74,8 +74,8 @@ def test_import_does_not_import_torch() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, latentact.cli.app; sys.argv = ['latentact', '--help']\n"
-        "try: latentact.cli.app.main()\n"
+        "import sys, latentact.cli; sys.argv = ['latentact', '--help']\n"
+        "try: latentact.cli.main()\n"
         "except SystemExit as stop: print('exit', stop.code)\n"
         "print('modules', *sys.modules)"
     )
@@ -286,9 +286,9 @@ def test_settings_reach_the_stage(tmp_path: Path) -> None:
         (["data.strict=maybe"], r"maybe.*data\.strict"),
         (
             ["training=3"],
-            r"^training holds settings of its own; give one of them, for example t",
+            r"^training is a group of settings; set one of them, for example t",
         ),
-        (["lam.size=8"], r"lam.size is 8; wanted 32..256"),
+        (["lam.size=8"], r"lam.size must be between 32 and 256 pixels, got 8"),
     ],
 )
 def test_wrong_settings_are_one_sentence(argv: list[str], message: str, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_wrong_settings_are_one_sentence(argv: list[str], message: str, tmp_path
     [("train_lam", "data.path"), ("ground", "policy"), ("compare", "data.path")],
 )
 def test_missing_settings_are_named(stage: str, missing: str) -> None:
-    with pytest.raises(UserError, match=rf"{re.escape(missing)} is not set; give it as KEY=VALUE"):
+    with pytest.raises(UserError, match=rf"{re.escape(missing)} is required; give it as KEY=VALUE"):
         record(stage=stage)
 
 

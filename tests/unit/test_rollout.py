@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -6,20 +7,15 @@ import pytest
 
 from latentact.envs.distract import Distraction
 from latentact.errors import UserError
-from latentact.evaluation.policy.rollout import (
-    Rollout,
-    mean_interval,
-    rollout,
-    save_rollout,
-    success_interval,
-)
+from latentact.evaluation.policy.intervals import mean_interval, success_interval
+from latentact.evaluation.policy.rollout import Rollout, rollout, save_rollout
 from latentact.io.video_writer import write_video
 
 ENV = "babyai/GoToRedBall"
 
 
 class Wanderer:
-    """Chooses by the pixels and by how often it was asked, so that it has something to forget."""
+    """Acts on the pixels and on the number of calls, so that it has a state to reset."""
 
     def __init__(self):
         self.resets = []
@@ -28,9 +24,10 @@ class Wanderer:
         self.resets.append(num_envs)
         self.calls = 0
 
-    def act(self, pixels, state, tasks):
+    def act(self, observation):
+        pixels, tasks = observation["observation.images.agent"], observation["task"]
         assert pixels.dtype == np.uint8
-        assert state.shape == (len(pixels), 7)
+        assert observation["observation.state"].shape == (len(pixels), 7)
         assert len(tasks) == len(pixels) == self.resets[-1]
         assert all("ball" in task for task in tasks)
         self.calls += 1
@@ -92,7 +89,7 @@ def test_success_is_the_environments_own():
         def reset(self, num_envs):
             self.step = -1
 
-        def act(self, pixels, state, tasks):
+        def act(self, observation):
             self.step += 1
             return np.array([plan[min(self.step, len(plan) - 1)] for plan in self.plans])
 
@@ -112,8 +109,8 @@ def test_an_environment_that_cannot_tell_has_no_success(monkeypatch, tmp_path):
         def reset(self, num_envs):
             pass
 
-        def act(self, pixels, state, tasks):
-            return np.ones(len(pixels), np.int64)
+        def act(self, observation):
+            return np.ones(len(observation["task"]), np.int64)
 
     result = rollout(Right(), "CartPole-v1", episodes=2, seed=0, resolution=32)
     assert result.successes is None
@@ -154,6 +151,7 @@ def test_saved_rollout_replaces_an_older_one(tmp_path):
             fps=10,
             successes=np.array([True, False]),
             returns=np.array([0.5, 0.0]),
+            max_rewards=np.array([0.5, 0.0]),
             lengths=np.array([4, 64]),
             videos=[np.zeros((2, 56, 56, 3), np.uint8)] * videos,
         )
@@ -168,7 +166,41 @@ def test_saved_rollout_replaces_an_older_one(tmp_path):
     assert saved["ci95"] == pytest.approx(success_interval([True, False]))
 
 
-def test_a_policy_can_be_judged_among_distractors():
+def test_a_rollout_has_the_keys_of_lerobot_eval(tmp_path):
+    """`per_episode` and `aggregated` as in `eval_info.json` of lerobot-eval."""
+
+    class Still:
+        def reset(self, num_envs):
+            pass
+
+        def act(self, observation):
+            return np.zeros(len(observation["task"]), np.int64)
+
+    result = rollout(Still(), ENV, episodes=3, seed=9, max_steps=4)
+    result = replace(
+        result,
+        successes=np.array([True, False, False]),
+        returns=np.array([1.5, 0.0, 0.0]),
+        max_rewards=np.array([0.75, 0.0, 0.0]),
+    )
+    save_rollout(result, tmp_path)
+    saved = json.loads((tmp_path / "rollout.json").read_text())
+    assert saved["per_episode"] == [
+        {"episode_ix": 0, "sum_reward": 1.5, "max_reward": 0.75, "success": True, "seed": 9},
+        {"episode_ix": 1, "sum_reward": 0.0, "max_reward": 0.0, "success": False, "seed": 10},
+        {"episode_ix": 2, "sum_reward": 0.0, "max_reward": 0.0, "success": False, "seed": 11},
+    ]
+    assert saved["aggregated"] == {
+        "avg_sum_reward": 0.5,
+        "avg_max_reward": 0.25,
+        "pc_success": pytest.approx(100 / 3),
+        "eval_s": pytest.approx(3 * saved["aggregated"]["eval_ep_s"]),
+        "eval_ep_s": saved["aggregated"]["eval_ep_s"],
+    }
+    assert saved["aggregated"]["eval_s"] > 0
+
+
+def test_distractors_change_the_frames():
     plain, distracted = (
         rollout(Wanderer(), ENV, episodes=1, seed=3, max_steps=2, record=1, distract=distract).videos[0]
         for distract in (None, Distraction(background=1.0))

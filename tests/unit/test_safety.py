@@ -11,8 +11,9 @@ import pytest
 
 from latentact.errors import UserError
 from latentact.robots import connection
-from latentact.robots.control import ControlLog, control
-from latentact.robots.safety import Safety, SafetyConfig, UnsafeActionError
+from latentact.robots.connection import RobotFault
+from latentact.robots.control import ControlEnd, ControlLog, control
+from latentact.robots.safety import Safety, SafetyConfig, UnsafeActionError, UnsafeReason
 from latentact.robots.setup import RobotSetup, RobotView, make_robot
 
 JOINTS = ("x.pos", "y.pos")
@@ -24,7 +25,7 @@ def safety(joints=JOINTS, **settings):
 
 
 class Fake:
-    """A robot that stands at (100, 50), obeys at once, and breaks as a test wants."""
+    """A robot at (100, 50) that moves at once, and fails as a test asks."""
 
     name = "fake"
     observation_features = {"x.pos": float, "y.pos": float, "top": (4, 4, 3)}  # noqa: RUF012
@@ -52,7 +53,7 @@ class Fake:
                 seen["y.pos"] = math.nan
             if self.breaks == "missing":
                 del seen["top"]
-            if self.breaks == "picture":
+            if self.breaks == "image":
                 seen["top"] = np.zeros((2, 2, 3), np.uint8)
             if self.breaks == "once" and self.reads == self.after + 1:
                 raise ConnectionError("a glitch")
@@ -89,20 +90,23 @@ def right(observation):
 def test_limits_then_largest_step_by_hand():
     layer = safety(limits={"x": [0, 200], "y.pos": [-10, 60]}, max_step={"x": 30})
     layer.start({"x.pos": 100.0, "y.pos": 50.0})
-    assert layer.admit([110.0, 55.0]) == {"x.pos": 110.0, "y.pos": 55.0}
-    assert layer.admit([500.0, 55.0]) == {"x.pos": 140.0, "y.pos": 55.0}  # 200 by limit, 110 + 30 by step
-    assert layer.admit([139.0, 99.0]) == {"x.pos": 139.0, "y.pos": 60.0}
-    assert layer.admit([-9.0, -99.0]) == {"x.pos": 109.0, "y.pos": -10.0}
+    assert layer.clip_or_reject([110.0, 55.0]) == {"x.pos": 110.0, "y.pos": 55.0}
+    assert layer.clip_or_reject([500.0, 55.0]) == {
+        "x.pos": 140.0,
+        "y.pos": 55.0,
+    }  # 200 by limit, 110 + 30 by step
+    assert layer.clip_or_reject([139.0, 99.0]) == {"x.pos": 139.0, "y.pos": 60.0}
+    assert layer.clip_or_reject([-9.0, -99.0]) == {"x.pos": 109.0, "y.pos": -10.0}
     assert dict(layer.clipped) == {"x.pos limit": 2, "x.pos step": 2, "y.pos limit": 2}
     assert layer.hold() == {"x.pos": 109.0, "y.pos": -10.0}
 
 
-def test_nothing_leaves_the_limits_whatever_is_wanted():
+def test_every_command_is_within_limits_and_steps():
     layer = safety(limits={"x": [0, 10], "y": [-1, 1]}, max_step={"x": 3, "y": 0.5})
     layer.start({"x.pos": 5.0, "y.pos": 0.0})
     before = np.array([5.0, 0.0])
     for action in np.random.default_rng(0).normal(0, 100, (300, 2)):
-        sent = np.array([*layer.admit(action).values()])
+        sent = np.array([*layer.clip_or_reject(action).values()])
         assert (sent >= [0, -1]).all()
         assert (sent <= [10, 1]).all()
         assert (np.abs(sent - before) <= [3 + 1e-9, 0.5 + 1e-9]).all()
@@ -112,38 +116,38 @@ def test_nothing_leaves_the_limits_whatever_is_wanted():
 @pytest.mark.parametrize(
     ("action", "reason"),
     [
-        ([math.nan, 0.0], "action not finite: x.pos is nan"),
-        ([0.0, math.inf], "action not finite: y.pos is inf"),
-        ([1.0], r"another shape: it has shape \[1\], the robot 2 joints"),
-        ([[1.0, 2.0]], "another shape"),
-        (["left", "right"], "another shape: it is list"),
-        (3.0, "another shape"),
+        ([math.nan, 0.0], "non-finite action: x.pos is nan"),
+        ([0.0, math.inf], "non-finite action: y.pos is inf"),
+        ([1.0], r"action of wrong shape: must be \[2\], got \[1\]"),
+        ([[1.0, 2.0]], "wrong shape"),
+        (["left", "right"], "wrong shape: got list"),
+        (3.0, "wrong shape"),
     ],
 )
-def test_no_number_and_no_shape_is_refused_and_leaves_no_trace(action, reason):
+def test_a_rejected_action_has_no_effect(action, reason):
     layer = safety(limits={"x": [0, 200]})
     layer.start({"x.pos": 100.0, "y.pos": 50.0})
-    with pytest.raises(UnsafeActionError, match=reason):
-        layer.admit(action)
+    with pytest.raises(UnsafeActionError, match=reason) as raised:
+        layer.clip_or_reject(action)
     assert layer.hold() == {"x.pos": 100.0, "y.pos": 50.0}
-    assert sum(layer.refused.values()) == 1
+    assert layer.refused == {raised.value.reason: 1}
 
 
-def test_to_hold_still_is_to_command_no_velocity():
+def test_holding_still_commands_zero_velocity():
     layer = safety(("arm.pos", "base.vel"))
     layer.start({"arm.pos": 3.0})
-    layer.admit([4.0, 0.7])
+    layer.clip_or_reject([4.0, 0.7])
     assert layer.hold() == {"arm.pos": 4.0, "base.vel": 0.0}
 
 
 def test_a_start_that_cannot_be_safe_is_refused():
-    with pytest.raises(UserError, match=r"stands at x.pos = 300, outside its limits 0 to 200"):
+    with pytest.raises(UserError, match=r"x.pos must be between 0 and 200 at the start, got 300"):
         safety(limits={"x": [0, 200]}).start({"x.pos": 300.0, "y.pos": 0.0})
-    with pytest.raises(UserError, match=r"does not observe where that is"):
+    with pytest.raises(UserError, match=r"safety.max_step.x.pos needs the joint's position"):
         safety(max_step={"x": 3}).start({"y.pos": 0.0})
     unknown = safety()
     unknown.start({})
-    assert unknown.hold() is None, "nobody knows where it stands"
+    assert unknown.hold() is None, "its position is unknown"
     assert unknown.unlimited == ["x.pos", "y.pos"]
 
 
@@ -151,14 +155,14 @@ def test_a_start_that_cannot_be_safe_is_refused():
     ("settings", "message"),
     [
         ({"limits": {"z": [0, 1]}}, "no joint 'z'"),
-        ({"limits": {"x": [1, 0]}}, r"safety.limits.x is \[1.0, 0.0\]; wanted \[smallest, largest\]"),
-        ({"limits": {"x": 3}}, "wanted"),
-        ({"limits": {"x": [0, math.nan]}}, "wanted"),
-        ({"max_step": {"x": 0}}, "safety.max_step.x is 0.0; wanted a number above 0"),
-        ({"max_step": 3}, "wanted a value for each joint"),
-        ({"stale_s": -1}, "safety.stale_s is -1.0; wanted a number above 0"),
+        ({"limits": {"x": [1, 0]}}, r"safety.limits.x must be \[smallest, largest\], got \[1.0, 0.0\]"),
+        ({"limits": {"x": 3}}, r"safety.limits.x must be \[smallest, largest\], got 3"),
+        ({"limits": {"x": [0, math.nan]}}, "safety.limits.x must be a finite number, got nan"),
+        ({"max_step": {"x": 0}}, "safety.max_step.x must be greater than 0 and finite, got 0.0"),
+        ({"max_step": 3}, "safety.max_step must map joints to values, got 3"),
+        ({"stale_s": -1}, "safety.stale_s must be greater than 0 and finite, got -1.0"),
         ({"limit": {}}, "unknown setting 'safety.limit'; did you mean 'limits'"),
-        ("none", "safety is 'none'"),
+        ("none", "safety must be a mapping, got 'none'"),
     ],
 )
 def test_wrong_settings_are_one_sentence(settings, message):
@@ -175,11 +179,11 @@ def test_a_good_robot_is_driven_and_disconnected():
     assert time.monotonic() - start >= 10 / 50
     xs = [command["x.pos"] for command in robot.sent[:10]]
     assert xs == [108.0, 116.0, 124.0, 132.0, 140.0, 148.0, 150.0, 150.0, 150.0, 150.0]
-    assert robot.sent[10:] == [robot.sent[9]], "at the end it is told to stay where it is"
-    assert (record.commands, record.steps, record.ended) == (10, 10, "the last step was taken")
+    assert robot.sent[10:] == [robot.sent[9]], "the last command holds it still"
+    assert (record.commands, record.steps, record.end) == (10, 10, ControlEnd.MAX_STEPS)
     assert record.disconnected
     assert (robot.is_connected, robot.disconnects) == (False, 1)
-    steps = [event for event in record.events if event["what"] == "clipped x.pos step"]
+    steps = [event for event in record.events if event["kind"] == "clipped x.pos step"]
     assert [(event["from_step"], event["to_step"]) for event in steps] == [(0, 5)]
     assert len(record.events) == 2, "one more where the limit is reached"
 
@@ -192,7 +196,7 @@ def test_the_end_of_the_guide_disconnects():
         return right(observation) if left[0] >= 0 else None
 
     record = drive(robot, act)
-    assert (record.commands, record.ended) == (3, "the guide is over")
+    assert (record.commands, record.end) == (3, ControlEnd.GUIDE_END)
     assert not robot.is_connected
 
 
@@ -211,25 +215,26 @@ def test_missed_deadlines_are_counted_and_not_made_up_for():
 
 
 @pytest.mark.parametrize(
-    ("breaks", "said"),
+    ("breaks", "fault", "message"),
     [
-        ("block", "does not answer while observing"),
-        ("raise", "observing failed: ConnectionError: bus error second line"),
-        ("nan", "the observed y.pos is nan"),
-        ("missing", "the observation lacks top"),
-        ("picture", r"the picture top is uint8 \[2, 2, 3\]"),
-        ("send", "acting failed: TimeoutError: motor 3"),
+        ("block", RobotFault.TIMEOUT, "no response while observing"),
+        ("raise", RobotFault.DRIVER, "observing failed: ConnectionError: bus error second line"),
+        ("nan", RobotFault.OBSERVATION, "the observed y.pos must be finite, got nan"),
+        ("missing", RobotFault.OBSERVATION, "the observation lacks top"),
+        ("image", RobotFault.OBSERVATION, r"the image top must be uint8 \[4, 4, 3\], got uint8 \[2, 2, 3\]"),
+        ("send", RobotFault.DRIVER, "acting failed: TimeoutError: motor 3"),
     ],
 )
-def test_a_robot_that_breaks_is_held_still_then_left(breaks, said):
+def test_a_robot_that_fails_is_held_still_then_disconnected(breaks, fault, message):
     robot, start = Fake(breaks, after=3), time.monotonic()
     record, layer = ControlLog(fps=100.0), safety(**QUICK)
-    with pytest.raises(UserError, match=rf"the robot fake held still for .*{said}.*control has stopped"):
+    with pytest.raises(UserError, match=rf"the robot fake was held still for .*{message}.*control stopped"):
         control(robot, right, layer, record, max_steps=100)
     assert time.monotonic() - start < 2
     assert record.commands == 3
     assert {(c["x.pos"], c["y.pos"]) for c in robot.sent[2:]} == {(130.0, 50.0)}, "only: stay"
-    assert sum(record.holds.values()) > 0
+    assert record.holds[fault] > 0
+    assert record.end is ControlEnd.ERROR
     assert record.disconnected
     assert not robot.is_connected
     robot.release.set()
@@ -238,7 +243,7 @@ def test_a_robot_that_breaks_is_held_still_then_left(breaks, said):
 def test_a_glitch_is_held_through():
     robot = Fake("once", after=2)
     record = drive(robot, right, max_steps=6)
-    assert (record.commands, record.steps, record.holds["robot"]) == (6, 7, 1)
+    assert (record.commands, record.steps, record.holds[RobotFault.DRIVER]) == (6, 7, 1)
     assert [command["x.pos"] for command in robot.sent[:7]] == [
         110.0,
         120.0,
@@ -260,10 +265,10 @@ def test_a_late_observation_is_not_acted_on():
     robot.get_observation = read_slowly
     record = drive(robot, lambda o: acted.append(o) or right(o), fps=20.0, max_steps=3)
     assert (record.commands, len(acted)) == (3, 3)
-    assert record.holds["robot"] >= 1
+    assert record.holds[RobotFault.TIMEOUT] + record.holds[RobotFault.STALE] >= 1
 
 
-def test_an_action_that_comes_too_late_is_not_sent():
+def test_a_late_action_is_not_sent():
     robot, asked = Fake(), []
 
     def slow_once(observation):
@@ -272,19 +277,19 @@ def test_an_action_that_comes_too_late_is_not_sent():
         return right(observation)
 
     record = drive(robot, slow_once, max_steps=4)
-    assert (record.commands, record.holds) == (4, {"action too late": 1})
+    assert (record.commands, record.holds) == (4, {UnsafeReason.LATE: 1})
     assert [command["x.pos"] for command in robot.sent[:5]] == [110.0, 120.0, 120.0, 130.0, 140.0]
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 0.0], [1.0], "x"])
-def test_actions_that_are_none_are_never_sent(bad):
+def test_rejected_actions_are_never_sent(bad):
     robot, asked = Fake(), []
 
     def act(observation):
         asked.append(1)
         return right(observation) if len(asked) <= 2 else np.array(bad)
 
-    with pytest.raises(UserError, match=r"held still for .*action"):
+    with pytest.raises(UserError, match=r"was held still for .*action"):
         drive(robot, act, max_steps=100)
     assert robot.sent[:2] == [{"x.pos": 110.0, "y.pos": 50.0}, {"x.pos": 120.0, "y.pos": 50.0}]
     assert all(command == robot.sent[1] for command in robot.sent[2:])
@@ -317,7 +322,7 @@ def test_signals_disconnect_even_while_the_robot_blocks(number, raised):
     with pytest.raises(raised):
         control(robot, right, safety(stale_s=5.0, stop_after_s=5.0), record, max_steps=100)
     timer.join()
-    assert record.ended == "interrupted"
+    assert record.end is ControlEnd.INTERRUPTED
     assert record.disconnected
     assert not robot.is_connected
     assert signal.getsignal(number) == before
@@ -336,7 +341,7 @@ def test_a_robot_that_does_not_connect_or_disconnect(monkeypatch, caplog):
     robot = Fake()
     robot.disconnect = lambda: robot.release.wait()
     monkeypatch.setattr(connection, "DISCONNECT_S", 0.1)
-    with pytest.raises(UserError, match="does not answer while disconnecting"):
+    with pytest.raises(UserError, match="no response while disconnecting"):
         drive(robot, right, max_steps=2)
     robot.release.set()
 
@@ -356,10 +361,10 @@ def test_a_robots_file(tmp_path):
     assert setup.cameras == {"top": "observation.images.front"}
     assert setup.safety == SafetyConfig(limits={"x": (0.0, 512.0)}, max_step={"y": 30.0}, stale_s=0.2)
     for content, message in (
-        ("", "names no robot"),
+        ("", "has no robot"),
         ("robot: [1", "cannot be read"),
         ("robot: {type: a}\nsaftey: {}", "unknown setting 'saftey'; did you mean 'safety'"),
-        ("robot: {type: a}\ncameras: [top]", "cameras is"),
+        ("robot: {type: a}\ncameras: [top]", "cameras must map"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -368,7 +373,7 @@ def test_a_robots_file(tmp_path):
         RobotSetup.read(tmp_path / "none.yaml")
 
 
-def test_a_robots_view_and_what_does_not_fit_it():
+def test_a_robots_view_and_its_compatibility():
     view = RobotView(Fake(), {})
     seen = view(Fake().get_observation(), "push")
     assert seen["observation.state"].tolist() == [100.0, 50.0]
@@ -377,14 +382,14 @@ def test_a_robots_view_and_what_does_not_fit_it():
     assert {key: np.shape(value) for key, value in view(view.blank()).items()} == {
         key: np.shape(value) for key, value in seen.items()
     }
-    view.refuse_unless_fits(cameras=("observation.image",), state_size=2, action_size=2)
+    view.check_compatible(cameras=("observation.image",), state_size=2, action_size=2)
     for wrong, message in (
-        ({"cameras": ("a", "b")}, "looks at a and the robot shows observation.images.top"),
-        ({"state_size": 3}, r"a state of 3 numbers and the robot observes 2 \(x.pos, y.pos\)"),
-        ({"action_size": 7}, "gives 7 numbers and the robot takes 2"),
+        ({"cameras": ("a", "b")}, "needs the image a, but the robot has observation.images.top"),
+        ({"state_size": 3}, r"a state of 3 dimensions, but the robot observes 2 \(x.pos, y.pos\)"),
+        ({"action_size": 7}, "returns 7 values, but the robot has 2 joints"),
     ):
         with pytest.raises(UserError, match=message):
-            view.refuse_unless_fits(**({"cameras": (), "state_size": 0, "action_size": 2} | wrong))
+            view.check_compatible(**({"cameras": (), "state_size": 0, "action_size": 2} | wrong))
     with pytest.raises(UserError, match="no camera 'tpo'; did you mean 'top'"):
         RobotView(Fake(), {"tpo": "observation.images.top"})
 
@@ -392,9 +397,9 @@ def test_a_robots_view_and_what_does_not_fit_it():
 def test_lerobot_robots_by_type():
     for settings, message in (
         ({"type": "so102_follower"}, "unknown robot type 'so102_follower'; did you mean 'so10[01]_follower'"),
-        ({"type": "so101_follower"}, "so101_follower cannot be made .*port"),
-        ({"type": "pusht_sim", "sed": 3}, "robot pusht_sim cannot be made .*sed"),
-        ({"type": "pusht_sim", "fault": "fire"}, "cannot be made .*fault is 'fire'"),
+        ({"type": "so101_follower"}, "so101_follower cannot be created: .*port"),
+        ({"type": "pusht_sim", "sed": 3}, "robot pusht_sim cannot be created: .*sed"),
+        ({"type": "pusht_sim", "fault": "fire"}, "cannot be created: .*fault must be .*got 'fire'"),
     ):
         with pytest.raises(UserError, match=message):
             make_robot(settings)
@@ -405,7 +410,7 @@ def test_the_simulated_robot(monkeypatch, tmp_path):
     record = drive(
         robot, right, max_steps=4, fps=200.0, stale_s=5.0, stop_after_s=5.0, limits={"x": [0, 512]}
     )
-    assert (record.commands, record.ended, robot.is_connected) == (4, "the last step was taken", False)
+    assert (record.commands, record.end, robot.is_connected) == (4, ControlEnd.MAX_STEPS, False)
     robot.connect()
     first = robot.get_observation()
     assert first["top"].shape == (32, 32, 3)

@@ -1,15 +1,22 @@
 """The training loop: exact resume, batches by (seed, step), what is written and when it stops."""
 
 import csv
+import os
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+import distributed_training
+from distributed_training import Toy
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.fit import fit
+from latentact.training.loop import _parameter_groups
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
@@ -133,7 +140,7 @@ def test_damaged_checkpoint_is_a_user_error(tmp_path):
     train(tmp_path, kill_at=7)
     state = tmp_path / "checkpoints/step=00000005/state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         train(tmp_path)
 
 
@@ -194,6 +201,7 @@ def test_ctrl_c_reaches_the_command_line(tmp_path):
         {"batch_size": 0},
         {"lr": 0.0},
         {"precision": "float8"},
+        {"strategy": "deepspeed"},
         {"device": "tpu"},
         {"log_every": 0},
     ],
@@ -244,7 +252,7 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_checkpoint_refuses_what_would_need_a_pickle(tmp_path):
-    with pytest.raises(TypeError, match=r"/model is a Noisy"):
+    with pytest.raises(TypeError, match=r"/model must be tensors, numbers or text, got Noisy"):
         FolderCheckpointIO().save_checkpoint({"model": Noisy()}, tmp_path / "here")
     assert not [*tmp_path.iterdir()]
 
@@ -261,3 +269,78 @@ def test_run_folder(tmp_path):
     assert finished(out, config, "result.json")
     with pytest.raises(UserError, match="is a file"):
         finished(out / "result.json", config, "result.json")
+
+
+def test_accumulated_slices_make_the_same_step(tmp_path):
+    whole, sliced = Toy(), Toy()
+    settings = {"steps": 6, "batch_size": 8, "log_every": 1, "eval_every": 0, "device": "cpu"}
+    fit(whole, Positions(), TrainingConfig(**settings), tmp_path / "whole")
+    data = Positions()
+    fit(sliced, data, TrainingConfig(**settings, accumulate=4), tmp_path / "sliced")
+    assert [len(positions) for positions in data.asked[:24]] == [2] * 24
+    for mine, other in zip(rows(tmp_path / "sliced"), rows(tmp_path / "whole"), strict=True):
+        assert mine["step"] == other["step"]
+        assert float(mine["train/loss"]) == pytest.approx(float(other["train/loss"]), rel=1e-4)
+    for name, value in sliced.state_dict().items():
+        assert torch.allclose(value, whole.state_dict()[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("kill_at", [5, 13])
+def test_resumed_run_with_accumulation_ends_with_the_same_weights(kill_at, tmp_path):
+    whole = train(tmp_path / "whole", accumulate=2)
+    train(tmp_path / "cut", kill_at=kill_at, accumulate=2)
+    assert equal(train(tmp_path / "cut", accumulate=2), whole)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_parameter_groups_have_their_own_rate_and_decay(tmp_path):
+    config = TrainingConfig(steps=1, batch_size=8, lr=0.1, weight_decay=0.2, device="cpu", warmup_steps=0)
+    first, rest = _parameter_groups(Toy(), config)
+    assert "lr" not in first
+    assert len(first["params"]) == 6
+    assert (rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.05, 0.0, 2)
+    frozen = Toy()
+    frozen.parameter_groups = lambda: [{"params": [*frozen.last.parameters()], "lr_factor": 0.0}]
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    fit(frozen, Positions(), config, tmp_path)
+    changed = {name for name, value in frozen.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith("last.") for name in changed)
+
+
+def test_a_batch_must_divide_into_slices():
+    with pytest.raises(UserError, match=r"batch_size must be a multiple of .* \(6\), got 8"):
+        TrainingConfig(batch_size=8, accumulate=3, devices=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does_and_resume(strategy, tmp_path):
+    """The script starts its second process itself; losses are those of one process."""
+
+    def run(out):
+        command = [sys.executable, distributed_training.__file__, out, strategy, "2", "6", "1"]
+        done = subprocess.run(
+            [*map(str, command)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return torch.load(out / "weights.pt", weights_only=True)
+
+    config = distributed_training.settings("auto", 1, 6, 1)
+    one = Toy()
+    fit(one, Positions(), config, tmp_path / "one", lambda last: {"val/sum": one.total()})
+    weights = run(tmp_path / "two")
+    for mine, other in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert mine.keys() == other.keys()
+        assert [*map(bool, mine.values())] == [*map(bool, other.values())]
+        for key, value in other.items():
+            assert not value or float(mine[key]) == pytest.approx(float(value), rel=1e-4)
+    for name, value in one.state_dict().items():
+        assert torch.allclose(weights[name], value, atol=1e-5)
+    (checkpoint,) = (tmp_path / "two/kept").iterdir()
+    assert not {path.suffix for path in checkpoint.iterdir()} - {".safetensors", ".json"}
+    shutil.copytree(checkpoint, tmp_path / "resumed/checkpoints" / checkpoint.name)
+    resumed = run(tmp_path / "resumed")
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert [row["step"] for row in rows(tmp_path / "resumed")] == ["4", "5", "6"]

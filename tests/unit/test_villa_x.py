@@ -210,13 +210,13 @@ DAMAGED = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "cut weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "not json": (lambda f: (f / "model_config.json").write_text("{"), "cannot read"),
-    "a list": (lambda f: (f / "model_config.json").write_text("[]"), "describes no villa-X model"),
+    "a list": (lambda f: (f / "model_config.json").write_text("[]"), "does not describe a villa-X model"),
     "other model": (
         lambda f: (f / "model_config.json").write_text('{"architecture": "Other", "config": {}}'),
-        "describes no villa-X model",
+        "does not describe a villa-X model",
     ),
     "other width": (lambda f: rewrite(f, encoder_embed_dim=96), "wrong shape for"),
     "less layers": (lambda f: rewrite(f, encoder_depth=2), "has unknown 'encoder.layers.2"),
@@ -230,8 +230,8 @@ DAMAGED = {
         lambda f: rewrite(f, encoder_embed_dim=10**12),
         "lam.encoder_embed_dim must be between",
     ),
-    "uneven patches": (lambda f: rewrite(f, patch_size=5), "wanted a multiple of lam.patch_size"),
-    "gray": (lambda f: rewrite(f, in_channels=1), "only 3 are known"),
+    "uneven patches": (lambda f: rewrite(f, patch_size=5), "must be a multiple of lam.patch_size"),
+    "gray": (lambda f: rewrite(f, in_channels=1), "in_channels must be 3"),
     "a null": (lambda f: rewrite(f, mlp_ratio=None), "lam.mlp_ratio must be of type float, got None"),
     "a setting of ours": (lambda f: rewrite(f, window="chunked", kind="lapo"), None),
 }
@@ -294,17 +294,17 @@ def test_proprio_learns_the_next_state_and_labeled_actions() -> None:
     assert model.loss(nothing)[1]["action"] == 0
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.proprio.parameters())
-    with pytest.raises(UserError, match=r"robot state has 0 numbers"):
+    with pytest.raises(UserError, match=r"size of the data's robot state, 0, got"):
         model.loss(clip(config, action=hidden, labeled=first))
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"window": "all"}, "wanted sliding or chunked"),
-        ({"state_weight": 1.0}, "wants lam.state_size"),
+        ({"window": "all"}, "must be sliding or chunked"),
+        ({"state_weight": 1.0}, "lam.state_size must be the size"),
         ({"d_t": 1}, "at least 2 frames"),
-        ({"encoder_n_heads": 7}, "wanted a multiple of lam.encoder_n_heads"),
+        ({"encoder_n_heads": 7}, "must be a multiple of lam.encoder_n_heads"),
     ],
 )
 def test_settings_that_fit_no_model(changes: dict, sentence: str) -> None:

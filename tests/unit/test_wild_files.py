@@ -76,8 +76,8 @@ def test_cycles_end_and_are_named(tmp_path, clips):
     (tmp_path / "v/loop").symlink_to("loop")
     source = source_of(tmp_path / "v", tmp_path)
     assert [episode.name for episode in source.episodes] == ["x/a.mp4", "x/b.mp4"]
-    cycle = "a link to a folder that it lies in"
-    assert source.skipped == {"x/up": cycle, "self": cycle, "loop": "a link to nothing"}
+    cycle = "a link to a parent folder"
+    assert source.skipped == {"x/up": cycle, "self": cycle, "loop": "a dangling link"}
 
 
 def test_one_folder_by_two_names_counts_twice(tmp_path, clips):
@@ -97,9 +97,9 @@ def test_what_is_left_out_is_listed_with_a_reason(tmp_path, clips):
     source = source_of(root, tmp_path)
     assert [episode.name for episode in source.episodes] == ["a.mp4", "b.mp4"]
     assert source.skipped == {
-        "gone.mp4": "a link to nothing",
-        "readme.txt": "files that end in .txt are not read",
-        "noending": "files that end in nothing are not read",
+        "gone.mp4": "a dangling link",
+        "readme.txt": "unsupported suffix '.txt'",
+        "noending": "unsupported suffix ''",
         ".cache/a.mp4": "hidden",
         ".cache/b.mp4": "hidden",
         "._a.mp4": "hidden",
@@ -213,7 +213,7 @@ def test_npz_files_are_found_by_the_same_rules(tmp_path):
     (tmp_path / "d/c.npz").symlink_to("nowhere.npz")
     source = source_of(tmp_path / "d", tmp_path)
     assert [episode.name for episode in source.episodes] == ["x/a.npz #0"]
-    assert source.skipped == {".b.npz": "hidden", "c.npz": "a link to nothing"}
+    assert source.skipped == {".b.npz": "hidden", "c.npz": "a dangling link"}
 
 
 # --- links inside LeRobot datasets (F02)
@@ -250,7 +250,7 @@ def test_a_dangling_video_leaves_its_episodes_out_by_number(tmp_path, caplog):
     file.unlink()
     file.symlink_to("nowhere.mp4")
     assert numbers(store(root).frames) == [20, 21, 22]
-    assert "2 episodes are listed, of which 1 are there" in caplog.text
+    assert "2 episodes are listed; using the 1 whose files are present" in caplog.text
 
 
 # --- images beside the table (F20)
@@ -315,3 +315,24 @@ def test_paths_that_lead_out_of_the_dataset_are_not_followed(tmp_path, path):
 def test_images_in_the_table_are_used_whatever_their_path_says(tmp_path):
     cell = lambda e, i: {**image_cell(e, i), "path": "/nowhere/x.png"}  # noqa: E731
     assert numbers(store(lerobot(tmp_path / "d", 2, cell=cell)).frames) == ROWS
+
+
+def test_a_folder_of_nothing_but_skipped_files_names_them(tmp_path, clips):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    shutil.copy(clips / "a.mp4", folder / ".a.mp4")
+    with pytest.raises(
+        UserError, match=r"no data that can be read \(1 files skipped, such as .a.mp4: hidden\)"
+    ):
+        source_of(folder, tmp_path)
+    (folder / ".a.mp4").rename(folder / "a.txt")
+    with pytest.raises(UserError, match=r"such as a.txt: unsupported suffix '.txt'"):
+        source_of(folder, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.npz", "a"])
+def test_a_pipe_is_no_data(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match="holds no data that can be read"):
+            source_of(path, tmp_path)

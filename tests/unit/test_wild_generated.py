@@ -1,4 +1,4 @@
-"""Generated odd inputs: tables, metadata, videos and trees, against LeRobot, FFmpeg and plain rules."""
+"""Generated inputs (tables, metadata, videos, folder trees), compared with LeRobot and FFmpeg."""
 
 import json
 import os
@@ -45,21 +45,21 @@ SETTINGS = {
 
 @contextmanager
 def folder():
-    """A folder of its own for each example."""
+    """Yield a new folder for each example."""
     with tempfile.TemporaryDirectory(prefix="wild") as name:
         yield Path(name)
 
 
 def outcome(find):
-    """Return (what `find` returns, ""), or (None, its UserError); nothing else may be raised."""
+    """Return (what `find` returns, ""), or (None, its UserError); other exceptions propagate."""
     try:
         return find(), ""
     except UserError as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
-    assert len(said) < 1200
-    return None, said
+        message = str(error)
+    assert message
+    assert "\n" not in message
+    assert len(message) < 1200
+    return None, message
 
 
 # --- tables: clocks
@@ -111,7 +111,7 @@ def test_whatever_lerobot_opens_is_read_as_it_shows_it(kinds, arrow, images, spl
             cell=image_cell if images else None,
             video_frames=lambda *_: 9,
         )
-        read, said = outcome(lambda: store(root))
+        read, message = outcome(lambda: store(root))
         theirs = rows_of_lerobot(root, path, lengths)
         starts = np.cumsum(lengths) - lengths
         for e, kind in enumerate(kinds):
@@ -124,14 +124,14 @@ def test_whatever_lerobot_opens_is_read_as_it_shows_it(kinds, arrow, images, spl
                 assert read.source_rows[read.starts[place]] == starts[e]
                 continue
             assert not images
-            reason = said or next(why for label, why in read.unreadable.items() if label.startswith(name))
+            reason = message or next(why for label, why in read.unreadable.items() if label.startswith(name))
             assert "column timestamp" in reason
             assert "row" in reason
             assert kind not in ("exact", "jitter", "late", "cut"), reason
 
 
 def rows_of_lerobot(root, cache, lengths):
-    """Return the numbers of each episode's frames as LeRobot shows them; None where it fails."""
+    """Return the frame numbers of each episode as decoded by LeRobot; None if it fails."""
     from wild import lerobot_dataset
 
     found, row = [], 0
@@ -186,14 +186,14 @@ def test_numbers_stay_in_their_row_or_name_it(rows, arrow, version, name):
         )
         read = store(root, drop_nonfinite=True)
         assert read.usable.tolist() == good.tolist()
-        strict, said = outcome(lambda: column_of(store(root), name))
+        strict, message = outcome(lambda: column_of(store(root), name))
         asked = good | (np.isin(np.arange(7), [3, 6]) if name == ACTION else False)
         if asked.all():
             np.testing.assert_array_equal(strict[good], want.astype(np.float32)[good])
         else:
             row = int(np.flatnonzero(~asked)[0])
-            assert f"column {name}: {(~asked).sum()} rows are missing" in said
-            assert f"row {row % 4} of episode {row // 4}" in said
+            assert f"column {name}: {(~asked).sum()} rows are missing" in message
+            assert f"row {row % 4} of episode {row // 4}" in message
         dropped = column_of(read, name)
         np.testing.assert_array_equal(dropped[good], want.astype(np.float32)[good])
         assert not read.transitions(1)[:-1][~(good[:-1] & good[1:])].any()
@@ -238,7 +238,7 @@ JSON = st.recursive(
 
 
 def places(value, above=()):
-    """Yield the path of every value inside json."""
+    """Yield the path of every value inside JSON."""
     if above:
         yield above
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -273,14 +273,14 @@ def test_info_with_any_value_anywhere_is_read_or_refused(good, data, version):
     put(info, place, data.draw(st.one_of(st.just(...), JSON)))
     file.write_text(json.dumps(info))
     try:
-        read, said = outcome(lambda: opened_whole(root))
-        assert said or numbers(read) in ([0, 1, 2, 20, 21], [0, 1, 2])
+        read, message = outcome(lambda: opened_whole(root))
+        assert message or numbers(read) in ([0, 1, 2, 20, 21], [0, 1, 2])
     finally:
         file.write_text(text)
 
 
 def opened_whole(root):
-    """Return the frames of a dataset, without a cache, having looked at its columns."""
+    """Read all columns of a dataset and return its frames, without a cache."""
     with tempfile.TemporaryDirectory() as cache:
         source = open_source(root, "", Memo(Path(cache), root))
         for name in (STATE, ACTION, "timestamp", "task_index"):
@@ -486,7 +486,7 @@ def test_every_name_in_a_tree_is_read_or_has_a_reason(clips, files, links):
 
 
 def walk(folder, above=()):
-    """Yield the names of the files below a folder, links followed, no folder inside itself."""
+    """Yield the names of the files in a folder tree; follows links, but not to parent folders."""
     here = os.path.realpath(folder)
     if here in above:
         return

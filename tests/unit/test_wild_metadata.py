@@ -25,7 +25,6 @@ from wild import (
     with_column,
     write_lines,
     write_table,
-    write_video,
 )
 
 ROWS = [*range(8), *range(20, 26)]
@@ -49,10 +48,10 @@ def opened(path, cache, camera=""):
     try:
         return open_source(path, camera, Memo(cache, path))
     except UserError as error:
-        said = str(error)
-    assert "\n" not in said
-    assert len(said) < 700
-    return said
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 700
+    return message
 
 
 # --- info.json (F21, F38)
@@ -70,8 +69,22 @@ READ = {
 REFUSED = {
     "fps_text": ({"fps": "ten"}, "fps must be"),
     "fps_null": ({"fps": None}, "fps must be"),
-    "fps_zero": ({"fps": 0}, "fps must be greater than 0, got 0"),
-    "fps_negative": ({"fps": -10}, "fps must be greater than 0"),
+    "fps_zero": ({"fps": 0}, "fps must be at least 0.0001, got 0"),
+    "fps_negative": ({"fps": -10}, "fps must be at least 0.0001"),
+    "fps_tiny": ({"fps": 1e-320}, "fps must be at least 0.0001"),
+    "fps_huge": ({"fps": 1e308}, "fps must be at most 1000000"),
+    "total_tasks_text": ({"total_tasks": "v9"}, "total_tasks must be a valid integer, got 'v9'"),
+    "total_tasks_infinite": ({"total_tasks": float("inf")}, "total_tasks must be a"),
+    "total_frames_negative": ({"total_frames": -1}, "total_frames must be at least 0, got -1"),
+    "total_episodes_nan": ({"total_episodes": float("nan")}, "total_episodes must be a"),
+    "data_size_text": ({"data_files_size_in_mb": ""}, "data_files_size_in_mb must be a valid number, got ''"),
+    "data_size_infinite": ({"data_files_size_in_mb": float("inf")}, "data_files_size_in_mb must be a finite"),
+    "video_size_negative": (
+        {"video_files_size_in_mb": -1},
+        "video_files_size_in_mb must be greater than 0, got -1",
+    ),
+    "splits_text": ({"splits": "train"}, "splits must be"),
+    "splits_surrogate": ({"splits": {"train\ud800": "0:2"}}, "half of a character, \\ud800"),
     "fps_missing": ({"fps": ...}, "fps is missing"),
     "fps_list": ({"fps": [10]}, "fps must be"),
     "chunks_zero": ({"chunks_size": 0}, "chunks_size must be at least 1, got 0"),
@@ -235,9 +248,9 @@ def test_places_of_episodes_that_are_none_are_one_sentence(tmp_path, name, kind)
         return table.drop_columns([column]) if kind == "missing" else with_column(table, column, values[kind])
 
     root = change_tables(lerobot(tmp_path / "d", 3), change, "meta/episodes")
-    said = opened(root, tmp_path)
-    assert isinstance(said, str)
-    assert column in said
+    message = opened(root, tmp_path)
+    assert isinstance(message, str)
+    assert column in message
 
 
 def test_places_of_other_number_types_are_read(tmp_path):
@@ -263,10 +276,10 @@ def test_an_episode_that_is_listed_twice_is_read_once(tmp_path, copy):
 
 def test_an_index_of_episodes_without_rows_is_one_sentence(copy, tmp_path):
     root = change_tables(copy(3), lambda t: t.slice(0, 0), "meta/episodes")
-    assert "none of their files" in opened(root, tmp_path)
+    assert "but has the files of none" in opened(root, tmp_path)
     root = copy(2)
     (root / "meta/episodes.jsonl").write_text("\n")
-    assert "none of their files" in opened(root, tmp_path)
+    assert "but has the files of none" in opened(root, tmp_path)
 
 
 TASK_TABLES = {
@@ -299,6 +312,102 @@ def test_tables_of_tasks_that_do_not_fit_are_one_sentence(copy, tmp_path, kind):
     root = copy(3)
     write_table(BAD_TASK_TABLES[kind](), root / "meta/tasks.parquet")
     assert "tasks.parquet" in opened(root, tmp_path)
+
+
+def per_row_tasks(root, index, texts=("push", "pull")):
+    """Let rows have tasks by `task_index`, which the table lists in the order of `index`."""
+    rows = np.arange(14) % 2
+    change_tables(root, lambda t: with_column(t, "task_index", rows))
+    write_table(pa.table({"task_index": list(index), "task": list(texts)}), root / "meta/tasks.parquet")
+    frame = pq.read_table(root / "meta/tasks.parquet").to_pandas().set_index("task")
+    frame.to_parquet(root / "meta/tasks.parquet")
+    return change_info(root, total_tasks=2)
+
+
+@pytest.mark.parametrize("index", [(0, 1), (1, 0), (4, 9)])
+def test_tasks_of_rows_are_those_that_lerobot_shows(copy, tmp_path, index):
+    lerobot_datasets = pytest.importorskip("lerobot.datasets.lerobot_dataset")
+    root = per_row_tasks(copy(3), index)
+    shown = lerobot_datasets.LeRobotDataset("local/dataset", root=root)
+    read = store(root)
+    assert [read.task_texts[n] for n in read.task] == [shown[i]["task"] for i in range(14)]
+    note = f"task_index must be the row's number, by which LeRobot finds a task, got {index[0]} in row 0"
+    notes = open_source(root, "", Memo(tmp_path / "memo", root)).notes
+    assert any(note in line for line in notes) == (index != (0, 1))
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, [0]])
+@EITHER
+def test_a_task_index_that_is_none_is_one_sentence(copy, tmp_path, value, version):
+    root = copy(version)
+    change_tables(root, lambda t: with_column(t, "task_index", [value] * len(t)))
+    assert "column task_index must hold " in opened(root, tmp_path)
+
+
+def test_a_discrete_action_that_is_not_whole_names_its_row(tmp_path):
+    values = [0.0, 1.0, 0.5, *[0.0] * 11]
+    feature = {"dtype": "int64", "shape": [1], "names": None}
+    columns = {"action": (feature, lambda e, n: pa.array(values[:n], pa.float64()))}
+    root = lerobot(tmp_path / "d", 3, cell=image_cell, columns=columns)
+    assert "column action of int64 must hold whole numbers, got [0.5] in row 2" in opened(root, tmp_path)
+
+
+def test_two_texts_of_one_task_are_refused(copy, tmp_path):
+    root = copy(2)
+    lines = [{"task_index": 0, "task": "push"}, {"task_index": 0, "task": "pull"}]
+    write_lines(root / "meta/tasks.jsonl", lines)
+    assert "task_index 0 must have one task, got 'push' and 'pull'; keep one" in opened(root, tmp_path)
+    write_lines(root / "meta/tasks.jsonl", [lines[0], lines[0]])
+    assert store(root).task_texts == ("push",)
+
+
+def test_lengths_that_contradict_the_tables_are_noted(copy, tmp_path):
+    root = copy(2)
+    episodes = [{"episode_index": e, "tasks": ["push"], "length": n} for e, n in enumerate((8, 5))]
+    write_lines(root / "meta/episodes.jsonl", episodes)
+    note = (
+        "meta/episodes.jsonl: length of episode 1 must be 6 as in its table, got 5; the table's rows are used"
+    )
+    assert open_source(root, "", Memo(tmp_path / "memo", root)).notes == [note]
+    assert numbers(store(root).frames) == ROWS
+
+
+def test_rows_of_episodes_that_are_not_listed_are_noted(copy, tmp_path):
+    root = change_tables(copy(3), lambda t: t.slice(0, 1), "meta/episodes")
+    (note,) = open_source(root, "", Memo(tmp_path / "memo", root)).notes
+    assert "rows of 1 episodes, such as episode 1, are in the tables and not in the list" in note
+
+
+SURROGATES = ["meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl"]
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_half_a_character_is_one_sentence(copy, tmp_path, name):
+    root = copy(2)
+    text = (root / name).read_text()
+    (root / name).write_text(text.replace('{"', '{"\\uD83D": 1, "', 1))
+    assert r"must be Unicode text, got half of a character, \ud83d" in opened(root, tmp_path)
+    (root / name).write_text(text.replace('{"', '{"\\uD83D\\uDE00": 1, "', 1))  # both halves
+    assert numbers(store(root).frames) == ROWS
+
+
+def test_two_values_of_one_key_are_refused(copy, tmp_path):
+    root = copy(2)
+    text = (root / "meta/info.json").read_text()
+    (root / "meta/info.json").write_text(text.replace('"fps": 10', '"fps": 10, "fps": 20'))
+    assert "'fps' must have one value, got 10 and 20; keep one" in opened(root, tmp_path)
+    (root / "meta/info.json").write_text(text.replace('"fps": 10', '"fps": 10, "fps": 10'))
+    assert numbers(store(root).frames) == ROWS
+
+
+def test_texts_of_tables_that_are_not_utf8_are_one_sentence(copy, tmp_path):
+    root = copy(3)
+    buffers = [pa.py_buffer(np.int32([0, 2]).tobytes()), pa.py_buffer(b"\xc3\x28")]
+    task = pa.StringArray.from_buffers(1, *buffers)
+    write_table(pa.table({"task_index": [0], "task": task}), root / "meta/tasks.parquet")
+    assert "tasks.parquet cannot be read as parquet (In chunk 0: Invalid: Invalid UTF8" in opened(
+        root, tmp_path
+    )
 
 
 # --- texts of tasks (F17)
@@ -371,97 +480,6 @@ def test_shapes_of_cameras_are_understood_in_either_order(shape, names, hwc):
 def test_frames_are_read_whatever_their_feature_says_of_their_shape(tmp_path, shape):
     root = lerobot(tmp_path / "d", 2, cell=image_cell, shape=shape, names=None)
     assert numbers(store(root).frames) == ROWS
-
-
-# --- metadata of folders of videos (F17)
-
-METADATA = {
-    "comma": ("metadata.csv", "file_name,task\na.mp4,push\n"),
-    "semicolon": ("metadata.csv", "file_name;task\na.mp4;push\n"),
-    "tab": ("metadata.csv", "file_name\ttask\na.mp4\tpush\n"),
-    "mark": ("metadata.csv", "\ufefffile_name,task\na.mp4,push\n"),
-    "case": ("metadata.csv", "File_Name,TASK\na.mp4,push\n"),
-    "spaces": ("metadata.csv", "file_name, task\na.mp4, push\n"),
-    "quotes": ("metadata.csv", '"file_name","task"\r\n"./a.mp4","push"\r\n'),
-    "more_columns": ("metadata.csv", "id,task,file_name,\n1,push,a.mp4,,,\n"),
-    "order": ("metadata.csv", "task,file_name\npush,a.mp4\n"),
-    "lines": ("metadata.jsonl", '{"file_name": "a.mp4", "task": "push"}\n\n'),
-    "lines_mark": ("metadata.jsonl", '\ufeff{"task": "push", "file_name": "a.mp4", "x": 1}'),
-    "lines_case": ("metadata.jsonl", '{"File_Name": "a.mp4", "Task": "push"}'),
-}
-BAD_METADATA = {
-    "number": ("metadata.jsonl", '{"file_name": "a.mp4", "task": 3}'),
-    "list": ("metadata.jsonl", '["a.mp4"]'),
-    "no_json": ("metadata.jsonl", "a.mp4 push"),
-    "no_name": ("metadata.csv", "name,task\na.mp4,push\n"),
-    "name_null": ("metadata.jsonl", '{"file_name": null, "task": "x"}'),
-    "open_quote": ("metadata.csv", 'file_name,task\n"a.mp4,push\n'),
-}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("clip") / "a.mp4", 3)
-
-
-@pytest.mark.parametrize("kind", METADATA)
-def test_metadata_of_videos_is_read(tmp_path, clip, kind):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    name, text = METADATA[kind]
-    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    read = store(tmp_path)
-    assert read.task_texts == ("push",)
-
-
-@pytest.mark.parametrize("kind", BAD_METADATA)
-def test_metadata_of_videos_that_does_not_fit_is_one_sentence(tmp_path, clip, kind):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    name, text = BAD_METADATA[kind]
-    (tmp_path / name).write_text(text)
-    assert name in opened(tmp_path, tmp_path / "memo")
-
-
-def test_metadata_of_utf16_is_read(tmp_path, clip):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    (tmp_path / "Metadata.CSV").write_text("sep=;\nfile_name;task\na.mp4;schöb\n", encoding="utf-16")
-    assert store(tmp_path).task_texts == ("schöb",)
-
-
-CONTRADICTIONS = {
-    "more_cells": ("metadata.csv", "file_name,task\na.mp4,push, gently\n", "more cells than the header"),
-    "two_tasks": ("metadata.csv", "file_name,task\na.mp4,push\na.mp4,pull\n", "has two tasks"),
-}
-
-
-@pytest.mark.parametrize("kind", CONTRADICTIONS)
-def test_metadata_that_contradicts_itself_is_refused(tmp_path, clip, kind):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    name, text, sentence = CONTRADICTIONS[kind]
-    (tmp_path / name).write_text(text)
-    assert sentence in opened(tmp_path, tmp_path / "memo")
-
-
-def test_two_tables_of_metadata_are_refused_and_line_breaks_in_quotes_are_kept(tmp_path, clip):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    (tmp_path / "metadata.csv").write_text('file_name,task\na.mp4,"push\nit"\n')
-    assert store(tmp_path).task_texts == ("push\nit",)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "task": "push"}\n')
-    assert "must have one table of metadata" in opened(tmp_path, tmp_path / "memo")
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
-def test_metadata_of_another_encoding_is_one_sentence(tmp_path, clip, encoding):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    (tmp_path / "metadata.csv").write_text("file_name,task\na.mp4,schöb\n", encoding=encoding)
-    said = opened(tmp_path, tmp_path / "memo")
-    assert "must be UTF-8 text" in said
-
-
-@pytest.mark.parametrize("text", ["", "file_name,task\n", "\n\n", "file_name\na.mp4\n"])
-def test_metadata_without_tasks_gives_none(tmp_path, clip, text):
-    shutil.copy(clip, tmp_path / "a.mp4")
-    (tmp_path / "metadata.csv").write_text(text)
-    assert store(tmp_path).task_texts == ("",)
 
 
 def test_values_of_metadata_survive(good):

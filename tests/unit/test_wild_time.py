@@ -1,4 +1,4 @@
-"""Clocks as datasets really have them: which frame a row shows, and how far apart frames lie."""
+"""Real-world timestamps: the frame of each row, and the time between frames."""
 
 import logging
 
@@ -303,7 +303,7 @@ def test_a_video_of_one_frame_is_an_episode_of_one_row(tmp_path, name):
     read = store(tmp_path / "v")
     assert frame_numbers(read) == [5]
     assert not read.transitions(1).any()
-    with pytest.raises(UserError, match="a window needs 2 frames"):
+    with pytest.raises(UserError, match="at least 2 frames for a window"):
         Clips(read, episodes=[0], frame_gap=1)
 
 
@@ -341,7 +341,10 @@ def test_rates_by_hand():
 
 def test_held_out_episodes_that_are_too_short_are_named_so(tmp_path):
     read = store(lerobot(tmp_path / "d", 3, lengths=(6, 1), columns={STATE: (None, None)}))
-    with pytest.raises(UserError, match=r"1 held-out episodes .* has 1 frames; use another split_seed"):
+    with pytest.raises(
+        UserError,
+        match=r"held-out episodes .* must have at least 3 frames .*, got 1 in .*. Use another split_seed",
+    ):
         Clips(read, episodes=[1], frame_gap=2, held_out=True)
 
 

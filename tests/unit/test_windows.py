@@ -1,5 +1,6 @@
 import itertools
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from torch.utils.data import DataLoader
 
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.data.windows import Clips, frame_gap
+from latentact.data.time_base import frames_in_gap, gaps_agree, lam_frame_gap, rates_agree, require_gap
+from latentact.data.windows import Clips
 from latentact.errors import UserError
+from latentact.lams.models.lapo import LapoConfig
 
 
 def make_store(tmp_path, lengths, *, fps=10.0, actions=True):
@@ -55,7 +58,7 @@ def test_no_window_crosses_an_episode(tmp_path, seed):
     starts = np.cumsum(lengths) - lengths
     want = [int(starts[e]) + i for e in np.sort(chosen) for i in range(max(0, lengths[e] - horizon * gap))]
     if not want:
-        with pytest.raises(UserError, match="a window needs"):
+        with pytest.raises(UserError, match="frames for a window"):
             Clips(store, episodes=chosen, frame_gap=gap, context=context, horizon=horizon)
         return
     clips = Clips(store, episodes=chosen, frame_gap=gap, context=context, horizon=horizon)
@@ -73,7 +76,7 @@ def test_no_window_crosses_an_episode(tmp_path, seed):
 def test_a_row_without_a_future_is_refused(tmp_path):
     clips = Clips(make_store(tmp_path, [5, 5]), episodes=[0], frame_gap=1)
     assert what(clips.clip(np.array([7]))) == [[[1, 2], [1, 3]]]
-    with pytest.raises(ValueError, match="leave its episode"):
+    with pytest.raises(ValueError, match="past the end of its episode"):
         clips.clip(np.array([4]))
 
 
@@ -102,11 +105,40 @@ def test_a_loader_takes_a_batch_in_one_gather(tmp_path):
     assert what(clips[3]) == [[[0, 3], [0, 4]]]
 
 
-def test_gap_in_seconds(tmp_path):
-    store = make_store(tmp_path, [9], fps=10.0)
-    assert [frame_gap(store, s) for s in (0.0, 0.05, 0.1, 0.24, 0.26, 1.0)] == [1, 1, 1, 2, 3, 10]
-    with pytest.raises(UserError, match=r"use at least 0.1 s"):
-        frame_gap(store, 0.04)
+def test_gap_in_seconds():
+    assert [frames_in_gap(s, 10.0, "data", setting="gap") for s in (0.085, 0.1, 0.24, 0.26, 1.0)] == [
+        1,
+        1,
+        2,
+        3,
+        10,
+    ]
+    for seconds, nearest in ((0.04, 0.1), (0.05, 0.1), (0.15, 0.2), (1e-300, 0.1)):
+        with pytest.raises(UserError, match=rf"gap must be near a whole .* of data, .*Set it to {nearest}"):
+            frames_in_gap(seconds, 10.0, "data", setting="gap")
+
+
+def test_one_tolerance_for_gaps_and_one_for_rates():
+    assert [gaps_agree(s, 0.4) for s in (0.29, 0.31, 0.49, 0.51)] == [False, True, True, False]
+    assert [rates_agree(fps, 30.0) for fps in (29.97, 30.2, 29.6, 30.4)] == [True, True, False, False]
+
+
+def test_the_frame_gap_of_a_lam_at_a_rate():
+    spec = LapoConfig(backbone="patch", size=32).build().spec
+    known = replace(spec, frame_gap=3, frame_gap_s=0.3)
+    assert lam_frame_gap(replace(spec, frame_gap=3), 10.0, "data") == 3  # no seconds: frames
+    assert lam_frame_gap(known, 0.0, "data") == 3  # no rate: frames
+    assert lam_frame_gap(known, 30.0, "data") == 9
+    assert lam_frame_gap(known, 10.0, "data", seconds=0.5) == 5
+    with pytest.raises(
+        UserError, match=r"the frame gap of the LAM lapo must be near .* got 0.3 s. Give --frame-gap-s 0.5"
+    ):
+        lam_frame_gap(known, 2.0, "data")
+    with pytest.raises(UserError, match=r"--frame-gap-s must be near"):
+        lam_frame_gap(known, 10.0, "data", seconds=0.04)
+    for seconds in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--frame-gap-s must be at least 0 seconds and finite"):
+            require_gap(seconds)
 
 
 def test_split_is_seeded_disjoint_and_never_empty(tmp_path):

@@ -1,0 +1,185 @@
+"""A policy of an outside package with a network of its own, one file, goes through every stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import cli
+from latentact.io.video_writer import write_video
+
+pytestmark = pytest.mark.slow
+
+OUTSIDE = '''
+"""A small transformer over image patches that predicts latent actions or robot actions."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from latentact.policies.contract import POLICIES, Policy, Targets, latent_action_target, robot_action_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSettings:
+    """Settings of the network."""
+
+    width: int = 16
+    """Width of a token."""
+    patch: int = 8
+    """Side of a patch in pixels."""
+    n_obs_steps: int = 2
+    """Observed frames."""
+    chunk_size: int = 3
+    """Targets predicted at once."""
+    n_action_steps: int = 2
+    """Targets executed before the policy observes again."""
+    use_state: bool = False
+    """Whether the network takes the robot state."""
+
+
+@POLICIES.register("outside")
+@dataclass(frozen=True, kw_only=True)
+class OutsideConfig:
+    """Settings."""
+
+    kind: str = "outside"
+    """Registered name."""
+    network: TransformerSettings = field(default_factory=TransformerSettings)
+    """The network."""
+    column: str = "continuous"
+    """action: robot actions; continuous, vectors or codes: latent actions."""
+
+    def targets(self, latent, actions):
+        if self.column == "action":
+            return Targets(column="action", target=robot_action_target(actions, self.kind))
+        return Targets(column=self.column, target=latent_action_target(latent, self.column, self.kind))
+
+    def behavior_cloning(self):
+        return replace(self, column="action")
+
+    def build(self, spec, latent=None):
+        return Transformer(self, spec, latent)
+
+
+class Transformer(Policy):
+    def __init__(self, config, spec, latent=None):
+        super().__init__(config, spec, latent)
+        n = config.network
+        self.stem = nn.Conv2d(spec.channels, n.width, n.patch, n.patch)
+        self.words = nn.Linear(len(spec.words) + 1, n.width)
+        self.query = nn.Parameter(torch.randn(1, n.chunk_size, n.width))
+        self.steps = nn.Parameter(torch.randn(n.n_obs_steps, 1, n.width))
+        layer = nn.TransformerEncoderLayer(n.width, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(n.width, spec.target.outputs)
+
+    def tokens(self, frames, words):
+        x = self.normal_frames(frames)
+        patches = self.stem(x.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        patches = (patches + self.steps).flatten(1, 2)
+        text = self.words(torch.cat([words, torch.ones_like(words[:, :1] if words.shape[1] else
+                                                            frames.new_ones(len(frames), 1).float())], 1))
+        return self.encoder(torch.cat([self.query.expand(len(x), -1, -1), patches, text[:, None]], dim=1))
+
+    def features(self, frames, state, words):
+        return self.tokens(frames, words)[:, 0]
+
+    def forward(self, frames, state, words, guide=None):
+        return self.head(self.tokens(frames, words)[:, : self.config.network.chunk_size]).float()
+'''
+CHECK = """
+from latentact import check_policy
+from latentact.policies.contract import POLICIES, PolicySpec, Target
+from latentact.types import ActionSpace
+
+config = POLICIES.get("outside")(column="action")
+actions = ActionSpace(kind="discrete", size=4)
+target = config.targets(None, actions).target
+check_policy(config.build(PolicySpec(resolution=32, words=("a", "b"), target=target, action_space=actions)))
+"""
+STAGES = """
+import json, sys
+from latentact.cli import main
+
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["latentact", *command]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+TINY = ["lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.idm_channels=[8]", "lam.fdm_channels=[8]"]
+TINY += ["lam.bottleneck.kind=none", "lam.bottleneck.dim=4"]
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A package that adds a policy by one file and an entry point; returns a function that runs code."""
+    package = tmp_path / "package"
+    info = package / "outside_policy-0.1.dist-info"
+    info.mkdir(parents=True)
+    (package / "outside_policy.py").write_text(OUTSIDE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-policy\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[latentact.policies]\noutside = outside_policy\n")
+    monkeypatch.setenv("PYTHONPATH", str(package))
+    monkeypatch.chdir(tmp_path)
+
+    def run(code: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+def test_every_stage_takes_it(outside: Callable[..., str], tmp_path: Path) -> None:
+    outside(CHECK)
+    done = cli("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    video = tmp_path / "demo.mp4"
+    write_video(video, np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8), 10.0)
+    data, short = ["data.path=data", "data.resolution=32"], ["training.steps=4", "training.batch_size=8"]
+    env = ["--env", "babyai/GoToLocal", "--episodes", "2", "--max-steps", "6", "--record", "0"]
+    labels, grounding = ["labels=labels", "policy=outside"], ["labels=labels", "labeled_episodes=2"]
+    stages = ("lam", "idm", "policy", "decoder")
+    training = [f"{stage}_training.{key}" for stage in stages for key in ("steps=4", "batch_size=8")]
+    commands = [
+        ["train-lam", *data, *TINY, *short, "out=lam"],
+        ["label", "--lam", "lam", "--data", "data", "--out", "labels"],
+        ["train-policy", *labels, *short, "out=latent"],
+        ["train-policy", *data, "policy=outside", "policy.column=action", *short, "out=bc"],
+        ["ground", "policy=latent", *grounding, *short, "finetune_steps=2", "out=ground"],
+        ["rollout", "--policy", "ground/finetuned", *env, "--out", "rollout"],
+        ["rollout", "--policy", "bc", *env, "--out", "rollout_bc"],
+        [
+            "compare",
+            *data,
+            "env=babyai/GoToLocal",
+            *TINY,
+            "policy=outside",
+            "ks=[2]",
+            "seeds=[0]",
+            "episodes=2",
+        ],
+        ["imitate", "--video-path", str(video), "--lam-model-path", "lam", "--policy-path", "ground"],
+    ]
+    commands[-2] += [*training, "finetune_steps=2", "record=0", "methods=[latent,bc_k]", "out=compare"]
+    commands[-1] += ["--env-name", "babyai/GoToLocal", "--max-steps", "3", "--output-dir", "imitated"]
+    outside(STAGES, json.dumps(commands))
+    for name in ("rollout", "rollout_bc"):
+        assert json.loads((tmp_path / name / "rollout.json").read_text())["episodes"] == 2
+    rows = json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"latent", "bc_k"}
+    assert json.loads((tmp_path / "imitated/metrics.json").read_text())["steps"] <= 3
