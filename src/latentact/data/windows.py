@@ -54,7 +54,7 @@ class Clips(Dataset[Clip]):
         # complete[row]: row, row + gap, ... all start a valid transition
         transition = store.transitions(frame_gap)
         complete = np.isin(store.episode, chosen)
-        for step in range(horizon):
+        for step in range(min(horizon, len(complete) // frame_gap + 2)):
             shift = min(step * frame_gap, len(complete))
             complete[len(complete) - shift :] = False
             complete[: len(complete) - shift] &= transition[shift:]

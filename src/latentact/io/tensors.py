@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,18 @@ WEIGHTS = "model.safetensors"
 
 def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file and return its blake2b hash; with path None only compute the hash."""
+    from safetensors import SafetensorError
     from safetensors.torch import save, save_file
 
     on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     if path is None:
         return hashlib.blake2b(save(on_cpu), digest_size=16).hexdigest()
-    save_file(on_cpu, path)
+    try:
+        save_file(on_cpu, path)
+    except SafetensorError as error:
+        if code := re.search(r"os error (\d+)", str(error)):  # such as a full disk
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
     return weights_hash(path)
 
 
