@@ -11,7 +11,7 @@ import torch
 
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.lams.models.lapo import LapoConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.types import ActionSpace
 
 CAMERA, TOKENS = "observation.images.top", "observation.lam_tokens"
@@ -59,7 +59,7 @@ def write_demonstrations(folder: Path, episodes: int = 3, seed: int = 0) -> Path
 def write_lam(folder: Path, seed: int = 0) -> Path:
     """Write a LAM with random weights: `K` tokens of `D` numbers, `GAP` frames ahead at 10 fps."""
     torch.manual_seed(seed)
-    bottleneck = BottleneckConfig(dim=K * D, codebooks=K, positions=1, codebook_size=8, decay=0.9)
+    bottleneck = VqEmaConfig(dim=K * D, codebooks=K, positions=1, codebook_size=8, decay=0.9)
     model = LapoConfig(
         size=32, backbone="patch", idm_channels=(16,), fdm_channels=(16,), patch=8, bottleneck=bottleneck
     ).build()

@@ -380,10 +380,10 @@ def small_lam(folder: Path, gap: int = 2, fps: float = 10.0) -> Path:
     import torch
 
     from latentact.lams.models.lapo import LapoConfig
-    from latentact.quantizers.quantizer import BottleneckConfig
+    from latentact.quantizers.none import WhitenedConfig
 
     torch.manual_seed(0)
-    bottleneck = BottleneckConfig(kind="none", dim=4)
+    bottleneck = WhitenedConfig(dim=4)
     shape: dict[str, Any] = {"idm_channels": (8,), "fdm_channels": (8,), "patch": 8}
     model = LapoConfig(size=32, backbone="patch", **shape, bottleneck=bottleneck).build()
     model.spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / fps, fps=fps)

@@ -1,8 +1,8 @@
 """Dataclass -> Hydra schema, command line -> dataclass. The only file that uses Hydra.
 
 The frozen dataclass of a stage is the single source of defaults, types and help. A field created by `choice`
-is a Hydra config group whose options are the entries of a registry. Named experiments are the YAML files in
-`conf/<stage>/experiment`.
+is a Hydra config group whose options are the entries of a registry; inside an option its key `kind` chooses
+(`lam.bottleneck.kind=vq`). Named experiments are the YAML files in `conf/<stage>/experiment`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+MISSING = "???"
+"""Value of a required setting that has not been given, as in OmegaConf."""
 
 LARGEST = 2**31 - 1
 """Largest magnitude of a number in settings and flags."""
@@ -81,17 +84,24 @@ def constraints(cls: type) -> dict[str, Between | OneOf]:
     }
 
 
-def check_bounds(config: Any) -> None:
+def check_bounds(config: Any, prefix: str = "") -> None:
     """Raise a UserError unless every number of a dataclass lies in the `Between` of its type."""
     for name, bounds in constraints(type(config)).items():
         if isinstance(bounds, Between):
-            require_between(name, getattr(config, name), bounds.low, bounds.high)
+            require_between(prefix + name, getattr(config, name), bounds.low, bounds.high)
 
 
-def choice(registry: Registry, default: str) -> Any:
-    """Return a dataclass field for a config registered in `registry`; `default` is the default entry."""
+def choice(registry: Registry, default: Any) -> Any:
+    """Return a dataclass field for a config registered in `registry`.
+
+    Args:
+        registry: its entries are config classes with a field `kind`, their name.
+        default: name of the default entry, or a config.
+    """
+    named = isinstance(default, str)
     return dataclasses.field(
-        default_factory=lambda: registry.get(default)(), metadata={"registry": registry, "default": default}
+        default_factory=lambda: registry.get(default)() if named else default,
+        metadata={"registry": registry, "default": default if named else default.kind},
     )
 
 
@@ -105,13 +115,19 @@ def to_dict(config: Any) -> Any:
 def current_names(cls: type, values: Any) -> Any:
     """Return the settings of a config with renamed settings under their current names.
 
-    A dataclass lists its renamed settings in `RENAMED`, old name -> current name.
+    A dataclass lists its renamed settings in `RENAMED`, old name -> current name, and in `REMOVED` those that
+    earlier releases wrote and that have no effect.
     """
     if not isinstance(values, dict):
         return values
-    renamed: dict[str, str] = getattr(cls, "RENAMED", {})
-    values = {renamed.get(key, key): value for key, value in values.items()}
+    values = _renamed(cls, values)
     return {key: current_names(_class_of(cls, key, value), value) for key, value in values.items()}
+
+
+def _renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    renamed: dict[str, str] = getattr(cls, "RENAMED", {})
+    removed = {*getattr(cls, "REMOVED", ())} - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {renamed.get(key, key): value for key, value in values.items() if key not in removed}
 
 
 def _class_of(cls: type, name: Any, value: Any) -> type:
@@ -153,8 +169,7 @@ def from_dict[T](cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where or 'the content'} must be a mapping of settings, got {values!r}.")
-    renamed: dict[str, str] = getattr(cls, "RENAMED", {})
-    values = {renamed.get(key, key): value for key, value in values.items()}
+    values = _renamed(cls, values)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     built = {}
@@ -302,15 +317,55 @@ def _register(stage: str, cls: type) -> None:
 def _decode[T](cls: type[T], composed: DictConfig) -> T:
     from omegaconf import OmegaConf
 
-    values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    values: Any = OmegaConf.to_container(composed, resolve=True)
     values.pop("experiment", None)
+    for group, registry in _choices(cls):
+        if isinstance(option := values.get(group), dict):
+            _keep_chosen(registry.get(str(option["kind"])), option, group)
+    if missing := next(_missing(values), None):
+        raise UserError(f"{missing} is required; give it as KEY=VALUE on the command line.")
     return from_dict(cls, values)
+
+
+def _keep_chosen(cls: type, values: dict[str, Any], where: str) -> None:
+    """Remove the settings of other kinds from the nested choices of a config.
+
+    Raises:
+        UserError: such a setting has another value than the default kind gives it.
+    """
+    for field in dataclasses.fields(cls):
+        if not (registry := field.metadata.get("registry")):
+            continue
+        given, default = values[field.name], to_dict(field.default_factory())  # type: ignore[misc]
+        chosen = {f.name for f in dataclasses.fields(registry.get(str(given["kind"])))}
+        for name in [*given]:
+            if name in chosen and given[name] != MISSING:
+                continue
+            if name not in chosen and given[name] not in (MISSING, default.get(name, MISSING)):
+                key = f"{where}.{field.name}"
+                raise UserError(
+                    f"{key}.{name} has no effect with {key}.kind={given['kind']}, which has the settings "
+                    f"{', '.join(sorted(chosen - {'kind'}))}."
+                )
+            del given[name]
+
+
+def _missing(values: Any, key: str = "") -> Iterator[str]:
+    """Yield the keys of required settings without a value."""
+    if values == MISSING:
+        yield key
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _missing(value, f"{key}.{name}" if key else name)
 
 
 def field_help(cls: type) -> dict[str, str]:
     """Return field name -> docstring below the field, for the fields of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     found = {}
+    for base in cls.__mro__[-2:0:-1]:
+        if dataclasses.is_dataclass(base):
+            found |= field_help(base)
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     for field, text in pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
@@ -372,11 +427,16 @@ def _schema(cls: type, stage: str | None) -> DictConfig:
     from omegaconf import OmegaConf
 
     groups, hints = dict(_choices(cls)), typing.get_type_hints(cls)
-    kept = [f for f in dataclasses.fields(cls) if f.name not in groups]
-    plain = dataclasses.make_dataclass(
-        cls.__name__, [(f.name, hints[f.name], _schema_default(f, hints[f.name])) for f in kept]
-    )
-    node = _thaw(OmegaConf.structured(plain))
+    fields = [
+        (f.name, hints[f.name], _schema_default(f, hints[f.name]))
+        for f in dataclasses.fields(cls)
+        if f.name not in groups
+    ]
+    if stage is None:
+        fields += [
+            (name, inner := _any_kind(cls, name), dataclasses.field(default_factory=inner)) for name in groups
+        ]
+    node = _thaw(OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields)))
     if stage is None:
         return node
     root = OmegaConf.create(
@@ -391,6 +451,20 @@ def _schema(cls: type, stage: str | None) -> DictConfig:
     return root
 
 
+def _any_kind(cls: type, name: str) -> type:
+    """Return a dataclass with the settings of all kinds of a nested choice."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    registry, default = field.metadata["registry"], field.default_factory()  # type: ignore[misc]
+    hints: dict[str, Any] = {}
+    for kind in registry.names():
+        hints |= typing.get_type_hints(registry.get(kind))
+    own = {f.name for f in dataclasses.fields(default)}
+    return dataclasses.make_dataclass(
+        f"{cls.__name__}.{name}",
+        [(n, hints[n], getattr(default, n) if n in own else MISSING) for n in hints if n.islower()],
+    )
+
+
 def _default(cls: type, name: str) -> str:
     return next(f for f in dataclasses.fields(cls) if f.name == name).metadata["default"]
 
@@ -402,7 +476,7 @@ def _schema_default(field: dataclasses.Field, hint: Any) -> Any:
         return dataclasses.field(default_factory=field.default_factory)
     if dataclasses.is_dataclass(hint):  # its required settings stay required
         return dataclasses.field(default_factory=lambda: hint)
-    return "???"
+    return MISSING
 
 
 def _thaw(node: Any) -> Any:
@@ -415,20 +489,23 @@ def _thaw(node: Any) -> Any:
 
 
 def _keys(
-    cls: type, prefix: str = "", chosen: dict[str, str] | None = None
+    cls: type, prefix: str = "", chosen: dict[str, str] | None = None, defaults: Any = None
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yield (dotted key, type, default, help) of every setting; `chosen` maps groups to options."""
     hints, texts = typing.get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
+        default = field.default_factory() if callable(field.default_factory) else field.default
         if registry := field.metadata.get("registry"):
-            option: str = (chosen or {}).get(name) or field.metadata["default"]
-            yield name, "|".join(registry.names()), option, texts.get(field.name, "")
-            yield from _keys(registry.get(option), f"{name}.")
+            key = f"{name}.kind" if prefix else name
+            option: str = (chosen or {}).get(key) or field.metadata["default"]
+            yield key, "|".join(registry.names()), option, texts.get(field.name, "")
+            values = default if prefix and option == field.metadata["default"] else None
+            yield from _keys(registry.get(option), f"{name}.", chosen, values)
         elif nested := _dataclass_in(hints[field.name]):
-            yield from _keys(nested, f"{name}.")
+            yield from _keys(nested, f"{name}.", chosen)
         elif field.name != "kind":
-            default = field.default_factory() if callable(field.default_factory) else field.default
+            default = default if defaults is None else getattr(defaults, field.name)
             kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
             yield (
                 name,

@@ -23,14 +23,21 @@ from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
 from latentact.lams.targets import TargetConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.fsq import FsqConfig
+from latentact.quantizers.kl import KlConfig
+from latentact.quantizers.lfq import LfqConfig
+from latentact.quantizers.none import WhitenedConfig
+from latentact.quantizers.nsvq import NsvqConfig
+from latentact.quantizers.residual_vq import ResidualVqConfig
+from latentact.quantizers.vq import VqConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.stages import train_lam
 from latentact.stages.train_lam import TrainLamConfig
 from latentact.training.settings import TrainingConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 SPACE = ActionSpace(kind="discrete", size=4)
-SMALL = BottleneckConfig(dim=16, codebooks=2, positions=2, codebook_size=8, decay=0.9)
+SMALL = VqEmaConfig(dim=16, codebooks=2, positions=2, codebook_size=8, decay=0.9)
 LAPO = LapoConfig(
     size=32, backbone="patch", idm_channels=(16,), fdm_channels=(16, 16), patch=4, bottleneck=SMALL
 )
@@ -42,7 +49,7 @@ LAQ = LaqConfig(
     head_dim=16,
     spatial_depth=1,
     temporal_depth=1,
-    bottleneck=BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8, guard=True),
+    bottleneck=NsvqConfig(dim=32, positions=4, codebook_size=8, guard=True),
 )
 VILLA = VillaXConfig(
     resolution=32,
@@ -60,7 +67,7 @@ VILLA = VillaXConfig(
     decoder_n_heads=2,
     augment=False,
 )
-WHITENED = BottleneckConfig(kind="none", dim=8)
+WHITENED = WhitenedConfig(dim=8)
 FROZEN = TargetConfig(kind="frozen_features", backbone="any", size=12, hidden=32)
 AVERAGED = TargetConfig(kind="ema_features", features=32, hidden=32, tau=0.01)
 LAOM = LaomConfig(
@@ -88,15 +95,17 @@ CONFIGS = {
     "lapo patch": LAPO,
     "lapo odd size": replace(LAPO, size=37),
     "lapo whitened": replace(
-        LAPO, bottleneck=replace(SMALL, kind="none"), difference_input=2.0, motion_weight=9.0
+        LAPO, bottleneck=WhitenedConfig(dim=16), difference_input=2.0, motion_weight=9.0
     ),
-    "lapo kl": replace(LAPO, bottleneck=replace(SMALL, kind="kl"), fdm_context=0),
-    "lapo fsq": replace(LAPO, bottleneck=replace(SMALL, kind="fsq", levels=(8, 8))),
-    "lapo vq": replace(LAPO, bottleneck=replace(SMALL, kind="vq", guard=True)),
-    "lapo nsvq": replace(LAPO, bottleneck=replace(SMALL, kind="nsvq")),
-    "lapo lfq": replace(LAPO, bottleneck=replace(SMALL, kind="lfq")),
-    "lapo residual_vq": replace(LAPO, bottleneck=replace(SMALL, kind="residual_vq", guard=True)),
-    "lapo joint": replace(LAPO, bottleneck=replace(SMALL, kind="none"), action_weight=1.0),
+    "lapo kl": replace(LAPO, bottleneck=KlConfig(dim=16), fdm_context=0),
+    "lapo fsq": replace(LAPO, bottleneck=FsqConfig(positions=2, levels=(8, 8))),
+    "lapo vq": replace(LAPO, bottleneck=VqConfig(dim=16, positions=2, codebook_size=8, guard=True)),
+    "lapo nsvq": replace(LAPO, bottleneck=NsvqConfig(dim=16, positions=2, codebook_size=8)),
+    "lapo lfq": replace(LAPO, bottleneck=LfqConfig(positions=2, codebook_size=8)),
+    "lapo residual_vq": replace(
+        LAPO, bottleneck=ResidualVqConfig(dim=16, positions=2, codebook_size=8, decay=0.9, guard=True)
+    ),
+    "lapo joint": replace(LAPO, bottleneck=WhitenedConfig(dim=16), action_weight=1.0),
     "lapo grid": LapoConfig(
         backbone="grid",
         size=5,
@@ -109,7 +118,7 @@ CONFIGS = {
     "villa_x chunked proprio": replace(VILLA, window="chunked", action_weight=0.1),
     "laq": LAQ,
     "laq as published": replace(LAQ, compat=True, size=40, patch=5),
-    "laq fsq": replace(LAQ, bottleneck=BottleneckConfig(kind="fsq", positions=4, levels=(4, 4, 4))),
+    "laq fsq": replace(LAQ, bottleneck=FsqConfig(positions=4, levels=(4, 4, 4))),
     "lapo ema_features": replace(LAPO, target=AVERAGED),
     "lapo frozen_features": replace(LAPO, target=FROZEN),
     "laom": LAOM,

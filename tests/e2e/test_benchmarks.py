@@ -16,7 +16,7 @@ from latentact.device import supports_int8
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.nsvq import NsvqConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -49,7 +49,7 @@ def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
         "lapo": LapoConfig(size=32, idm_scale=1, fdm_base=4),
         "laq": LaqConfig(
             size=32, patch=4, dim=32, heads=2, head_dim=16, spatial_depth=1, temporal_depth=1,
-            bottleneck=BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8),
+            bottleneck=NsvqConfig(dim=32, positions=4, codebook_size=8),
         ),
         "villa_x": VillaXConfig(
             resolution=32, encoder_depth=1, decoder_depth=1, encoder_embed_dim=32, decoder_embed_dim=32,

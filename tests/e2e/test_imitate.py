@@ -24,7 +24,7 @@ from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.none import WhitenedConfig
 from latentact.robots import setup
 from latentact.types import ActionSpace
 from toy_lerobot import SMALL
@@ -85,7 +85,7 @@ def made(tmp_path_factory):
 
 def small_lam(folder, seed):
     torch.manual_seed(seed)
-    bottleneck = BottleneckConfig(kind="none", dim=4)
+    bottleneck = WhitenedConfig(dim=4)
     config = LapoConfig(
         backbone="patch", size=32, patch=4, idm_channels=(8,), fdm_channels=(8,), bottleneck=bottleneck
     )

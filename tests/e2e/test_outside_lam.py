@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from conftest import TINY_POLICY, cli
-from latentact.io.video_writer import write_video
+from conftest import TINY_POLICY
+from outside import OutsidePackage
 
 pytestmark = pytest.mark.slow
 
@@ -76,43 +73,14 @@ class Outside(LatentActionModel):
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A package that adds a LAM by one file and an entry point; returns a function that runs code with it."""
-    package = tmp_path / "package"
-    info = package / "outside_lam-0.1.dist-info"
-    info.mkdir(parents=True)
-    (package / "outside_lam.py").write_text(OUTSIDE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-lam\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[latentact.lams]\noutside = outside_lam\n")
-    monkeypatch.setenv("PYTHONPATH", str(package))
-    monkeypatch.chdir(tmp_path)
-
-    def run(code: str, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    return run
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OutsidePackage:
+    return OutsidePackage(tmp_path, monkeypatch, "latentact.lams", OUTSIDE)
 
 
 CHECK = """
 from latentact import check_lam
 from latentact.lams.contract import LAMS
 check_lam(LAMS.get("outside")(width=5).build())
-"""
-STAGES = """
-import json, sys
-from latentact.cli import main
-
-for command in json.loads(sys.argv[1]):
-    sys.argv = ["latentact", *command]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
 """
 SMALL = (
     "policy.network.backbone=patch",
@@ -133,12 +101,8 @@ SMALL = (
 )
 
 
-def test_every_stage_takes_it(outside: Callable[..., str], tmp_path: Path) -> None:
-    outside(CHECK)
-    done = cli("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", tmp_path / "data")
-    assert done.returncode == 0, done.stderr
-    video = tmp_path / "demo.mp4"
-    write_video(video, np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8), 10.0)
+def test_every_stage_takes_it(outside: OutsidePackage, tmp_path: Path) -> None:
+    outside.run(CHECK)
     compare = ["compare", "data.path=data", "data.resolution=32", "env=babyai/GoToLocal", "lam=outside"]
     compare += ["ks=[2]", "seeds=[0]", "out=compare", *SMALL]
     commands = [
@@ -156,10 +120,10 @@ def test_every_stage_takes_it(outside: Callable[..., str], tmp_path: Path) -> No
         ["ground", "policy=policy", "labels=labels", "labeled_episodes=2", "training.steps=5", "out=ground"],
         [*compare, "methods=[latent,bc_k]"],
         ["precompute", "--dataset-root", "data", "--lam-model-path", "lam", "--output-dir", "tokens"],
-        ["imitate", "--mode", "extract_only", "--video-path", str(video), "--lam-model-path", "lam"],
+        ["imitate", "--mode", "extract_only", "--video-path", "demo.mp4", "--lam-model-path", "lam"],
     ]
     commands[-1] += ["--output-dir", "guide"]
-    outside(STAGES, json.dumps(commands))
+    outside.stages(*commands)
     assert len(json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]) == 2
     assert (tmp_path / "guide/latents.safetensors").exists()
     refused = subprocess.run(

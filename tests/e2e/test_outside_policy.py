@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from conftest import cli
-from latentact.io.video_writer import write_video
+from outside import OutsidePackage
 
 pytestmark = pytest.mark.slow
 
@@ -106,50 +100,17 @@ actions = ActionSpace(kind="discrete", size=4)
 target = config.targets(None, actions).target
 check_policy(config.build(PolicySpec(resolution=32, words=("a", "b"), target=target, action_space=actions)))
 """
-STAGES = """
-import json, sys
-from latentact.cli import main
-
-for command in json.loads(sys.argv[1]):
-    sys.argv = ["latentact", *command]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise
-"""
 TINY = ["lam.backbone=patch", "lam.size=32", "lam.patch=8", "lam.idm_channels=[8]", "lam.fdm_channels=[8]"]
 TINY += ["lam.bottleneck.kind=none", "lam.bottleneck.dim=4"]
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A package that adds a policy by one file and an entry point; returns a function that runs code."""
-    package = tmp_path / "package"
-    info = package / "outside_policy-0.1.dist-info"
-    info.mkdir(parents=True)
-    (package / "outside_policy.py").write_text(OUTSIDE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-policy\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text("[latentact.policies]\noutside = outside_policy\n")
-    monkeypatch.setenv("PYTHONPATH", str(package))
-    monkeypatch.chdir(tmp_path)
-
-    def run(code: str, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    return run
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OutsidePackage:
+    return OutsidePackage(tmp_path, monkeypatch, "latentact.policies", OUTSIDE)
 
 
-def test_every_stage_takes_it(outside: Callable[..., str], tmp_path: Path) -> None:
-    outside(CHECK)
-    done = cli("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", tmp_path / "data")
-    assert done.returncode == 0, done.stderr
-    video = tmp_path / "demo.mp4"
-    write_video(video, np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8), 10.0)
+def test_every_stage_takes_it(outside: OutsidePackage, tmp_path: Path) -> None:
+    outside.run(CHECK)
     data, short = ["data.path=data", "data.resolution=32"], ["training.steps=4", "training.batch_size=8"]
     env = ["--env", "babyai/GoToLocal", "--episodes", "2", "--max-steps", "6", "--record", "0"]
     labels, grounding = ["labels=labels", "policy=outside"], ["labels=labels", "labeled_episodes=2"]
@@ -173,11 +134,11 @@ def test_every_stage_takes_it(outside: Callable[..., str], tmp_path: Path) -> No
             "seeds=[0]",
             "episodes=2",
         ],
-        ["imitate", "--video-path", str(video), "--lam-model-path", "lam", "--policy-path", "ground"],
+        ["imitate", "--video-path", "demo.mp4", "--lam-model-path", "lam", "--policy-path", "ground"],
     ]
     commands[-2] += [*training, "finetune_steps=2", "record=0", "methods=[latent,bc_k]", "out=compare"]
     commands[-1] += ["--env-name", "babyai/GoToLocal", "--max-steps", "3", "--output-dir", "imitated"]
-    outside(STAGES, json.dumps(commands))
+    outside.stages(*commands)
     for name in ("rollout", "rollout_bc"):
         assert json.loads((tmp_path / name / "rollout.json").read_text())["episodes"] == 2
     rows = json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]

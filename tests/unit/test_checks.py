@@ -16,7 +16,7 @@ from latentact import UserError, check_format, check_lam
 from latentact.data.format import FORMATS
 from latentact.lams.models.clam import ClamConfig
 from latentact.lams.models.lapo import LapoConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 
 SMALL = LapoConfig(
     size=32,
@@ -24,7 +24,7 @@ SMALL = LapoConfig(
     patch=4,
     idm_channels=(8,),
     fdm_channels=(8,),
-    bottleneck=BottleneckConfig(dim=16, codebooks=2, positions=2, codebook_size=8),
+    bottleneck=VqEmaConfig(dim=16, codebooks=2, positions=2, codebook_size=8),
 )
 
 

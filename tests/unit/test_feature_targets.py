@@ -18,7 +18,7 @@ from latentact.errors import UserError
 from latentact.lams.contract import load_lam
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.targets import TargetConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.none import WhitenedConfig
 
 
 @pytest.fixture(scope="session")
@@ -145,9 +145,7 @@ def test_what_cannot_be_used_is_one_sentence(store: FrameStore, monkeypatch: pyt
         replace(LAPO, target=target("any")).build()
 
 
-LAPO = LapoConfig(
-    size=32, backbone="patch", patch=4, idm_channels=(16,), bottleneck=BottleneckConfig(kind="none", dim=4)
-)
+LAPO = LapoConfig(size=32, backbone="patch", patch=4, idm_channels=(16,), bottleneck=WhitenedConfig(dim=4))
 
 
 def test_a_lam_learns_from_frozen_features_and_works_without_the_backbone(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from latentact.agents.agent import AgentSpec, LatentInput, select_image
+from latentact.config import from_dict
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
 from latentact.guidance import inference as guidance
@@ -19,7 +20,7 @@ from latentact.guidance.inference import LatentGuidedInference
 from latentact.io.specs import parse_spec
 from latentact.io.video_writer import write_video
 from latentact.lams.models.lapo import LapoConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.quantizer import QUANTIZERS
 from latentact.stages import label
 from latentact.types import ActionSpace, LatentActionSpec
 
@@ -70,7 +71,7 @@ class Echo:
 
 def small_lam(folder, kind="none", **spec):
     torch.manual_seed(0)
-    bottleneck = BottleneckConfig(kind=kind, dim=4, positions=2, levels=(4, 4))
+    bottleneck = from_dict(QUANTIZERS.get(kind), {"dim": 4, "positions": 2, "levels": (4, 4)})
     config = LapoConfig(
         backbone="patch", size=32, patch=4, idm_channels=(8,), fdm_channels=(8,), bottleneck=bottleneck
     )

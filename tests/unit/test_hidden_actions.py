@@ -22,7 +22,7 @@ from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.none import WhitenedConfig
 from latentact.stages import finetune, ground, label, train_lam, train_policy
 from latentact.training.settings import TrainingConfig
 from latentact.types import Clip
@@ -36,7 +36,7 @@ LAPO = LapoConfig(
     patch=8,
     idm_channels=(8,),
     fdm_channels=(8,),
-    bottleneck=BottleneckConfig(kind="none", dim=4),
+    bottleneck=WhitenedConfig(dim=4),
 )
 JOINT = LapoConfig(
     backbone="patch",
@@ -44,7 +44,7 @@ JOINT = LapoConfig(
     patch=8,
     idm_channels=(8,),
     fdm_channels=(8,),
-    bottleneck=BottleneckConfig(kind="none", dim=4),
+    bottleneck=WhitenedConfig(dim=4),
     action_weight=1.0,
 )
 IDM = IdmConfig(backbone="patch", size=32, patch=8, channels=(8,))

@@ -12,7 +12,7 @@ from latentact import LatentActionExtractor, TokenStream, UserError, camera_delt
 from latentact.labeling.frozen import FrozenLam
 from latentact.lams.models.clam import ClamConfig
 from latentact.lams.models.laom import LaomConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.none import WhitenedConfig
 
 CAMERA = "observation.images.top"
 FRAMES, STEPS = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8), 9
@@ -106,7 +106,7 @@ def test_weights_of_older_names_load(tmp_path: Path) -> None:
         image_channels=(8,),
         hidden=16,
         horizon=1,
-        bottleneck=BottleneckConfig(kind="none", dim=4),
+        bottleneck=WhitenedConfig(dim=4),
     )
     model = config.build().eval()
     model.save_pretrained(tmp_path / "new")

@@ -15,7 +15,8 @@ from latentact.lams.contract import load_lam
 from latentact.lams.models.laom import LaomConfig
 from latentact.lams.targets import FeatureFdm, TargetConfig, feature_health, pixel_error
 from latentact.nn import augment as views
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.none import WhitenedConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.types import ActionSpace, Clip
 
 SMALL = LaomConfig(
@@ -25,7 +26,7 @@ SMALL = LaomConfig(
     stack=2,
     horizon=3,
     hidden=32,
-    bottleneck=BottleneckConfig(kind="none", dim=4),
+    bottleneck=WhitenedConfig(dim=4),
     target=TargetConfig(kind="ema_features", features=16, hidden=32, tau=0.25),
 )
 
@@ -174,7 +175,7 @@ def test_labels_pull_and_their_absence_does_not() -> None:
 def test_what_no_model_can_be_built_from() -> None:
     for wrong in (
         {"target": TargetConfig()},
-        {"bottleneck": BottleneckConfig()},
+        {"bottleneck": VqEmaConfig()},
         {"augment": "both"},
         {"horizon": 0},
         {"backbone": "resnet"},

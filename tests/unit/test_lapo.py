@@ -10,8 +10,7 @@ from torch import nn
 from latentact.lams.contract import action_loss, normalize_frames, transition_windows
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
-from latentact.quantizers.quantizer import BottleneckConfig
-from latentact.quantizers.vq_ema import VqEma
+from latentact.quantizers.vq_ema import VqEma, VqEmaConfig
 
 
 def test_published_sizes() -> None:
@@ -23,7 +22,7 @@ def test_published_sizes() -> None:
 
 
 def test_vectors_take_strided_elements() -> None:
-    quantizer = VqEma(BottleneckConfig(dim=8, codebooks=1, positions=2, codebook_size=2)).eval()
+    quantizer = VqEma(VqEmaConfig(dim=8, codebooks=1, positions=2, codebook_size=2)).eval()
     quantizer.embedding.copy_(torch.tensor([[[0.0, 0, 0, 0], [1, 1, 1, 1]]]))
     x = torch.tensor([[0.1, 0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.9]])  # position 0 at even places, 1 at odd ones
     out = quantizer(x)
@@ -33,7 +32,7 @@ def test_vectors_take_strided_elements() -> None:
 
 
 def test_codebook_update_by_hand() -> None:
-    quantizer = VqEma(BottleneckConfig(dim=1, codebooks=1, positions=1, codebook_size=2, decay=0.5)).train()
+    quantizer = VqEma(VqEmaConfig(dim=1, codebooks=1, positions=1, codebook_size=2, decay=0.5)).train()
     quantizer.embedding.copy_(torch.tensor([[[0.0], [1.0]]]))
     quantizer.ema_weight.copy_(torch.tensor([[[0.0], [1.0]]]))
     quantizer.ema_count.copy_(torch.tensor([[2.0, 2.0]]))

@@ -21,7 +21,7 @@ from latentact.labeling.episode import encode_clip
 from latentact.lams.contract import load_lam
 from latentact.lams.models.laq import Laq, LaqConfig, _distinct
 from latentact.nn.cvivit import PositionalConv, PositionBias
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.nsvq import NsvqConfig
 from latentact.types import Clip
 
 TINY = LaqConfig(
@@ -32,7 +32,7 @@ TINY = LaqConfig(
     head_dim=8,
     spatial_depth=2,
     temporal_depth=2,
-    bottleneck=BottleneckConfig(kind="nsvq", dim=16, codebooks=1, positions=4, codebook_size=8),
+    bottleneck=NsvqConfig(dim=16, positions=4, codebook_size=8),
     compat=True,
 )
 

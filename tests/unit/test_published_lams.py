@@ -22,10 +22,10 @@ from latentact.lams.contract import load_lam
 from latentact.lams.models.lapo import Lapo, LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.types import ActionSpace
 
-TINY = LapoConfig(idm_scale=1, fdm_base=4, bottleneck=BottleneckConfig(dim=32, codebook_size=8))
+TINY = LapoConfig(idm_scale=1, fdm_base=4, bottleneck=VqEmaConfig(dim=32, codebook_size=8))
 
 
 class Logger:

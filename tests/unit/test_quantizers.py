@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import socket
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ import torch.multiprocessing as processes
 from torch import Tensor
 
 import latentact.quantizers.usage as guarding
+from latentact.config import from_dict
 from latentact.errors import UserError
-from latentact.quantizers.lfq import Lfq
-from latentact.quantizers.nsvq import Nsvq
+from latentact.quantizers.lfq import Lfq, LfqConfig
+from latentact.quantizers.nsvq import Nsvq, NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantizer
-from latentact.quantizers.residual_vq import Residual
+from latentact.quantizers.residual_vq import Residual, ResidualVqConfig
 from latentact.quantizers.usage import UsageGuard, usage
-from latentact.quantizers.vq import Vq
+from latentact.quantizers.vq import Vq, VqConfig
 
-TWO = BottleneckConfig(dim=2, codebooks=1, positions=2, codebook_size=2)
 CODES = ("vq_ema", "vq", "nsvq", "residual_vq")
 PERIOD = 12
 
@@ -30,8 +31,12 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guarding, "PERIOD", PERIOD)
 
 
+def _config(kind: str, **settings: Any) -> BottleneckConfig:
+    return from_dict(QUANTIZERS.get(kind), {"kind": kind, **settings})
+
+
 def test_vq_by_hand() -> None:
-    vq = Vq(replace(TWO, kind="vq"))
+    vq = Vq(VqConfig(dim=2, positions=2, codebook_size=2))
     vq.embedding.weight.data = torch.tensor([[0.0], [1.0]])
     x = torch.tensor([[0.2, 0.6]], requires_grad=True)
     out = vq(x)
@@ -44,7 +49,7 @@ def test_vq_by_hand() -> None:
 
 def test_nsvq_noise_is_as_large_as_the_error() -> None:
     torch.manual_seed(0)
-    nsvq = Nsvq(BottleneckConfig(kind="nsvq", dim=12, positions=3, codebook_size=5))
+    nsvq = Nsvq(NsvqConfig(dim=12, positions=3, codebook_size=5))
     x = torch.randn(7, 12, requires_grad=True)
     nearest = nsvq.eval()(x)
     assert torch.equal(nearest.vectors.view(7, 3, 4), nsvq.codebooks[nearest.codes])
@@ -59,7 +64,7 @@ def test_nsvq_noise_is_as_large_as_the_error() -> None:
 
 
 def test_nsvq_replaces_hardly_used_entries_on_its_schedule() -> None:
-    nsvq = Nsvq(BottleneckConfig(kind="nsvq", dim=1, positions=1, codebook_size=5)).train()
+    nsvq = Nsvq(NsvqConfig(dim=1, positions=1, codebook_size=5)).train()
     entries = torch.tensor([[50.0], [0.0], [60.0], [10.0], [70.0]])
     nsvq.codebooks.data = entries.clone()
     x = torch.tensor([[0.0]] * 12 + [[10.0]] * 8)
@@ -76,7 +81,7 @@ def test_nsvq_replaces_hardly_used_entries_on_its_schedule() -> None:
 
 
 def test_lfq_codes_are_signs() -> None:
-    lfq = Lfq(BottleneckConfig(kind="lfq", positions=2, codebook_size=4)).eval()
+    lfq = Lfq(LfqConfig(positions=2, codebook_size=4)).eval()
     out = lfq(torch.tensor([[0.3, -0.2, -5.0, 0.1]]))
     assert out.codes.tolist() == [[2, 1]]
     assert out.vectors.tolist() == [[1, -1, -1, 1]]
@@ -84,9 +89,7 @@ def test_lfq_codes_are_signs() -> None:
 
 def test_residual_vectors_are_sums_of_entries() -> None:
     torch.manual_seed(0)
-    residual = Residual(
-        BottleneckConfig(kind="residual_vq", dim=8, codebooks=2, positions=2, codebook_size=4)
-    )
+    residual = Residual(ResidualVqConfig(dim=8, codebooks=2, positions=2, codebook_size=4))
     residual.eval()
     x = torch.randn(5, 8) * 0.1
     out = residual(x)
@@ -101,12 +104,12 @@ def test_residual_vectors_are_sums_of_entries() -> None:
 @pytest.mark.parametrize("kind", ["vq", "nsvq", "vq_ema", "residual_vq"])
 def test_sizes_that_do_not_fit_are_refused(kind: str) -> None:
     with pytest.raises(UserError, match=f"must be a multiple of the . tokens of {kind}"):
-        BottleneckConfig(kind=kind, dim=10, codebooks=1, positions=4)
+        _config(kind, dim=10, codebooks=1, positions=4)
 
 
 def test_lfq_wants_a_power_of_two() -> None:
     with pytest.raises(UserError, match="power of two"):
-        BottleneckConfig(kind="lfq", codebook_size=12)
+        LfqConfig(codebook_size=12)
 
 
 def test_usage_by_hand() -> None:
@@ -143,11 +146,11 @@ def trained(quantizer: Quantizer, steps: int = 3 * PERIOD + 5) -> dict[str, floa
 @pytest.mark.parametrize("kind", CODES)
 def test_a_codebook_far_from_its_features_collapses_and_the_guard_cures_it(kind: str) -> None:
     torch.manual_seed(0)
-    config = BottleneckConfig(kind=kind, dim=16, codebooks=1, positions=1, codebook_size=8, decay=0.99)
-    collapsed = trained(QUANTIZERS.get(kind)(config))
+    config = _config(kind, dim=16, codebooks=1, positions=1, codebook_size=8, decay=0.99)
+    collapsed = trained(config.build())
     assert collapsed["perplexity"] < 2
     assert collapsed["usage"] <= 0.25
-    cured = trained(QUANTIZERS.get(kind)(replace(config, guard=True)))
+    cured = trained(replace(config, guard=True).build())
     assert cured["perplexity"] > 4
     assert cured["usage"] > 0.6
     if kind != "residual_vq":  # restarts by itself, and does not count
@@ -169,14 +172,14 @@ def test_the_guard_lets_used_codes_be() -> None:
 @pytest.mark.parametrize(("kind", "guard"), [*((kind, True) for kind in CODES), ("nsvq", False)])
 def test_training_resumes_exactly(kind: str, guard: bool) -> None:
     torch.manual_seed(0)
-    config = BottleneckConfig(kind=kind, dim=16, codebooks=1, positions=1, codebook_size=8, guard=guard)
-    whole = QUANTIZERS.get(kind)(config).train()
+    config = _config(kind, dim=16, codebooks=1, positions=1, codebook_size=8, guard=guard)
+    whole = config.build().train()
     for step in range(PERIOD + 2):
         if step == PERIOD - 5:
             saved = copy.deepcopy(whole.state_dict())
         torch.manual_seed(step)
         whole(far_features(step))
-    resumed = QUANTIZERS.get(kind)(config).train()
+    resumed = config.build().train()
     resumed.load_state_dict(saved)
     for step in range(PERIOD - 5, PERIOD + 2):
         torch.manual_seed(step)
@@ -190,7 +193,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     guarding.PERIOD = PERIOD
     for name, guard in (("published", False), ("guard", True)):
         torch.manual_seed(0)
-        nsvq = Nsvq(BottleneckConfig(kind="nsvq", dim=16, positions=1, codebook_size=8, guard=guard))
+        nsvq = Nsvq(NsvqConfig(dim=16, positions=1, codebook_size=8, guard=guard))
         torch.manual_seed(rank)  # processes that have drawn differently
         for step in range(PERIOD + 1):
             nsvq.train()(far_features(2 * step + rank) - 10)
@@ -207,5 +210,5 @@ def test_processes_that_train_together_keep_one_codebook(tmp_path) -> None:
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, 1))
         assert all(torch.equal(first[key], second[key]) for key in first), name
         torch.manual_seed(0)
-        untouched = Nsvq(BottleneckConfig(kind="nsvq", dim=16, positions=1, codebook_size=8))
+        untouched = Nsvq(NsvqConfig(dim=16, positions=1, codebook_size=8))
         assert not torch.equal(first["codebooks"], untouched.codebooks.data)

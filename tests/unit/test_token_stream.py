@@ -9,7 +9,7 @@ from latentact.data.stream import FrameStream
 from latentact.errors import UserError
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.lams.models.lapo import LapoConfig
-from latentact.quantizers.quantizer import BottleneckConfig
+from latentact.quantizers.vq_ema import VqEmaConfig
 
 CAMERA, FPS, GAP = "observation.images.top", 10, 2
 
@@ -17,7 +17,7 @@ CAMERA, FPS, GAP = "observation.images.top", 10, 2
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    bottleneck = BottleneckConfig(kind="vq_ema", dim=16, codebooks=2, positions=2)
+    bottleneck = VqEmaConfig(dim=16, codebooks=2, positions=2)
     small = {"size": 32, "patch": 4, "idm_channels": (16,), "fdm_channels": (16,)}
     return LapoConfig(backbone="patch", bottleneck=bottleneck, **small).build().eval()
 

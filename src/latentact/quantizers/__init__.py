@@ -1,4 +1,5 @@
 """Bottlenecks of latent action models, one file per kind.
 
-Add one: a new file with a class that takes a `BottleneckConfig` and is registered in `QUANTIZERS`.
+Add one: a new file with a `BottleneckConfig`, registered in `QUANTIZERS`, that builds a
+`Quantizer`.
 """

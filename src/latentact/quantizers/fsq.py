@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -10,14 +11,38 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
 
+from latentact.errors import UserError
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
 
 
 @QUANTIZERS.register("fsq")
+@dataclass(frozen=True, kw_only=True)
+class FsqConfig(BottleneckConfig):
+    """Settings of FSQ; a latent action has positions x len(levels) dims."""
+
+    kind: str = "fsq"
+    """Registered name."""
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Values per dim of a token."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        if min(self.levels, default=0) < 2 or math.prod(self.levels) > 1 << 30:
+            raise UserError(
+                f"bottleneck.levels must be at least 2 per dim and give at most {1 << 30} codes, got "
+                f"{list(self.levels)}."
+            )
+
+    def build(self) -> Fsq:
+        """Return the bottleneck."""
+        return Fsq(self)
+
+
 class Fsq(Quantizer):
     """`positions` tokens of ``len(levels)`` rounded values each."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: FsqConfig) -> None:
         super().__init__()
         with torch.device("cpu"):  # its constructor computes, which needs a real device
             self.fsq = FSQ(list(config.levels))

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 
 
 @QUANTIZERS.register("kl")
+@dataclass(frozen=True, kw_only=True)
+class KlConfig(BottleneckConfig):
+    """Settings of the variational bottleneck."""
+
+    kind: str = "kl"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+    weight: float = 1e-3
+    """Weight of the divergence from a unit Gaussian."""
+
+    def build(self) -> Kl:
+        """Return the bottleneck."""
+        return Kl(self)
+
+
 class Kl(Quantizer):
     """Returns a sample from mean and log-variance in training, the mean in evaluation."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: KlConfig) -> None:
         super().__init__()
         self.weight = config.weight
         self.in_features, self.token_dim = 2 * config.dim, config.dim

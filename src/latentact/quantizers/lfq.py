@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,40 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from vector_quantize_pytorch import LFQ
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.errors import UserError
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 from latentact.quantizers.usage import usage
 
 
 @QUANTIZERS.register("lfq")
+@dataclass(frozen=True, kw_only=True)
+class LfqConfig(BottleneckConfig):
+    """Settings of LFQ; a latent action has positions x log2(codebook_size) dims."""
+
+    kind: str = "lfq"
+    """Registered name."""
+    codebook_size: Size = 64
+    """Codes, a power of two."""
+    entropy: float = 0.1
+    """Weight of the entropy loss."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        if self.codebook_size < 2 or self.codebook_size.bit_count() != 1:
+            raise UserError(
+                f"bottleneck.codebook_size must be a power of two for lfq, got {self.codebook_size}."
+            )
+
+    def build(self) -> Lfq:
+        """Return the bottleneck."""
+        return Lfq(self)
+
+
 class Lfq(Quantizer):
     """`positions` tokens of log2(codebook_size) signs each."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: LfqConfig) -> None:
         super().__init__()
         self.tokens, self.token_dim = config.positions, int(math.log2(config.codebook_size))
         self.codebook_size = config.codebook_size

@@ -6,18 +6,34 @@ batch normalization without affine parameters is ours and keeps each dim at zero
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 
 
 @QUANTIZERS.register("none")
+@dataclass(frozen=True, kw_only=True)
+class WhitenedConfig(BottleneckConfig):
+    """Settings of whitened features."""
+
+    kind: str = "none"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+
+    def build(self) -> Whitened:
+        """Return the bottleneck."""
+        return Whitened(self)
+
+
 class Whitened(Quantizer):
     """Batch-normalized features without codes."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: WhitenedConfig) -> None:
         super().__init__()
         self.in_features = self.token_dim = config.dim
         self.tokens, self.codebook_size = 1, None

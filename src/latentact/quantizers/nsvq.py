@@ -10,13 +10,15 @@ instead: copies as close to an entry as the published ones are never selected.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 from latentact.quantizers.usage import UsageGuard, across_ranks, agreed, usage
 from latentact.quantizers.vq import nearest
 
@@ -25,13 +27,36 @@ UNUSED = 0.1  # uses per sample of the last batch, since the last replacement
 
 
 @QUANTIZERS.register("nsvq")
+@dataclass(frozen=True, kw_only=True)
+class NsvqConfig(BottleneckConfig):
+    """Settings of NSVQ."""
+
+    kind: str = "nsvq"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+    codebook_size: Size = 64
+    """Entries of the codebook."""
+    guard: bool = False
+    """Whether unused codes restart from current features."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        self._check_tokens(self.dim, self.positions)
+
+    def build(self) -> Nsvq:
+        """Return the bottleneck with an initial codebook."""
+        return Nsvq(self)
+
+
 class Nsvq(Quantizer):
     """`positions` tokens that share a codebook, parameter `codebooks` [m, d]; buffers `used` and `step`."""
 
     used: Tensor
     step: Tensor
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: NsvqConfig) -> None:
         super().__init__()
         self.in_features, self.tokens = config.dim, config.positions
         self.token_dim = config.dim // config.positions

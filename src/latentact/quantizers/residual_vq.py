@@ -7,6 +7,8 @@ contract: no token belongs to a single code.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,15 +16,45 @@ from jaxtyping import Float
 from torch import Tensor
 from vector_quantize_pytorch import ResidualVQ
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.config import Fraction
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 from latentact.quantizers.usage import usage
 
 
 @QUANTIZERS.register("residual_vq")
+@dataclass(frozen=True, kw_only=True)
+class ResidualVqConfig(BottleneckConfig):
+    """Settings of residual VQ."""
+
+    kind: str = "residual_vq"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+    codebooks: Size = 2
+    """Codebooks that refine each other."""
+    codebook_size: Size = 64
+    """Entries of a codebook."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    decay: Fraction = 0.999
+    """Decay of the moving averages, per training step."""
+    guard: bool = False
+    """Whether unused codes restart from current features."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        self._check_tokens(self.dim, self.codebooks * self.positions)
+
+    def build(self) -> Residual:
+        """Return the bottleneck with an initial codebook."""
+        return Residual(self)
+
+
 class Residual(Quantizer):
     """`positions` vectors, each the sum of one entry of each of `codebooks` codebooks."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: ResidualVqConfig) -> None:
         super().__init__()
         self.positions = config.positions
         self.in_features, self.tokens = config.dim, config.codebooks * config.positions

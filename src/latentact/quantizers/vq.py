@@ -6,21 +6,48 @@ features with weight 1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 from latentact.quantizers.usage import UsageGuard, usage
 
 
 @QUANTIZERS.register("vq")
+@dataclass(frozen=True, kw_only=True)
+class VqConfig(BottleneckConfig):
+    """Settings of VQ by gradient."""
+
+    kind: str = "vq"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+    codebook_size: Size = 64
+    """Entries of the codebook."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    guard: bool = False
+    """Whether unused codes restart from current features."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        self._check_tokens(self.dim, self.positions)
+
+    def build(self) -> Vq:
+        """Return the bottleneck with an initial codebook."""
+        return Vq(self)
+
+
 class Vq(Quantizer):
     """`positions` tokens that share a codebook, parameter `embedding.weight` [m, d]."""
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: VqConfig) -> None:
         super().__init__()
         self.beta = config.beta
         self.in_features, self.tokens = config.dim, config.positions

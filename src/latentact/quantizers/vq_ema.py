@@ -7,19 +7,51 @@ codebook is updated after its use.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.config import Fraction
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
 from latentact.quantizers.usage import UsageGuard, usage
 
 EPSILON = 1e-5
 
 
 @QUANTIZERS.register("vq_ema")
+@dataclass(frozen=True, kw_only=True)
+class VqEmaConfig(BottleneckConfig):
+    """Settings of VQ with moving averages. Defaults are LAPO's: 2 codebooks x 4 positions x 16 dims."""
+
+    kind: str = "vq_ema"
+    """Registered name."""
+    dim: Size = 128
+    """Dims of a latent action."""
+    codebooks: Size = 2
+    """Separate codebooks, each with its share of the dims."""
+    codebook_size: Size = 64
+    """Entries of a codebook."""
+    commitment: float = 0.05
+    """Weight of the commitment loss."""
+    decay: Fraction = 0.999
+    """Decay of the moving averages, per training step."""
+    guard: bool = False
+    """Whether unused codes restart from current features."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        self._check_tokens(self.dim, self.codebooks * self.positions)
+
+    def build(self) -> VqEma:
+        """Return the bottleneck with an initial codebook."""
+        return VqEma(self)
+
+
 class VqEma(Quantizer):
     """VQ with EMA codebooks; buffers `embedding`, `ema_weight` [n, m, d] and `ema_count` [n, m]."""
 
@@ -27,7 +59,7 @@ class VqEma(Quantizer):
     ema_count: Tensor
     ema_weight: Tensor
 
-    def __init__(self, config: BottleneckConfig) -> None:
+    def __init__(self, config: VqEmaConfig) -> None:
         super().__init__()
         self.config = config
         self.positions = config.positions

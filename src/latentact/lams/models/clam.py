@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
+from latentact.config import choice
 from latentact.errors import UserError
 from latentact.lams.contract import (
     LAMS,
@@ -35,6 +36,7 @@ from latentact.lams.targets import (
 )
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
+from latentact.quantizers.none import WhitenedConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
 from latentact.types import ActionSpace, Clip, LatentActions
 
@@ -66,7 +68,7 @@ class ClamConfig:
     """patch: channels of the FDM's levels."""
     hidden: int = 1024
     """Width of the two hidden layers of the state networks."""
-    bottleneck: BottleneckConfig = field(default_factory=lambda: BottleneckConfig(kind="none", dim=8))
+    bottleneck: BottleneckConfig = choice(QUANTIZERS, WhitenedConfig(dim=8))
     """Bottleneck of the latent action: none, kl, or one with codes."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """Prediction target of the image FDM; feature targets need steps=1."""
@@ -161,7 +163,7 @@ class Clam(LatentActionModel):
         c = self.config = config
         self.horizon, self.state_size = c.steps, c.state_size
         self.actions = actions if c.action_weight else None
-        self.bottleneck = QUANTIZERS.get(c.bottleneck.kind)(c.bottleneck)
+        self.bottleneck = c.bottleneck.build()
         latent_dim = self.bottleneck.tokens * self.bottleneck.token_dim
         self.uses_images = c.observations != "state"
         self.generative = self.uses_images and c.target.kind == "pixels"

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
+from latentact.config import choice
 from latentact.errors import UserError
 from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
 from latentact.lams.targets import (
@@ -29,6 +30,7 @@ from latentact.lams.targets import (
 from latentact.nn.augment import augment
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.patch import PatchUNet
+from latentact.quantizers.none import WhitenedConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
 from latentact.types import ActionSpace, Clip, LatentActions
 
@@ -56,7 +58,7 @@ class LaomConfig:
     """K: training draws the steps of inverse dynamics from 1 to K; encoding uses 1."""
     hidden: int = 1024
     """Width of inverse dynamics."""
-    bottleneck: BottleneckConfig = field(default_factory=lambda: BottleneckConfig(kind="none", dim=8192))
+    bottleneck: BottleneckConfig = choice(QUANTIZERS, WhitenedConfig(dim=8192))
     """Bottleneck without codes: none or kl. With labels, dim=64 is nearly as good as 8192."""
     target: TargetConfig = field(default_factory=lambda: TargetConfig(kind="ema_features", features=1024))
     """Prediction target: ema_features or frozen_features; `features` is also the encoder's output size."""
@@ -124,7 +126,7 @@ class Laom(LatentActionModel):
             precise=True,
         )
         self.norm = nn.BatchNorm1d(features, affine=False)
-        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        self.bottleneck = config.bottleneck.build()
         latent_dim = self.bottleneck.token_dim
         self.idm = ConditionedMlp(2 * features, 2 * features, config.hidden, self.bottleneck.in_features)
         averaged = self.encoder if config.target.kind == "ema_features" else None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
+from latentact.config import choice
 from latentact.errors import UserError
 from latentact.io.tensors import load_weights
 from latentact.io.unpickle import read_pickled
@@ -32,6 +33,7 @@ from latentact.nn.grid import GridDecoder, GridEncoder
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
+from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 
@@ -60,7 +62,7 @@ class LapoConfig:
     """patch, grid: channels of the IDM's levels; each further level halves the resolution."""
     fdm_channels: tuple[int, ...] = (96,)
     """patch, grid: channels of the FDM's levels."""
-    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    bottleneck: BottleneckConfig = choice(QUANTIZERS, "vq_ema")
     """Bottleneck of the latent action."""
     difference_input: float = 0.0
     """Factor of the difference (next - current) that the IDM gets as extra channels; 0: none."""
@@ -144,7 +146,7 @@ class LapoConfig:
                 frame_channels=(channels - dim) // 2,
                 idm_scale=scale,
                 fdm_base=base,
-                bottleneck=BottleneckConfig(
+                bottleneck=VqEmaConfig(
                     dim=dim,
                     codebooks=codebooks,
                     positions=dim // (codebooks * width),
@@ -174,7 +176,7 @@ class Lapo(LatentActionModel):
         super().__init__(config)
         self.config: LapoConfig = config
         self.actions = actions if config.action_weight else None
-        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        self.bottleneck = config.bottleneck.build()
         self.grain = {"impala": 32, "patch": config.patch * 2 ** (len(config.fdm_channels) - 1), "grid": 1}
         self.inner = -(-config.size // self.grain[config.backbone]) * self.grain[config.backbone]
         self.idm = self._idm()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
+from latentact.config import choice
 from latentact.data.decode.resize import resize
 from latentact.errors import UserError
 from latentact.io.unpickle import read_pickled
 from latentact.lams.contract import LAMS, LatentActionModel, transition_windows
 from latentact.nn.cvivit import CELLS, CViViT, cells
+from latentact.quantizers.nsvq import NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 _CHUNK = 16  # frames or pairs encoded together; more cost memory and no less time
-
-
-def _bottleneck() -> BottleneckConfig:
-    return BottleneckConfig(kind="nsvq", dim=128, codebooks=1, positions=4, codebook_size=8, guard=True)
 
 
 @LAMS.register("laq")
@@ -56,7 +54,7 @@ class LaqConfig:
     """Layers of the spatial transformers of encoder and decoder."""
     temporal_depth: int = 8
     """Layers of the temporal transformer."""
-    bottleneck: BottleneckConfig = field(default_factory=_bottleneck)
+    bottleneck: BottleneckConfig = choice(QUANTIZERS, NsvqConfig(codebook_size=8, guard=True))
     """Bottleneck of the latent action; its `positions` (1, 2, 4, 16, 64 or 256) are the cells to which a
     small CNN reduces a frame."""
     compat: bool = False
@@ -130,7 +128,7 @@ class Laq(LatentActionModel):
         super().__init__(config)
         self.config: LaqConfig = config
         places = config.bottleneck.positions
-        self.bottleneck = QUANTIZERS.get(config.bottleneck.kind)(config.bottleneck)
+        self.bottleneck = config.bottleneck.build()
         latent = self.bottleneck.tokens * self.bottleneck.token_dim
         self._width = self.bottleneck.in_features
         for numbers in (self.bottleneck.in_features, latent):
@@ -278,13 +276,7 @@ def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: i
         "temporal_depth": depth("enc_temporal_transformer"),
     }
     try:
-        bottleneck = BottleneckConfig(
-            kind="nsvq",
-            dim=code_seq_len * width,
-            codebooks=1,
-            positions=code_seq_len,
-            codebook_size=codes,
-        )
+        bottleneck = NsvqConfig(dim=code_seq_len * width, positions=code_seq_len, codebook_size=codes)
         return LaqConfig(size=image_size, **sizes, bottleneck=bottleneck, compat=True)
     except UserError as error:
         raise UserError(

@@ -25,8 +25,7 @@ from latentact.io.atomic import read_json
 from latentact.io.tensors import WEIGHTS, load_tensors, load_weights
 from latentact.lams.contract import LAMS, LatentActionModel, action_loss, batched, normalize_frames
 from latentact.nn.st_transformer import StDecoder, StEncoder
-from latentact.quantizers.quantizer import BottleneckConfig
-from latentact.quantizers.vq import Vq
+from latentact.quantizers.vq import Vq, VqConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
 CONFIG = "model_config.json"
@@ -212,8 +211,7 @@ class VillaX(LatentActionModel):
             out_dim=config.action_latent_dim,
         )
         self.vq = Vq(
-            BottleneckConfig(
-                kind="vq",
+            VqConfig(
                 dim=latent_dim,
                 positions=config.num_learned_tokens,
                 codebook_size=config.n_codes,
