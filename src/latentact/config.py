@@ -124,6 +124,14 @@ def current_names(cls: type, values: Any) -> Any:
     return {key: current_names(_class_of(cls, key, value), value) for key, value in values.items()}
 
 
+def updated(cls: type, values: Any) -> Any:
+    """Return settings that an earlier release wrote as this one writes them; unknown ones as they are."""
+    try:
+        return to_dict(from_dict(cls, values))
+    except UserError:
+        return values
+
+
 def _renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     renamed: dict[str, str] = getattr(cls, "RENAMED", {})
     removed = {*getattr(cls, "REMOVED", ())} - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

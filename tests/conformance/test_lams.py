@@ -130,7 +130,7 @@ CONFIGS = {
     "clam labels": replace(CLAM, action_weight=1.0, steps=2, difference_input=2.0),
     "clam both": replace(CLAM, observations="both", state_size=3, action_weight=0.1),
     "clam state": replace(CLAM, observations="state", state_size=3, steps=3),
-    "clam ema_features": replace(CLAM, target=AVERAGED, bottleneck=replace(SMALL, kind="kl", dim=8)),
+    "clam ema_features": replace(CLAM, target=AVERAGED, bottleneck=KlConfig(dim=8)),
     "idm": IdmConfig(size=32, scale=1),
     "idm patch": IdmConfig(size=32, backbone="patch", channels=(16,), difference_input=2.0),
 }  # fmt: skip

@@ -71,6 +71,37 @@ def test_a_checkpoint_of_the_older_release_loads(run: tuple[Path, tuple[str, ...
     assert Policy.from_pretrained(tmp_path / "policy").config == whole.config
 
 
+ONE_FOR_ALL = {"codebooks": 2, "codebook_size": 64, "commitment": 0.05, "beta": 0.25, "decay": 0.999}
+ONE_FOR_ALL |= {"entropy": 0.1, "levels": [8, 5, 5, 5], "weight": 0.001, "guard": False}
+
+
+def test_a_model_and_labels_with_one_config_for_all_bottlenecks_are_finished(
+    blocks: Path, tmp_path: Path
+) -> None:
+    lam, labels = tmp_path / "lam", tmp_path / "labels"
+    commands = (
+        ("train-lam", f"data.path={blocks}", *TINY_LAM, f"out={lam}"),
+        ("label", "--lam", lam, "--data", blocks, "--out", labels),
+    )
+    for command in commands:
+        assert cli(*command).returncode == 0
+    saved = (lam / "model.safetensors").stat().st_mtime_ns
+    settings = yaml.safe_load((lam / "config.yaml").read_text())
+    settings["lam"]["bottleneck"] |= ONE_FOR_ALL
+    (lam / "config.yaml").write_text(yaml.safe_dump(settings))
+    for path, keys in ((lam / "config.json", ("lam",)), (labels / "manifest.json", ("asked", "model"))):
+        values = found = json.loads(path.read_text())
+        for key in keys:
+            found = found[key]
+        found["bottleneck"] |= ONE_FOR_ALL
+        path.write_text(json.dumps(values))
+    for command in commands:
+        done = cli(*command)
+        assert done.returncode == 0, done.stderr
+        assert "already finished" in done.stderr
+    assert (lam / "model.safetensors").stat().st_mtime_ns == saved
+
+
 def test_unknown_names_stay_unknown(blocks: Path, tmp_path: Path) -> None:
     done = cli("train-lam", f"data.path={blocks}", *TINY_LAM, "labelled_episode=2", f"out={tmp_path}/lam")
     assert done.returncode == 2

@@ -13,14 +13,18 @@ import torch.multiprocessing as processes
 from torch import Tensor
 
 import latentact.quantizers.usage as guarding
-from latentact.config import from_dict
+from latentact.config import from_dict, load_experiment
 from latentact.errors import UserError
+from latentact.lams.models.lapo import LapoConfig
+from latentact.quantizers.fsq import FsqConfig
+from latentact.quantizers.kl import KlConfig
 from latentact.quantizers.lfq import Lfq, LfqConfig
 from latentact.quantizers.nsvq import Nsvq, NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantizer
 from latentact.quantizers.residual_vq import Residual, ResidualVqConfig
 from latentact.quantizers.usage import UsageGuard, usage
 from latentact.quantizers.vq import Vq, VqConfig
+from latentact.stages.train_lam import TrainLamConfig
 
 CODES = ("vq_ema", "vq", "nsvq", "residual_vq")
 PERIOD = 12
@@ -110,6 +114,18 @@ def test_sizes_that_do_not_fit_are_refused(kind: str) -> None:
 def test_lfq_wants_a_power_of_two() -> None:
     with pytest.raises(UserError, match="power of two"):
         LfqConfig(codebook_size=12)
+
+
+def test_a_setting_of_another_kind_is_refused_and_older_files_are_read() -> None:
+    asked = ["data.path=x", "out=y", "lam=laq", "lam.bottleneck.kind=fsq"]
+    config = load_experiment("train_lam", TrainLamConfig, asked)
+    assert config.lam.bottleneck == FsqConfig(positions=4)
+    with pytest.raises(UserError, match=r"lam.bottleneck.dim has no effect with lam.bottleneck.kind=fsq"):
+        load_experiment("train_lam", TrainLamConfig, [*asked, "lam.bottleneck.dim=8"])
+    older = {"kind": "kl", "dim": 8, "codebooks": 2, "positions": 4, "levels": [8, 5], "guard": False}
+    assert from_dict(LapoConfig, {"bottleneck": older}).bottleneck == KlConfig(dim=8)
+    with pytest.raises(UserError, match=r"KlConfig.kind must be kl, got 'vq'"):
+        KlConfig(kind="vq")
 
 
 def test_usage_by_hand() -> None:

@@ -32,6 +32,8 @@ class BottleneckConfig(ABC):
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        if self.kind != type(self).kind:
+            raise UserError(f"{type(self).__name__}.kind must be {type(self).kind}, got {self.kind!r}.")
         check_bounds(self, "bottleneck.")
 
     def _check_tokens(self, dim: int, tokens: int) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from latentact.config import BatchSize, Between, OneOf, Seconds, to_dict
+from latentact.config import BatchSize, Between, OneOf, Seconds, to_dict, updated
 from latentact.data.cache import DataConfig
 from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
 from latentact.data.stream import FrameStream
@@ -69,7 +69,8 @@ def run(config: LabelConfig) -> Path:
         "precision": config.precision,
     }
     if (out / MANIFEST).is_file():
-        if read_record(Manifest, out / MANIFEST).asked != requested:
+        asked = read_record(Manifest, out / MANIFEST).asked
+        if {**asked, "model": updated(type(model.config), asked.get("model"))} != requested:
             raise UserError(f"{out} holds other labels. Give another --out, or delete the folder.")
         log.info("%s is already finished", out)
         return out

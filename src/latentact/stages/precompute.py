@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.config import BatchSize, OneOf, Seconds, Workers, to_dict
+from latentact.config import BatchSize, OneOf, Seconds, Workers, to_dict, updated
 from latentact.data.cache import DataConfig
 from latentact.data.convert import convert
 from latentact.data.format import Source
@@ -136,7 +136,7 @@ def run(config: PrecomputeConfig) -> Path:
         **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
         **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
     }
-    if options.shard.rank == 0 and _finished(out, requested, config):
+    if options.shard.rank == 0 and _finished(out, requested, config, type(model.config)):
         return out
     if config.output != "file":
         _require_rows(stream)
@@ -157,7 +157,7 @@ def run(config: PrecomputeConfig) -> Path:
     return out
 
 
-def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig) -> bool:
+def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, lam: type) -> bool:
     """Return whether an earlier run has written the requested tokens.
 
     Raises:
@@ -170,7 +170,8 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig) ->
         raise UserError(f"{out} exists and holds no LAM tokens. Give another --output-dir.")
     if config.overwrite:
         return False
-    if read_object(sidecar).get("asked") != requested:
+    asked = read_object(sidecar).get("asked")
+    if not isinstance(asked, dict) or {**asked, "model": updated(lam, asked.get("model"))} != requested:
         raise UserError(f"{out} holds other LAM tokens. Give another --output-dir, or --overwrite.")
     log.info("%s is already finished", out)
     return True
