@@ -335,7 +335,7 @@ CASES = {
     "lam: a policy": (lambda f: ("label", "--lam", f.root / "policy"), "is not a latent action model"),
     "lam: no spec": (
         lambda f: ("label", "--lam", f.root / "no_spec"),
-        "spec.json: the content must be a valid dictionary",
+        "spec.json: the content must be an object",
     ),
     "label: no such device": (
         lambda f: ("label", "--lam", f.root / "lam", "--device", "tpu"),

@@ -420,3 +420,11 @@ def test_a_summary_has_success_and_return():
     assert rolling.summary(result) == "return 3 (2 to 4)"
     result |= {"success": 0.5, "ci95": [0.25, 0.75]}
     assert rolling.summary(result) == "success 0.5 (0.25 to 0.75), return 3"
+
+
+def test_an_environment_that_fails_to_close_is_used(right, tmp_path):
+    def close(env):
+        raise RuntimeError("the window is gone")
+
+    name = toy("ToyClose-v0", observation=VECTOR, render=lambda env: FRAME, close=close)
+    assert rollout(right, name, tmp_path / "out", "--episodes", "1")["episodes"] == 1

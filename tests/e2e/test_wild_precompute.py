@@ -1,6 +1,7 @@
 """`latentact precompute` on data as people have it: LeRobot shows the frames that the tokens belong to."""
 
 import json
+import os
 import re
 import shutil
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
@@ -163,9 +165,8 @@ def test_version_3_keeps_its_rows(tmp_path, lam, kind):
     root = lerobot(tmp_path / "d", 3, **given)
     out = tmp_path / "out"
     more = ("--camera-key", TOP) if kind == "two_cameras" else ()
-    if kind in ("wrong_size", "nulls"):  # LeRobot itself shows frames of another size, or fails
-        pattern = "shape must be .* as in videos" if kind == "wrong_size" else "LeRobot cannot read row"
-        assert re.search(pattern, refused(root, lam, out, *more))
+    if kind == "wrong_size":  # LeRobot itself shows frames of another size
+        assert re.search("shape must be .* as in videos", refused(root, lam, out, *more))
         found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
         assert not found["verdict"].startswith("Ready")
         return
@@ -543,3 +544,79 @@ def test_training_on_numbers_that_are_none_ends_before_it_starts_or_leaves_them_
     done = cli(*command, "data.drop_nonfinite=true")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/model.safetensors").exists()
+
+
+# --- tables and metadata that LeRobot alone cannot open, or not in every row
+
+
+@EITHER
+def test_columns_that_the_metadata_does_not_name_are_left_out(tmp_path, lam, version):
+    root = lerobot(tmp_path / "d", version, columns={"unlisted": (None, lambda e, n: list(range(n)))})
+    found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
+    assert "column unlisted is not in meta/info.json and is ignored" in found["warnings"]
+    shown, tokens = opened(written(root, lam, tmp_path / "out"), tmp_path)
+    assert shown == ROWS
+    np.testing.assert_allclose(tokens, tokens_of(lam, store(root).frames, (8, 6)), atol=1e-5)
+
+
+@EITHER
+def test_missing_numbers_of_the_tables_are_nan_in_every_row_that_lerobot_reads(tmp_path, lam, version):
+    def values(e, n):
+        return pa.array([None, [1.0, None], *[[float(i), 2.0] for i in range(2, n)]], pa.list_(pa.float32()))
+
+    columns = {
+        ACTION: (floats(2), values),
+        "reward": (floats(1), lambda e, n: pa.array([0.5, None] * (n // 2), pa.float32())),
+    }
+    out = written(lerobot(tmp_path / "d", version, columns=columns), lam, tmp_path / "out")
+    with lerobot_dataset(out, tmp_path) as read:
+        rows = [read[row] for row in range(len(read))]
+    nan = float("nan")
+    want = [[nan, nan], [1, nan], [2, 2], [3, 2]]
+    np.testing.assert_array_equal(np.stack([row[ACTION].numpy() for row in rows])[:4], want)
+    np.testing.assert_array_equal([float(row["reward"]) for row in rows], [0.5, nan] * 7)
+
+
+@EITHER
+def test_whole_numbers_that_are_missing_are_refused_beforehand(tmp_path, lam, version):
+    flag = {"dtype": "int64", "shape": [1], "names": None}
+    root = lerobot(
+        tmp_path / "d", version, columns={"flag": (flag, lambda e, n: pa.array([1, None] * (n // 2)))}
+    )
+    want = "column flag of int64 must have a value in every row, got none in row 1"
+    assert want in refused(root, lam, tmp_path / "out")
+    found = json.loads(cli("check-data", root, "--json", "--max-frames", "0").stdout)
+    assert any(want in line for line in found["warnings"])
+
+
+@EITHER
+def test_rows_without_their_number_have_tokens_in_a_file(tmp_path, lam, version):
+    root = change_tables(lerobot(tmp_path / "d", version), lambda t: t.drop_columns(["frame_index"]))
+    out = written(root, lam, tmp_path / "out", "--output", "file")
+    arrays = load_file(out / "lam_tokens.safetensors")
+    assert arrays["episode_index"].tolist() == [0] * 8 + [1] * 6
+    assert arrays["frame_index"].tolist() == [*range(8), *range(6)]
+    if version == 3:
+        assert "must have the column frame_index" in refused(root, lam, tmp_path / "column")
+
+
+def test_statistics_that_are_nan_and_a_byte_order_mark(tmp_path, lam):
+    root = lerobot(tmp_path / "d", 3)
+    (root / "meta/stats.json").write_text('{"action": {"mean": [NaN, 1.0], "count": [14]}}')
+    info = root / "meta/info.json"
+    info.write_bytes(b"\xef\xbb\xbf" + info.read_bytes())
+    out = written(root, lam, tmp_path / "out")
+    assert opened(out, tmp_path)[0] == ROWS
+    assert np.isnan(json.loads((out / "meta/stats.json").read_text())["action"]["mean"][0])
+
+
+@EITHER
+def test_a_dataset_whose_name_is_not_utf8(tmp_path, lam, version):
+    root = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.rename(lerobot(tmp_path / "d", version, cell=image_cell), root)
+    out = written(os.fsdecode(root), lam, tmp_path / "out")
+    assert opened(out, tmp_path)[0] == ROWS
+
+
+def test_arrays_cannot_become_rows(tmp_path, lam, blocks):
+    assert "must be a LeRobot dataset or a folder of videos" in refused(blocks, lam, tmp_path / "out")

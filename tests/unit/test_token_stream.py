@@ -5,11 +5,13 @@ import torch
 from conftest import write_blocks
 from latentact import TokenStream, camera_deltas
 from latentact.data.cache import DataConfig
+from latentact.data.lerobot.streaming import with_right_frames
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.vq_ema import VqEmaConfig
+from wild import lerobot
 
 CAMERA, FPS, GAP = "observation.images.top", 10, 2
 
@@ -84,3 +86,55 @@ def test_items_without_the_frames_are_one_sentence(model, stream, tmp_path):
     stream = TokenStream(items, model, camera=CAMERA, gap_s=0.2, name="x", cache_dir=str(tmp_path))
     with pytest.raises(UserError, match=r"must have 3 frames, got .*Give the dataset the delta_timestamps"):
         list(stream)
+
+
+def _torchcodec() -> bool:
+    """Return whether torchcodec loads: LeRobot decodes streams with it, and it needs FFmpeg's libraries."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
+
+
+needs_torchcodec = pytest.mark.skipif(not _torchcodec(), reason="torchcodec does not load")
+
+
+@needs_torchcodec
+@pytest.mark.parametrize("split", [False, True])
+def test_a_stream_of_lerobot_has_the_frames_of_its_dataset(split, tmp_path):
+    """Also the last frames of an episode and of a file, and files after the first."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
+
+    root = lerobot(tmp_path / "data", 3, lengths=(8, 6, 7), split=split)
+    deltas = {CAMERA: [-0.2, 0.0, 0.1, 0.3], "observation.state": [0.0, 0.1]}
+    right = LeRobotDataset("local/x", root=root, delta_timestamps=deltas, video_backend="torchcodec")
+    rows = []
+    for item in with_right_frames(StreamingLeRobotDataset("local/x", root=root, delta_timestamps=deltas)):
+        expected = right[int(item["index"])]
+        rows.append(int(item["index"]))
+        for key in (CAMERA, f"{CAMERA}_is_pad", "observation.state", "observation.state_is_pad"):
+            assert torch.equal(item[key], expected[key]), (key, rows[-1])
+    assert sorted(rows) == list(range(21))
+
+
+@needs_torchcodec
+def test_tokens_of_a_stream_of_lerobot_end_with_the_episode(model, tmp_path):
+    root = lerobot(tmp_path / "data", 3, lengths=(8, 6))
+    whole = encode_dataset(
+        model,
+        FrameStream(DataConfig(path=str(root), resolution=32)),
+        GAP,
+        EncodeOptions(cache_dir=str(tmp_path)),
+    )
+    from lerobot.datasets.streaming_dataset import StreamingLeRobotDataset
+
+    items = StreamingLeRobotDataset(
+        "local/x", root=root, delta_timestamps={CAMERA: camera_deltas(model, GAP / FPS)}
+    )
+    tokens = TokenStream(items, model, camera=CAMERA, gap_s=GAP / FPS, name="x", cache_dir=str(tmp_path))
+    found = {int(item["index"]): item for item in tokens}
+    assert [bool(found[row]["observation.lam_valid"]) for row in range(14)] == whole.valid.tolist()
+    for row in np.flatnonzero(whole.valid):  # two decoders: gray levels differ by one
+        assert np.allclose(found[row]["observation.lam_tokens"], whole.continuous[row].ravel(), atol=0.05)

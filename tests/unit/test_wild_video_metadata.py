@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 
 import pytest
 
@@ -35,12 +36,16 @@ METADATA = {
     "lines": ("metadata.jsonl", '{"file_name": "a.mp4", "task": "push"}\n\n'),
     "lines_mark": ("metadata.jsonl", '\ufeff{"task": "push", "file_name": "a.mp4", "x": 1}'),
     "lines_case": ("metadata.jsonl", '{"File_Name": "a.mp4", "Task": "push"}'),
+    "empty_rows": ("metadata.csv", "file_name;task\n;\na.mp4;push\n;\n;\n"),
+    "two_slashes": ("metadata.csv", "file_name,task\n.//a.mp4,push\n"),
 }
 BAD_METADATA = {
     "number": ("metadata.jsonl", '{"file_name": "a.mp4", "task": 3}'),
     "list": ("metadata.jsonl", '["a.mp4"]'),
     "no_json": ("metadata.jsonl", "a.mp4 push"),
     "no_name": ("metadata.csv", "name,task\na.mp4,push\n"),
+    "no_name_no_row": ("metadata.csv", "name,task\n"),
+    "array": ("metadata.jsonl", '[{"file_name": "a.mp4", "task": "push"}]'),
     "name_null": ("metadata.jsonl", '{"file_name": null, "task": "x"}'),
     "open_quote": ("metadata.csv", 'file_name,task\n"a.mp4,push\n'),
 }
@@ -56,8 +61,8 @@ def test_metadata_of_videos_is_read(tmp_path, clip, kind):
     shutil.copy(clip, tmp_path / "a.mp4")
     name, text = METADATA[kind]
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    read = store(tmp_path)
-    assert read.task_texts == ("push",)
+    source = opened(tmp_path, tmp_path / "memo")
+    assert (source.notes, [episode.task for episode in source.episodes]) == ([], ["push"])
 
 
 @pytest.mark.parametrize("kind", BAD_METADATA)
@@ -135,6 +140,16 @@ def test_metadata_without_tasks_gives_none(tmp_path, clip, text):
     shutil.copy(clip, tmp_path / "a.mp4")
     (tmp_path / "metadata.csv").write_text(text)
     assert store(tmp_path).task_texts == ("",)
+    assert opened(tmp_path, tmp_path / "memo").notes == ["the metadata names no task"]
+
+
+def test_accents_of_file_names_in_both_unicode_forms(tmp_path, clip):
+    """macOS writes a name as letter and accent, Excel as one character."""
+    shutil.copy(clip, tmp_path / unicodedata.normalize("NFD", "scène.mp4"))
+    composed = unicodedata.normalize("NFC", "scène.mp4")
+    (tmp_path / "metadata.csv").write_text(f"file_name,task\n{composed},push\n")
+    source = opened(tmp_path, tmp_path / "memo")
+    assert (source.notes, [episode.task for episode in source.episodes]) == ([], ["push"])
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])

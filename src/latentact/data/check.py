@@ -29,6 +29,7 @@ from latentact.data.lerobot.openable import problems, total_problems
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem, first_unmatched
 from latentact.errors import UserError
+from latentact.io.records import parse_json, read_text
 from latentact.progress import Progress
 
 SIZE = 96
@@ -133,7 +134,7 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
             name, reason = next(iter(check.unreadable.items()))
             check.warnings.append(
                 f"unreadable files and episodes, which are left out: {len(check.unreadable)}, such as "
-                f"{name} ({reason})"
+                f"{name} ({reason}){_consequence(check)}"
             )
         if not check.episodes.get("count"):
             reasons = [*check.unreadable.values(), *check.skipped.values(), "it has no episodes"]
@@ -141,6 +142,15 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
     except UserError as error:
         check.errors.append(str(error))
     return check, sheets
+
+
+def _consequence(check: DataCheck) -> str:
+    """Return what unreadable episodes mean for `precompute --output column`."""
+    if check.kind.startswith("LeRobot v3"):
+        return "; precompute --output column keeps their rows and refuses those that LeRobot cannot read"
+    if check.kind.startswith("LeRobot") and len(check.cameras) > 1:
+        return "; precompute --output column refuses an episode of which another camera is unreadable"
+    return ""
 
 
 def _camera_keys(path: Path) -> list[str]:
@@ -172,16 +182,36 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
             check.warnings.append(
                 "LeRobot opens no part of a v3 dataset: precompute --output column refuses it"
             )
-        if version.startswith("v3") and not (path / "meta/stats.json").is_file():
-            check.warnings.append("meta/stats.json is missing, without which LeRobot trains no policy")
+        if version.startswith("v3") and (lacking := _without_statistics(path, source)):
+            check.warnings.append(
+                f"meta/stats.json has no statistics of {', '.join(lacking)}, without which LeRobot trains "
+                f"no policy"
+            )
         found = [] if version.startswith("v3") else [*total_problems(source)]
         found += [f"{text}; precompute --output column refuses it" for text in problems(path, source)]
         check.warnings += found
         _check_clocks(check, source)
+    single = [episode.name for episode in source.episodes if episode.frames == 1]
+    if single:
+        check.warnings.append(
+            f"episodes of one frame, which have no transition: {len(single)}, such as {single[0]}"
+        )
     alike = defaultdict(list)
     for episode in source.episodes:
         alike[episode.content].append(episode.name)
     _add_duplicates(check, [names for names in alike.values() if len(names) > 1])
+
+
+def _without_statistics(path: Path, source: LeRobotSource) -> list[str]:
+    """Return the cameras, state and action of which `meta/stats.json` holds no statistics."""
+    file = path / "meta/stats.json"
+    try:
+        known = parse_json(read_text(file), str(file)) if file.is_file() else {}
+    except UserError:
+        return []  # `problems` reports it
+    needed = [key for key, feature in source.info.features.items() if feature.visual and not feature.depth]
+    needed += [name for name in ("observation.state", "action") if name in source.tables.features]
+    return [name for name in needed if isinstance(known, dict) and name not in known]
 
 
 def _count(check: DataCheck, source: Source) -> None:
@@ -199,6 +229,9 @@ def _count(check: DataCheck, source: Source) -> None:
 def _check_conversion(check: DataCheck, source: Source, version: str) -> None:
     """Find why videos or LeRobot v2 data cannot be converted to version 3."""
     refused = "; precompute --output column refuses"
+    if not isinstance(source, (LeRobotSource, VideoFolderSource)):
+        check.warnings.append(f"{check.kind} cannot become a LeRobot dataset{refused} them")
+        return
     if (
         not version.startswith("v3")
         and not source.uneven
@@ -359,6 +392,7 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
     alike: dict[str, list[str]] = defaultdict(list)
     still: list[dict[str, Any]] = []
     resized: list[str] = []
+    fewer: list[str] = []
     total = sum(source.episodes[n].frames for n in chosen)
     with (
         Progress(f"checking {camera or 'frames'}", total, "frames") as progress,
@@ -377,6 +411,8 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
                 check.unreadable.setdefault(episode.label, str(error))
                 continue
             check.decoded_frames += seen.frames
+            if seen.frames != episode.frames:
+                fewer.append(f"{episode.name} ({seen.frames} of {episode.frames})")
             alike[seen.digest].append(episode.name)
             if len(seen.sizes) > 1:
                 sizes = ", ".join(f"{width}x{height}" for height, width in seen.sizes)
@@ -385,6 +421,10 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
                 still.append({"camera": camera, "episode": episode.name, "from_s": begin, "to_s": end})
             if len(sheets) < _SHOWN:
                 sheets.append(Sheet(camera=camera, episode=episode.name, frames=seen.kept))
+    if fewer:
+        check.warnings.append(
+            f"videos that decode to another number of frames than they hold: {len(fewer)}, such as {fewer[0]}"
+        )
     if resized:
         check.warnings.append(
             f"episodes whose frames change size: {len(resized)}, such as {resized[0]}; precompute --output "

@@ -9,8 +9,8 @@ from typing import Any
 from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
 from latentact.data.formats.video_folder import VideoFolderSource
-from latentact.data.lerobot.convert import BOOKKEEPING, VIDEO_KEY, EpisodeData, write_episodes
-from latentact.data.lerobot.metadata import Feature
+from latentact.data.lerobot.convert import VIDEO_KEY, EpisodeData, write_episodes
+from latentact.data.lerobot.metadata import BOOKKEEPING, Feature
 from latentact.data.lerobot.source import LeRobotSource
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError

@@ -52,6 +52,15 @@ def env_errors(name: str, doing: str) -> Iterator[None]:
         ) from error
 
 
+def close(env: gym.Env, name: str) -> None:
+    """Close an environment; an exception is only logged, so that finished episodes are kept."""
+    try:
+        with env_errors(name, "to close"):
+            env.close()
+    except EnvError as error:
+        log.warning("%s", error)
+
+
 def adapt(
     env: gym.Env,
     *,
@@ -147,12 +156,8 @@ def _adapter() -> Callable[..., gym.Env]:
                 return self._observation(observation), reward, terminated, truncated, info
 
         def close(self) -> None:
-            """Close the environment; an exception is only logged, so that finished episodes are kept."""
-            try:
-                with env_errors(self._name, "to close"):
-                    self.env.close()
-            except EnvError as error:
-                log.warning("%s", error)
+            """Close the environment."""
+            close(self.env, self._name)
 
         def _where(self) -> str:
             return f"at step {self._steps} of the episode with reset seed {self._seed}"

@@ -7,6 +7,7 @@ A record is a pydantic model with the fields that are used; other fields are ign
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentact.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _SHOWN = 60
 
@@ -159,6 +161,14 @@ def naming(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: {error}") from error
 
 
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """Open a parquet file, whatever its name: pyarrow itself takes names in UTF-8 only."""
+    import pyarrow.parquet as pq
+
+    name = os.fsencode(file)
+    return pq.ParquetFile(file if name == name.decode(errors="replace").encode() else file.open("rb"))
+
+
 def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table:
     """Read a parquet file, or the named columns of it.
 
@@ -166,10 +176,9 @@ def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table
         UserError: the file is missing, damaged, not parquet, or lacks a column.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as opened:
+        with open_parquet(file) as opened:
             known = opened.schema_arrow.names
             lacking = [name for name in columns or () if name not in known]
             if lacking:
@@ -193,10 +202,10 @@ def parquet_columns(file: Path) -> list[str]:
         UserError: the file is missing, damaged or not parquet.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        return pq.read_schema(file).names
+        with open_parquet(file) as opened:
+            return opened.schema_arrow.names
     except (OSError, pa.ArrowException) as error:
         raise _not_parquet(file, error) from error
 
@@ -214,6 +223,8 @@ def _first(error: ValidationError) -> str:
         return f"{field} is missing"
     if problem["type"] == "extra_forbidden":
         return f"{field} is not a known field"
+    if problem["type"] == "model_type":
+        problem["msg"] = "an object"
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     expected = expected.replace("greater than or equal to", "at least").replace(
         "less than or equal to", "at most"

@@ -27,6 +27,7 @@ from latentact.data.cache import cache_folder
 from latentact.data.decode.resize import resize
 from latentact.data.digest import blake2b
 from latentact.data.latents import CODES, KINDS, TOKENS_KEY, VALID
+from latentact.data.lerobot.streaming import with_right_frames
 from latentact.errors import UserError
 from latentact.io.atomic import write_json
 from latentact.lams.contract import LatentActionModel
@@ -59,9 +60,10 @@ class TokenStream(IterableDataset):
     them, are reduced to those of `observed`.
 
     Args:
-        items: `StreamingLeRobotDataset`, or anything that yields its items: `episode_index`, `frame_index`,
-            the camera's frames at `camera_deltas(...)` ([t, c, h, w], uint8 or float 0..1),
-            `<camera>_is_pad`, and for a LAM that uses states `observation.state` [t, s] at the same times.
+        items: `StreamingLeRobotDataset`, which is read with the frames of `LeRobotDataset`, or anything that
+            yields its items: `episode_index`, `frame_index`, the camera's frames at `camera_deltas(...)`
+            ([t, c, h, w], uint8 or float 0..1), `<camera>_is_pad`, and for a LAM that uses states
+            `observation.state` [t, s] at the same times.
         model: the LAM, in evaluation mode.
         camera: key of the frames.
         gap_s: seconds between the two frames of a transition.
@@ -109,7 +111,7 @@ class TokenStream(IterableDataset):
                 "vectors BLOB, codes BLOB, PRIMARY KEY (episode, frame))"
             )
             pending: list[dict[str, Any]] = []
-            for item in self.items:
+            for item in with_right_frames(self.items):
                 pending.append(item)
                 if len(pending) == self.batch_size:
                     yield from self._with_tokens(pending, cache)

@@ -185,6 +185,11 @@ def _require_rows(stream: FrameStream) -> None:
             f"videos of {stream.path} must have one frame rate to be rows of a dataset, got a variable "
             f"rate. Use --output file."
         )
+    if not isinstance(stream.source, (LeRobotSource, VideoFolderSource)):
+        raise UserError(
+            f"{stream.path} must be a LeRobot dataset or a folder of videos to become a dataset with tokens; "
+            f"use --output file."
+        )
     if isinstance(stream.source, VideoFolderSource):
         require_upright(stream.source.files)
     elif isinstance(stream.source, LeRobotSource):
@@ -277,10 +282,11 @@ def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
     place = np.full(source.tables.rows, -1)
     first = np.array(source.first_rows)[encoded.episodes]
     place[np.repeat(first, encoded.lengths) + encoded.frame_indices] = np.arange(len(encoded.frame_indices))
-    episode, frame = source.column("episode_index"), source.column("frame_index")
-    assert episode is not None
-    assert frame is not None
-    return _Rows(place, episode, frame)
+    lengths = {episode: span.end - span.begin for episode, span in source.tables.spans.items()}
+    frame = source.column("frame_index")
+    if frame is None:
+        frame = np.concatenate([np.arange(length) for length in lengths.values()])
+    return _Rows(place, np.repeat([*lengths], [*lengths.values()]), frame)
 
 
 def _episode_rows(encoded: DatasetLatents, selected: Sequence[int]) -> _Rows:

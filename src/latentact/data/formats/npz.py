@@ -98,7 +98,7 @@ class NpzSource:
         row = 0
         for file in files:
             name = printable(file.relative_to(root))
-            scan: dict[str, Any] = memo.get(file, "npz.4", _scan)
+            scan: dict[str, Any] = memo.get(file, "npz.5", _scan)
             first = next(iter(scans.values()), scan)
             if "error" not in scan and scan["fps"] != first["fps"]:
                 rates = f"{scan['fps']:g} and the files before it {first['fps']:g}"
@@ -121,6 +121,15 @@ class NpzSource:
         self.fps = float(next(iter(scans.values()))["fps"]) if scans else 1.0
         if not all(scan["timed"] for scan in scans.values()):
             self.notes.append("the arrays name no fps: steps count as a second each")
+        shapes = {tuple(scan["shape"]): name for name, scan in scans.items()}
+        if len(shapes) > 1:
+            different = ", ".join(f"{list(shape)} in {name}" for shape, name in [*shapes.items()][:3])
+            self.notes.append(f"frames differ in shape: {different}; resolution 0 and grids must have one")
+        for shape, name in shapes.items():
+            if min(shape[:2]) >= _SMALLEST_IMAGE and shape[2] not in (1, 3):
+                self.notes.append(
+                    f"frames of {shape[2]} channels, such as in {name}, are grids of features and no images"
+                )
         self._columns = self._common_columns(path, scans)
         self.action_space = _space(path, [scan["classes"] for scan in scans.values()], self._columns)
         self._lock = threading.Lock()
@@ -298,9 +307,9 @@ def _scan(file: Path) -> dict[str, Any]:
     """Return what a file holds, as plain JSON values, or {"error": why it is unreadable}.
 
     Returns:
-        digest; rows; spans [begin, end) of episodes; axes: those before height, width and channels; image:
-        whether frames are images; columns: name -> [kind, shape of a row]; classes of a discrete action; fps;
-        timed: whether the file names its fps.
+        digest; rows; spans [begin, end) of episodes; axes: those before height, width and channels; shape:
+        of a frame; image: whether frames are images; columns: name -> [kind, shape of a row]; classes of a
+        discrete action; fps; timed: whether the file names its fps.
     """
     try:
         arrays = _load(file)
@@ -342,6 +351,7 @@ def _contents(file: Path, arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
         "spans": list(zip([0, *ends[:-1]], ends, strict=True)),
         "image": channels in (1, 3) and min(height, width) >= _SMALLEST_IMAGE,
         "axes": axes,
+        "shape": [height, width, channels],
         "columns": columns,
         "classes": classes,
         "fps": _fps(arrays) if "fps" in arrays else 1.0,

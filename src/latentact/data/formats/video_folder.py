@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any
 
@@ -71,7 +72,8 @@ class VideoFolderSource:
         self.files: list[Path] = []
         self.notes: list[str] = []
         rates: list[float] = []
-        texts = _tasks(path) if path.is_dir() else {}
+        metadata = _tasks(path) if path.is_dir() else None
+        texts = metadata or {}
         uneven: dict[str, str] = {}
         for file in files:
             name = printable(file.relative_to(root))
@@ -87,7 +89,7 @@ class VideoFolderSource:
                 Episode(
                     name=name,
                     file=name,
-                    task=texts.get(name, ""),
+                    task=texts.get(_key(name), ""),
                     frames=found["frames"],
                     content=found["digest"],
                 )
@@ -99,8 +101,10 @@ class VideoFolderSource:
             first, rate = next(iter(uneven.items()))
             more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
             self.notes.append(f"{first}{more}: the frame rate varies ({rate})")
-        if lost := [name for name in texts if name not in {e.name for e in self.episodes}]:
+        if lost := [name for name in texts if name not in {_key(e.name) for e in self.episodes}]:
             self.notes.append(f"the metadata names {len(lost)} files that are not read, such as {lost[0]}")
+        if metadata is not None and not any(texts.values()):
+            self.notes.append("the metadata names no task")
         lengths = [episode.frames for episode in self.episodes]
         self.first_rows = (np.cumsum(lengths) - lengths).tolist() if lengths else []
         self.tasks = sorted({episode.task for episode in self.episodes if episode.task})
@@ -144,15 +148,15 @@ class _Line(Record):
     task: str | None = None
 
 
-def _tasks(folder: Path) -> dict[str, str]:
-    """Return the task of each file name in the folder's metadata.
+def _tasks(folder: Path) -> dict[str, str] | None:
+    """Return the task of each file name in the folder's metadata; None if there is none.
 
     Raises:
         UserError: the metadata cannot be read, lacks the column file_name, or contradicts itself.
     """
     tables = [file for file in sorted(folder.iterdir()) if file.name.lower() in _METADATA]
     if not tables:
-        return {}
+        return None
     if len(tables) > 1:
         raise UserError(
             f"{folder} must have one table of metadata, got {', '.join(t.name for t in tables)}; keep one."
@@ -170,13 +174,18 @@ def _tasks(folder: Path) -> dict[str, str]:
             _require_once(list(row), f"{table}, line {number}")
         fields = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else row
         line = parse_record(_Line, fields, f"{table}, line {number}")
-        name = line.file_name.strip().replace("\\", "/").removeprefix("./")
+        name = _key(PurePosixPath(line.file_name.strip().replace("\\", "/")).as_posix())
         task = (line.task or "").strip()
         if found.setdefault(name, task) != task:
             raise UserError(
                 f"{table}, line {number}: {name} has two tasks, {found[name]!r} and {task!r}; keep one."
             )
     return found
+
+
+def _key(name: str) -> str:
+    """Return a file name in one of its Unicode forms; macOS decomposes accents and Excel does not."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _require_once(names: list[str], where: str) -> None:
@@ -202,13 +211,17 @@ def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         _require_once(list(reader.fieldnames or ()), str(file))
+        names = reader.fieldnames
+        if names and not any(name.strip().lower() == "file_name" for name in names):
+            raise UserError(f"{file} must have the columns file_name and task, got {header.strip()!r}.")
         for row in reader:
             if any(cell.strip() for cell in row.pop(None, None) or ()):
                 raise UserError(
                     f"{file}, line {reader.line_num} has more cells than the header; put texts with "
                     f"{delimiter!r} into quotes."
                 )
-            rows.append((reader.line_num, row))
+            if any(cell and cell.strip() for cell in row.values()):
+                rows.append((reader.line_num, row))
     except csv.Error as error:
         raise UserError(
             f"{file} is not a table ({error}); it must have the columns file_name and task."

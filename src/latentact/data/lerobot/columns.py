@@ -20,12 +20,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from latentact.data.files import files_below
-from latentact.data.lerobot.metadata import read_info
-from latentact.data.lerobot.tables import Tables
+from latentact.data.lerobot.metadata import Feature, read_info
+from latentact.data.lerobot.tables import Tables, numbers
 from latentact.data.lerobot.writer import number_statistics
 from latentact.errors import UserError
-from latentact.io.atomic import read_json
-from latentact.io.records import read_parquet
+from latentact.io.records import open_parquet, parse_json, read_parquet, read_text
 
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 
@@ -58,7 +57,7 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     Raises:
         UserError: `source` is not a complete LeRobot v3 dataset.
     """
-    info = read_json(source / "meta/info.json")
+    info = parse_json(read_text(source / "meta/info.json"), str(source / "meta/info.json"))
     files = sorted((source / "data").glob("*/*.parquet"))
     tables = Tables(source, read_info(source).features, files)
     for name in tables.missing:
@@ -75,7 +74,7 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
     schema = _schema(info["features"])
     row = 0
     for file in files:
-        row = _rewrite(file, out / file.relative_to(source), columns, schema, row)
+        row = _rewrite(file, out / file.relative_to(source), columns, schema, tables.features, row)
     per_episode = {}
     for episode, span in tables.spans.items():
         begin, end = span.first_row, span.first_row + span.end - span.begin
@@ -108,25 +107,47 @@ def _schema(features: Mapping[str, Any]) -> Any:
     return get_hf_features_from_features(shaped).arrow_schema
 
 
-def _rewrite(file: Path, out: Path, columns: Mapping[str, Column], target: Any, row: int) -> int:
+def _rewrite(
+    file: Path,
+    out: Path,
+    columns: Mapping[str, Column],
+    target: Any,
+    features: Mapping[str, Feature],
+    row: int,
+) -> int:
     """Write a table with the added columns by row groups; return the first row of the next file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetFile(file) as table:
-        kept = [field for field in table.schema_arrow if field.name not in columns]
+    with open_parquet(file) as table:
+        kept = [f for f in table.schema_arrow if f.name in target.names and f.name not in columns]
         schema = pa.schema([*kept, *(target.field(name) for name in columns)], metadata=target.metadata)
         with pq.ParquetWriter(out, schema, compression="snappy", use_dictionary=True) as writer:
             for number in range(table.metadata.num_row_groups):
                 group = table.read_row_group(number, columns=[field.name for field in kept])
-                arrays = [group[field.name] for field in kept]
+                arrays = [_without_nulls(group[f.name], features.get(f.name), file, f.name) for f in kept]
                 for name, column in columns.items():
                     values = column.read(row, row + len(group))
                     arrays.append(_array(values, schema.field(name).type))
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
                 row += len(group)
     return row
+
+
+def _without_nulls(column: Any, feature: Feature | None, file: Path, name: str) -> Any:
+    """Return a column of floats with NaN for missing numbers: LeRobot cannot put a null into a batch."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if feature is None or not feature.dtype.startswith("float") or len(feature.shape) > 1:
+        return column
+    nested = pa.types.is_nested(column.type)
+    if not column.null_count and not (nested and pc.call_function("list_flatten", [column]).null_count):
+        return column
+    values = numbers(column, int(np.prod(feature.shape)), file, name)
+    flat = pa.array(values.reshape(-1))
+    return (pa.FixedSizeListArray.from_arrays(flat, values.shape[1]) if nested else flat).cast(column.type)
 
 
 def _array(values: np.ndarray, arrow_type: Any) -> Any:
@@ -169,7 +190,7 @@ def _add_statistics(file: Path, per_episode: list[dict[str, dict[str, np.ndarray
     """Add the aggregated statistics of the new columns to `meta/stats.json`."""
     from lerobot.datasets.compute_stats import aggregate_stats
 
-    statistics = read_json(file) if file.is_file() else {}
+    statistics = parse_json(read_text(file), str(file)) if file.is_file() else {}
     if not isinstance(statistics, dict):
         raise UserError(
             f"{file} must contain a JSON object, got {type(statistics).__name__}; copy the dataset again."

@@ -26,7 +26,6 @@ from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames
 from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
-BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
 @dataclass(frozen=True, kw_only=True)

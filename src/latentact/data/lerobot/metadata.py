@@ -17,6 +17,8 @@ from latentact.io.records import Record, parquet_columns, read_parquet, read_rec
 
 VISUAL = ("image", "video")
 """Values of `dtype` that mark a camera."""
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""Columns that LeRobot adds to every table."""
 _CHANNELS = (1, 3, 4)
 
 

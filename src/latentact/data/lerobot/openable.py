@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from latentact.data.decode.video import video_properties
 from latentact.data.format import Unreadable
-from latentact.data.lerobot.metadata import cameras, read_episodes
+from latentact.data.lerobot.metadata import BOOKKEEPING, cameras, read_episodes
 from latentact.data.lerobot.source import LeRobotSource
 from latentact.errors import UserError
 from latentact.io.records import parquet_columns, parse_json, read_parquet, read_text
@@ -37,9 +37,13 @@ def require_openable(path: Path, source: LeRobotSource) -> None:
 def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
     """Yield why LeRobot cannot open a dataset, or version 3 of it: file, field, what it must be and is."""
     yield from _feature_problems(source)
+    yield from _value_problems(source)
     yield from _image_problems(source)
     if not source.info.codebase_version.startswith("v3"):
         return
+    for name in BOOKKEEPING:
+        if name not in source.tables.features:
+            yield f"meta/info.json and the tables must have the column {name}, which one of them lacks"
     yield from total_problems(source)
     yield from _episode_problems(path, source)
     yield from _task_problems(path, source)
@@ -73,6 +77,17 @@ def _feature_problems(source: LeRobotSource) -> Iterator[str]:
             np.dtype(feature.dtype)
         except TypeError:
             yield f"meta/info.json: features.{name}.dtype must be a type of numbers, got {feature.dtype!r}"
+
+
+def _value_problems(source: LeRobotSource) -> Iterator[str]:
+    """Find missing values in columns that have no NaN for them; LeRobot cannot put a null into a batch."""
+    rewritten = () if source.info.codebase_version.startswith("v3") else BOOKKEEPING
+    for name, feature in source.tables.features.items():
+        exact = not feature.dtype.startswith("float") and name not in rewritten
+        column = source.column(name) if exact else None
+        if column is not None and column.dtype.kind == "f":
+            row = int(np.argmax(np.isnan(column.reshape(len(column), -1)).any(1)))
+            yield f"column {name} of {feature.dtype} must have a value in every row, got none in row {row}"
 
 
 def _image_problems(source: LeRobotSource) -> Iterator[str]:

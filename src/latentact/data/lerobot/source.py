@@ -92,6 +92,7 @@ class LeRobotSource:
                 f"{path} must have a column for the camera {camera!r} in its tables; copy the dataset again."
             )
         self.notes = [f"column {name} is missing from the tables and is ignored" for name in tables.missing]
+        self.notes += [f"column {name} is not in meta/info.json and is ignored" for name in tables.unlisted]
         recordings = list({r.episode: r for r in recordings}.values())  # drop duplicates
         present = [r for r in recordings if self._is_present(r)]
         self.absent = len(recordings) - len(present)

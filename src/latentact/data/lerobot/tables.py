@@ -23,9 +23,9 @@ from PIL import Image
 from latentact.data.decode.color import image_rgb
 from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Unreadable, discrete_space
-from latentact.data.lerobot.metadata import Feature, flat_names
+from latentact.data.lerobot.metadata import BOOKKEEPING, Feature, flat_names
 from latentact.errors import UserError
-from latentact.io.records import parquet_columns, read_parquet
+from latentact.io.records import open_parquet, parquet_columns, read_parquet
 from latentact.types import ActionSpace
 
 _COUNTERS = ("frame_index", "index", "task_index")
@@ -97,6 +97,8 @@ class Tables:
             k for k, f in features.items() if f.dtype != "video" and not all(k in s for s in stored)
         ]
         """Features that `meta/info.json` names and a table lacks; they are left out."""
+        self.unlisted = sorted({n for s in stored for n in s} - features.keys() - {*BOOKKEEPING})
+        """Columns of the tables that `meta/info.json` does not name; they are left out."""
         self.features = {k: f for k, f in features.items() if k not in self.missing}
 
     def timestamps(self, episode: int) -> Float64[np.ndarray, " n"]:
@@ -116,7 +118,7 @@ class Tables:
         if feature is None or not feature.numeric:
             return None
         size = int(np.prod(feature.shape))
-        parts = [_numeric(read_parquet(file, [name])[name], size, file, name) for file in self.files]
+        parts = [numbers(read_parquet(file, [name])[name], size, file, name) for file in self.files]
         array = np.concatenate(parts) if parts else np.zeros((0, size), np.float32)
         if feature.dtype.startswith("float"):
             with np.errstate(over="ignore"):  # beyond float32: infinite, which readers report by row
@@ -146,7 +148,7 @@ class Tables:
         column = read_parquet(file, [name])[name].slice(span.begin, span.end - span.begin)
         if not feature.numeric:
             return column.to_pylist()
-        values = _numeric(column, int(np.prod(feature.shape)), file, name)
+        values = numbers(column, int(np.prod(feature.shape)), file, name)
         if not feature.dtype.startswith("float") and values.dtype.kind == "f":
             raise Unreadable(
                 f"column {name} of episode {episode} has rows without a value, and {feature.dtype} none"
@@ -269,7 +271,7 @@ class Tables:
 
     def _open(self, file: int) -> tuple[pq.ParquetFile, np.ndarray]:
         """Return an open file and the row at which each of its groups ends; kept, as footers can be long."""
-        table = pq.ParquetFile(self.files[file])
+        table = open_parquet(self.files[file])
         groups = range(table.metadata.num_row_groups)
         return table, np.cumsum([table.metadata.row_group(group).num_rows for group in groups])
 
@@ -344,10 +346,10 @@ def _counter(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
 
 def _plain(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
     """Return a column of single numbers; a row without one is NaN."""
-    return _numeric(column, 1, file, name).reshape(-1)
+    return numbers(column, 1, file, name).reshape(-1)
 
 
-def _numeric(column: pa.ChunkedArray, size: int, file: Path, name: str) -> Shaped[np.ndarray, "rows size"]:
+def numbers(column: pa.ChunkedArray, size: int, file: Path, name: str) -> Shaped[np.ndarray, "rows size"]:
     """Return the numbers of a column, nested as they may be; a row without any is NaN.
 
     Raises:
@@ -371,7 +373,7 @@ def _numeric(column: pa.ChunkedArray, size: int, file: Path, name: str) -> Shape
         owner = np.repeat(owner, lengths)
         array = array.flatten()
     if isinstance(array, pa.ExtensionArray):
-        return _numeric(pa.chunked_array([array.storage]), size, file, name)
+        return numbers(pa.chunked_array([array.storage]), size, file, name)
     if not (
         pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)
     ):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, env_errors, import_gymnasium, to_bool
+from latentact.envs.adapt import adapt, close, env_errors, import_gymnasium, to_bool
 from latentact.envs.frames import is_image, to_rgb
 from latentact.envs.spec import ENVS, EnvSpec, Expert
 from latentact.errors import UserError, did_you_mean
@@ -81,7 +81,7 @@ class Gymnasium:
             action = _action_space(name, env)
             _, space = _state_space(env)
             fps = (env.metadata or {}).get("render_fps")
-            env.close()
+        close(env, name)
         numbers = range(0 if space is None else int(np.prod(space.shape)))
         return EnvSpec(
             name=name,
@@ -130,7 +130,7 @@ def _make(name: str) -> tuple[gym.Env, tuple[str, ...] | None]:
             return env, image
         modes = (env.metadata or {}).get("render_modes") or ()
         mode = next((mode for mode in ("rgb_array", "rgb_array_list") if mode in modes), None)
-        env.close()
+        close(env, name)
         if mode is None:
             raise UserError(
                 f"{name} must have image observations or an rgb_array render mode, got the observation "
