@@ -213,7 +213,8 @@ def _counted[T](items: Iterable[T], progress: Progress) -> Iterator[T]:
 
 def _probe(path: Path) -> VideoInfo:
     if not path.is_file():
-        raise UserError(f"{path} does not exist. Give a video file.")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path} must be a video file, got {found}. Give a video file.")
     try:
         return probe(path)
     except Unreadable as error:
