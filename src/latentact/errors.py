@@ -45,6 +45,7 @@ EXTRAS = {
     "minigrid": "envs",
     "omegaconf": "train",
     "plotly": "report",
+    "ray": "scale",
     "shapely": "envs",
     "tensorboard": "train",
     "timm": "features",

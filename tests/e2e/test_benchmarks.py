@@ -35,14 +35,47 @@ def test_it_prints_what_it_measured(name: str, flags: str, said: str, tmp_path: 
     assert re.search(said, done.stdout), done.stdout
 
 
+def load(name: str) -> Any:
+    """Return a benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plan_multiplies_unit_costs() -> None:
+    benchmark = load("scale_plan")
+    bottleneck = BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8)
+    small = {"dim": 32, "heads": 2, "head_dim": 16, "spatial_depth": 1, "temporal_depth": 1}
+    model = LaqConfig(size=32, patch=4, bottleneck=bottleneck, **small).build().eval()
+    measured = benchmark.measure(model, "fp32", side=48, count=60, batches=1)
+    assert measured.label_bytes == 2 * 4 * 4 * 8 + 8 * 4 + 1  # k = 4 tokens of 8 numbers, and their codes
+    assert min(measured.video_fps, measured.jpeg_fps, measured.encode_fps) > 10
+    assert 100 < measured.jpeg_bytes < 32 * 32 * 3
+    costs = benchmark.Costs(
+        video_fps=100, video_bytes=1000, jpeg_fps=500, jpeg_bytes=5000, encode_fps=10, label_bytes=1000
+    )
+    rows = dict(
+        re.findall(r"\| (.*?) \| (.*?) \|", benchmark.plan(costs, 1e8, shard_mb=500, gpu_fps=1000, gpus=8))
+    )
+    assert rows["storage of JPEG shards"] == "0.50 TB"
+    assert rows["shards"] == "1,000 of 500 MB, 100,000 frames each"
+    assert rows["video to shards"] == "278 core-hours of decoding"
+    assert rows["reading shards"] == "56 core-hours; 2.0 cores feed a GPU"
+    assert rows["labels"].startswith("100 GB")
+    assert rows["encoding on machines like this"] == "2,778 machine-hours"
+    assert rows["encoding at 1000 frames/s per GPU"] == "27.8 GPU-hours"
+    assert rows["the same with 8 GPUs"] == "3.5 h"
+    assert rows["GPU-hours of labels over that"] == "0.10"
+
+
 def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("lam_speed", BENCHMARKS / "lam_speed.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load("lam_speed")
     monkeypatch.setattr(benchmark, "_peak", lambda *_: 1e11)  # measuring it takes seconds
     shared: dict[str, Any] = {"encoder_n_heads": 2, "decoder_n_heads": 2, "map_heads": 2, "patch_size": 16}
     small = {

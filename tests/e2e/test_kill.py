@@ -140,7 +140,7 @@ def labels(data, lam, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("pattern", ["*.partial/00000000.npz", "*.partial/00000020.npz"])
+@pytest.mark.parametrize("pattern", ["*.partial/00000000.safetensors", "*.partial/00000020.safetensors"])
 def test_label(pattern, data, lam, labels, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))
     command = ("label", "--lam", lam, "--data", data, "--out", tmp_path / "cut")

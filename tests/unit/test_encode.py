@@ -10,9 +10,9 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
-from latentact.labeling import dataset as encode
 from latentact.labeling import precision
-from latentact.labeling.dataset import EncodeOptions, Shard, encode_dataset
+from latentact.labeling.dataset import EncodeOptions, encode_dataset
+from latentact.labeling.units import Shard, units_of
 from latentact.lams.contract import LatentActionModel
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -199,9 +199,10 @@ def test_frames_of_the_cache_give_the_same(numbered, tmp_path):
     assert np.array_equal(one.frame_indices, two.frame_indices)
 
 
-def test_short_episodes_share_a_batch_and_long_ones_are_cut():
-    assert encode._units([3, 9, 1, 4], 8) == [[0], [1], [2, 3]]
-    assert encode._units([3, 3, 3], 8) == [[0, 1], [2]]
+def test_short_episodes_share_a_batch_and_shards_are_units():
+    assert units_of([3, 9, 1, 4], [], 8) == [[0], [1], [2, 3]]
+    assert units_of([3, 3, 3], [], 8) == [[0, 1], [2]]
+    assert units_of([3, 3, 3, 3], [(0, 3), (3, 4)], 8) == [[0, 1, 2], [3]]
 
 
 def test_what_is_there_is_not_computed_again(numbered, tmp_path):

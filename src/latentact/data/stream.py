@@ -51,6 +51,11 @@ class FrameStream:
         ratio = self.fps / self.source.fps if self.source.fps else 1.0
         self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
         """Number of frames of each episode; an estimate if frames are resampled."""
+        self.groups: tuple[tuple[int, int], ...] = tuple(
+            (begin, end) for begin, end in getattr(self.source, "groups", ()) if begin < end
+        )
+        """First episode, and last + 1, of each shard, as indices into `source.episodes`; empty for data that
+        is not in shards."""
         self.strict = config.strict
         """Whether unreadable files raise an error."""
         self.resampled_from = self.source.fps if self.resampled else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,19 +44,26 @@ def weights_hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Load a safetensors file onto the CPU.
+
+    Args:
+        path: file.
+        names: tensors to load, those absent from the file are ignored; None: all.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file; its content is never executed.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise UserError(f"{path} is missing; give a folder written by a finished run or `save_pretrained`.")
     try:
-        return load_file(path)
+        if names is None:
+            return load_file(path)
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in names if name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, *BROKEN) as error:  # BROKEN: invalid shapes and offsets
         raise UserError(
             f"{path} is not a complete safetensors file ({error}); create or download it again."

@@ -1,9 +1,8 @@
 """The latent actions of every row of a dataset, computed once and cached.
 
-Decoding, encoding and writing overlap. Work is split into units (an episode, or as many short ones as fill a
-batch), each written as a part: a killed run resumes with the next unit, and several processes (RANK and
-WORLD_SIZE, as torchrun sets them) divide the units. Batches never span two units, so that results do not
-depend on the process. Results are cached under a key of frames, weights and gap.
+Work is split into units, each written as one file: a killed run resumes with what is missing, and an engine
+(`latentact.labeling.engines`) divides the units among processes. Then the files are joined. Results are
+cached under a key of frames, weights and gap.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -33,13 +29,15 @@ from latentact.data.latents import LatentSequence
 from latentact.data.stream import FrameStream
 from latentact.device import supports_int8
 from latentact.errors import UserError, did_you_mean
-from latentact.io.arrays import load_npy, load_npz
+from latentact.io.arrays import load_npy
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, read_record
-from latentact.labeling.episode import EpisodeEncoder, encoders
-from latentact.labeling.precision import PRECISIONS, States, apply_precision, select_precision
-from latentact.lams.contract import LatentActionModel, states_message
-from latentact.progress import Progress
+from latentact.io.tensors import load_about, load_tensors, to_arrays
+from latentact.labeling.engines import local, torchrun
+from latentact.labeling.precision import PRECISIONS, apply_precision, select_precision
+from latentact.labeling.units import Engine, Job, Shard, states_of, units_of
+from latentact.lams.contract import LatentActionModel
+from latentact.progress import duration
 from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
@@ -63,28 +61,6 @@ class DatasetLatents(LatentSequence):
     """Unreadable episodes: name -> reason."""
     precision: str
     """fp32, bf16 or int8."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Rank of this process among several."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Shard:
-        """Return the shard of torchrun's environment variables; a single process without them.
-
-        Raises:
-            UserError: RANK is not less than WORLD_SIZE.
-        """
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if not 0 <= rank < world:
-            raise UserError(
-                f"RANK must be between 0 and WORLD_SIZE - 1 = {world - 1}, got {rank}. Use torchrun."
-            )
-        return cls(rank=rank, world=world)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +104,11 @@ class EncodeOptions:
 
 
 def encode_dataset(
-    model: LatentActionModel, stream: FrameStream, gap: int, options: EncodeOptions
+    model: LatentActionModel,
+    stream: FrameStream,
+    gap: int,
+    options: EncodeOptions,
+    engine: Engine | None = None,
 ) -> DatasetLatents | None:
     """Return the latent actions of a dataset, from the cache if possible.
 
@@ -137,12 +117,14 @@ def encode_dataset(
         stream: the data.
         gap: frames between the two frames of a transition.
         options: how to encode.
+        engine: what encodes the units; None: this process, or with several ranks each of them its own.
 
     Returns:
-        None in all but the first of several processes; that one waits for the others and joins the parts.
+        None in all but the first of several processes; that one waits for the others and joins the files.
 
     Raises:
-        UserError: no episode is long enough for a transition, none can be read, or the disk is full.
+        UserError: no episode is long enough for a transition, none can be read, the disk is full, or another
+            process has stopped.
     """
     if max(stream.lengths) <= gap:
         raise UserError(
@@ -150,12 +132,13 @@ def encode_dataset(
             f"{gap}), got {max(stream.lengths)} in the longest of {len(stream.lengths)}. Use a smaller gap "
             f"or longer videos."
         )
-    states = _states(model, stream)
+    states = states_of(model, stream)
     if options.precision == "auto":
         fastest = select_precision(model, stream, gap, options.device, options.workers, states)
         log.info("computing in %s", fastest)
         options = replace(options, precision=fastest)
     shard = options.shard
+    engine = engine or (torchrun.encode if shard.world > 1 else local.encode)
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / stream.fps, fps=stream.fps)
     settings = to_dict(model.config)  # some, like a window, change the results of the weights
@@ -164,17 +147,35 @@ def encode_dataset(
         identity.append(blake2b(np.packbits(stream.usable).tobytes()))
     key = blake2b(json.dumps(identity).encode())
     again = ".again" if options.overwrite else ""
-    entry, parts = folder / key, folder / f"{key}.{options.batch_size}.{options.device}{again}.partial"
+    units = units_of(stream.lengths, stream.groups, options.batch_size)
+    about = [key, str(options.batch_size), options.device.partition(":")[0]]
+    if stream.groups:
+        about.append(blake2b(json.dumps(stream.groups).encode())[:8])
+    entry, parts = folder / key, folder / f"{'.'.join(about)}{again}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if shard.rank == 0:
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         found = None if options.overwrite else _read(entry, spec)
         if found is None:
-            units = _units(stream.lengths, options.batch_size)
-            _encode(apply_precision(model, options.precision), stream, gap, options, units, parts, states)
+            job = Job(
+                model=apply_precision(model, options.precision),
+                stream=stream,
+                gap=gap,
+                batch_size=options.batch_size,
+                device=options.device,
+                precision=options.precision,
+                workers=options.workers,
+                states=states,
+                parts=parts,
+                units=units,
+            )
+            parts.mkdir(exist_ok=True)
+            begun, frames = time.monotonic(), job.frames(job.missing())
+            engine(job, shard)
             if shard.rank == 0:
-                _join(parts, len(units), entry, spec, stream)
+                _report(frames, stream.fps, time.monotonic() - begun)
+                _join(job, entry, spec)
                 found = _read(entry, spec)
             elif entry.is_dir() and not options.overwrite:
                 shutil.rmtree(parts, ignore_errors=True)  # the first process has joined all parts
@@ -194,109 +195,33 @@ def encode_dataset(
     return encoded
 
 
-def _states(model: LatentActionModel, stream: FrameStream) -> States | None:
-    """Return a function from rows to robot states; None for a model that does not use them."""
-    if not model.state_size:
-        return None
-    column = stream.state
-    size = 0 if column is None else column.shape[1]
-    if column is None or size != model.state_size:
-        raise UserError(states_message(model.spec, model.state_size, size, str(stream.path)))
-
-    def at(number: int, frame_indices: Sequence[int]) -> np.ndarray:
-        return column[stream.source.first_rows[number] + np.asarray(frame_indices)]
-
-    return at
+def _report(frames: int, fps: float, seconds: float) -> None:
+    """Log what the encoded video has cost."""
+    hours = frames / fps / 3600
+    if hours:
+        cost = seconds / hours
+        log.info("%.4g h of video in %s: %s per hour of video", hours, duration(seconds), duration(cost))
 
 
-def _units(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group consecutive episodes into units of at most a batch; a longer episode is a unit of its own."""
-    units, size = [], batch_size
-    for number, length in enumerate(lengths):
-        if size + length > batch_size:
-            units.append([])
-            size = 0
-        units[-1].append(number)
-        size += length
-    return units
-
-
-def _part(parts: Path, unit: int) -> Path:
-    return parts / f"{unit:08d}.npz"
-
-
-def _encode(
-    model: LatentActionModel,
-    stream: FrameStream,
-    gap: int,
-    options: EncodeOptions,
-    units: Sequence[Sequence[int]],
-    parts: Path,
-    states: States | None,
-) -> None:
-    """Write the missing parts of this process."""
-    parts.mkdir(exist_ok=True)
-    mine = range(options.shard.rank, len(units), options.shard.world)
-    missing = [unit for unit in mine if not _part(parts, unit).exists()]
-    sizes = {unit: sum(stream.lengths[number] for number in units[unit]) for unit in mine}
-    total = sum(sizes.values())
-    done = total - sum(sizes[unit] for unit in missing)
-    numbers = [number for unit in missing for number in units[unit]]
-    with (
-        Progress("encoding", total, "frames", done=done) as progress,
-        closing(stream.episodes(numbers, options.workers)) as episodes,
-        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
-        encoders(options.device) as (pool, most),
-    ):
-        waiting: deque[Future[None]] = deque()
-        for unit in missing:
-            run = EpisodeEncoder(
-                model,
-                gap,
-                pool,
-                batch_size=options.batch_size,
-                device=options.device,
-                precision=options.precision,
-                states=states,
-                transitions=stream.transitions,
-            )
-            for _ in units[unit]:
-                number, chunks = next(episodes)
-                for future in run.episode(number, chunks, progress):
-                    waiting.append(future)
-                    if len(waiting) > most:
-                        waiting.popleft().result()
-            waiting += run.end(writer, _part(parts, unit))
-        for future in waiting:
-            future.result()
-
-
-def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: FrameStream) -> None:
-    """Join all parts, in order, once the other processes have written theirs."""
-    paths, logged = [_part(parts, unit) for unit in range(count)], False
-    while missing := [path for path in paths if not path.exists()]:
-        if not logged:
-            log.info("waiting for other processes to write %d parts", len(missing))
-        logged = True
-        time.sleep(0.1)
+def _join(job: Job, entry: Path, spec: LatentActionSpec) -> None:
+    """Join the files of all units, in order."""
+    paths, source = [job.part(unit) for unit in range(len(job.units))], job.stream.source
     kinds = _kinds(spec)
     lengths, episodes, unreadable = [], [], {}
     for path in paths:
         try:
-            part = load_npz(path, "re-run the command", ("lengths", "episodes", "unreadable"))
+            part = to_arrays(load_tensors(path, ("lengths", "episodes")), path)
             lengths.append(part["lengths"])
             episodes.append(part["episodes"])
-            unreadable |= json.loads(str(part["unreadable"]))
-        except (UserError, ValueError, KeyError) as error:
-            path.unlink()
+            unreadable |= load_about(path)
+        except (UserError, TypeError, KeyError) as error:
+            path.unlink(missing_ok=True)
             raise UserError(f"{path} was damaged and has been removed. Re-run the command.") from error
-    broken = {stream.source.episodes[int(number)].label: why for number, why in unreadable.items()}
+    broken = {source.episodes[int(number)].label: why for number, why in unreadable.items()}
     rows = int(sum(each.sum() for each in lengths))
     if not rows:
-        shutil.rmtree(parts)
-        raise UserError(
-            f"no episode is readable: {unreadable_message({**stream.source.unreadable, **broken})}"
-        )
+        shutil.rmtree(job.parts)
+        raise UserError(f"no episode is readable: {unreadable_message({**source.unreadable, **broken})}")
     with atomic_dir(entry) as folder:
         np.save(folder / "lengths.npy", np.concatenate(lengths))
         np.save(folder / "episodes.npy", np.concatenate(episodes))
@@ -307,15 +232,15 @@ def _join(parts: Path, count: int, entry: Path, spec: LatentActionSpec, stream: 
                 header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, *shape)}
                 np.lib.format.write_array_header_1_0(files[name], header)
             for path in paths:
-                part = load_npz(path, "delete it and re-run the command")
+                part = to_arrays(load_tensors(path), path)
                 for name, (dtype, shape) in kinds.items():
                     none = np.zeros((len(part["valid"]), *shape), dtype)
                     files[name].write(part.get(name, none).astype(dtype).tobytes())
         write_json(
             folder / "meta.json",
-            {"spec": asdict(spec), "camera": stream.source.camera, "rows": rows, "unreadable": broken},
+            {"spec": asdict(spec), "camera": source.camera, "rows": rows, "unreadable": broken},
         )
-    shutil.rmtree(parts)
+    shutil.rmtree(job.parts)
 
 
 class _Meta(Record):

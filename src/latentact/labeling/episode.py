@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +15,8 @@ from jaxtyping import Float32, UInt8
 
 from latentact.data.decode.pipeline import Chunk
 from latentact.data.format import Unreadable
+from latentact.data.latents import write_arrays
 from latentact.device import keep_freed_memory
-from latentact.io.atomic import atomic_write
 from latentact.lams.contract import LatentActionModel
 from latentact.progress import Progress
 from latentact.types import LatentActions
@@ -97,7 +95,7 @@ class EpisodeEncoder:
         self._base = self._end = self._next = 0
         self._clips = np.zeros((0, 3), np.int64)
         self._episodes: dict[int, tuple[int, list[int], np.ndarray]] = {}
-        self._unreadable: dict[int, str] = {}
+        self._unreadable: dict[str, str] = {}
         self._encoded: list[Future[dict[str, np.ndarray]]] = []
 
     def episode(self, number: int, chunks: Iterator[Chunk], progress: Progress) -> Iterator[Future[Any]]:
@@ -123,7 +121,7 @@ class EpisodeEncoder:
                 valid = self._transitions(number, times, frame_indices, self._gap)
             self._episodes[number] = start, frame_indices, valid
         except Unreadable as error:
-            self._unreadable[number] = str(error)
+            self._unreadable[str(number)] = str(error)
             self._clips = self._clips[self._clips[:, 0] < start]
 
     def end(self, writer: ThreadPoolExecutor, path: Path) -> Iterator[Future[Any]]:
@@ -201,7 +199,6 @@ class EpisodeEncoder:
             "lengths": np.array([len(each) for each in kept], np.int64),
             "frame_indices": np.array([i for _, indices, _ in episodes for i in indices], np.int64),
             "valid": np.zeros(len(positions), bool),
-            "unreadable": np.array(json.dumps(self._unreadable)),
         }
         for future in self._encoded:
             batch = future.result()
@@ -212,7 +209,4 @@ class EpisodeEncoder:
                 if name not in arrays:
                     arrays[name] = np.zeros((len(positions), *values.shape[1:]), values.dtype)
                 arrays[name][rows] = values[inside]
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        with atomic_write(path) as partial:
-            partial.write_bytes(buffer.getvalue())
+        write_arrays(path, arrays, self._unreadable)

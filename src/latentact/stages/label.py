@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from latentact.config import BatchSize, Between, OneOf, Seconds, to_dict, updated
+from latentact.config import BatchSize, Between, OneOf, Seconds, Workers, to_dict, updated
 from latentact.data.cache import DataConfig
 from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
 from latentact.data.stream import FrameStream
@@ -17,10 +17,14 @@ from latentact.device import require_device
 from latentact.errors import UserError
 from latentact.io.records import read_record
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
+from latentact.labeling.engines.ray import Ray
 from latentact.labeling.precision import PRECISIONS
+from latentact.labeling.units import Shard
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
+
+ENGINES = ("local", "torchrun", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +48,36 @@ class LabelConfig:
     precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
     """fp32, bf16 (faster, other last digits), int8 (fastest, coarsest), or auto: the fastest that the device
     supports natively and that preserves 99 % of the codes."""
+    engine: Annotated[str, OneOf(ENGINES)] = "local"
+    """local: this process; torchrun: the processes that torchrun or srun has started; ray: actors of a Ray
+    cluster. All write the same bytes, and one resumes what another has begun."""
+    ray_address: str = ""
+    """Address of a running Ray cluster, or auto; empty: start one on this machine."""
+    ray_actors: Workers = 0
+    """Ray actors, each with a CPU core or, with `device` cuda, a GPU; 0: as many as are free."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        if self.engine != "ray" and (self.ray_address or self.ray_actors):
+            raise UserError(f"--ray-address and --ray-actors need --engine ray, got {self.engine}. Add it.")
 
 
 def run(config: LabelConfig) -> Path:
     """Label a dataset and return the folder of the labels."""
     out = Path(config.out)
+    shard = Shard.from_environment(launched=config.engine == "torchrun")
     options = EncodeOptions(
         batch_size=config.batch_size,
-        device=config.device,
+        device=shard.device(config.device),
         precision=config.precision,
         cache_dir=config.data.cache_dir,
+        shard=shard,
     )
     require_gap(config.frame_gap_s)
-    require_device(config.device)
-    model = load_lam(config.lam, config.device)
+    # With Ray only actors encode; the trial of `auto` is done here.
+    device = "cpu" if config.engine == "ray" and config.precision != "auto" else options.device
+    require_device(device)
+    model = load_lam(config.lam, device)
     size = model.spec.resolution if config.resolution == -1 else config.resolution
     data = replace(config.data, resolution=size, resize=model.spec.resize)
     requested = {
@@ -78,7 +98,14 @@ def run(config: LabelConfig) -> Path:
         raise UserError(f"{out} exists and holds no labels. Give another --out.")
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, stream.path, config.frame_gap_s)
-    encoded = encode_dataset(model, stream, gap, options)
+    engine = None
+    if config.engine == "ray":
+        if shard.world > 1:
+            raise UserError(
+                f"--engine ray must be started once, got {shard.world} processes. Use --engine torchrun."
+            )
+        engine = Ray(lam=config.lam, data=data, address=config.ray_address, actors=config.ray_actors)
+    encoded = encode_dataset(model, stream, gap, options, engine)
     if encoded is None:  # the first of several processes writes
         return out
     labels = Labels(

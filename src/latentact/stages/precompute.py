@@ -37,6 +37,7 @@ from latentact.errors import UserError, did_you_mean
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.labeling.dataset import DatasetLatents, EncodeOptions, encode_dataset
 from latentact.labeling.precision import PRECISIONS
+from latentact.labeling.units import Shard
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -100,16 +101,18 @@ class PrecomputeConfig:
 def run(config: PrecomputeConfig) -> Path:
     """Write the tokens and return the folder."""
     out = Path(config.output_dir)
+    shard = Shard.from_environment()
     options = EncodeOptions(
         batch_size=config.batch_size,
-        device=config.device,
+        device=shard.device(config.device),
         precision=config.precision,
         workers=config.num_workers,
         overwrite=config.overwrite,
+        shard=shard,
     )
     require_gap(config.frame_gap_s)
-    require_device(config.device)
-    model = load_lam(config.lam_model_path, config.device)
+    require_device(options.device)
+    model = load_lam(config.lam_model_path, options.device)
     if config.tokens == "vq" and model.spec.codebook_size is None:
         raise UserError(
             f"--tokens must be continuous for {config.lam_model_path}, which has no codebook, got vq."
@@ -136,7 +139,7 @@ def run(config: PrecomputeConfig) -> Path:
         **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
         **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
     }
-    if options.shard.rank == 0 and _finished(out, requested, config, type(model.config)):
+    if shard.rank == 0 and _finished(out, requested, config, type(model.config)):
         return out
     if config.output != "file":
         _require_rows(stream)

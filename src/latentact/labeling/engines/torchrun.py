@@ -1,0 +1,70 @@
+"""Encode in the processes that torchrun or srun has started: each takes the units of its rank.
+
+Processes meet through files only. Each holds a lock while it works, so that the first process notices when
+another has died, on this machine or another one that has the same file system.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from filelock import FileLock, Timeout
+
+from latentact.errors import UserError
+from latentact.labeling.units import Job, Shard, encode_units
+from latentact.progress import Progress
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 60.0
+"""Seconds that a process may take to start; one that is absent for longer has died."""
+
+
+def encode(job: Job, shard: Shard) -> None:
+    """Write the missing files of this rank; the first rank then waits for those of the others.
+
+    Raises:
+        UserError: another process has died before its files were written.
+    """
+    mine = range(shard.rank, len(job.units), shard.world)
+    with _lock(job, shard.rank):
+        missing = [unit for unit in job.missing() if unit in mine]
+        total = job.frames(mine)
+        with Progress("encoding", total, "frames", done=total - job.frames(missing)) as progress:
+            encode_units(job, missing, progress)
+    if shard.rank == 0:
+        _wait(job, shard)
+
+
+def _wait(job: Job, shard: Shard) -> None:
+    """Return when no file is missing."""
+    absent_since: dict[int, float] = {}
+    logged = False
+    while missing := job.missing():
+        if not logged:
+            log.info("waiting for other processes to write %d files", len(missing))
+        logged = True
+        now = time.monotonic()
+        for rank in {unit % shard.world for unit in missing}:
+            if _works(job, rank):
+                absent_since.pop(rank, None)
+            elif now - absent_since.setdefault(rank, now) > GRACE_S and job.missing() == missing:
+                raise UserError(
+                    f"process {rank} of {shard.world} has stopped before its work was done. See its output, "
+                    f"and re-run the command; finished work is kept."
+                )
+        time.sleep(0.2)
+
+
+def _lock(job: Job, rank: int) -> FileLock:
+    return FileLock(job.parts / f"rank-{rank}.lock")
+
+
+def _works(job: Job, rank: int) -> bool:
+    """Return whether the process of a rank holds its lock."""
+    try:
+        with _lock(job, rank).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
