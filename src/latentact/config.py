@@ -286,9 +286,11 @@ def _flags_last(argv: list[str]) -> list[str]:
 
 
 def _quoted(override: str) -> str:
-    """Quote a plain value that contains an equals sign, which Hydra cannot parse unquoted."""
+    """Quote a plain value with an equals sign, or a path with braces, which Hydra cannot parse unquoted."""
     key, _, value = override.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"()[]{}$\\") else override
+    plain = "=" in value and not set(value) & set("'\"()[]{}$\\")
+    pattern = re.fullmatch(r"[^{\[('\"$\\]+\{[^'\"$\\]*", value)
+    return f"{key}='{value}'" if plain or pattern else override
 
 
 def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
@@ -304,7 +306,7 @@ def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
     _register(stage, cls)
     try:
         with initialize_config_module(f"latentact.conf.{stage}", version_base="1.3"):
-            return _decode(cls, compose(stage, overrides))
+            return _decode(cls, compose(stage, [*map(_quoted, overrides)]))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, cls)) from error
 

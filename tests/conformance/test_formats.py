@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import av
@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from latentact import check_format
+from latentact.data.cache import DataConfig
 from latentact.data.digest import Memo
 from latentact.data.format import FORMATS, open_source
 from latentact.data.lerobot.source import LeRobotSource
 from latentact.errors import UserError
+from latentact.stages import shard
 from latentact.types import ActionSpace
 
 LENGTHS = (12, 7, 9)
@@ -173,10 +175,33 @@ def make_lerobot_v3_images(path: Path) -> Made:
     return make_lerobot_v3(path, video=False)
 
 
+def make_shards(path: Path) -> Made:
+    """Our shards: small, so that there are several, with clips of 5 frames that the reader joins."""
+    data = make_lerobot_v2(path.with_name("source"))
+    config = DataConfig(path=str(data.path))
+    shard.run(shard.ShardConfig(data=config, out=str(path), codec="png", shard_size_mb=0.04, clip_frames=5))
+    assert len(list(path.glob("*.tar"))) == 2
+    return replace(data, path=path)
+
+
+def make_foreign_tars(path: Path) -> Made:
+    """WebDataset tars of another program: an image per sample, and a json with the text."""
+    webdataset = pytest.importorskip("webdataset")
+    path.mkdir(parents=True)
+    for tar, episodes in enumerate(((0, 1), (2,))):
+        with webdataset.TarWriter(str(path / f"{tar:02d}.tar")) as writer:
+            for e in episodes:
+                for i in range(LENGTHS[e]):
+                    about = {"caption": f"task {e}", "fps": 10}
+                    writer.write({"__key__": f"{e}/frame{i}", "png": solid_frame(e, i), "json": about})
+    return Made(path, tasks=("task 0", "task 1", "task 2"), tolerance=0.0)
+
+
 MAKERS = {
     "lerobot_v2": [make_lerobot_v2],
     "lerobot_v3": [make_lerobot_v3, make_lerobot_v3_images],
     "npz": [make_npz],
+    "shards": [make_shards, make_foreign_tars],
     "video_folder": [make_video_folder],
 }
 CASES = [

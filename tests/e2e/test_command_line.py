@@ -55,6 +55,7 @@ COMMANDS = {
     ),
     "inspect": lambda a, b: (a / "lam", "--data", b, "--out", a / "inspect", "--max-transitions", 16),
     "report": lambda a, b: (a / "lam",),
+    "shard": lambda a, b: ("--data", b, "--out", a / "shards"),
 }
 """Command -> what to type after it, with the artifacts and the data."""
 KEYS = {
@@ -62,6 +63,7 @@ KEYS = {
     "check-data": {"verdict"},
     "inspect": {"verdict", "cautions", "html"},
     "report": {"verdict", "html", "json"},
+    "shard": {"path", "shards", "frames", "dropped"},
 }
 
 

@@ -64,6 +64,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
         ("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", red_ball),
         ("train-lam", f"data.path={red_ball}", *TINY_LAM, *steps, "out=runs/lam"),
         ("label", "--lam", "runs/lam", "--data", red_ball, "--out", labels),
+        ("shard", "--data", red_ball, "--out", "data/red_ball_shards"),
         ("train-policy", f"labels={labels}", *TINY_POLICY, *steps, "out=runs/policy"),
         (
             *("ground", "policy=runs/policy", f"labels={labels}", "labeled_episodes=2", *steps),

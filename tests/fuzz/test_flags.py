@@ -35,6 +35,7 @@ BASES = {
     "inspect": "{w}/lam --data {w}/blocks.npz --out {o} --max-transitions 8",
     "demo": "--out {o} --episodes 5 --k 5",
     "check-data": "{w}/blocks.npz --max-frames 4",
+    "shard": "--data {w}/blocks.npz --out {o}",
 }
 """Command -> flags with which it ends quickly."""
 SMALL = {

@@ -54,6 +54,19 @@ def _check_data(config: Any, result: Any) -> str:
     return "\n".join([*lines, result.verdict])
 
 
+@stage_command("shard", "ShardConfig", hidden=("drop_nonfinite", "cache_dir"))
+def _shard(config: Any, result: Any) -> str:
+    """Write a dataset as WebDataset shards; re-run to resume.
+
+    Example: latentact shard --data my_videos --resolution 256 --target-fps 5 --out shards
+    """
+    found, dropped = result.manifest, result.manifest["dropped"]
+    lines = [f"{name.replace('_', ' ')} dropped: {number}" for name, number in dropped.items() if number]
+    lines += [f"unreadable: {name}: {reason}" for name, reason in [*found["unreadable"].items()][:20]]
+    count = ", ".join(f"{found[name]} {name}" for name in ("shards", "scenes", "clips", "frames"))
+    return "\n".join([*lines, f"{count} ({found['bytes'] / 1e6:.1f} MB): {result.path}"])
+
+
 hydra_command(
     "train-lam",
     "TrainLamConfig",

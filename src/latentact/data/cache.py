@@ -21,9 +21,10 @@ from typing import Annotated
 
 import numpy as np
 from filelock import FileLock, Timeout
-from jaxtyping import Bool, Float32, Float64, Int64, Shaped, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, Shaped
 
 from latentact.config import OneOf, Pixels, Rate
+from latentact.data.access import Frames, IndexedFrames, index_entry, is_random_access
 from latentact.data.build import Entry, build, needed_bytes, read_entry
 from latentact.data.decode.pipeline import DecodeSpec, skipped_message, unreadable_message
 from latentact.data.digest import Memo, blake2b
@@ -46,7 +47,8 @@ class DataConfig:
     """Which frames to load and how to decode them."""
 
     path: str
-    """Dataset folder, folder of videos, one video file, or hub id: `owner/name`, `owner/name@revision`."""
+    """Dataset folder, folder of videos, shards, one video file, or hub id: `owner/name`,
+    `owner/name@revision`."""
     camera: str = ""
     """Camera key; empty: the only camera of the dataset."""
     resolution: Pixels = 64
@@ -59,6 +61,8 @@ class DataConfig:
     """Frames per second to resample to, by timestamps; 0: the rate of the dataset."""
     strict: bool = False
     """Raise an error for unreadable files instead of skipping them with a warning."""
+    no_strict: bool = False
+    """Skip truncated, altered and missing shards, too, instead of raising an error."""
     drop_nonfinite: bool = False
     """Drop rows whose state or action is missing, NaN or infinite instead of raising an error."""
     cache_dir: str = ""
@@ -79,8 +83,18 @@ class DataConfig:
             raise UserError(f"unknown resize {self.resize!r}{did_you_mean(self.resize, KERNELS)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn from a store."""
+
+    parts: tuple[tuple[int, int, float], ...]
+    """First episode, last + 1, and weight of each dataset."""
+    window: int
+    """Shards to draw from at a time; 0: all."""
+
+
 class FrameStore:
-    """Memory-mapped frames of a dataset with their timestamps, tasks, states and actions.
+    """Frames of a dataset with their timestamps, tasks, states and actions.
 
     Robot actions are accessible only through `actions`, for explicitly listed episodes.
 
@@ -89,22 +103,28 @@ class FrameStore:
         entry: contents of the cache entry.
         folder: folder of the cache entry.
         path: path of the dataset.
+        frames: of the entry, memory-mapped or decoded when they are indexed.
         drop_nonfinite: see `DataConfig`.
     """
 
     def __init__(
-        self, spec: DecodeSpec, entry: Entry, folder: Path, path: Path, drop_nonfinite: bool = False
+        self,
+        spec: DecodeSpec,
+        entry: Entry,
+        folder: Path,
+        path: Path,
+        frames: Frames,
+        drop_nonfinite: bool = False,
     ) -> None:
-        """Memory-map the frames of the entry."""
+        """Describe the frames."""
         source, kept, indices = spec.source, entry.episodes, entry.frame_indices
         episodes = [source.episodes[number] for number in kept]
         self.path = path
         """Path of the dataset."""
         self.folder = folder
         """Folder of the cache entry."""
-        self.frames: UInt8[np.ndarray, "n h w c"] = np.memmap(
-            folder / "frames", dtype=np.uint8, mode="r", shape=entry.shape
-        )
+        self.frames: Frames = frames
+        """uint8 `[n, h, w, c]`, 0..255."""
         self.lengths: Int64[np.ndarray, " e"] = entry.lengths
         self.starts: Int64[np.ndarray, " e"] = np.cumsum(self.lengths) - self.lengths
         """First row of each episode in this store."""
@@ -141,6 +161,10 @@ class FrameStore:
         self.unreadable: dict[str, str] = {**source.unreadable, **entry.unreadable}
         """Skipped files: name -> reason."""
         self._source = source
+        self.groups: tuple[tuple[int, int], ...] = _groups(source, kept)
+        """First episode, and last + 1, of each shard; empty for data that is not in shards."""
+        self.sampling: Sampling | None = None
+        """How training draws samples; None: uniformly."""
 
     @property
     def num_episodes(self) -> int:
@@ -320,8 +344,21 @@ def _tasks(
     return tuple("" if n < 0 else source.tasks[int(n)] for n in used), task
 
 
-def open_store(config: DataConfig) -> FrameStore:
-    """Return the frames of a dataset; decode them into the cache first if they are not cached yet.
+def _groups(source: Source, kept: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Return the first episode, and last + 1, of each shard, counted among the kept episodes."""
+    bounds = [np.searchsorted(kept, group).tolist() for group in getattr(source, "groups", ())]
+    return tuple((begin, end) for begin, end in bounds if begin < end)
+
+
+def open_store(config: DataConfig, *, cached: bool = False) -> FrameStore:
+    """Return the frames of a dataset.
+
+    Frames are decoded into the cache first if they are not cached yet, unless they can be read in any order,
+    as in shards of images: these are decoded when they are used.
+
+    Args:
+        config: dataset and decoding settings.
+        cached: decode the frames of every dataset into the cache.
 
     Raises:
         UserError: the dataset is missing or has no readable episode, a file is unreadable and `strict` is
@@ -329,11 +366,19 @@ def open_store(config: DataConfig) -> FrameStore:
     """
     path = resolve_dataset(config.path)
     spec, folder, memo = resolve_source(config)
-    entry = read_entry(folder) or _build_once(spec, folder)
-    with suppress(OSError):  # full or read-only disk: the frames are complete, only bookkeeping is lost
-        memo.save()
-        _note_use(folder, path)
-    store = FrameStore(spec, entry, folder, path, config.drop_nonfinite)
+    entry = read_entry(folder)
+    if entry is None and not cached and is_random_access(spec.source):
+        entry = index_entry(spec)
+        frames: Frames = IndexedFrames(spec, entry)
+        with suppress(OSError):
+            memo.save()
+    else:
+        entry = entry or _build_once(spec, folder)
+        frames = np.memmap(folder / "frames", dtype=np.uint8, mode="r", shape=entry.shape)
+        with suppress(OSError):  # full or read-only disk: the frames are complete, only bookkeeping is lost
+            memo.save()
+            _note_use(folder, path)
+    store = FrameStore(spec, entry, folder, path, frames, config.drop_nonfinite)
     if store.unreadable and config.strict:
         raise UserError(unreadable_message(store.unreadable))
     if store.unreadable:
@@ -358,8 +403,9 @@ def resolve_source(config: DataConfig) -> tuple[DecodeSpec, Path, Memo]:
         raise UserError(
             f"{path} has no readable episode: {unreadable_message({**source.unreadable, **source.skipped})}"
         )
-    if config.strict and source.unreadable:
-        raise UserError(unreadable_message(source.unreadable))
+    damaged = {} if config.no_strict else getattr(source, "damaged", {})
+    if refused := (source.unreadable if config.strict else damaged):
+        raise UserError(unreadable_message(refused, "--no-strict skips damaged shards" if damaged else ""))
     for note in source.notes:
         logger.warning("%s: %s", path, note)
     if source.skipped:

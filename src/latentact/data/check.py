@@ -23,6 +23,7 @@ from latentact.data.decode.video import VideoProperties, frame_times, video_prop
 from latentact.data.digest import Memo
 from latentact.data.format import Source, Unreadable, open_source
 from latentact.data.formats.npz import NpzSource
+from latentact.data.formats.shards import ShardSource
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.metadata import cameras, read_info
 from latentact.data.lerobot.openable import problems, total_problems
@@ -165,13 +166,23 @@ def _camera_keys(path: Path) -> list[str]:
 
 def _describe(check: DataCheck, path: Path, source: Source) -> None:
     """Fill in what does not depend on the camera."""
-    kinds = {VideoFolderSource: "video" if path.is_file() else "folder of videos", NpzSource: "npz episodes"}
+    kinds = {
+        VideoFolderSource: "video" if path.is_file() else "folder of videos",
+        NpzSource: "npz episodes",
+        ShardSource: "shards",
+    }
     version = lerobot_version(path) if path.is_dir() else ""
     check.kind = f"LeRobot {version}" if version else kinds.get(type(source), "dataset")
     check.rate = {"fps": source.fps, "varies": source.uneven}
     check.tasks = list(source.tasks)
     check.actions = "" if source.action_space is None else str(source.action_space)
     check.skipped = dict(source.skipped)
+    if damaged := getattr(source, "damaged", {}):
+        name, reason = next(iter(damaged.items()))
+        check.errors.append(
+            f"{name} is damaged ({reason}); copy it again, or leave it out with --no-strict "
+            f"(data.no_strict=true)."
+        )
     check.warnings += source.notes
     if source.uneven:
         check.warnings.append(f"frame rates vary: frames are resampled by time to {source.fps:g} fps")
@@ -342,7 +353,8 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
     entry: dict[str, Any] = {"key": source.camera, "files": len(files)}
     for name in ("codec", "pixel_format", "matrix", "streams"):
         entry[name] = sorted({str(getattr(seen, name)) or "unspecified" for seen in looks})
-    entry["size"] = sorted({f"{seen.width}x{seen.height}" for seen in looks})
+    sizes = source.sizes if isinstance(source, ShardSource) else [(seen.width, seen.height) for seen in looks]
+    entry["size"] = sorted({f"{width}x{height}" for width, height in sizes})
     entry["rotated_or_mirrored"] = len(turned)
     check.cameras.append(entry)
     if len(entry["size"]) > 1:

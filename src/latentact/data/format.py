@@ -65,7 +65,10 @@ class Episode:
 class Source(Protocol):
     """An opened dataset: its metadata, and its frames one episode at a time.
 
-    `frames` is called from several threads at once, each for a different episode.
+    `frames` is called from several threads at once, each for a different episode. A source in shards also
+    has `groups` (first episode, and last + 1, of each shard) and `damaged` (shards that are refused unless
+    `no_strict` is set: name -> reason). One whose frames can be read in any order is an
+    `access.RandomAccess`.
     """
 
     camera: str
@@ -123,7 +126,7 @@ class Format(Protocol):
     """A format of datasets on disk."""
 
     def detect(self, path: Path) -> bool:
-        """Return whether this format, and no other, reads `path`, which exists."""
+        """Return whether this format, and no other, reads `path`, which may be a pattern for files."""
         ...
 
     def open(self, path: Path, camera: str, memo: Memo) -> Source:
@@ -149,9 +152,9 @@ def open_source(path: Path, camera: str, memo: Memo) -> Source:
     Raises:
         UserError: `path` does not exist, or no format reads it.
     """
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a LeRobot dataset, a folder of videos or a video file.")
     fitting = [name for name in FORMATS.names() if FORMATS.get(name).detect(path)]
+    if not path.exists() and not fitting:
+        raise UserError(f"{path} does not exist; give a LeRobot dataset, a folder of videos or a video file.")
     if len(fitting) != 1:
         found = f"is claimed by the formats {', '.join(fitting)}"
         if not fitting:
@@ -161,7 +164,7 @@ def open_source(path: Path, camera: str, memo: Memo) -> Source:
             found = f"holds no data that can be read{more}"
         raise UserError(
             f"{path} {found}; give a LeRobot dataset (meta/info.json of version 2 or 3), a video, or a "
-            f"folder with videos (mp4, webm, mkv, mov, gif, avi and others) or npz episodes. Formats: "
+            f"folder with videos (mp4, webm, mkv, mov, gif, avi and others), npz episodes or tars. Formats: "
             f"{', '.join(FORMATS.names())}."
         )
     return FORMATS.get(fitting[0]).open(path, camera, memo)

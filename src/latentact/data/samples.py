@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentact.data.order import Order
 from latentact.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class PolicySamples(Dataset):
             raise UserError(
                 "the data must have a step with a target to learn from, got none; label more episodes."
             )
+        self.order = Order(store, self.rows)
+        """Which samples a training step draws."""
         self.past = np.arange(1 - frames, 1) * stride
         self.ahead = np.arange(chunk) * stride
         self.guide = guide[0] if guide else None

@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch.utils.data import Dataset
 
 from latentact.data.cache import FrameStore, known_rows
+from latentact.data.order import Order
 from latentact.errors import UserError
 from latentact.types import Clip
 
@@ -74,7 +75,11 @@ class Clips(Dataset[Clip]):
                 f"gap {frame_gap}), got none in {len(chosen)} episodes. Check their times with latentact "
                 f"check-data."
             )
-        self._frames = np.asarray(store.frames)  # indexing a memmap is a third slower
+        self.order = Order(store, self.rows)
+        """Which windows a training step draws."""
+        self._frames = store.frames
+        if isinstance(self._frames, np.memmap):  # which is a third slower to index
+            self._frames = self._frames.view(np.ndarray)
         self._offsets = np.arange(-context, horizon + 1) * frame_gap
         self._actions = self._labeled = None
         if store.action_space is not None:

@@ -81,7 +81,7 @@ def run(config: CacheConfig) -> CacheReport:
     """
     folder = cache_folder(config.data.cache_dir)
     if config.data.path:
-        open_store(config.data)
+        open_store(config.data, cached=True)
     removed = _to_remove(entries(folder), config.clear, folder) if config.clear else ()
     for entry in removed:
         _remove(entry)

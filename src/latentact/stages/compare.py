@@ -17,6 +17,7 @@ from typing import Any
 
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
+from latentact.data.mixture import TrainingDataConfig
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
@@ -256,7 +257,7 @@ class _Row:
     def _train_lam(self, lam: Any, training: TrainingConfig, k: int) -> Path:
         c = self.config
         settings = train_lam.TrainLamConfig(
-            data=c.data,
+            data=TrainingDataConfig(**vars(c.data)),
             lam=lam,
             training=replace(training, seed=self.seed),
             frame_gap_s=c.frame_gap_s if self.base != "idm_k" else 0.0,
@@ -280,7 +281,7 @@ class _Row:
         c = self.config
         settings = train_policy.TrainPolicyConfig(
             labels=str(labels or ""),
-            data=c.data,
+            data=TrainingDataConfig(**vars(c.data)),
             policy=policy,
             training=replace(c.policy_training, seed=self.seed),
             held_out=c.held_out,

@@ -90,7 +90,8 @@ def run(config: LabelConfig) -> Path:
     }
     if (out / MANIFEST).is_file():
         asked = read_record(Manifest, out / MANIFEST).asked
-        if {**asked, "model": updated(type(model.config), asked.get("model"))} != requested:
+        kinds = {"model": type(model.config), "data": DataConfig}  # newer settings get their defaults
+        if asked | {name: updated(kind, asked.get(name)) for name, kind in kinds.items()} != requested:
             raise UserError(f"{out} holds other labels. Give another --out, or delete the folder.")
         log.info("%s is already finished", out)
         return out

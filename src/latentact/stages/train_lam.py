@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from latentact.config import LARGEST, choice
-from latentact.data.cache import DataConfig, open_store
+from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.time_base import frames_in_gap
 from latentact.data.windows import Clips
@@ -40,7 +40,7 @@ class TrainLamConfig:
 
     out: str = "runs/train_lam"
     """Run folder; re-run the same command to resume."""
-    data: DataConfig
+    data: TrainingDataConfig = field(default_factory=TrainingDataConfig)
     """The video."""
     lam: Any = choice(LAMS, "lapo")
     """Which model."""
@@ -61,6 +61,7 @@ class TrainLamConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        self.data.require()
         require_between("frame_gap_s", self.frame_gap_s, 0, 86_400)
         require_between("split_seed", self.split_seed, 0, LARGEST)
         require_between("labeled_share", self.labeled_share, 0, 1)
@@ -71,7 +72,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     """Train, evaluate and save a LAM; return its folder."""
     if finished(out, config, "lam.json"):
         return out
-    store = open_store(config.data)
+    store = open_training_store(config.data)
     gap = 1
     if config.frame_gap_s:
         gap = frames_in_gap(config.frame_gap_s, store.fps, store.path, setting="frame_gap_s")
@@ -194,7 +195,7 @@ class _Mixed(Dataset):
     """Clips of all episodes, a fixed share of every batch from the labeled ones."""
 
     def __init__(self, clips: Clips, labeled: np.ndarray, share: float) -> None:
-        self.clips = clips
+        self.clips, self.order = clips, clips.order
         self.positions = np.flatnonzero(np.isin(clips.store.episode[clips.rows], labeled))
         self.share = share if len(self.positions) else 0.0
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from latentact.config import LARGEST, choice
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import FrameStore
 from latentact.data.latents import Labels, read_labels
+from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
@@ -35,7 +36,7 @@ class TrainPolicyConfig:
     """Run folder; re-run the same command to resume."""
     labels: str = ""
     """Folder that `latentact label` wrote; its data is used."""
-    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+    data: TrainingDataConfig = field(default_factory=TrainingDataConfig)
     """Data with robot actions, for policy=bc without labels."""
     policy: Any = choice(POLICIES, "latent")
     """Which policy."""
@@ -55,14 +56,14 @@ class TrainPolicyConfig:
 
 def run(config: TrainPolicyConfig, out: Path) -> Path:
     """Train and save a policy; return its folder."""
-    if not config.labels and not config.data.path:
+    if not config.labels and not config.data.path and not config.data.mixture:
         raise UserError(
             "labels or data.path must be set, got nothing to learn from. Give labels=DIR, or data.path=DIR "
             "with policy=bc."
         )
     if finished(out, config, "policy.json"):
         return out
-    labels, store = read_labels(config.labels) if config.labels else (None, open_store(config.data))
+    labels, store = read_labels(config.labels) if config.labels else (None, open_training_store(config.data))
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     learns = config.policy.targets(labels.spec if labels else None, store.action_space)
     if learns.latent:

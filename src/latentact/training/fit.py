@@ -48,7 +48,8 @@ def fit(
 
     Args:
         model: a module with `loss(batch)` (`Trainable`).
-        data: dataset with `__getitems__(positions) -> batch` and a length.
+        data: dataset with `__getitems__(positions) -> batch` and a length. Where it has `order(seed, step,
+            batch_size) -> positions`, that chooses the samples of a step, else they are drawn uniformly.
         config: settings of training.
         out: run folder for `metrics.csv`, `tensorboard/` and `checkpoints/`.
         evaluate: called with the model in evaluation mode and whether it is the last call; returns scalars to

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,7 +60,7 @@ def train(
     world = config.devices * config.num_nodes
     loader = DataLoader(
         data,
-        batch_sampler=_Steps(len(data), config, start, world),  # type: ignore[arg-type]
+        batch_sampler=_Steps(data, config, start, world),  # type: ignore[arg-type]
         collate_fn=_same,
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
@@ -118,6 +119,14 @@ class HasParameterGroups(Protocol):
     def parameter_groups(self) -> list[Any]:
         """Return `training.fit.ParameterGroup`s."""
         ...
+
+
+@runtime_checkable
+class HasOrder(Protocol):
+    """A dataset that chooses the samples of a step itself, such as a mixture."""
+
+    order: Callable[[int, int, int], np.ndarray]
+    """Returns the positions of a step: `order(seed, step, batch_size)`."""
 
 
 class _Module(pl.LightningModule):
@@ -243,19 +252,23 @@ class _Steps:
     r + i * w + n, ... where n = w * accumulate.
     """
 
-    def __init__(self, length: int, config: TrainingConfig, start: int, world: int) -> None:
-        self.length, self.config, self.start, self.world = length, config, start, world
+    def __init__(self, data: Any, config: TrainingConfig, start: int, world: int) -> None:
+        self.order = data.order if isinstance(data, HasOrder) else partial(_uniform, len(data))
+        self.config, self.start, self.world = config, start, world
 
     def __iter__(self) -> Iterator[list[int]]:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         step = self.start
         while True:
-            rng = np.random.default_rng((self.config.seed, step))
-            positions = rng.integers(self.length, size=self.config.batch_size)
+            positions = self.order(self.config.seed, step, self.config.batch_size)
             for i in range(self.config.accumulate):
                 yield positions[rank + i * self.world :: self.world * self.config.accumulate].tolist()
             step += 1
+
+
+def _uniform(length: int, seed: int, step: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, step)).integers(length, size=size)
 
 
 class _Progress(pl.Callback):

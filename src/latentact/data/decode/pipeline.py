@@ -51,14 +51,16 @@ class Chunk:
     """Index of each frame in the episode before resampling."""
 
 
-def unreadable_message(files: Mapping[str, str]) -> str:
-    """Return a message that lists unreadable files with reasons, at most eight of them."""
+def unreadable_message(files: Mapping[str, str], remedy: str = "") -> str:
+    """Return a message that lists unreadable files with reasons, at most eight of them, and a remedy."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in list(files.items())[:8]:
         by_reason.setdefault(reason, []).append(name)
     named = ", ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
     rest = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    return f"{len(files)} unreadable: {named}{rest}; replace or remove these files."
+    return (
+        f"{len(files)} unreadable: {named}{rest}; replace or remove these files{remedy and f' ({remedy})'}."
+    )
 
 
 def skipped_message(files: Mapping[str, str]) -> str:
@@ -118,7 +120,7 @@ def _fill(spec: DecodeSpec, number: int, queue: Queue[Chunk | None], stop: threa
         return False
 
     try:
-        for chunk in _chunks(spec, number):
+        for chunk in episode_chunks(spec, number):
             if not put(chunk):
                 return
     finally:
@@ -132,7 +134,7 @@ def _drain(queue: Queue[Chunk | None], future: Future[None]) -> Iterator[Chunk]:
     future.result()
 
 
-def _chunks(spec: DecodeSpec, number: int) -> Iterator[Chunk]:
+def episode_chunks(spec: DecodeSpec, number: int) -> Iterator[Chunk]:
     """Yield an episode, resampled and resized."""
     frames = spec.source.frames(number)
     if spec.fps:

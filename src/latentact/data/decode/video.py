@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterator
@@ -80,8 +81,8 @@ class VideoProperties:
     """Number of video streams in the file."""
 
 
-def probe(path: Path) -> VideoInfo:
-    """Return the number and rate of a video's frames from its packets, without decoding.
+def probe(path: Path | bytes) -> VideoInfo:
+    """Return the number and rate of the frames of a video file, or of its bytes, without decoding.
 
     Raises:
         Unreadable: the file is not a video or is truncated.
@@ -145,14 +146,14 @@ _MATRIX_NAMES = {
 
 
 def decode(
-    path: Path, start: float = -math.inf, stop: float = math.inf
+    path: Path | bytes, start: float = -math.inf, stop: float = math.inf
 ) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
     """Yield (seconds, upright RGB frame 0..255) for the frames with start <= seconds < stop, in order.
 
     Of several video streams, decodes the one that FFmpeg selects.
 
     Args:
-        path: video file.
+        path: video file, or its bytes.
         start: first time in seconds.
         stop: end of the span in seconds, exclusive.
 
@@ -168,9 +169,11 @@ def decode(
         raise Unreadable(_reason(error)) from error
 
 
-def _open(path: Path, **options: str) -> InputContainer:
+def _open(path: Path | bytes, **options: str) -> InputContainer:
     """Open a video; silences FFmpeg each time because the writers of lerobot turn its log back on."""
     av.logging.set_level(None)
+    if isinstance(path, bytes):
+        return av.open(io.BytesIO(path), "r", options=options)
     try:
         name = str(path).encode().decode()
     except UnicodeEncodeError:  # PyAV accepts UTF-8 names only
@@ -187,7 +190,7 @@ def _video_stream(container: InputContainer) -> av.VideoStream:
     return stream
 
 
-def _probe(container: InputContainer, path: Path) -> VideoInfo:
+def _probe(container: InputContainer, path: Path | bytes) -> VideoInfo:
     stream = _video_stream(container)
     base = stream.time_base or 1
     packets = [p for p in container.demux(stream) if p.size]
