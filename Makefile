@@ -5,15 +5,26 @@ export PYGAME_HIDE_SUPPORT_PROMPT = 1
 export SDL_VIDEODRIVER = dummy
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test check static bench lock clean
+.PHONY: demo test test-slurm check static slurm bench lock clean
 
 demo: .venv/ready
 	$(BIN)/latentact demo
 
 # Two processes of one thread each: tests are many small steps.
-test check: export OMP_NUM_THREADS = 1
-test: static
+test test-slurm check: export OMP_NUM_THREADS = 1
+test: static slurm
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# cluster=slurm on a real SLURM, which the tests start on this machine.
+test-slurm: .venv/ready
+	@command -v slurmctld >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends slurm-wlm; }
+	$(BIN)/pytest tests/slurm
+
+# In a container, where it starts no service, SLURM is installed for its tests; elsewhere they are skipped without it.
+slurm:
+	@if [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && ! command -v slurmctld >/dev/null && command -v apt-get >/dev/null; then \
+	  { apt-get update && apt-get install -y --no-install-recommends slurm-wlm; } >/dev/null 2>&1 \
+	  || echo "SLURM cannot be installed; its tests are skipped."; fi
 
 check: static
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile

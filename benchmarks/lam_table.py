@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from latentact.config import load_experiment
+from latentact.composition import load_experiment
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.samples import PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes

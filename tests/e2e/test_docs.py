@@ -20,6 +20,8 @@ INPUTS = {"metadata.csv", "metadata.jsonl", "laq_openx.pt", "robot.yaml", "info.
 """Files that users provide; no stage writes them."""
 TESTED_ELSEWHERE = {
     "guidance.json": "tests/e2e/test_imitate.py",
+    "job.json": "tests/unit/test_cluster.py",
+    "runs/lam/job.json": "tests/unit/test_cluster.py",
     "runs/policy/policy_preprocessor.json": "tests/conformance/test_policies.py",
     "runs/policy/policy_postprocessor.json": "tests/conformance/test_policies.py",
 }

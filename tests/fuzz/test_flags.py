@@ -15,7 +15,7 @@ from guard import check, emptied
 from mutations import NUMBERS
 from whole import CASES, LAM, POLICY, SEED, whole_artifacts  # noqa: F401 (a fixture)
 
-from latentact import config
+from latentact import overrides
 from latentact.cli.stage_command import FILE_COMMANDS
 from latentact.lams.contract import LAMS
 from latentact.policies.contract import POLICIES
@@ -82,7 +82,7 @@ def _settings() -> list[tuple[str, tuple[str, ...], str, str]]:
     for stage, chosen in choices:
         module = importlib.import_module(f"latentact.stages.{stage}")
         kind = getattr(module, f"{stage.title().replace('_', '')}Config")
-        for key, type_, _, _ in config._keys(kind, chosen=chosen):
+        for key, type_, _, _ in overrides.keys(kind, chosen=chosen):
             if "int" in type_ or "float" in type_:
                 found.append((stage, tuple(f"{k}={v}" for k, v in chosen.items()), key, type_))
     return found

@@ -13,7 +13,8 @@ import torch.multiprocessing as processes
 from torch import Tensor
 
 import latentact.quantizers.usage as guarding
-from latentact.config import from_dict, load_experiment
+from latentact.composition import load_experiment
+from latentact.config import from_dict
 from latentact.errors import UserError
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.fsq import FsqConfig

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 import latentact
 from latentact.cli import app
-from latentact.config import from_dict, load_experiment, run_stage, to_dict
+from latentact.composition import load_experiment, run_stage
+from latentact.config import from_dict, to_dict
 from latentact.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -368,7 +369,7 @@ def test_a_package_outside_adds_a_lam(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-lam\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[latentact.lams]\noutside = outside_lam\n")
     code = (
-        "from latentact.config import load_experiment\n"
+        "from latentact.composition import load_experiment\n"
         "from latentact.lams.contract import LAMS\n"
         "from latentact.stages.train_lam import TrainLamConfig\n"
         "given = ['data.path=DIR', 'lam=outside', 'lam.width=5']\n"

@@ -9,7 +9,7 @@ from latentact.cli.stage_command import app, hydra_command, stage_command
 
 __all__ = ["NOT_RESUMABLE", "app"]
 
-NOT_RESUMABLE = {"check-data", "check-guidance", "imitate", "inspect", "report", "rollout"}
+NOT_RESUMABLE = {"check-data", "check-guidance", "doctor", "imitate", "inspect", "report", "rollout"}
 """Commands that start from the beginning after an interruption."""
 
 
@@ -208,6 +208,17 @@ def _push(config: Any, result: Any) -> str:
     """
     listed = [result.card, "Files:", *(f"  {name}" for name in sorted(result.files))]
     return "\n".join(listed) if config.dry_run else result.address
+
+
+@stage_command("doctor", "DoctorConfig", ok=lambda result: result.ok, failure=1)
+def _doctor(config: Any, result: Any) -> str:
+    """Check this machine: Python, devices, what is installed, plugins, folders, the hub, the cluster.
+
+    Example: latentact doctor
+    """
+    from latentact.stages.doctor import summary
+
+    return summary(result)
 
 
 @stage_command("demo", "DemoConfig", argument="overrides")

@@ -10,10 +10,15 @@ import warnings
 from latentact.cli.commands import NOT_RESUMABLE, app
 from latentact.cli.errors import USAGE_ERROR, exit_with
 from latentact.errors import UserError
+from latentact.preemption import watch
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one sentence for bad input, 130 when interrupted."""
+    """Run the command line.
+
+    Exit code 2 and one sentence for bad input, 130 when interrupted, 75 when preempted.
+    """
+    watch()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _silence_libraries()
     try:

@@ -49,7 +49,9 @@ class FileCommand:
     hidden: tuple[str, ...] = ()
     """Fields without a flag."""
     ok: Callable[[Any], bool] = lambda result: True
-    """Whether the command succeeds; otherwise its exit code is 2."""
+    """Whether the command succeeds."""
+    failure: int = 2
+    """Its exit code otherwise."""
 
     @functools.cached_property
     def config_class(self) -> type:
@@ -67,7 +69,7 @@ class FileCommand:
         result = importlib.import_module(f"latentact.stages.{self.stage}").run(config)
         print(json_line(self.name, result) if as_json else self.show(config, result))
         if not self.ok(result):
-            raise typer.Exit(2)
+            raise typer.Exit(self.failure)
 
 
 FILE_COMMANDS: dict[str, FileCommand] = {}
@@ -117,6 +119,7 @@ def stage_command(
     names: Mapping[str, str] | None = None,
     hidden: tuple[str, ...] = (),
     ok: Callable[[Any], bool] = lambda result: True,
+    failure: int = 2,
 ) -> Callable[[Callable[[Any, Any], str]], Callable[[Any, Any], str]]:
     """Return a decorator that makes a command of a function that formats a stage's result.
 
@@ -128,6 +131,7 @@ def stage_command(
         names: likewise.
         hidden: likewise.
         ok: likewise.
+        failure: likewise.
     """
 
     def register(show: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
@@ -140,6 +144,7 @@ def stage_command(
             names=names or {},
             hidden=hidden,
             ok=ok,
+            failure=failure,
         )
         app.command(name=name, cls=LazyCommand, help=inspect.getdoc(show))(lambda: None)
         return show
@@ -152,14 +157,21 @@ def hydra_command(name: str, config: str, *, help: str, example: str) -> None:
     stage = name.replace("-", "_")
 
     def run(context: typer.Context) -> None:
-        from latentact.config import run_stage
+        from latentact.composition import run_stage
 
         module = importlib.import_module(f"latentact.stages.{stage}")
         cls = getattr(module, config)
         arguments = translate_settings([word for word in context.args if word != "--json"], cls)
-        results = run_stage(stage, cls, module.run, arguments, f"{example} [--json]")
+
+        def launch(settings: Any, out: Path) -> Any:
+            cluster = getattr(settings, "cluster", None)
+            return cluster.launch(name, module.run, settings, out) if cluster else module.run(settings, out)
+
+        results = run_stage(stage, cls, launch, arguments, f"{example} [--json]")
         if "--json" in context.args and results:
             print(json_line(name, results[0] if len(results) == 1 else {"runs": results}))
+        else:
+            print(*(f"{result}\n" for result in results if hasattr(result, "job")), sep="", end="")
 
     run.__annotations__ = {"context": typer.Context}
     app.command(name=name, context_settings=HYDRA, help=help)(run)

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
@@ -30,6 +30,7 @@ from latentact.policies.contract import POLICIES
 from latentact.policies.decoder import DecoderConfig
 from latentact.reporting.comparison_plot import write_comparison
 from latentact.stages import finetune, ground, label, rollout, train_lam, train_policy
+from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
 
@@ -60,6 +61,8 @@ FINETUNED = {
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Compare latent policies with BC-k, IDM-k and oracle BC at equal budgets, with a verdict."""
+
+    ONE_PROCESS: ClassVar = True
 
     out: str = "runs/compare"
     """Run folder; re-run the same command to resume."""
@@ -117,6 +120,8 @@ class CompareConfig:
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether fine-tuning of `latent` and `latent_joint` learns from all training episodes, as in ground."""
+    cluster: Any = choice(CLUSTERS, "local")
+    """Where it runs; in one process."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""

@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentact.config import Count, Seed, load_experiment
+from latentact.composition import load_experiment
+from latentact.config import Count, Seed
 from latentact.data.splits import choose_labeled, split_sizes
 from latentact.io.atomic import write_json
 from latentact.io.records import read_record

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentact.config import LARGEST
+from latentact.config import LARGEST, choice
 from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import LabeledBatch, LabeledRows
@@ -25,6 +25,7 @@ from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.stages.finetune import finetune
+from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
@@ -37,6 +38,8 @@ class GroundConfig:
     """Learn a decoder from latent to robot actions on the labeled episodes; then fine-tune, if configured."""
 
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes"}
+
+    ONE_PROCESS: ClassVar = True
 
     out: str = "runs/ground"
     """Run folder; re-run the same command to resume."""
@@ -52,6 +55,8 @@ class GroundConfig:
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
     """How the decoder is trained."""
+    cluster: Any = choice(CLUSTERS, "local")
+    """Where it runs; in one process."""
     finetune_steps: int = 0
     """Steps in which policy and decoder are then fine-tuned end to end; 0: none."""
     finetune_lr: float = 1e-4

@@ -24,8 +24,9 @@ from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
 from latentact.labeling.features import with_features
 from latentact.lams.contract import LAMS, LatentActionModel
+from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
-from latentact.training.run_folder import finished, run_folder
+from latentact.training.run_folder import finished, run_folder, saved_steps
 from latentact.training.settings import TrainingConfig, require_trainable_size
 from latentact.types import ActionSpace, Clip
 
@@ -46,6 +47,8 @@ class TrainLamConfig:
     """Which model."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
+    cluster: Any = choice(CLUSTERS, "local")
+    """Where it runs."""
     frame_gap_s: float = 0.0
     """Seconds between the two frames of a transition; 0: neighboring frames."""
     held_out: float = 0.1
@@ -138,7 +141,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         return _scalars(evaluated[0])
 
     data = _Mixed(clips, labeled, config.labeled_share) if len(labeled) < len(train) else clips
-    if not out.exists():
+    if not saved_steps(out):
         _or_refuse(lambda: _try(model, data), lam.kind)
     with run_folder(out, config):
         fit(model, data, config.training, out, evaluate)

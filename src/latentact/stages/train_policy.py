@@ -19,6 +19,7 @@ from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.contract import POLICIES, PolicySpec
+from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig, require_trainable_size
@@ -42,6 +43,8 @@ class TrainPolicyConfig:
     """Which policy."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=60_000, lr=2e-4))
     """How it is trained."""
+    cluster: Any = choice(CLUSTERS, "local")
+    """Where it runs."""
     held_out: float = 0.1
     """Fraction of the episodes that training never uses."""
     split_seed: int = 0

@@ -28,15 +28,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
+from latentact import preemption
 from latentact.device import keep_freed_memory
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import Busy, saved_steps
 from latentact.training.settings import TrainingConfig, get_precision
-from latentact.training.strategies import ShardedLoss, build_strategy
+from latentact.training.strategies import ShardedLoss, build_environment, build_strategy
 
 log = logging.getLogger(__name__)
+_STEPS_PER_QUESTION = 8
 for _name in (
     "lightning.pytorch",
     "lightning.fabric",
@@ -69,6 +71,7 @@ def train(
     if config.wandb:
         loggers.append(WandbLogger(project="latentact", name=out.name, save_dir=out))
     terminal = Console(stderr=True).is_terminal
+    progress = _Progress(model, config, checkpoints, evaluate)
     trainer = pl.Trainer(
         accelerator=config.device,
         devices=config.devices,
@@ -80,11 +83,8 @@ def train(
         max_epochs=-1,
         gradient_clip_val=config.grad_clip or None,
         logger=loggers,
-        callbacks=[
-            _Progress(model, config, checkpoints, evaluate),
-            *([RichProgressBar()] if terminal else []),
-        ],
-        plugins=[FolderCheckpointIO()],
+        callbacks=[progress, *([RichProgressBar()] if terminal else [])],
+        plugins=[FolderCheckpointIO(), *build_environment(config)],
         default_root_dir=out,
         enable_checkpointing=False,
         enable_progress_bar=terminal,
@@ -97,18 +97,22 @@ def train(
     module = _ShardedModule(model, config) if config.strategy == "fsdp" else _Module(model, config)
     lock = FileLock(out / ".lock", timeout=0) if trainer.is_global_zero else nullcontext()
     try:
-        with lock:
+        with lock, preemption.deferred():
             if trainer.is_global_zero:
                 for leftover in checkpoints.glob(".*.partial"):
                     shutil.rmtree(leftover)
             trainer.fit(module, loader, ckpt_path=newest)  # loads it also when all steps are done
-            module.finish(model)
+            if not progress.preempted:
+                module.finish(model)
     except Timeout as error:
         raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
     except SystemExit as stopped:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from stopped
     if not trainer.is_global_zero:
         sys.exit(0)  # the first process does the rest
+    if progress.preempted:
+        log.info("stopped at step %d of %s; re-run the command to resume", trainer.global_step, out)
+        preemption.stop()
     model.eval()
 
 
@@ -181,9 +185,8 @@ class _Module(pl.LightningModule):
         c = self.config
 
         def factor(step: int) -> float:
-            return float(
-                np.interp(step, [0, min(c.warmup_steps, c.steps - 1), c.steps + 1], [0.1, 1.0, 0.01])
-            )
+            ends = [0, min(c.warmup_steps, c.steps - 1), c.steps + 1]
+            return float(np.interp(step, ends, [0.1, 1.0, c.final_lr_factor]))
 
         fused = c.precision != "16-mixed"  # whose loss scale a fused step undoes only after clipping
         groups = _parameter_groups(self.trained, c)
@@ -283,6 +286,7 @@ class _Progress(pl.Callback):
     ) -> None:
         self.model, self.config, self.folder, self.evaluate = model, config, folder, evaluate
         self.began = self.began_step = 0
+        self.preempted = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.began, self.began_step = time.monotonic(), trainer.global_step
@@ -301,7 +305,9 @@ class _Progress(pl.Callback):
                     f"the loss must be finite, got {row['train/loss']} at step {step}; lower training.lr and "
                     f"run again."
                 )
-        saves = last or step % self.config.checkpoint_every == 0
+        if not last and self._is_preempted(trainer, step):
+            self.preempted = trainer.should_stop = True
+        saves = last or self.preempted or step % self.config.checkpoint_every == 0
         if saves:
             _require_finite(pl_module.model, step)
         if self.evaluate and (last or (self.config.eval_every and step % self.config.eval_every == 0)):
@@ -320,6 +326,13 @@ class _Progress(pl.Callback):
             if trainer.is_global_zero:
                 for path in older:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _is_preempted(self, trainer: pl.Trainer, step: int) -> bool:
+        """Return whether any process has got the signal to stop; the same in all processes."""
+        if trainer.world_size == 1:
+            return preemption.requested()
+        asks = step % _STEPS_PER_QUESTION == 0  # the answer waits for the device
+        return asks and trainer.strategy.reduce_boolean_decision(preemption.requested(), all=False)
 
     def _report(self, trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:

@@ -20,6 +20,10 @@ from latentact.io.records import read_yaml
 log = logging.getLogger(__name__)
 
 
+_PLACES = {"out", "cluster", "devices", "num_nodes"}
+"""Settings that say where a run happens; another value resumes the same run."""
+
+
 class Busy(UserError):
     """Another process is using the run folder."""
 
@@ -30,6 +34,15 @@ def finished(out: Path, config: Any, result: str) -> bool:
     Raises:
         UserError: the folder holds a run with other settings.
     """
+    check_settings(out, config)
+    if not (out / result).exists():
+        return False
+    log.info("%s is already finished", out)
+    return True
+
+
+def check_settings(out: Path, config: Any) -> None:
+    """Raise a UserError if the run folder holds a run with other settings, or is no folder."""
     path = out / "config.yaml"
     if path.exists():
         found = read_yaml(path)
@@ -44,10 +57,6 @@ def finished(out: Path, config: Any, result: str) -> bool:
             )
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with out=.")
-    if not (out / result).exists():
-        return False
-    log.info("%s is already finished", out)
-    return True
 
 
 def begin_run(out: Path, config: Any) -> None:
@@ -97,6 +106,8 @@ def _with_defaults(cls: type, found: dict[str, Any]) -> dict[str, Any]:
 def _first_difference(found: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(found, dict) and isinstance(asked, dict):
         for name in {**asked, **found}:
+            if name in _PLACES:
+                continue
             path = f"{key}.{name}" if key else name
             if different := _first_difference(found.get(name), asked.get(name), path):
                 return different

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ RANGES = {
     "batch_size": (1, 1 << 16),
     "accumulate": (1, 1 << 16),
     "lr": (0, 100),
+    "final_lr_factor": (0, 1),
     "weight_decay": (0, 100),
     "grad_clip": (0, 1e9),
     "seed": (0, 2**31 - 1),
@@ -36,6 +38,12 @@ RANGES = {
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long and how a model is trained."""
+
+    FOLLOWS: ClassVar = {
+        "devices": "cluster.compute.gpus_per_node",
+        "num_nodes": "cluster.compute.num_nodes",
+    }
+    """Setting -> the setting of the stage that is its default on the command line."""
 
     steps: int = 50_000
     """Optimizer steps."""
@@ -51,8 +59,9 @@ class TrainingConfig:
     grad_clip: float = 2.0
     """Largest gradient norm; 0 does not clip."""
     warmup_steps: int = 50
-    """Steps in which the learning rate grows from 0.1 of its peak; it then falls to 0.01 of it, both
-    linearly."""
+    """Steps in which the learning rate grows from 0.1 of its peak; it then falls, both linearly."""
+    final_lr_factor: float = 0.01
+    """Learning rate at the end as a factor of its peak; 1: constant."""
     precision: str = "auto"
     """auto: bf16 where the hardware supports it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
     seed: int = 0
@@ -66,9 +75,9 @@ class TrainingConfig:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     devices: int = 1
-    """Devices per node."""
+    """Devices per node; by default cluster.compute.gpus_per_node."""
     num_nodes: int = 1
-    """Machines."""
+    """Machines; by default cluster.compute.num_nodes."""
     strategy: str = "auto"
     """auto: one process, or ddp with several devices; ddp: the whole model on every device; fsdp: weights,
     gradients and optimizer state in shards."""

@@ -14,10 +14,13 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 
+from latentact.errors import UserError
 from latentact.io.records import parse_json, read_text
 from latentact.training.checkpoint_io import pack, unpack
 from latentact.training.settings import TrainingConfig
@@ -52,6 +56,28 @@ def build_strategy(config: TrainingConfig) -> Strategy | str:
             data_parallel_size=processes, tensor_parallel_size=1, process_group_backend=backend
         )
     return ReplicatedStrategy(process_group_backend=backend)
+
+
+def build_environment(config: TrainingConfig) -> list[SLURMEnvironment]:
+    """Return how the processes of a SLURM job find each other; Lightning detects other launchers.
+
+    Raises:
+        UserError: the job has another number of tasks.
+    """
+    warnings.filterwarnings("ignore", message=r".*`srun` command is available")  # also far from any job
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    tasks, processes = int(os.environ["SLURM_NTASKS"]), config.num_nodes * config.devices
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(
+            f"a SLURM job must give --ntasks-per-node, got --ntasks={tasks}. Submit it with both."
+        )
+    if processes not in (1, tasks):
+        raise UserError(
+            f"cluster.compute.num_nodes x gpus_per_node must be the {tasks} tasks of this SLURM job, got "
+            f"{config.num_nodes} x {config.devices}. Start the command with srun and these numbers."
+        )
+    return [SLURMEnvironment(auto_requeue=False)]  # `latentact.preemption` requeues
 
 
 class _Launcher(_SubprocessScriptLauncher):

@@ -1,0 +1,1 @@
+"""Where a training runs: `cluster=local|slurm|...`; one file per kind of machine."""

@@ -1,0 +1,52 @@
+"""What a cluster is: settings, and `launch`, which runs a stage there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from latentact.config import Between, check_bounds
+from latentact.registry import Registry
+from latentact.training.settings import TrainingConfig
+
+CLUSTERS: Registry[type[Cluster]] = Registry("cluster", "latentact.training.cluster", "latentact.clusters")
+"""Clusters by the name that `cluster=` takes."""
+
+
+class Cluster(Protocol):
+    """A kind of machine; a frozen dataclass of its settings."""
+
+    compute: ComputeConfig
+
+    def launch(self, command: str, run: Callable[[Any, Path], Any], config: Any, out: Path) -> Any:
+        """Return `run(config, out)`, or what stands for it where the stage runs later.
+
+        Args:
+            command: the command (`train-lam`), which is repeated on the other machine.
+            run: the stage.
+            config: its settings.
+            out: its run folder.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Size of a training; `training.num_nodes` and `training.devices` follow it."""
+
+    num_nodes: Annotated[int, Between(1, 4096)] = 1
+    """Machines."""
+    gpus_per_node: Annotated[int, Between(1, 1024)] = 1
+    """Processes per machine, each with a GPU of its own; with training.device=cpu, without one."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        check_bounds(self)
+
+
+def trainings(config: Any) -> list[TrainingConfig]:
+    """Return the settings of every training of a stage."""
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return [value for value in values if isinstance(value, TrainingConfig)]
