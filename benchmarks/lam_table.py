@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from latentact.composition import load_experiment
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import FrameStore, open_store
+from latentact.data.mixture import TrainingDataConfig
 from latentact.data.samples import PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips
@@ -198,7 +199,7 @@ def _train_lam(
 def _train_bc(
     cell: Cell, path: Path, folder: Path, options: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray, FrameStore]:
-    data = DataConfig(path=str(path), resolution=options.resolution)
+    data = TrainingDataConfig(path=str(path), resolution=options.resolution)
     config = train_policy.TrainPolicyConfig(
         data=data,
         policy=BcConfig(network=NETWORK),
