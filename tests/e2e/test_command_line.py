@@ -79,6 +79,8 @@ STUBBED = {
     "rollout": (("--policy", "p", "--env", "pusht", "--out", "out"), {"success": 0.5}),
     "imitate": (("--mode=extract_only", "--latents-path=l", "--output-dir=out"), {"guide": {"fps": 10.0}}),
     "check-guidance": (("--policy-path=p", "--lam-model-path=l", "--output-dir=out"), {"verdict": "v"}),
+    "train-vla": ((), {"path": "out", "numbers": {"score": 0.5}}),
+    "finetune-vla": (("vla=v", "labels=l"), {"path": "out", "numbers": {}}),
     "push": (("runs/lam", "owner/name"), {"address": "https://hf.co/owner/name"}),
     "demo": (("--out", "out"), {"verdict": "v"}),
     "compare": (("data.path=data", "env=pusht", "out=out"), {"verdict": "v"}),
@@ -98,7 +100,7 @@ def test_every_command_has_json():
     tested_elsewhere = {"doctor"}
     assert {*COMMANDS, *STUBBED, *tested_elsewhere, "train-lam", "label", "train-policy"} == {
         *FILE_COMMANDS,
-        *("train-lam", "train-policy", "ground", "compare"),
+        *("train-lam", "train-policy", "train-vla", "finetune-vla", "ground", "compare"),
     }
 
 

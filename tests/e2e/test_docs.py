@@ -76,6 +76,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
             *("rollout", "--policy", "runs/ground", "--env", "babyai/GoToLocal", "--out", "runs/rollout"),
             *("--episodes", "1", "--max-steps", "4", "--record", "1"),
         ),
+        ("train-vla", "experiment=vla_debug", f"labels={labels}", *steps, "out=runs/vla"),
+        (
+            *("finetune-vla", "experiment=vla_debug", "vla=runs/vla", f"labels={labels}", *steps),
+            *("labeled_episodes=2", "out=runs/vla_finetuned"),
+        ),
         ("inspect", "runs/lam", "--data", red_ball, "--max-transitions", "32"),
         (
             *("precompute", "--lam-model-path", "runs/lam", "--dataset-root", red_ball),

@@ -32,6 +32,8 @@ LONG_FILES: dict[str, str] = {}
 STAGES = {
     "train_lam": ("TrainLamConfig", ["data.path=DIR"]),
     "train_policy": ("TrainPolicyConfig", ["labels=DIR"]),
+    "train_vla": ("TrainVlaConfig", ["labels=DIR"]),
+    "finetune_vla": ("FinetuneVlaConfig", ["vla=DIR", "labels=DIR"]),
     "ground": ("GroundConfig", ["policy=DIR", "labels=DIR"]),
     "compare": ("CompareConfig", ["data.path=DIR", "env=babyai/GoToRedBall"]),
 }

@@ -8,11 +8,13 @@ from latentact.agents.agent import Agent
 from latentact.agents.grounded import DecoderAgent
 from latentact.agents.lerobot import LeRobotAgent
 from latentact.agents.own import PolicyAgent
+from latentact.agents.vla import VlaAgent
 from latentact.errors import UserError
 from latentact.io.atomic import read_json
 from latentact.io.hub import resolve_folder
 from latentact.policies.contract import Policy
-from latentact.policies.lerobot_files import TYPE
+from latentact.policies.lerobot_files import TYPE, VLA_TYPE
+from latentact.policies.vla.model import Vla
 
 
 def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) -> Agent:
@@ -31,8 +33,12 @@ def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) 
     last = Path(where) / "checkpoints" / "last" / "pretrained_model"
     folder = resolve_folder(last if last.is_dir() else where)
     values = read_json(folder / "config.json")
-    if isinstance(values, dict) and values.get("type", TYPE) != TYPE:
+    if isinstance(values, dict) and values.get("type", TYPE) not in (TYPE, VLA_TYPE):
         return LeRobotAgent(folder, device, guided=guided)
+    if isinstance(values, dict) and "vla" in values:
+        if guided:
+            raise UserError(f"{where} is not conditioned on latent actions. Run it without a guide.")
+        return VlaAgent(Vla.from_pretrained(folder, device), device)
     policy = Policy.from_pretrained(folder, device)
     if policy.spec.action_space is None:
         raise UserError(f"{where} predicts latent actions. Ground it first: latentact ground --help.")

@@ -121,6 +121,39 @@ hydra_command(
     help="Train a policy on latent labels or robot actions. Takes Hydra overrides; see --help.",
     example="latentact train-policy labels=data/red_ball_labels",
 )
+
+
+def _show_vla(result: Any) -> str:
+    """Return a plan as it is; of a training the verdict, the scores and the folder."""
+    from latentact.evaluation.policy.latent_accuracy import table
+
+    if not hasattr(result, "numbers"):
+        return str(result)
+    parts = [result.numbers.get("verdict", ""), table(result.numbers) if "score" in result.numbers else ""]
+    return "\n".join(filter(None, [*parts, str(result.path)]))
+
+
+hydra_command(
+    "train-vla",
+    "TrainVlaConfig",
+    help="Train a vision-language-action model on latent labels. Takes Hydra overrides; see --help.",
+    example="latentact train-vla experiment=vla_debug labels=data/red_ball_labels",
+    show=_show_vla,
+)
+
+
+def _show_finetuned_vla(result: Any) -> str:
+    """Return the errors on held-out episodes and the folder."""
+    return "\n".join([*(f"{name}: {value}" for name, value in result.numbers.items()), str(result.path)])
+
+
+hydra_command(
+    "finetune-vla",
+    "FinetuneVlaConfig",
+    help="Fine-tune a vision-language-action model to robot actions. Takes Hydra overrides; see --help.",
+    example="latentact finetune-vla experiment=vla_debug vla=runs/vla labels=data/red_ball_labels",
+    show=_show_finetuned_vla,
+)
 hydra_command(
     "ground",
     "GroundConfig",

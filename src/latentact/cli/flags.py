@@ -208,6 +208,8 @@ def translate_settings(arguments: list[str], config: type) -> list[str]:
         targets |= {"dataset.root": "data.path", "dataset.repo_id": "data.path"}
     if hints.get("policy") is str:
         targets["policy.path"] = "policy"
+    if "dry_run" in hints:
+        arguments = ["dry_run=true" if word in ("--dry-run", "--dry_run") else word for word in arguments]
     rooted = any(word.startswith("--dataset.root") for word in arguments)
     translated: list[str] = []
     words = iter(arguments)

@@ -152,8 +152,10 @@ def stage_command(
     return register
 
 
-def hydra_command(name: str, config: str, *, help: str, example: str) -> None:
-    """Add a command that takes Hydra overrides to `app`."""
+def hydra_command(
+    name: str, config: str, *, help: str, example: str, show: Callable[[Any], str] | None = None
+) -> None:
+    """Add a command that takes Hydra overrides to `app`; `show` formats its result for people."""
     stage = name.replace("-", "_")
 
     def run(context: typer.Context) -> None:
@@ -164,14 +166,16 @@ def hydra_command(name: str, config: str, *, help: str, example: str) -> None:
         arguments = translate_settings([word for word in context.args if word != "--json"], cls)
 
         def launch(settings: Any, out: Path) -> Any:
-            cluster = getattr(settings, "cluster", None)
+            cluster = None if getattr(settings, "dry_run", False) else getattr(settings, "cluster", None)
             return cluster.launch(name, module.run, settings, out) if cluster else module.run(settings, out)
 
         results = run_stage(stage, cls, launch, arguments, f"{example} [--json]")
         if "--json" in context.args and results:
             print(json_line(name, results[0] if len(results) == 1 else {"runs": results}))
         else:
-            print(*(f"{result}\n" for result in results if hasattr(result, "job")), sep="", end="")
+            for result in results:
+                if show or hasattr(result, "job"):
+                    print(result if hasattr(result, "job") or not show else show(result))
 
     run.__annotations__ = {"context": typer.Context}
     app.command(name=name, context_settings=HYDRA, help=help)(run)

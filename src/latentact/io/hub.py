@@ -103,7 +103,9 @@ def resolve_folder(where: str | Path, needed: str = "config.json") -> Path:
     return path
 
 
-def resolve_path(where: str | Path, patterns: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
+def resolve_path(
+    where: str | Path, patterns: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")
+) -> Path:
     """Return an existing local path unchanged; download a hub id and return its folder in the hub cache.
 
     Args:

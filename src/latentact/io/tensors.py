@@ -27,6 +27,11 @@ def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
     from safetensors.torch import save, save_file
 
     on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    addresses: set[int] = set()
+    for name, tensor in on_cpu.items():  # safetensors refuses tensors that share memory, as tied weights do
+        if tensor.numel() and tensor.data_ptr() in addresses:
+            on_cpu[name] = tensor.clone()
+        addresses.add(tensor.data_ptr())
     if path is None:
         return hashlib.blake2b(save(on_cpu), digest_size=16).hexdigest()
     try:

@@ -14,6 +14,8 @@ from latentact.types import ActionSpace, LatentActionSpec
 
 TYPE = "latentact"
 """LeRobot's name of the policy type; the plugin `lerobot_policy_latentact` registers it."""
+VLA_TYPE = "lam_vla"
+"""The same of vision-language-action models."""
 SINGLE_CAMERA = "observation.image"
 """LeRobot's key of the only camera, for policies whose data does not name one."""
 NORMALIZATION = {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}

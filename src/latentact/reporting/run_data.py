@@ -104,6 +104,26 @@ class _RolloutRecord(Record):
     successes: tuple[int | bool, ...] = Field((), strict=False)
 
 
+class _VlaRecord(Record):
+    """`vla.json`."""
+
+    metric: str = ""
+    score: Measure | None = None
+    baselines: dict[str, Measure] = Field(default_factory=dict)
+    controls: dict[str, Measure] = Field(default_factory=dict)
+    verdict: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VlaRun:
+    """A trained vision-language-action model."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    numbers: dict[str, Any]
+    """`vla.json`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LamRun:
     """An evaluated latent action model."""
@@ -168,6 +188,8 @@ class Findings:
     """In the order of their paths."""
     rollouts: list[Rollout] = field(default_factory=list)
     """In the order of their paths."""
+    vlas: list[VlaRun] = field(default_factory=list)
+    """In the order of their paths."""
     configs: dict[str, str] = field(default_factory=dict)
     """Folder -> text of its `config.yaml`."""
     wall_s: float | None = None
@@ -175,7 +197,7 @@ class Findings:
 
     def empty(self) -> bool:
         """Whether there is nothing to report."""
-        return not (self.lams or self.comparisons or self.curves or self.rollouts)
+        return not (self.lams or self.comparisons or self.curves or self.rollouts or self.vlas)
 
 
 def find(run_dir: Path) -> Findings:
@@ -204,6 +226,10 @@ def find(run_dir: Path) -> Findings:
             numbers = _mapping(path)
             parse_record(_RolloutRecord, numbers, str(path))
             found.rollouts.append(Rollout(path=folder, numbers=numbers, videos=videos))
+        elif path.name == "vla.json":
+            numbers = _mapping(path)
+            if parse_record(_VlaRecord, numbers, str(path)).score is not None:
+                found.vlas.append(VlaRun(path=folder, numbers=numbers))
         elif path.name == "config.yaml":
             found.configs[folder] = path.read_text(errors="replace")
     found.lams.sort(key=lambda lam: lam.path.count("/"))

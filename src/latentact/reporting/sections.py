@@ -120,6 +120,27 @@ def _episode(stem: str, numbers: dict[str, Any]) -> str:
     return f"episode {index}: {'succeeds' if successes[index] else 'fails'}"
 
 
+def vla_section(found: Findings) -> Section:
+    """How well vision-language-action models predict latent actions, beside what needs no model."""
+    parts = []
+    for run in found.vlas:
+        numbers = run.numbers
+        groups = {"model": numbers["score"], **numbers.get("baselines", {}), **numbers.get("controls", {})}
+        rows = [(text(name.replace("_", " ")), (f"{n:.3f}",), name == "model") for name, n in groups.items()]
+        metric = "R2" if numbers["metric"] == "r2" else "Accuracy"
+        title = found.name if run.path == "." else run.path
+        scores = table(("Prediction", metric), rows, "Prediction of latent actions")
+        parts.append(f"<h3>{text(title)}</h3><p>{text(numbers.get('verdict', ''))}</p>{scores}")
+    return Section(
+        anchor="vla",
+        title="Latent actions from image and text",
+        what="On held-out episodes. Majority, majority of task and previous need no model: a model that "
+        "does not beat them has learned nothing of use. With shuffled images or a blank prompt a model that "
+        "looks and reads gets worse.",
+        body="".join(parts),
+    )
+
+
 def curve_section(found: Findings) -> Section | str:
     """Every metrics file, by run folder."""
     runs = [curves for curves in found.curves if curves.series]

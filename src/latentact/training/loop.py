@@ -138,7 +138,10 @@ class _Module(pl.LightningModule):
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if any(parameter.ndim == 5 for parameter in model.parameters()):  # which cannot be channels last
+            self.model = model
+        else:
+            self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = config
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
@@ -233,7 +236,7 @@ class _ShardedModule(_Module):
 
 
 def _parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: all parameters without a group, then the model's groups."""
+    """Return AdamW's parameter groups: all trained parameters without a group, then the model's groups."""
     named = model.parameter_groups() if isinstance(model, HasParameterGroups) else []
     groups: list[dict[str, Any]] = [
         {
@@ -244,7 +247,7 @@ def _parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str
         for group in named
     ]
     taken = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     return [{"params": rest}, *groups] if rest else groups
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from latentact.data.samples import PolicyBatch, count_words
 from latentact.errors import UserError
 from latentact.io.tensors import WEIGHTS, load_tensors, load_weights, save_tensors
+from latentact.types import ActionSpace
 from lerobot_policy_latentact.configuration_lam import LAM_VALID
 from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 
@@ -25,6 +26,30 @@ LAM_TOKENS = "observation.lam_tokens"
 """Batch key of the guide's tokens: the dataset's column in training, ``[b, offsets * k * d]`` in acting."""
 MODEL = "model."
 """Prefix of the names of the policy's tensors in this module."""
+
+
+def as_uint8(frames: Tensor) -> Tensor:
+    """Return LeRobot's images, float32 in [0, 1], as uint8."""
+    return frames.mul(255).round().clamp(0, 255).to(torch.uint8) if frames.is_floating_point() else frames
+
+
+def action_targets(space: ActionSpace, actions: Tensor) -> Tensor:
+    """Return actions of a dataset as float32 ``[b, l, a]``, or as classes, int64 ``[b, l, 1]``.
+
+    Raises:
+        UserError: a discrete action is not one of the action space.
+    """
+    actions = actions.reshape(*actions.shape[:2], -1)
+    if not space.discrete:
+        return actions.float()
+    values = torch.tensor(space.values or range(space.size), device=actions.device)
+    equal = actions.round().long() == values
+    if not equal.any(-1).all():
+        raise UserError(
+            f"action must be one of {values.tolist()}, got another value. Choose a dataset of the "
+            "environment that the policy was trained for."
+        )
+    return equal.long().argmax(-1, keepdim=True)
 
 
 class LatentactPolicy(PreTrainedPolicy):
@@ -67,7 +92,7 @@ class LatentactPolicy(PreTrainedPolicy):
         now = rows.index(0)
         frames = batch[self._camera][:, [rows.index(row) for row in self.config.frame_indices]]
         state = batch[OBS_STATE][:, now] if self.model.uses_state else None
-        actions = self._action_targets(batch[ACTION])
+        actions = action_targets(self.model.spec.action_space, batch[ACTION])
         mask = torch.ones_like(actions[..., 0], dtype=torch.bool)
         if "action_is_pad" in batch:
             mask = ~batch["action_is_pad"]
@@ -88,7 +113,7 @@ class LatentactPolicy(PreTrainedPolicy):
             batch: the current observation, without an axis of time.
             kwargs: not used.
         """
-        frame = self._as_uint8(batch[self._camera])
+        frame = as_uint8(batch[self._camera])
         self._frames.extend([frame] * (self._frames.maxlen or 1) if not self._frames else [frame])
         if not self._pending:
             seen = torch.stack([*self._frames][:: self.model.spec.stride], 1)
@@ -137,7 +162,7 @@ class LatentactPolicy(PreTrainedPolicy):
     ) -> PolicyBatch:
         """Return the batch of latentact on the policy's device."""
         # Channels last, as latentact's own frames are, so that resizing and convolutions round equally.
-        frames = self._as_uint8(frames).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        frames = as_uint8(frames).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         words = self.model.spec.words
         tasks = batch.get("task") or [""] * len(frames)
         tasks = [tasks] * len(frames) if isinstance(tasks, str) else tasks
@@ -151,12 +176,6 @@ class LatentactPolicy(PreTrainedPolicy):
             guide=guide,
         )
         return inputs.to(next(self.model.parameters()).device)
-
-    @staticmethod
-    def _as_uint8(frames: Tensor) -> Tensor:
-        if not frames.is_floating_point():
-            return frames
-        return frames.mul(255).round().clamp(0, 255).to(torch.uint8)
 
     def _guide(self, batch: dict[str, Any], size: int) -> Tensor | None:
         """Return the guide's tokens for acting, ``[b, offsets, k * d]``; None: there is no guide."""
@@ -196,21 +215,6 @@ class LatentactPolicy(PreTrainedPolicy):
                 f"the batch must hold {LAM_TOKENS!r}, got none. Give a guide with `latentact imitate`, or "
                 "train with policy.dropout above 0 for a policy that also acts without one."
             )
-
-    def _action_targets(self, actions: Tensor) -> Tensor:
-        """Return actions of a dataset as float32 ``[b, l, a]``, or as classes, int64 ``[b, l, 1]``."""
-        space = self.model.spec.action_space
-        actions = actions.reshape(*actions.shape[:2], -1)
-        if not space.discrete:
-            return actions.float()
-        values = torch.tensor(space.values or range(space.size), device=actions.device)
-        equal = actions.round().long() == values
-        if not equal.any(-1).all():
-            raise UserError(
-                f"action must be one of {values.tolist()}, got another value. Choose a dataset of the "
-                "environment that the policy was trained for."
-            )
-        return equal.long().argmax(-1, keepdim=True)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the files of a policy folder."""

@@ -24,6 +24,7 @@ from latentact.reporting.sections import (
     config_section,
     curve_section,
     rollout_section,
+    vla_section,
 )
 
 
@@ -45,6 +46,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "verdict": _verdict(found),
         "lam": lam.numbers if lam else None,
         "lams": {run.path: run.numbers for run in found.lams},
+        "vlas": {run.path: run.numbers for run in found.vlas},
         "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
     }
     with atomic_write(Path(run_dir) / "report.html") as partial:
@@ -89,6 +91,7 @@ def _sections(found: Findings) -> tuple[list[Section], list[str]]:
             parts.append(other_lams_section(found.lams))
     else:
         parts.append("No latent action model was evaluated.")
+    parts += [vla_section(found)] if found.vlas else []
     parts += [curve_section(found), config_section(found)]
     return [p for p in parts if isinstance(p, Section)], [p for p in parts if isinstance(p, str)]
 
@@ -101,6 +104,8 @@ def _verdict(found: Findings) -> str:
         return " ".join(f"On {c.env}, {c.verdict}" for c in found.comparisons)
     if found.lams:
         return _lam_verdict(found.lams[0])
+    if found.vlas:
+        return found.vlas[0].numbers.get("verdict") or f"{found.vlas[0].path} has not been evaluated yet."
     return f"{found.name} has not been evaluated yet. Learning curves and rollouts are below."
 
 

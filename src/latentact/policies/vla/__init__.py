@@ -1,0 +1,1 @@
+"""Vision-language-action models: a vision-language model of transformers with our own heads."""

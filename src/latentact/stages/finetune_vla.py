@@ -1,0 +1,180 @@
+"""Fine-tune a vision-language-action model to robot actions of few labeled episodes, LAPA's stage 3.
+
+An action head on query tokens is new; the loss of latent actions stays as an auxiliary, on the video of all
+training episodes, so that few labels do not overwrite what the model has learned. The labeled episodes are
+those of `ground` and `compare` with the same `split_seed`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from latentact.config import LARGEST, Between, check_bounds, choice
+from latentact.data.cache import FrameStore, known_rows
+from latentact.data.splits import choose_labeled, split_episodes
+from latentact.errors import UserError, require_between
+from latentact.io.atomic import read_object, write_json
+from latentact.policies.vla.heads import ActionHeadConfig
+from latentact.policies.vla.model import Vla
+from latentact.policies.vla.samples import VlaSamples
+from latentact.stages.train_vla import latent_targets, read_frames
+from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.fit import fit
+from latentact.training.run_folder import finished, run_folder
+from latentact.training.settings import TrainingConfig
+from latentact.types import ActionSpace
+
+log = logging.getLogger(__name__)
+_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneVlaConfig:
+    """Fine-tune a vision-language-action model to robot actions; the result acts in `rollout`."""
+
+    out: str = "runs/finetune_vla"
+    """Run folder; re-run the same command to resume."""
+    vla: str
+    """Folder of the train-vla run."""
+    labels: str
+    """Folder of the labels it was trained on, of data with robot actions."""
+    labeled_episodes: int | None = 5
+    """k: training episodes whose actions are used; empty: all."""
+    head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
+    """The action head."""
+    latent_weight: Annotated[float, Between(0, 1e6)] = 0.1
+    """Weight of the loss of latent actions, on all training episodes; robot actions have weight 1."""
+    scratch: bool = False
+    """Whether to begin from the vision-language model, without what train-vla learned, and to see the labeled
+    episodes only: the baseline."""
+    lora_rank: Annotated[int, Between(0, 4096)] = 0
+    """Rank of low-rank adapters on the language model; 0: all its weights are trained."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=2000,
+            batch_size=64,
+            lr=2e-5,
+            weight_decay=0.0,
+            warmup_steps=100,
+            grad_clip=1.0,
+            eval_every=0,
+        )
+    )
+    """How it is trained."""
+    cluster: Any = choice(CLUSTERS, "local")
+    """Where it runs."""
+    held_out: float = 0.1
+    """Fraction of the episodes that training never uses; as in train-vla."""
+    split_seed: int = 0
+    """Seed of the choice of held-out and labeled episodes; as in train-vla."""
+    eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
+    """Held-out steps of the evaluation."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_between("split_seed", self.split_seed, 0, LARGEST)
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneVlaResult:
+    """A fine-tuned model and its error on held-out episodes."""
+
+    path: Path
+    """Run folder."""
+    numbers: dict[str, Any]
+    """Content of `finetune_vla.json`."""
+
+
+def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
+    """Fine-tune and save a model."""
+    if finished(out, config, "finetune_vla.json"):
+        return FinetuneVlaResult(path=out, numbers=read_object(out / "finetune_vla.json"))
+    base = Vla.from_pretrained(config.vla)
+    labels, store = read_frames(config.labels, base.spec.resolution)
+    base.latent.check_compatible(labels.spec, "the model", "the labels")
+    space = store.action_space
+    if space is None:
+        raise UserError(f"{store.path} has no robot actions to learn; give labels of data that has some.")
+    train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    torch.manual_seed(config.training.seed)
+    if config.scratch:
+        base = Vla.create(base.config, base.spec, base.latent)
+    settings = replace(base.config, lora_rank=config.lora_rank)
+    model = base.with_actions(settings, space, config.head, config.latent_weight)
+
+    latent, valid = latent_targets(labels, store)
+    samples = _samples(store, model, latent, valid, labeled)
+    rows, known = samples.rows, samples.known
+    assert samples.actions is not None
+    assert known is not None
+    assert model.own.actions is not None
+    seen = samples.actions[known]
+    model.own.actions.set_stats(seen)
+    if config.scratch:  # otherwise the statistics are those of train-vla
+        model.set_stats(latent[rows], None if store.state is None else store.state[rows])
+    unseen = _samples(store, model, latent, valid, held_out)
+    if (
+        config.latent_weight and not config.scratch
+    ):  # half of a batch has labeled steps, half any of the video
+        every = np.flatnonzero(valid & np.isin(store.episode, train))
+        samples.rows = np.concatenate([np.resize(rows, max(len(rows), len(every))), every])
+    log.info("%d labeled steps of %d episodes", len(rows), len(labeled))
+    with run_folder(out, config):
+        fit(model, samples, config.training, out)
+        model.cpu()
+        numbers: dict[str, Any] = {"labeled_steps": len(rows), "labeled_episodes": len(labeled)}
+        numbers |= _errors(model, unseen, seen, config.eval_rows)
+        model.write(out)
+        write_json(out / "finetune_vla.json", numbers)
+    return FinetuneVlaResult(path=out, numbers=numbers)
+
+
+def _samples(
+    store: FrameStore, model: Vla, latent: np.ndarray, valid: np.ndarray, episodes: np.ndarray
+) -> VlaSamples:
+    """Return the steps of given episodes with their robot actions."""
+    actions = store.actions(episodes)
+    known = known_rows(actions) & store.usable
+    known[store.starts + store.lengths - 1] = False  # the last action has no next frame
+    assert model.head is not None
+    return VlaSamples(
+        store,
+        model.ask,
+        np.flatnonzero(known),
+        latent=latent,
+        valid=valid,
+        actions=np.ma.getdata(actions),
+        known=known,
+        chunk=model.head.chunk_size,
+    )
+
+
+def _errors(model: Vla, samples: VlaSamples, known: np.ndarray, most: int) -> dict[str, Any]:
+    """Return accuracy beside the majority class, or L1 by dimension beside the mean action's, held out."""
+    rows = samples.rows[:: max(1, len(samples.rows) // most)]
+    assert samples.actions is not None
+    truth = samples.actions[rows]
+    parts = []
+    for part in (rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)):
+        batch = samples.batch(part)
+        parts.append(model.actions(batch.inputs, batch.state)[:, 0].numpy(force=True))
+    predicted, space = np.concatenate(parts), model.spec.action_space
+    assert isinstance(space, ActionSpace)
+    if space.discrete:
+        usual = np.bincount(known).argmax()
+        return {
+            "held_out_accuracy": float((predicted == truth).mean()),
+            "majority_accuracy": float((usual == truth).mean()),
+        }
+    return {
+        "held_out_l1": np.abs(predicted - truth).mean(0).tolist(),
+        "mean_action_l1": np.abs(known.mean(0) - truth).mean(0).tolist(),
+    }
