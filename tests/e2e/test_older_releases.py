@@ -100,6 +100,9 @@ def test_a_model_and_labels_with_one_config_for_all_bottlenecks_are_finished(
         assert done.returncode == 0, done.stderr
         assert "already finished" in done.stderr
     assert (lam / "model.safetensors").stat().st_mtime_ns == saved
+    moved = lam.rename(tmp_path / "moved")
+    done = cli("label", "--lam", moved, "--data", blocks, "--out", labels)
+    assert "already finished" in done.stderr, done.stderr
 
 
 def test_unknown_names_stay_unknown(blocks: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def run(config: LabelConfig) -> Path:
     if (out / MANIFEST).is_file():
         asked = read_record(Manifest, out / MANIFEST).asked
         kinds = {"model": type(model.config), "data": DataConfig}  # newer settings get their defaults
+        asked |= {"lam": config.lam}  # its weights and settings decide, its folder may have moved
         if asked | {name: updated(kind, asked.get(name)) for name, kind in kinds.items()} != requested:
             raise UserError(f"{out} holds other labels. Give another --out, or delete the folder.")
         log.info("%s is already finished", out)
