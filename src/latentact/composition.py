@@ -10,6 +10,7 @@ gives by `--config-dir`. Experiments, in `conf/<stage>/experiment`, are the same
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import typing
@@ -31,6 +32,8 @@ from latentact.overrides import (
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 
 def run_stage(
@@ -147,11 +150,7 @@ def _decode[T](cls: type[T], composed: DictConfig) -> T:
 
 
 def _keep_chosen(cls: type, values: dict[str, Any], where: str) -> None:
-    """Remove the settings of other kinds from the nested choices of a config.
-
-    Raises:
-        UserError: such a setting has another value than the default kind gives it.
-    """
+    """Remove the settings of other kinds from the nested choices of a config; warn of given ones."""
     for field in dataclasses.fields(cls):
         if not (registry := field.metadata.get("registry")):
             continue
@@ -162,9 +161,9 @@ def _keep_chosen(cls: type, values: dict[str, Any], where: str) -> None:
                 continue
             if name not in chosen and given[name] not in (MISSING, default.get(name, MISSING)):
                 key = f"{where}.{field.name}"
-                raise UserError(
-                    f"{key}.{name} has no effect with {key}.kind={given['kind']}, which has the settings "
-                    f"{', '.join(sorted(chosen - {'kind'}))}."
+                log.warning(
+                    "%s.%s has no effect with %s.kind=%s, which has the settings %s",
+                    *(key, name, key, given["kind"], ", ".join(sorted(chosen - {"kind"}))),
                 )
             del given[name]
 

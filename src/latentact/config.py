@@ -121,8 +121,9 @@ def updated(cls: type, values: Any) -> Any:
 
 
 def _renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set[str]()
     renamed: dict[str, str] = getattr(cls, "RENAMED", {})
-    removed = {*getattr(cls, "REMOVED", ())} - {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    removed = {*getattr(cls, "REMOVED", ())} - known
     return {renamed.get(key, key): value for key, value in values.items() if key not in removed}
 
 

@@ -12,6 +12,7 @@ import torch
 from latentact import check_lam
 from latentact.data.cache import DataConfig
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.mixture import TrainingDataConfig
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
@@ -340,7 +341,7 @@ TRAINED = ("lapo joint", "villa_x", "laq", "laom", "clam labels", "lapo ema_feat
 def test_training_that_was_cut_short_ends_as_if_it_had_not(name: str, blocks, tmp_path, monkeypatch) -> None:
     training = TrainingConfig(steps=8, batch_size=8, checkpoint_every=3, eval_every=0, log_every=1)
     config = TrainLamConfig(
-        data=DataConfig(path=str(blocks), resolution=32, cache_dir=str(tmp_path)),
+        data=TrainingDataConfig(path=str(blocks), resolution=32, cache_dir=str(tmp_path)),
         lam=CONFIGS[name],
         training=training,
         labeled_episodes=3 if getattr(CONFIGS[name], "action_weight", 0) else 0,

@@ -9,6 +9,7 @@ import torch
 
 import latentact
 from latentact.agents.own import PolicyActor
+from latentact.data.cache import FrameStore
 from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
@@ -386,8 +387,11 @@ def test_networks_that_cannot_be_built(wrong):
         replace(NETWORK, **wrong)
 
 
-class Store:
+class Store(FrameStore):
     """Three episodes of 4, 3 and 5 rows whose frames say their row."""
+
+    def __init__(self) -> None:
+        """Everything is in the class."""
 
     lengths = np.array([4, 3, 5])
     starts = np.array([0, 4, 7])

@@ -48,7 +48,7 @@ def load(name: str) -> Any:
 
 def test_plan_multiplies_unit_costs() -> None:
     benchmark = load("scale_plan")
-    bottleneck = BottleneckConfig(kind="nsvq", dim=32, codebooks=1, positions=4, codebook_size=8)
+    bottleneck = NsvqConfig(dim=32, positions=4, codebook_size=8)
     small = {"dim": 32, "heads": 2, "head_dim": 16, "spatial_depth": 1, "temporal_depth": 1}
     model = LaqConfig(size=32, patch=4, bottleneck=bottleneck, **small).build().eval()
     measured = benchmark.measure(model, "fp32", side=48, count=60, batches=1)

@@ -244,10 +244,10 @@ def test_a_killed_build_is_not_whole_and_is_continued(tmp_path, cache):
     with (journal.parent / "frames").open("ab") as file:
         file.write(b"half a frame")
     decoded = []
-    chunks = pipeline._chunks
+    chunks = pipeline.episode_chunks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pipeline, "_chunks", lambda plan, number: decoded.append(number) or chunks(plan, number)
+            pipeline, "episode_chunks", lambda plan, number: decoded.append(number) or chunks(plan, number)
         )
         store = store_of(folder, cache)
     assert sorted(decoded) == list(range(complete, 12))

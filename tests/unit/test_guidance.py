@@ -152,7 +152,7 @@ def test_a_video_at_another_rate(lam, tmp_path):
             (tmp_path / "demo.mp4", 7.0),
             "frames of the demonstration, which has a frame every 0.142857 s, got 0.1 s",
         ),
-        ((tmp_path / "none.mp4",), "does not exist"),
+        ((tmp_path / "none.mp4",), "must be a video file, got no such file"),
         ((tmp_path / "demo.mp4", 10.0, 1), "must have at least 2 frames, got 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from conftest import write_blocks
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import FrameStore, open_store
+from latentact.data.mixture import TrainingDataConfig
 from latentact.data.samples import PolicyBatch
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.windows import Clips
@@ -51,7 +52,7 @@ IDM = IdmConfig(backbone="patch", size=32, patch=8, channels=(8,))
 
 
 def data(path):
-    return DataConfig(path=str(path), resolution=32)
+    return TrainingDataConfig(path=str(path), resolution=32)
 
 
 @pytest.fixture(scope="module")

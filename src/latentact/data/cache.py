@@ -107,6 +107,9 @@ class FrameStore:
         drop_nonfinite: see `DataConfig`.
     """
 
+    sampling: Sampling | None = None
+    """How training draws samples; None: uniformly."""
+
     def __init__(
         self,
         spec: DecodeSpec,
@@ -163,8 +166,6 @@ class FrameStore:
         self._source = source
         self.groups: tuple[tuple[int, int], ...] = _groups(source, kept)
         """First episode, and last + 1, of each shard; empty for data that is not in shards."""
-        self.sampling: Sampling | None = None
-        """How training draws samples; None: uniformly."""
 
     @property
     def num_episodes(self) -> int:
