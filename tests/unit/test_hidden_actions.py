@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import write_blocks
-from latentact.data.cache import FrameStore, open_store
+from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.samples import PolicyBatch
 from latentact.data.splits import choose_labeled, split_episodes
@@ -51,8 +51,8 @@ JOINT = LapoConfig(
 IDM = IdmConfig(backbone="patch", size=32, patch=8, channels=(8,))
 
 
-def data(path):
-    return TrainingDataConfig(path=str(path), resolution=32)
+def data(path, kind=DataConfig):
+    return kind(path=str(path), resolution=32)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +120,18 @@ def _actions(batch):
 
 def lam(path, out, config, k):
     settings = train_lam.TrainLamConfig(
-        data=data(path), lam=config, training=TRAINING, labeled_episodes=k, labeled_share=0.5
+        data=data(path, TrainingDataConfig),
+        lam=config,
+        training=TRAINING,
+        labeled_episodes=k,
+        labeled_share=0.5,
     )
     return train_lam.run(settings, out)
 
 
 def bc(path, out):
     settings = train_policy.TrainPolicyConfig(
-        data=data(path),
+        data=data(path, TrainingDataConfig),
         policy=BcConfig(network=NETWORK),
         training=TRAINING,
         labeled_episodes=K,
