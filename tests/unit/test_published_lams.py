@@ -212,7 +212,7 @@ def test_our_own_folder_takes_its_settings_as_keywords(tmp_path: Path) -> None:
     [
         ("microsoft/villa-x", ["lam/*"]),
         ("latent-action-pretraining/LAPA-7B-openx", ["laq_openx.pt"]),
-        ("somebody/lam", ["*.json", "*.safetensors"]),
+        ("somebody/lam", ["*.json", "*.safetensors", "*.jinja"]),
     ],
 )
 def test_only_the_model_is_downloaded(
