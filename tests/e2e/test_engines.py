@@ -137,6 +137,9 @@ def test_torchrun_without_a_launcher_is_one_sentence(label):
     assert done.stderr.startswith(
         "error: --engine torchrun must be started by torchrun or srun, got neither."
     )
+    done = cli(*label, "--engine", "rayy")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown --engine 'rayy'; did you mean 'ray'?")
     done = cli(*label, "--ray-actors", "2")
     assert done.returncode == 2
     assert "need --engine ray, got local" in done.stderr
