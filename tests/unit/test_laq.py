@@ -20,7 +20,7 @@ from latentact.errors import UserError
 from latentact.labeling.episode import encode_clip
 from latentact.lams.contract import load_lam
 from latentact.lams.models.laq import Laq, LaqConfig, _distinct
-from latentact.nn.cvivit import PositionalConv, PositionBias
+from latentact.nn.cvivit import CELLS, PositionalConv, PositionBias, reduction
 from latentact.quantizers.nsvq import NsvqConfig
 from latentact.types import Clip
 
@@ -125,12 +125,52 @@ def test_every_number_of_codes_has_its_head(cells: int) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"must be 7 or 8 for lam.bottleneck.positions=4, got 12"):
+    with pytest.raises(UserError, match=r"positions=4 cells, as 13 does, got 12\. Change lam\.patch"):
         replace(TINY, size=48)
     with pytest.raises(UserError, match=r"multiple of lam\.patch"):
         replace(TINY, size=30)
     with pytest.raises(UserError, match="must be one of 1, 2, 4"):
         replace(TINY, bottleneck=replace(TINY.bottleneck, positions=8))
+
+
+def test_smaller_patches_halve_the_grid_more_often() -> None:
+    for grid in (7, 8, 14, 16, 32):
+        small = replace(TINY, compat=False, size=4 * grid, patch=4)
+        model = small.build().eval()
+        frames = torch.randint(0, 256, (2, 3, 3, 4 * grid, 4 * grid), dtype=torch.uint8)
+        assert model.encode(frames).vectors.shape[2] == 4
+    assert reduction(8, 4) == CELLS[4]
+    assert reduction(12, 4) is None
+
+
+def test_a_residual_decoder_starts_from_the_current_frame() -> None:
+    torch.manual_seed(0)
+    model = replace(TINY, compat=False, residual=True).build().eval()
+    last = model.net.to_pixels_first_frame[0]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    frames = clips()[:, :2]
+    vectors = model.encode(frames).vectors[:, 0]
+    assert torch.equal(model.predict(frames[:, :1], vectors), frames[:, 0])
+
+
+def test_the_amplified_difference_reaches_the_encoder_only() -> None:
+    torch.manual_seed(0)
+    plain = replace(TINY, compat=False).build().eval()
+    gained = replace(TINY, compat=False, difference_gain=3.0).build().eval()
+    gained.load_state_dict(plain.state_dict())
+    first = torch.full((1, 1, 3, TINY.size, TINY.size), 100, dtype=torch.uint8)
+    pair, triple = (torch.cat([first, first + change], dim=1) for change in (10, 30))
+    amplified, tripled = (m.encode(x).continuous[:, 0] for m, x in ((gained, pair), (plain, triple)))
+    assert torch.allclose(amplified, tripled, atol=1e-4)
+    vectors = plain.encode(pair).vectors[:, 0]
+    assert torch.equal(gained.predict(first, vectors), plain.predict(first, vectors))
+
+
+def test_options_beyond_the_published_model_are_not_compatible_with_it() -> None:
+    for option in ({"residual": True}, {"motion_weight": 1.0}, {"difference_gain": 2.0}):
+        with pytest.raises(UserError, match=r"lam\.compat must be false"):
+            replace(TINY, compat=True, **option)
 
 
 def test_files_of_lapa(file: Path, tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_vq_by_hand() -> None:
     torch.testing.assert_close(x.grad, torch.full((1, 2), 3.0))
 
 
+def test_fsq_of_two_levels_by_hand() -> None:
+    fsq = FsqConfig(positions=2, levels=(2, 2, 2)).build().eval()  # BatchNorm is the identity here
+    x = torch.tensor([[3.0, -3.0, 3.0, -3.0, -3.0, -3.0]])
+    out = fsq(x)
+    torch.testing.assert_close(out.vectors, torch.tensor([[1.0, -1.0, 1.0, -1.0, -1.0, -1.0]]))
+    assert out.codes.tolist() == [[1 + 4, 0]]
+    assert fsq.codebook_size == 8
+
+
 def test_nsvq_noise_is_as_large_as_the_error() -> None:
     torch.manual_seed(0)
     nsvq = Nsvq(NsvqConfig(dim=12, positions=3, codebook_size=5))

@@ -32,16 +32,23 @@ CELLS = {
     64: (_HALVE,),
     256: (_HALVE,),
 }
-"""Number of cells -> convolutions (kernel, stride, padding) that reduce a frame's tokens to it."""
+"""Number of cells -> published convolutions (kernel, stride, padding) that reduce a frame's tokens to it."""
 
 
-def cells(grid: int, layers: tuple) -> int:
-    """Return the number of cells after these convolutions of grid x grid tokens; 0 if too small."""
-    sides = [grid, grid]
-    for kernel, stride, padding in layers:
-        across = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        sides = [max(0, (s + 2 * padding - k) // stride + 1) for s, k in zip(sides, across, strict=True)]
-    return sides[0] * sides[1]
+def reduction(grid: int, cells: int) -> tuple | None:
+    """Return the convolutions that reduce grid x grid tokens to this many cells; None if there are none.
+
+    They are the published ones, after as many that halve the grid as a larger grid needs.
+    """
+    for halvings in range(8):
+        layers = (_HALVE,) * halvings + CELLS[cells]
+        sides = [grid, grid]
+        for kernel, stride, padding in layers:
+            across = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+            sides = [max(0, (s + 2 * padding - k) // stride + 1) for s, k in zip(sides, across, strict=True)]
+        if sides[0] * sides[1] == cells:
+            return layers
+    return None
 
 
 class Norm(nn.Module):
@@ -232,19 +239,22 @@ class DeltaHead(nn.Module):
     Args:
         dim: width of a token.
         cells: 1, 2, 4, 16, 64 or 256.
+        layers: convolutions that reduce a frame's tokens to cells.
         width_in: values per cell before the bottleneck.
         width_out: values per cell after it.
         compat: whether the decoder's codes are mixed, as published.
     """
 
-    def __init__(self, dim: int, cells: int, width_in: int, width_out: int, compat: bool) -> None:
+    def __init__(
+        self, dim: int, cells: int, layers: tuple, width_in: int, width_out: int, compat: bool
+    ) -> None:
         super().__init__()
         self.cells, self.compat = cells, compat
         self.project_in, self.project_out = nn.Linear(dim, width_in), nn.Linear(width_out, dim)
-        layers: list[nn.Module] = []
-        for kernel, stride, padding in CELLS[cells]:
-            layers += [nn.Conv2d(width_in, width_in, kernel, stride, padding), nn.ReLU()]
-        self.cnn_encoder = nn.Sequential(*layers[:-1])
+        modules: list[nn.Module] = []
+        for kernel, stride, padding in layers:
+            modules += [nn.Conv2d(width_in, width_in, kernel, stride, padding), nn.ReLU()]
+        self.cnn_encoder = nn.Sequential(*modules[:-1])
         self.cnn_encoder[-1].bias.requires_grad_(False)  # it cancels in the difference
 
     def forward(self, tokens: Float[Tensor, "b 2 h w d"]) -> Float[Tensor, "b f"]:
@@ -271,6 +281,7 @@ class CViViT(nn.Module):
         temporal_depth: layers of the temporal one.
         patch: side of a patch in pixels.
         cells: cells of the latent action.
+        layers: convolutions that reduce a frame's tokens to cells.
         width_in: values per cell before the bottleneck.
         width_out: values per cell after it.
         compat: whether to keep the slips of the published code.
@@ -286,6 +297,7 @@ class CViViT(nn.Module):
         temporal_depth: int,
         patch: int,
         cells: int,
+        layers: tuple,
         width_in: int,
         width_out: int,
         compat: bool,
@@ -302,7 +314,7 @@ class CViViT(nn.Module):
         )
         self.enc_spatial_transformer = Transformer(dim, spatial_depth, axis="space", **sizes)
         self.enc_temporal_transformer = Transformer(dim, temporal_depth, axis="time", **sizes)
-        self.vq = DeltaHead(dim, cells, width_in, width_out, compat)
+        self.vq = DeltaHead(dim, cells, layers, width_in, width_out, compat)
         self.dec_spatial_transformer = Transformer(dim, spatial_depth, axis="space", cross=True, **sizes)
         self.to_pixels_first_frame = nn.Sequential(
             nn.Linear(dim, patch_dim), Rearrange("b h w (c p q) -> b c (h p) (w q)", p=patch, q=patch)

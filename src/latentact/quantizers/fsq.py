@@ -45,7 +45,7 @@ class Fsq(Quantizer):
     def __init__(self, config: FsqConfig) -> None:
         super().__init__()
         with torch.device("cpu"):  # its constructor computes, which needs a real device
-            self.fsq = FSQ(list(config.levels))
+            self.fsq = FSQ(list(config.levels), preserve_symmetry=2 in config.levels)
         # Features of an untrained network are so small that all would round to one code.
         self.norm = nn.BatchNorm1d(config.positions * len(config.levels), affine=False)
         self.tokens, self.token_dim = config.positions, len(config.levels)

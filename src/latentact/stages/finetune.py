@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from latentact.config import LARGEST
@@ -130,7 +131,7 @@ def _pseudo_actions(
     policy: Policy,
     store: FrameStore,
     train: np.ndarray,
-    known: np.ndarray,
+    known: np.ma.MaskedArray,
     training: TrainingConfig,
     out: Path,
 ) -> np.ndarray:
@@ -141,15 +142,39 @@ def _pseudo_actions(
     """
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
-    features = _features(policy, store, rows)
-    hidden = ~known_rows(known)[rows]
     last = np.isin(rows, store.starts + store.lengths - 1)
-    labeled = torch.from_numpy(~hidden & ~last)
-    known = np.ma.getdata(known)
-    actions = torch.from_numpy(known[rows])
+    features = _features(policy, store, rows)
+    return fill_actions(features, known, rows, rows[last], policy.spec.action_space, training, out)
+
+
+def fill_actions(
+    features: Float[Tensor, "m d"],
+    actions: np.ma.MaskedArray,
+    rows: Int64[np.ndarray, " m"],
+    unlearned: Int64[np.ndarray, " u"],
+    space: ActionSpace,
+    training: TrainingConfig,
+    out: Path,
+) -> np.ndarray:
+    """Return the actions of a dataset, those that are hidden at `rows` predicted by a teacher.
+
+    The teacher is a small network from features; it is trained on the rows whose actions are known.
+
+    Args:
+        features: one vector per entry of `rows`.
+        actions: of every row of the dataset, masked where they are hidden.
+        rows: rows of the dataset.
+        unlearned: rows whose known action the teacher does not learn, as the last of an episode.
+        space: robot action.
+        training: how the teacher is trained.
+        out: folder of that training.
+    """
+    hidden = ~known_rows(actions)[rows]
+    known, labeled = np.ma.getdata(actions), torch.from_numpy(~hidden & ~np.isin(rows, unlearned))
+    targets = torch.from_numpy(known[rows])
     torch.manual_seed(training.seed)
-    teacher = _Teacher(features, actions[labeled], policy.spec.action_space)
-    fit(teacher, LabeledRows(features[labeled], None, actions[labeled]), training, out)
+    teacher = _Teacher(features, targets[labeled], space)
+    fit(teacher, LabeledRows(features[labeled], None, targets[labeled]), training, out)
     with torch.inference_mode():
         predicted = teacher.cpu().actions(features)
     filled = known.copy()

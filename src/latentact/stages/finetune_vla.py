@@ -17,12 +17,14 @@ import torch
 
 from latentact.config import LARGEST, Between, check_bounds, choice
 from latentact.data.cache import FrameStore, known_rows
+from latentact.data.latents import Labels
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.heads import ActionHeadConfig
 from latentact.policies.vla.model import Vla
 from latentact.policies.vla.samples import VlaSamples
+from latentact.stages.finetune import fill_actions
 from latentact.stages.train_vla import latent_targets, read_frames
 from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
@@ -50,6 +52,13 @@ class FinetuneVlaConfig:
     """The action head."""
     latent_weight: Annotated[float, Between(0, 1e6)] = 0.1
     """Weight of the loss of latent actions, on all training episodes; robot actions have weight 1."""
+    pseudo_labels: bool = False
+    """Whether to learn from all training episodes, with actions decoded from their latent actions where they
+    are hidden; the decoder is trained on the labeled episodes."""
+    decoder_training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
+    )
+    """pseudo_labels: how the decoder is trained."""
     scratch: bool = False
     """Whether to begin from the vision-language model, without what train-vla learned, and to see the labeled
     episodes only: the baseline."""
@@ -121,13 +130,14 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
     if config.scratch:  # otherwise the statistics are those of train-vla
         model.set_stats(latent[rows], None if store.state is None else store.state[rows])
     unseen = _samples(store, model, latent, valid, held_out)
-    if (
-        config.latent_weight and not config.scratch
-    ):  # half of a batch has labeled steps, half any of the video
+    if config.pseudo_labels or (config.latent_weight and not config.scratch):
+        # half of a batch has labeled steps, half any of the video
         every = np.flatnonzero(valid & np.isin(store.episode, train))
         samples.rows = np.concatenate([np.resize(rows, max(len(rows), len(every))), every])
     log.info("%d labeled steps of %d episodes", len(rows), len(labeled))
     with run_folder(out, config):
+        if config.pseudo_labels:
+            _decode_actions(samples, labels, store, train, space, config.decoder_training, out / "decoder")
         fit(model, samples, config.training, out)
         model.cpu()
         numbers: dict[str, Any] = {"labeled_steps": len(rows), "labeled_episodes": len(labeled)}
@@ -155,6 +165,29 @@ def _samples(
         known=known,
         chunk=model.head.chunk_size,
     )
+
+
+def _decode_actions(
+    samples: VlaSamples,
+    labels: Labels,
+    store: FrameStore,
+    train: np.ndarray,
+    space: ActionSpace,
+    training: TrainingConfig,
+    out: Path,
+) -> None:
+    """Fill in the hidden actions of the training episodes, decoded from the latent actions of their steps."""
+    assert samples.actions is not None
+    assert samples.known is not None
+    rows = np.flatnonzero(labels.valid & store.usable & np.isin(store.episode, train))
+    features = torch.from_numpy(labels.vectors[rows]).flatten(1)
+    mask = (
+        ~samples.known if samples.actions.ndim == 1 else ~samples.known[:, None] & np.ones(space.size, bool)
+    )
+    actions = np.ma.array(samples.actions, mask=mask)
+    samples.actions = fill_actions(features, actions, rows, rows[:0], space, training, out)
+    samples.known = samples.known.copy()
+    samples.known[rows] = True
 
 
 def _errors(model: Vla, samples: VlaSamples, known: np.ndarray, most: int) -> dict[str, Any]:

@@ -4,7 +4,9 @@
 from LAPA's files. Without it, the default for training, the bugs are fixed and a frame's tokens do not depend
 on other frames, so that they are computed once for all transitions of the frame. Unlike the published code,
 evaluation never adds noise. The loss is the squared error of the second frame plus the bottleneck's loss; the
-published bottleneck, nsvq, has none.
+published bottleneck, nsvq, has none. Options beyond the published model help where little of a frame moves: a
+decoder that predicts the change, a motion-weighted loss, an amplified difference, and patches smaller than an
+eighth of the frame.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from latentact.config import choice
 from latentact.data.decode.resize import resize
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.unpickle import read_pickled
 from latentact.lams.contract import LAMS, LatentActionModel, transition_windows
-from latentact.nn.cvivit import CELLS, CViViT, cells
+from latentact.lams.targets import pixel_error
+from latentact.nn.cvivit import CELLS, CViViT, reduction
 from latentact.quantizers.nsvq import NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
-_CHUNK = 16  # frames or pairs encoded together; more cost memory and no less time
+_CHUNK = 16  # frames of the published size encoded together; on a processor more cost memory, no less time
 
 
 @LAMS.register("laq")
@@ -57,11 +59,29 @@ class LaqConfig:
     bottleneck: BottleneckConfig = choice(QUANTIZERS, NsvqConfig(codebook_size=8, guard=True))
     """Bottleneck of the latent action; its `positions` (1, 2, 4, 16, 64 or 256) are the cells to which a
     small CNN reduces a frame."""
+    residual: bool = False
+    """Whether the decoder predicts the change of the current frame instead of the whole next frame."""
+    motion_weight: float = 0.0
+    """Extra loss weight of changing pixels: 1 + motion_weight * min(|change|, 0.5)."""
+    motion_dilation: int = 0
+    """Pixels by which the motion weight extends around changing pixels."""
+    difference_gain: float = 1.0
+    """Factor by which the encoder sees the change of the second frame; 1: as it is."""
     compat: bool = False
     """Whether to reproduce LAPA's code exactly, bugs included."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        for name, low, high in (
+            ("motion_weight", 0, 1e6),
+            ("motion_dilation", 0, 64),
+            ("difference_gain", 1e-3, 1e3),
+        ):
+            require_between(f"lam.{name}", getattr(self, name), low, high)
+        if self.compat and (self.residual or self.motion_weight or self.difference_gain != 1):
+            raise UserError(
+                "lam.compat must be false with lam.residual, lam.motion_weight and lam.difference_gain."
+            )
         for name in ("size", "patch", "dim", "heads", "head_dim", "spatial_depth", "temporal_depth"):
             value, most = getattr(self, name), 256 if name.endswith("depth") else 1 << 14
             if type(value) is not int or not 1 <= value <= most:
@@ -73,11 +93,12 @@ class LaqConfig:
             raise UserError(
                 f"lam.bottleneck.positions must be one of {', '.join(map(str, CELLS))}, got {positions}."
             )
-        if cells(grid, CELLS[positions]) != positions:
-            fitting = [str(g) for g in range(65) if cells(g, CELLS[positions]) == positions]
+        layers = reduction(grid, positions)
+        if layers is None or (self.compat and layers != CELLS[positions]):
+            fitting = min((g for g in range(65) if reduction(g, positions)), key=lambda g: abs(g - grid))
             raise UserError(
-                f"lam.size / lam.patch must be {' or '.join(fitting)} for "
-                f"lam.bottleneck.positions={positions}, got {grid}."
+                f"lam.size / lam.patch must reduce to lam.bottleneck.positions={positions} cells, as "
+                f"{fitting} does, got {grid}. Change lam.patch."
             )
 
     def with_action_head(self, weight: float) -> None:
@@ -137,7 +158,10 @@ class Laq(LatentActionModel):
                     f"lam.bottleneck.dim must be a multiple of lam.bottleneck.positions={places}, got "
                     f"{numbers} for {config.bottleneck.kind}."
                 )
+        layers = reduction(config.size // config.patch, places)
+        assert layers is not None  # the config is validated
         self.net = CViViT(
+            layers=layers,
             dim=config.dim,
             heads=config.heads,
             head_dim=config.head_dim,
@@ -181,33 +205,52 @@ class Laq(LatentActionModel):
     ) -> Float[Tensor, "b 3 y x"]:
         """Return the next frame, about 0..1, from the current frame in 0..1 and a flat latent action."""
         patches = self.net.patches(pixels)
-        return self.net.decode(patches, latent, self.net.bias(patches))
+        return self._decode(pixels, patches, latent, self.net.bias(patches))
+
+    def _decode(self, pixels: Tensor, patches: Tensor, latent: Tensor, bias: Tensor) -> Tensor:
+        decoded = self.net.decode(patches, latent, bias)
+        return pixels[:, 0] + decoded if self.config.residual else decoded
 
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the squared error of the second frame, 0..1 scale, plus the bottleneck loss."""
         pixels = self._pixels(clip.frames[:, -2:])
         patches = self.net.patches(pixels)
         bias = self.net.bias(patches)
-        latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(patches, bias)))
+        gain = self.config.difference_gain != 1
+        seen = self.net.patches(self._amplified(pixels)) if gain else patches
+        latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(seen, bias)))
         first = patches[:, :1].detach() if self.config.compat else patches[:, :1]
-        recon = F.mse_loss(self.net.decode(first, latent.vectors, bias).float(), pixels[:, 1])
+        now, target = pixels.unbind(1)
+        predicted = self._decode(pixels, first, latent.vectors, bias)
+        recon = pixel_error(predicted, now, target, self.config.motion_weight, self.config.motion_dilation)
         return recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
 
     def _deltas(self, windows: UInt8[Tensor, "n 2 c h w"]) -> Iterator[Float[Tensor, "m f"]]:
         """Yield the input of the bottleneck in chunks of pairs."""
-        if self.config.compat:  # the second frame's tokens depend on the first frame
-            for chunk in windows.split(_CHUNK // 2):
-                patches = self.net.patches(self._pixels(chunk))
+        chunks = self._chunk(windows.device)
+        if self.config.compat or self.config.difference_gain != 1:
+            for chunk in windows.split(chunks // 2):  # the second frame's tokens depend on the first frame
+                patches = self.net.patches(self._amplified(self._pixels(chunk)))
                 yield self.net.delta(self.net.spatial_tokens(patches, self.net.bias(patches)))
             return
         frames, index = _distinct(windows.flatten(0, 1))
         tokens = []
-        for chunk in frames.split(_CHUNK):
+        for chunk in frames.split(chunks):
             patches = self.net.patches(self._pixels(chunk.unsqueeze(1)))
             tokens.append(self.net.spatial_tokens(patches, self.net.bias(patches))[:, 0])
         all_tokens = torch.cat(tokens)
-        for pair in index.view(-1, 2).split(_CHUNK // 2):
+        for pair in index.view(-1, 2).split(chunks // 2):
             yield self.net.delta(all_tokens[pair])
+
+    def _chunk(self, device: torch.device) -> int:
+        """Return how many frames to encode together: more of a small model, and on an accelerator."""
+        numbers = (self.config.size // self.config.patch) ** 2 * self.config.dim
+        return _CHUNK * max(1, 2**16 // numbers) * (1 if device.type == "cpu" else 16)
+
+    def _amplified(self, pixels: Float[Tensor, "b 2 c y x"]) -> Float[Tensor, "b 2 c y x"]:
+        """Return pairs of frames with the change of the second one amplified, for the encoder."""
+        first, second = pixels.unbind(1)
+        return torch.stack([first, first + self.config.difference_gain * (second - first)], dim=1)
 
     def _pixels(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "b t c y x"]:
         """Return frames in 0..1 at the model's size, resized by PIL as in LAPA's preprocessing."""
