@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import PolicySpec, Target
 from latentact.policies.network import NetworkConfig
+from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace
 
 IMAGE = gymnasium.spaces.Box(0, 255, (32, 32, 3), np.uint8)

@@ -14,11 +14,12 @@ from latentact.data.samples import PolicyBatch, PolicySamples, count_words, voca
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
 from latentact.policies.check import check_policy, random_batch
-from latentact.policies.contract import POLICIES, Policy, PolicySpec, Target
+from latentact.policies.contract import POLICIES, Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig, NetworkPolicy
+from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace, LatentActionSpec
 
 DISCRETE, CONTINUOUS = ActionSpace(kind="discrete", size=4), ActionSpace(kind="continuous", size=2)

@@ -10,10 +10,11 @@ from gymnasium.spaces import Dict, Discrete, MultiDiscrete
 
 from conftest import cli, write_blocks
 from latentact.guidance.guide import Guide
-from latentact.policies.contract import Policy, PolicySpec, Target
+from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
+from latentact.policies.spec import PolicySpec, Target
 from latentact.stages import collect as collecting
 from latentact.stages import rollout as rolling
 from latentact.types import ActionSpace, LatentActionSpec

@@ -19,11 +19,12 @@ from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.inference import Guide, LatentGuidedInference
 from latentact.io.video_writer import write_video
 from latentact.lams.models.lapo import LapoConfig
-from latentact.policies.contract import Policy, PolicySpec, Target
+from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
+from latentact.policies.spec import PolicySpec, Target
 from latentact.quantizers.none import WhitenedConfig
 from latentact.robots import setup
 from latentact.types import ActionSpace

@@ -23,11 +23,11 @@ from latentact.envs import adapt
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import PolicySpec, Target
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
+from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace, LatentActionSpec
 from toy_lerobot import write_demonstrations
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from latentact.policies.contract import POLICIES, Policy, Targets, latent_action_target, robot_action_target
+from latentact.policies.contract import POLICIES, Policy
+from latentact.policies.spec import Targets, latent_action_target, robot_action_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ class Transformer(Policy):
 '''
 CHECK = """
 from latentact import check_policy
-from latentact.policies.contract import POLICIES, PolicySpec, Target
+from latentact.policies.contract import POLICIES
+from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace
 
 config = POLICIES.get("outside")(column="action")

@@ -16,9 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from conftest import cli
 from latentact import Policy
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import PolicySpec, Target
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
+from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace
 from toy_lerobot import write_demonstrations, write_lam
 

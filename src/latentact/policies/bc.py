@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from latentact.policies.contract import POLICIES, PolicySpec, Targets, robot_action_target
+from latentact.policies.contract import POLICIES
 from latentact.policies.network import NetworkConfig, NetworkPolicy
+from latentact.policies.spec import PolicySpec, Targets, robot_action_target
 from latentact.types import ActionSpace, LatentActionSpec
 
 

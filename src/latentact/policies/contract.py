@@ -8,9 +8,9 @@ loss, actions, grounding and checkpoints. `check_policy` checks a module against
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from latentact.config import from_dict, to_dict
 from latentact.data.samples import PolicyBatch
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError
 from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.io.hub import push_folder, resolve_folder
 from latentact.io.records import naming
@@ -35,127 +35,9 @@ from latentact.io.tensors import (
 )
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.lerobot_files import config_entries, processor_files
+from latentact.policies.spec import PolicySpec, Targets
 from latentact.registry import Registry
 from latentact.types import ActionSpace, LatentActionSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a policy predicts per step: `num_tokens` choices among `size` classes, or `size` numbers."""
-
-    RENAMED: ClassVar = {"groups": "num_tokens"}
-
-    kind: Literal["classes", "continuous"]
-    """classes or continuous."""
-    size: int
-    """Classes per choice, or numbers."""
-    num_tokens: int = 1
-    """Choices per step; 1 for continuous targets."""
-
-    @property
-    def outputs(self) -> int:
-        """Outputs of the network per step."""
-        return self.size * self.num_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuideSpec:
-    """The part of a demonstration's LAM tokens that a guided policy is conditioned on at each step."""
-
-    offsets: tuple[int, ...]
-    """Steps ahead whose tokens are given; 0 is the transition that starts now."""
-    size: int
-    """Numbers of one step's tokens, k x d."""
-    tokens: Literal["continuous", "vectors"] = "continuous"
-    """continuous: before the quantizer; vectors: after it."""
-    dropout: float = 0.0
-    """Fraction of training samples whose guide is hidden, so that the policy also acts without one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """What a policy learns from."""
-
-    column: Literal["action", "continuous", "vectors", "codes"]
-    """`action`: robot actions, or an inverse dynamics model's; others: that form of the latent actions."""
-    target: Target
-    """What the network predicts."""
-    guide: GuideSpec | None = None
-    """LAM tokens that the policy is conditioned on; None: not conditioned."""
-
-    @property
-    def latent(self) -> bool:
-        """Whether the targets are latent actions, so that the policy needs grounding to act."""
-        return self.column != "action"
-
-
-def robot_action_target(actions: ActionSpace | None, kind: str) -> Target:
-    """Return the target of a policy that predicts robot actions.
-
-    Raises:
-        UserError: the data has none.
-    """
-    if actions is None:
-        raise UserError(
-            f"policy={kind} learns from robot actions, but the data has none; give labels=DIR with "
-            f"policy=latent."
-        )
-    return Target(kind="classes" if actions.discrete else "continuous", size=actions.size)
-
-
-def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str) -> Target:
-    """Return the target of a policy that predicts latent actions.
-
-    Args:
-        latent: what the latent actions mean; None without labels.
-        column: continuous, vectors or codes.
-        kind: registered name of the policy, for messages.
-
-    Raises:
-        UserError: there are no labels, or they have no codes.
-    """
-    if latent is None:
-        raise UserError(f"policy={kind} learns from latent actions; give labels=DIR.")
-    if column != "codes":
-        return Target(kind="continuous", size=latent.tokens * latent.token_dim)
-    if latent.codebook_size is None:
-        raise UserError(
-            f"policy.target is codes, but the labels of {latent.model} have none; use policy.target=vectors."
-        )
-    return Target(kind="classes", size=latent.codebook_size, num_tokens=latent.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicySpec:
-    """What a policy was trained for; saved with it."""
-
-    resolution: int
-    """Height and width in pixels."""
-    channels: int = 3
-    """Channels of a frame."""
-    state_size: int = 0
-    """Numbers of the robot state, 0 where there is none."""
-    words: tuple[str, ...] = ()
-    """Vocabulary of the task text."""
-    target: Target
-    """What the network predicts."""
-    action_space: ActionSpace | None = None
-    """Robot actions that the policy outputs; None before grounding."""
-    stride: int = 1
-    """Environment steps per predicted target."""
-    fps: float = 0.0
-    """Environment steps per second."""
-    camera: str = ""
-    """Camera key of the training data."""
-    guide: GuideSpec | None = None
-    """LAM tokens of a demonstration that the policy is conditioned on; None: not conditioned."""
-
-    def __post_init__(self) -> None:
-        """Validate the configuration."""
-        require_between("spec.resolution", self.resolution, 1, 1 << 14)
-        require_between("spec.state_size", self.state_size, 0, 1 << 20)
-        require_between("spec.stride", self.stride, 1, 1 << 14)
-        require_between("spec.fps", self.fps, 0, 1e6)
 
 
 @runtime_checkable

@@ -12,8 +12,9 @@ from typing import Literal
 
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import POLICIES, GuideSpec, PolicySpec, Targets, robot_action_target
+from latentact.policies.contract import POLICIES
 from latentact.policies.network import NetworkConfig, NetworkPolicy
+from latentact.policies.spec import GuideSpec, PolicySpec, Targets, robot_action_target
 from latentact.types import ActionSpace, LatentActionSpec
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
-from latentact.policies.contract import POLICIES, PolicySpec, Targets, latent_action_target
+from latentact.policies.contract import POLICIES
 from latentact.policies.network import NetworkConfig, NetworkPolicy
+from latentact.policies.spec import PolicySpec, Targets, latent_action_target
 from latentact.types import ActionSpace, LatentActionSpec
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from latentact.errors import UserError, require_between
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
-from latentact.policies.contract import Policy, PolicyConfig, PolicySpec
+from latentact.policies.contract import Policy, PolicyConfig
+from latentact.policies.spec import PolicySpec
 from latentact.types import LatentActionSpec
 
 

@@ -18,7 +18,8 @@ from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
-from latentact.policies.contract import POLICIES, PolicySpec
+from latentact.policies.contract import POLICIES
+from latentact.policies.spec import PolicySpec
 from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder

@@ -17,7 +17,8 @@ from latentact.errors import UserError
 from latentact.policies.lerobot_files import NORMALIZATION, TYPE
 
 if TYPE_CHECKING:
-    from latentact.policies.contract import Policy, PolicySpec
+    from latentact.policies.contract import Policy
+    from latentact.policies.spec import PolicySpec
 
 
 @PreTrainedConfig.register_subclass(TYPE)
@@ -70,8 +71,9 @@ class LatentactConfig(PreTrainedConfig):
             UserError: the settings are not those of a policy.
         """
         from latentact.config import from_dict
-        from latentact.policies.contract import POLICIES, PolicySpec
+        from latentact.policies.contract import POLICIES
         from latentact.policies.decoder import DecoderConfig
+        from latentact.policies.spec import PolicySpec
         from latentact.types import LatentActionSpec
 
         self.validate_features()
