@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -18,6 +18,13 @@ def require_between(name: str, value: int | float | None, low: int | float, high
     """Raise a UserError unless `value` is None or between `low` and `high`; NaN is rejected."""
     if value is not None and not low <= value <= high:
         raise UserError(f"{name} must be between {low:.10g} and {high:.10g}, got {value}.")
+
+
+def require_one_of(name: str, value: object, known: Collection[str]) -> None:
+    """Raise a UserError unless `value` is one of a few names."""
+    if value not in known:
+        *others, last = known
+        raise UserError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

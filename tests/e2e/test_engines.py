@@ -139,7 +139,7 @@ def test_torchrun_without_a_launcher_is_one_sentence(label):
     )
     done = cli(*label, "--engine", "rayy")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown --engine 'rayy'; did you mean 'ray'?")
+    assert done.stderr.startswith("error: --engine must be local, torchrun or ray, got 'rayy'.")
     done = cli(*label, "--ray-actors", "2")
     assert done.returncode == 2
     assert "need --engine ray, got local" in done.stderr

@@ -342,7 +342,7 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--fps", "5"),
             "--time-base hold would skip some",
         ),
-        (("--mode", "dream", "--latents-path", "a"), "unknown mode 'dream'"),
+        (("--mode", "dream", "--latents-path", "a"), "got 'dream'"),
     ],
 )
 def test_invalid_input_is_one_sentence(made, tmp_path, arguments, message):

@@ -199,7 +199,7 @@ def test_lerobot_train_is_the_same_training_and_resumes(world: Path, trained: Pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--policy", "act"), "--policy must be one of lam_diffusion, lam_act"),
+        (("--policy", "act"), "--policy must be lam_diffusion or lam_act, got 'act'"),
         (("--num-epochs", "0"), "--num-epochs must be between 1"),
         (("--policy-override", "lam_dropout"), "--policy-override must be KEY=VALUE"),
         (("--policy-override", "lam_dropuot=0.1"), "does not take these settings"),

@@ -93,7 +93,7 @@ def test_a_users_folder_has_experiments_data_and_clusters_of_its_own(tmp_path):
         (["cluster=slurm", "cluster.compute.num_nodes=0"], "num_nodes must be between 1 and 4096, got 0"),
         (
             ["cluster=slurm", "cluster.container.runtime=podman"],
-            r"unknown cluster.container.runtime 'podman'",
+            r"cluster.container.runtime must be .* got 'podman'",
         ),
         (["cluster=slurm", "cluster.container.runtime=apptainer"], "needs both runtime and image"),
         (["lam=3"], "unknown lam '3'"),

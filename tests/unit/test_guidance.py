@@ -259,7 +259,7 @@ def test_resample_by_hand():
     ]  # never between codes
     with pytest.raises(UserError, match="needs codes, but the guide of lapo has none"):
         sample_tokens(line, np.zeros(1), "codes")
-    with pytest.raises(UserError, match="unknown time base 'hole'; did you mean 'hold'"):
+    with pytest.raises(UserError, match="time_base must be hold or resample, got 'hole'"):
         align_to_rate(line, 10.0, "hole")
 
 

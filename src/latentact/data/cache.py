@@ -31,7 +31,7 @@ from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Source, open_source
 from latentact.data.locate import resolve_dataset
 from latentact.data.time_base import valid_transitions
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.types import KERNELS, ActionSpace
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ class DataConfig:
                 f"target_fps must be 0 or between {1 / _MAX_FPS:g} and {_MAX_FPS} frames per second, got "
                 f"{self.target_fps:g}."
             )
-        if self.resize not in KERNELS:
-            raise UserError(f"unknown resize {self.resize!r}{did_you_mean(self.resize, KERNELS)}")
+        require_one_of("resize", self.resize, KERNELS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.registry import Registry
 from latentact.types import ActionSpace
 
@@ -160,8 +160,7 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
 
 def _suite(name: str, view: str) -> tuple[Suite, str]:
     """Return the suite of an environment and its name in the suite."""
-    if view not in VIEWS:
-        raise UserError(f"unknown view {view!r}{did_you_mean(view, VIEWS)}")
+    require_one_of("view", view, VIEWS)
     name = ALIASES.get(name, name)
     prefix = name.partition("/")[0]
     suite = ENVS.get(prefix if prefix in ENVS.names() else "gymnasium")()

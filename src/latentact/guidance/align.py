@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from latentact.data.time_base import rates_agree
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.guidance.guide import Guide
 
 TIME_BASES = ("hold", "resample")
@@ -26,8 +26,7 @@ def align_to_rate(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarra
     Raises:
         UserError: a rate is unknown, or `hold` would skip latent actions.
     """
-    if time_base not in TIME_BASES:
-        raise UserError(f"unknown time base {time_base!r}{did_you_mean(time_base, TIME_BASES)}")
+    require_one_of("time_base", time_base, TIME_BASES)
     if not guide.fps or not fps:
         which = "the guide" if not guide.fps else "the control loop"
         raise UserError(f"the rate of {which} is unknown. Give --target-fps for a guide, --fps for control.")

@@ -28,7 +28,7 @@ from latentact.data.digest import blake2b
 from latentact.data.latents import LatentSequence
 from latentact.data.stream import FrameStream
 from latentact.device import supports_int8
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.io.arrays import load_npy
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, read_record
@@ -93,10 +93,7 @@ class EncodeOptions:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}.")
         if self.workers < 0:
             raise UserError(f"--num-workers must be at least 0, got {self.workers}.")
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"unknown --precision {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}"
-            )
+        require_one_of("--precision", self.precision, PRECISIONS)
         if self.precision == "int8" and not supports_int8(self.device):
             raise UserError(
                 f"--precision must not be int8 on this {self.device}, which has no VNNI. Use auto."

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.lams.contract import LatentActionModel
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.impala import Impala
@@ -45,8 +45,7 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.kind not in KINDS:
-            raise UserError(f"lam.target.kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        require_one_of("lam.target.kind", self.kind, KINDS)
         if (self.kind == "frozen_features") != bool(self.backbone):
             raise UserError(
                 f"lam.target.backbone must be set for frozen_features, such as timm/resnet18, and empty "

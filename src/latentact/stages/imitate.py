@@ -23,7 +23,7 @@ from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges
 from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
 from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.guidance.align import TIME_BASES, latent_agreement
 from latentact.guidance.extractor import LatentActionExtractor, video_frames
 from latentact.guidance.guide import Guide
@@ -91,8 +91,7 @@ class ImitateConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.mode not in MODES:
-            raise UserError(f"unknown mode {self.mode!r}{did_you_mean(self.mode, MODES)}")
+        require_one_of("--mode", self.mode, MODES)
         if bool(self.video_path) == bool(self.latents_path):
             raise UserError("give either --video-path of the demonstration or --latents-path of its guide.")
         if self.video_path and not self.lam_model_path:

@@ -14,7 +14,7 @@ from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
 from latentact.data.stream import FrameStream
 from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.io.records import read_record
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.labeling.engines.ray import Ray
@@ -58,8 +58,7 @@ class LabelConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.engine not in ENGINES:
-            raise UserError(f"unknown --engine {self.engine!r}{did_you_mean(self.engine, ENGINES)}")
+        require_one_of("--engine", self.engine, ENGINES)
         if self.engine != "ray" and (self.ray_address or self.ray_actors):
             raise UserError(f"--ray-address and --ray-actors need --engine ray, got {self.engine}. Add it.")
 

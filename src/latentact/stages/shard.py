@@ -39,7 +39,7 @@ from latentact.data.tars import (
     file_sha256,
     write_record,
 )
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import disk_full, read_object, write_json
 from latentact.io.records import read_record
 from latentact.progress import Progress
@@ -85,8 +85,7 @@ class ShardConfig:
         """Validate the configuration."""
         check_bounds(self)
         for name, value, choices in (("--codec", self.codec, CODECS), ("--cuts", self.cuts, CUTS)):
-            if value not in choices:
-                raise UserError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}.")
+            require_one_of(name, value, choices)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from latentact.config import BatchSize, Between, Count, OneOf, Seed, Workers, ch
 from latentact.data.latents import read_token_file
 from latentact.data.locate import local_dataset
 from latentact.device import require_device
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import write_json
 from latentact.progress import Progress
 from latentact.training.lerobot import (
@@ -68,8 +68,7 @@ class TrainWithTokensConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.policy not in POLICIES:
-            raise UserError(f"--policy must be one of {', '.join(POLICIES)}, got {self.policy!r}.")
+        require_one_of("--policy", self.policy, POLICIES)
         check_bounds(self)
         for setting in self.overrides:
             if "=" not in setting:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from latentact.device import memory_bytes, require_device, supports_bf16
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError, require_between, require_one_of
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -94,14 +94,8 @@ class TrainingConfig:
             require_between(f"training.{name}", getattr(self, name), low, high)
         if not self.lr:
             raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
-        if self.precision not in PRECISIONS:
-            raise UserError(
-                f"training.precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}."
-            )
-        if self.strategy not in STRATEGIES:
-            raise UserError(
-                f"training.strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}."
-            )
+        require_one_of("training.precision", self.precision, PRECISIONS)
+        require_one_of("training.strategy", self.strategy, STRATEGIES)
         slices = self.accumulate * self.devices * self.num_nodes
         if self.batch_size % slices:
             raise UserError(

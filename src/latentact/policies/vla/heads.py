@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from latentact.config import Between, OneOf, check_bounds
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.types import ActionSpace
 
 KINDS = ("chunk", "bins", "flow")
@@ -43,8 +43,7 @@ class ActionHeadConfig:
     def __post_init__(self) -> None:
         """Validate the configuration."""
         check_bounds(self)
-        if self.kind not in KINDS:
-            raise UserError(f"head.kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+        require_one_of("head.kind", self.kind, KINDS)
         if self.n_action_steps > self.chunk_size:
             raise UserError(
                 f"head.n_action_steps must be at most head.chunk_size ({self.chunk_size}), got "

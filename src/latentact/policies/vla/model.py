@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.config import Between, OneOf, check_bounds, from_dict, to_dict
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.io.hub import resolve_folder
 from latentact.io.records import naming
@@ -71,8 +71,7 @@ class VlaConfig:
     def __post_init__(self) -> None:
         """Validate the configuration."""
         check_bounds(self)
-        if self.regression not in ("l1", "mse"):
-            raise UserError(f"model.regression must be l1 or mse, got {self.regression!r}.")
+        require_one_of("model.regression", self.regression, ("l1", "mse"))
         if not self.vlm:
             raise UserError("model.vlm must be tiny, a folder or a hub id, got an empty name.")
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from latentact.composition import job_settings
 from latentact.config import Between, Count, Limit, OneOf, check_bounds
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import atomic_write, write_json
 from latentact.io.records import Record, read_record
 from latentact.preemption import EXIT_CODE, MARK
@@ -64,10 +64,7 @@ class ContainerConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.runtime not in RUNTIMES:
-            raise UserError(
-                f"unknown cluster.container.runtime {self.runtime!r}{did_you_mean(self.runtime, RUNTIMES)}"
-            )
+        require_one_of("cluster.container.runtime", self.runtime, RUNTIMES)
         if (self.runtime == "none") != (not self.image):
             raise UserError(
                 f"cluster.container needs both runtime and image, got {self.runtime!r} and {self.image!r}."
