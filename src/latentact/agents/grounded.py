@@ -11,6 +11,7 @@ from jaxtyping import Float32, Shaped
 from latentact.agents.agent import AgentSpec, LatentInput, select_state, to_env_actions
 from latentact.errors import UserError
 from latentact.policies.contract import Policy
+from latentact.policies.selection import Choose, greedy
 
 
 class DecoderAgent:
@@ -19,13 +20,15 @@ class DecoderAgent:
     Args:
         policy: a grounded latent policy.
         device: where it is.
+        choose: takes a class of a discrete action.
     """
 
-    def __init__(self, policy: Policy, device: str = "cpu") -> None:
+    def __init__(self, policy: Policy, device: str = "cpu", choose: Choose = greedy) -> None:
         assert policy.decoder is not None
         assert policy.latent is not None
         assert policy.spec.action_space is not None
         self._policy, self._decoder, self._device = policy.eval(), policy.decoder, device
+        self._choose = choose
         self.spec = AgentSpec(
             action_space=policy.spec.action_space,
             state_size=policy.spec.state_size if policy.decoder.config.use_state else 0,
@@ -75,5 +78,5 @@ class DecoderAgent:
                 "smaller learning rate."
             )
         space = self.spec.action_space
-        chosen = scores.argmax(-1) if space.discrete else self._decoder.unnormalize(scores)
+        chosen = self._choose(scores) if space.discrete else self._decoder.unnormalize(scores)
         return to_env_actions(space, chosen.numpy(force=True))

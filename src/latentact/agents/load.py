@@ -14,10 +14,13 @@ from latentact.io.atomic import read_json
 from latentact.io.hub import resolve_folder
 from latentact.policies.contract import Policy
 from latentact.policies.lerobot_files import TYPE, VLA_TYPE
+from latentact.policies.selection import Choose, greedy
 from latentact.policies.vla.model import Vla
 
 
-def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) -> Agent:
+def load_agent(
+    where: str | Path, device: str = "cpu", *, guided: bool = False, choose: Choose = greedy
+) -> Agent:
     """Load a policy of any kind: ours, or any LeRobot policy.
 
     Args:
@@ -25,6 +28,7 @@ def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) 
         device: cpu, cuda or mps.
         guided: whether the agent follows given latent actions. Of a grounded latent policy the decoder alone
             acts then, instead of its own prediction of the latent action.
+        choose: takes a class of a discrete action; other LeRobot policies choose themselves.
 
     Raises:
         UserError: it is missing, damaged or not grounded, or it is to be guided and is not conditioned on
@@ -38,15 +42,15 @@ def load_agent(where: str | Path, device: str = "cpu", *, guided: bool = False) 
     if isinstance(values, dict) and "vla" in values:
         if guided:
             raise UserError(f"{where} is not conditioned on latent actions. Run it without a guide.")
-        return VlaAgent(Vla.from_pretrained(folder, device), device)
+        return VlaAgent(Vla.from_pretrained(folder, device), device, choose)
     policy = Policy.from_pretrained(folder, device)
     if policy.spec.action_space is None:
         raise UserError(f"{where} predicts latent actions. Ground it first: latentact ground --help.")
     if not guided or policy.spec.guide is not None:
-        return PolicyAgent(policy, device)
+        return PolicyAgent(policy, device, choose=choose)
     if policy.latent is None or policy.decoder is None:
         raise UserError(
             f"{where} is not conditioned on latent actions. Give a grounded latent policy, one of "
             "policy=guided, or lam_diffusion or lam_act."
         )
-    return DecoderAgent(policy, device)
+    return DecoderAgent(policy, device, choose)

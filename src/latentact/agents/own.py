@@ -21,6 +21,7 @@ from latentact.agents.agent import (
 from latentact.data.samples import PolicyBatch, count_words
 from latentact.errors import UserError
 from latentact.policies.contract import Policy
+from latentact.policies.selection import Choose, greedy
 
 
 class PolicyAgent:
@@ -30,14 +31,17 @@ class PolicyAgent:
         policy: the policy.
         device: where to run it.
         autocast: whether to run it in bf16.
+        choose: takes a class of a discrete action.
 
     Raises:
         UserError: the policy predicts latent actions and is not grounded.
     """
 
-    def __init__(self, policy: Policy, device: str = "cpu", autocast: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, device: str = "cpu", autocast: bool = False, choose: Choose = greedy
+    ) -> None:
         self.policy = policy.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device, self.autocast = device, autocast
+        self.device, self.autocast, self._choose = device, autocast, choose
         self.spec = agent_spec(policy)
         self.reset(0)
 
@@ -58,7 +62,7 @@ class PolicyAgent:
         if self._chunk is None or self._used == network.n_action_steps * spec.stride:
             batch = self._batch(observation, latent).to(self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-                actions = self.policy.actions(batch)
+                actions = self.policy.actions(batch, self._choose)
             self._chunk, self._used = to_env_actions(self.spec.action_space, actions), 0
         self._used += 1
         return self._chunk[:, self._used - 1]

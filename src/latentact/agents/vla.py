@@ -10,6 +10,7 @@ from jaxtyping import Float32, Shaped
 
 from latentact.agents.agent import TASK, AgentSpec, select_image, select_state, to_env_actions
 from latentact.errors import UserError
+from latentact.policies.selection import Choose, greedy
 from latentact.policies.vla.model import Vla
 
 
@@ -19,16 +20,18 @@ class VlaAgent:
     Args:
         model: the model.
         device: where to run it.
+        choose: takes a class of a discrete action.
 
     Raises:
         UserError: it predicts latent actions only.
     """
 
-    def __init__(self, model: Vla, device: str = "cpu") -> None:
+    def __init__(self, model: Vla, device: str = "cpu", choose: Choose = greedy) -> None:
         spec = model.spec
         if spec.action_space is None or model.head is None:
             raise UserError("the model predicts latent actions. Fine-tune it: latentact finetune-vla --help.")
         self.model, self.device, self._steps = model.eval().to(device), device, model.head.n_action_steps
+        self._choose = choose
         self.spec = AgentSpec(
             action_space=spec.action_space,
             cameras=(spec.camera,),
@@ -57,5 +60,5 @@ class VlaAgent:
         if size := self.spec.state_size:
             state = torch.from_numpy(select_state(observation, size)).to(self.device)
         inputs = self.model.ask(frames, list(observation[TASK]))
-        actions = self.model.actions({k: v.to(self.device) for k, v in inputs.items()}, state)
+        actions = self.model.actions({k: v.to(self.device) for k, v in inputs.items()}, state, self._choose)
         return to_env_actions(self.spec.action_space, actions.numpy(force=True))

@@ -35,6 +35,7 @@ from latentact.io.tensors import (
 )
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.lerobot_files import config_entries, processor_files
+from latentact.policies.selection import Choose, greedy
 from latentact.policies.spec import PolicySpec, Targets
 from latentact.registry import Registry
 from latentact.types import ActionSpace, LatentActionSpec
@@ -294,8 +295,8 @@ class Policy(nn.Module, ABC):
         return self.decoder(self.decoder_input(out), state)
 
     @torch.no_grad()
-    def actions(self, batch: PolicyBatch) -> np.ndarray:
-        """Return robot actions: classes, int64 ``[b, l]``, or float32 ``[b, l, a]``.
+    def actions(self, batch: PolicyBatch, choose: Choose = greedy) -> np.ndarray:
+        """Return robot actions: classes that `choose` takes, int64 ``[b, l]``, or float32 ``[b, l, a]``.
 
         Raises:
             UserError: it is not grounded, or its outputs are not finite.
@@ -310,7 +311,7 @@ class Policy(nn.Module, ABC):
                 "smaller learning rate."
             )
         if space.discrete:
-            return scores.argmax(-1).numpy(force=True)
+            return choose(scores).numpy(force=True)
         if self.decoder is not None:
             return self.decoder.unnormalize(scores).float().numpy(force=True)
         return (scores * self.std + self.mean).float().numpy(force=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,10 @@ from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import ENVS, VIEWS, env_spec
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.evaluation.policy.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
 from latentact.io.atomic import read_object
+from latentact.policies.selection import SELECTIONS, Selection, Temperature, selector
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,18 @@ class RolloutConfig:
     one (`max_episode_steps` None)."""
     record: Limit = 3
     """Number of episodes whose video is written."""
+    action_selection: Selection = "greedy"
+    """Discrete actions of our policies: greedy takes the most likely one, sample draws one by its
+    probability."""
+    temperature: Temperature = 1.0
+    """sample: temperature of the softmax; below 1, likely actions are drawn more often."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        require_one_of("--action-selection", self.action_selection, SELECTIONS)
+        require_between("--temperature", self.temperature, 1e-3, 1e3)
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps, record=self.record)
 
 
@@ -64,11 +72,12 @@ def run(config: RolloutConfig) -> dict[str, Any]:
     settings = asdict(config)
     if (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")
-        if found.get("config") != settings:
+        if _with_defaults(found.get("config")) != settings:
             raise UserError(f"{out} holds another rollout. Give another --out, or delete the folder.")
         return found
     require_device(config.device)
-    agent = load_agent(config.policy, config.device)
+    choose = selector(config.action_selection, config.temperature)
+    agent = load_agent(config.policy, config.device, choose=choose)
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
     check_compatible(
@@ -79,7 +88,7 @@ def run(config: RolloutConfig) -> dict[str, Any]:
         channels=agent.spec.channels,
         state_size=agent.spec.state_size,
     )
-    torch.manual_seed(config.seed)  # diffusion policies sample noise
+    torch.manual_seed(config.seed)  # diffusion policies and action_selection=sample draw numbers
     try:
         result = rollout(
             agent,
@@ -101,6 +110,13 @@ def run(config: RolloutConfig) -> dict[str, Any]:
     written = read_object(out / "rollout.json")
     log.info("%s: %s", config.env, summary(written))
     return written
+
+
+def _with_defaults(settings: Any) -> Any:
+    """Return the settings of a rollout, those that an earlier release did not have at their defaults."""
+    if not isinstance(settings, dict):
+        return settings
+    return {f.name: f.default for f in fields(RolloutConfig) if f.default is not MISSING} | settings
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from latentact.config import Between, OneOf, check_bounds
 from latentact.errors import UserError, require_one_of
+from latentact.policies.selection import Choose, greedy
 from latentact.types import ActionSpace
 
 KINDS = ("chunk", "bins", "flow")
@@ -88,8 +89,8 @@ class ActionHead(nn.Module, ABC):
         """Return the mean loss over unmasked steps; actions are classes or numbers in the robot's units."""
 
     @abstractmethod
-    def actions(self, hidden: Float[Tensor, "b l h"]) -> Shaped[Tensor, "b l *a"]:
-        """Return classes, or numbers in the robot's units."""
+    def actions(self, hidden: Float[Tensor, "b l h"], choose: Choose = greedy) -> Shaped[Tensor, "b l *a"]:
+        """Return classes that `choose` takes, or numbers in the robot's units."""
 
     def normal(self, actions: Tensor) -> Tensor:
         """Return continuous actions at zero mean and unit variance."""
@@ -114,10 +115,10 @@ class ChunkHead(ActionHead):
             each = (out - self.normal(actions)).abs().mean(2)
         return _mean(each, mask)
 
-    def actions(self, hidden: Tensor) -> Tensor:
-        """Return the most likely classes, or the regressed numbers."""
+    def actions(self, hidden: Tensor, choose: Choose = greedy) -> Tensor:
+        """Return the chosen classes, or the regressed numbers."""
         out = self.net(hidden).float()
-        return out.argmax(-1) if self.space.discrete else out * self.std + self.mean
+        return choose(out) if self.space.discrete else out * self.std + self.mean
 
 
 class BinsHead(ActionHead):
@@ -145,7 +146,7 @@ class BinsHead(ActionHead):
         each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
         return _mean(each.view(actions.shape).mean(2), mask)
 
-    def actions(self, hidden: Tensor) -> Tensor:
+    def actions(self, hidden: Tensor, choose: Choose = greedy) -> Tensor:
         """Return the middle of the most likely bin of each number."""
         chosen = self.net(hidden).unflatten(-1, (self.space.size, self.config.bins)).argmax(-1)
         middles = (self.edges[:, 1:] + self.edges[:, :-1]) / 2
@@ -174,7 +175,7 @@ class FlowHead(ActionHead):
         mixed = time[:, None, None] * noise + (1 - time[:, None, None]) * target
         return _mean((self._velocity(hidden, mixed, time) - (noise - target)).square().mean(2), mask)
 
-    def actions(self, hidden: Tensor) -> Tensor:
+    def actions(self, hidden: Tensor, choose: Choose = greedy) -> Tensor:
         """Return actions integrated from noise at time 1 to time 0; the same noise for every sample."""
         steps, shape = self.config.flow_steps, (1, self.config.chunk_size, self.space.size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -26,6 +26,7 @@ from latentact.io.records import naming
 from latentact.io.specs import load_spec
 from latentact.io.tensors import WEIGHTS, load_tensors, load_weights, save_tensors
 from latentact.policies.lerobot_files import VLA_TYPE, config_entries, processor_files
+from latentact.policies.selection import Choose, greedy
 from latentact.policies.vla.backbone import (
     add_lora,
     append,
@@ -287,15 +288,17 @@ class Vla(nn.Module):
         return codes
 
     @torch.no_grad()
-    def actions(self, inputs: dict[str, Tensor], state: Tensor | None) -> Shaped[Tensor, "b l *a"]:
-        """Return a chunk of robot actions: classes, or numbers in the robot's units.
+    def actions(
+        self, inputs: dict[str, Tensor], state: Tensor | None, choose: Choose = greedy
+    ) -> Shaped[Tensor, "b l *a"]:
+        """Return a chunk of robot actions: classes that `choose` takes, or numbers in the robot's units.
 
         Raises:
             UserError: the model has no action head, or its outputs are not finite.
         """
         if self.own.actions is None:
             raise UserError("the model predicts latent actions. Fine-tune it: latentact finetune-vla --help.")
-        actions = self.own.actions.actions(self._action_hidden(inputs, state))
+        actions = self.own.actions.actions(self._action_hidden(inputs, state), choose)
         if not actions.isfinite().all():
             raise UserError(
                 "the actions of the model must be finite, got NaN or infinity. Train it again, with a "
