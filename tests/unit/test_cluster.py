@@ -53,6 +53,7 @@ def test_the_full_laq_has_the_published_settings():
     training = config.training
     assert (training.steps, training.batch_size, training.lr, training.grad_clip) == (100_005, 64, 1e-4, 0.5)
     assert (training.weight_decay, training.warmup_steps, training.final_lr_factor) == (0, 0, 1)
+    assert training.betas == plain.training.betas == (0.9, 0.99)
     assert (config.data.resolution, config.frame_gap_s) == (256, 0.6)
     assert config.lam == plain.lam
 

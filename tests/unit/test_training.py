@@ -107,6 +107,15 @@ def test_undisturbed_run(tmp_path):
     assert not equal(model, Noisy())
 
 
+def test_betas_are_those_of_the_optimizer(tmp_path):
+    quick = {"steps": 3, "batch_size": 4}
+    plain = train(tmp_path / "a", **quick)
+    assert equal(plain, train(tmp_path / "b", **quick, betas=(0.9, 0.999)))
+    assert not equal(plain, train(tmp_path / "c", **quick, betas=(0.9, 0.99)))
+    with pytest.raises(UserError, match=r"training\.betas must be two numbers"):
+        TrainingConfig(betas=(0.9, 1.0))
+
+
 @pytest.mark.parametrize("kill_at", [2, 5, 7, 11])
 def test_resumed_run_ends_with_the_same_weights(kill_at, tmp_path):
     whole = train(tmp_path / "whole")

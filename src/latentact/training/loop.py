@@ -193,7 +193,7 @@ class _Module(pl.LightningModule):
 
         fused = c.precision != "16-mixed"  # whose loss scale a fused step undoes only after clipping
         groups = _parameter_groups(self.trained, c)
-        optimizer = torch.optim.AdamW(groups, c.lr, weight_decay=c.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, c.lr, c.betas, weight_decay=c.weight_decay, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -54,6 +54,8 @@ class TrainingConfig:
     memory, the same batches. Where a loss averages over valid elements, each slice averages over its own."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of its averages of gradients and of their squares."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     grad_clip: float = 2.0
@@ -92,6 +94,10 @@ class TrainingConfig:
         """Validate the configuration."""
         for name, (low, high) in RANGES.items():
             require_between(f"training.{name}", getattr(self, name), low, high)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"training.betas must be two numbers of at least 0 and below 1, got {self.betas}."
+            )
         if not self.lr:
             raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
         require_one_of("training.precision", self.precision, PRECISIONS)
