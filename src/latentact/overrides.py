@@ -126,6 +126,7 @@ def keys(
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         default = field.default_factory() if callable(field.default_factory) else field.default
+        default = default if defaults is None else getattr(defaults, field.name)
         if registry := field.metadata.get("registry"):
             key = f"{name}.kind" if prefix else name
             option: str = (chosen or {}).get(key, "")
@@ -133,11 +134,12 @@ def keys(
                 option = field.metadata["default"]
             yield key, "|".join(registry.names()), option, texts.get(field.name, "")
             values = default if prefix and option == field.metadata["default"] else None
-            yield from keys(registry.get(option), f"{name}.", chosen, values)
+            inner = keys(registry.get(option), f"{name}.", chosen, values)
+            yield from (setting for setting in inner if setting[0] != f"{name}.kind")
         elif nested := dataclass_in(hints[field.name]):
-            yield from keys(nested, f"{name}.", chosen)
-        elif field.name != "kind":
-            default = default if defaults is None else getattr(defaults, field.name)
+            values = None if default is dataclasses.MISSING else default
+            yield from keys(nested, f"{name}.", chosen, values)
+        else:
             kind = getattr(hints[field.name], "__name__", str(hints[field.name]))
             yield (
                 name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import huggingface_hub
@@ -194,3 +195,13 @@ def test_help_comes_from_the_stage():
     assert "[default: 100]" in shown
     assert "agent|full" in shown
     assert "suites: babyai, gymnasium, pusht." in shown
+
+
+def test_help_has_the_defaults_of_nested_settings():
+    lines = cli("finetune-vla", "--help").stdout.splitlines()
+    shown = dict(line.split("=", 1) for line in map(str.strip, lines) if re.match(r"[a-z_.]+=\S+  \(", line))
+    assert shown["training.steps"] == "2000  (int)"
+    assert shown["training.lr"] == "2e-05  (float)"
+    assert shown["head.kind"] == "chunk  (str)"
+    assert shown["vla"] == "required  (str)"
+    assert "cluster.kind" not in shown

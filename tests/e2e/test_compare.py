@@ -221,3 +221,52 @@ def test_demo(tmp_path):
     other = cli("demo", "--out", out, "--episodes", "8", "--k", "3", *more)
     assert other.returncode == 2
     assert "ks = [2], not [3]" in other.stderr.splitlines()[-1]
+
+
+def test_rows_of_a_vision_language_action_model(data, tmp_path):
+    """Pretrained, not pretrained and on all labels: one network, and the labels and steps that they claim."""
+    out, tiny = tmp_path / "compare", [word for word in SMALL if not word.startswith("policy")]
+    steps = ("vla.training.steps=3", "vla_finetuning.training.steps=2", "vla_finetuning.training.device=cpu")
+    more = ("methods=[vla,vla_scratch,vla_oracle]", "ks=[2]", *steps, "vla.training.batch_size=8")
+    command = ("compare", "experiment=babyai_pickuploc_vla", f"data.path={data}", "env=babyai/GoToLocal")
+    command += (*tiny, *more, "vla_finetuning.training.batch_size=8", "vla.training.device=cpu", f"out={out}")
+    refused = cli(*command, "vla_finetuning.head.kind=bins")
+    assert (refused.returncode, out.exists()) == (2, False)
+    assert "head.kind must be chunk for discrete actions" in refused.stderr.splitlines()[-1]
+    ok(*command)
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    found = {row["method"]: (row["k"], row["updates"], row["run"]) for row in rows}
+    root = out / "seed0"
+    assert found == {
+        "vla": (2, 5, "seed0/vla_k2/rollout"),
+        "vla_scratch": (2, 2, "seed0/vla_scratch_k2/rollout"),
+        "vla_oracle": (None, 5, "seed0/vla_oracle/rollout"),
+    }
+    assert sorted(path.name for path in root.iterdir()) == [
+        *("latent", "vla", "vla_k2", "vla_oracle", "vla_scratch_k2"),
+    ]
+    tuned = {name: root / name / "finetuned" for name in ("vla_k2", "vla_scratch_k2", "vla_oracle")}
+    for folder, steps in zip(tuned.values(), (2, 2, 5), strict=True):
+        last = [*csv.DictReader((folder / "metrics.csv").open(newline=""))][-1]
+        assert int(last["step"]) == steps
+    episodes = {
+        name: json.loads((folder / "finetune_vla.json").read_text())["labeled_episodes"]
+        for name, folder in tuned.items()
+    }
+    assert episodes == {"vla_k2": 2, "vla_scratch_k2": 2, "vla_oracle": 7}
+    configs = {
+        json.dumps(json.loads((f / "config.json").read_text()), sort_keys=True) for f in tuned.values()
+    }
+    assert len(configs) == 1
+    with (out / "comparison.csv").open(newline="") as file:
+        assert [row["updates"] for row in csv.DictReader(file)] == ["5", "2", "5"]
+    before = contents(out)
+    ok(*command)
+    assert contents(out) == before
+    ok("report", out)
+    page = (out / "report.html").read_text()
+    assert "Oracle VLA (all labels)" in page
+    assert "Latent actions from image and text" in page
+    card = ok("push", tuned["vla_k2"], "someone/vla", "--dry-run").stdout
+    assert "**VLA pretrained on latent actions (this policy)** | 2 |" in card
+    assert "| VLA on k labels, not pretrained | 2 |" in card

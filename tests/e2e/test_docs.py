@@ -24,6 +24,9 @@ TESTED_ELSEWHERE = {
     "runs/lam/job.json": "tests/unit/test_cluster.py",
     "runs/policy/policy_preprocessor.json": "tests/conformance/test_policies.py",
     "runs/policy/policy_postprocessor.json": "tests/conformance/test_policies.py",
+    "seed0/vla/policy": "tests/e2e/test_compare.py",
+    "seed0/vla_k5/finetuned": "tests/e2e/test_compare.py",
+    "seed0/vla_k5/rollout": "tests/e2e/test_compare.py",
 }
 """Files of stages that are too slow for this test, and the test that runs them."""
 SUFFIXES = (

@@ -222,3 +222,32 @@ def test_compare(pattern, demonstrations, undisturbed, tmp_path):
     assert {name: cut[name] for name in weights} == {name: whole[name] for name in weights}
     numbers = json.loads((tmp_path / "cut/comparison.json").read_text())
     assert [row["method"] for row in numbers["rows"]] == ["latent", "bc_k"]
+
+
+def vla_training(command, out, *settings):
+    often = ("training.steps=12", "training.batch_size=4", "training.checkpoint_every=2", "eval_rows=8")
+    more = ("training.log_every=1", "training.eval_every=0", "training.device=cpu", *settings)
+    return (command, "experiment=vla_debug", *often, *more, f"out={out}")
+
+
+def test_vla(blocks, lam, tmp_path):
+    """Both stages; the second begins from the result of the first."""
+    labels, vla = tmp_path / "labels", tmp_path / "vla"
+    ok("label", "--lam", lam, "--data", blocks, "--out", labels)
+    decoder = ("pseudo_labels=true", "decoder_training.steps=5")
+    for name, settings in (
+        ("train-vla", (f"labels={labels}",)),
+        ("finetune-vla", (f"labels={labels}", f"vla={vla}", "labeled_episodes=2", *decoder)),
+    ):
+        whole, cut = vla if name == "train-vla" else tmp_path / "finetuned", tmp_path / "cut" / name
+        ok(*vla_training(name, whole, *settings))
+        command = vla_training(name, cut, *settings)
+        killed(command, filled(cut, "checkpoints/step=*/state.json"), len(name), cut / "config.json")
+        assert not (cut / "config.json").exists()
+        ok(*command)
+        found, expected = contents(cut), contents(whole)
+        kept = {path for path in expected if "tensorboard" not in path}
+        assert {path: found.get(path) for path in kept} == {path: expected[path] for path in kept}
+        assert {"metrics.csv", "model.safetensors", "vlm/model.safetensors"} < kept
+        assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step=00000012"]
+        assert not [path for path in cut.rglob("*") if "partial" in path.name]

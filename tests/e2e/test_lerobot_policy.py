@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 
 from conftest import cli
 from latentact import Policy
+from latentact.data.latents import read_labels
 from latentact.data.samples import PolicyBatch
 from latentact.envs import adapt
 from latentact.envs.spec import env_spec
@@ -28,8 +31,9 @@ from latentact.policies.guided import GuidedConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
 from latentact.policies.spec import PolicySpec, Target
+from latentact.policies.vla.model import Vla
 from latentact.types import ActionSpace, LatentActionSpec
-from toy_lerobot import write_demonstrations
+from toy_lerobot import CAMERA, write_demonstrations, write_lam
 
 BABYAI, PUSHT = "babyai/GoToRedBall", "pusht"
 LATENT = LatentActionSpec(
@@ -420,3 +424,149 @@ def test_lerobot_train_fine_tunes_a_policy_that_both_load(tmp_path: Path) -> Non
     tuned = Policy.from_pretrained(checkpoint)
     assert tuned.spec == Policy.from_pretrained(tmp_path / "policy").spec
     assert tuned.latent == LATENT
+
+
+# --- vision-language-action models
+
+
+def lerobot_train(data: Path, out: Path, *options: str) -> Path:
+    """Run `lerobot-train` for two steps in this process and return the checkpoint."""
+    from lerobot.scripts.lerobot_train import main
+
+    typed = [
+        *("lerobot-train", f"--dataset.root={data}", "--dataset.repo_id=local/data", f"--output_dir={out}"),
+        *("--dataset.video_backend=pyav", "--batch_size=4", "--num_workers=0", "--steps=2", "--save_freq=2"),
+        *("--env_eval_freq=0", "--policy.device=cpu", *options),
+    ]
+    with (
+        mock.patch.object(sys, "argv", typed),
+        mock.patch("lerobot.scripts.lerobot_train.init_logging"),
+        mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}),
+    ):
+        main()
+    return out / "checkpoints/last/pretrained_model"
+
+
+NEW_VLA = (
+    *("--policy.type=lam_vla", "--policy.vla.vlm=tiny", "--policy.vla.prompt='{task}'"),
+    *("--policy.vla.freeze_vision=false", "--policy.vla.use_state=true", "--policy.optimizer_lr=0.001"),
+    "--policy.resolution=32",
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a LAM, a dataset with its tokens and labels, and what `lerobot-train` made of it."""
+    folder = tmp_path_factory.mktemp("lam_vla")
+    plain, lam = write_demonstrations(folder), write_lam(folder / "lam")
+    for command in (
+        ("precompute", "--dataset-root", plain, "--lam-model-path", lam, "--output-dir", folder / "tokens"),
+        ("label", "--data", plain, "--lam", lam, "--out", folder / "labels"),
+    ):
+        done = cli(*command)
+        assert done.returncode == 0, done.stderr
+    lerobot_train(folder / "tokens", folder / "latent", *NEW_VLA)
+    return folder
+
+
+def differing(one: Path, other: Path, name: str = "vlm/model.safetensors") -> list[str]:
+    a, b = load_file(one / name), load_file(other / name)
+    return [key for key in a if key in b and not torch.equal(a[key], b[key])]
+
+
+@pytest.mark.slow
+def test_lerobot_train_makes_a_vla_that_finetune_vla_takes_on(world: Path, tmp_path: Path) -> None:
+    latent = world / "latent/checkpoints/last/pretrained_model"
+    model = Vla.from_pretrained(latent)
+    assert (model.spec.camera, model.spec.resolution, model.spec.state_size) == (CAMERA, 32, 2)
+    assert (model.latent.tokens, model.latent.codebook_size, model.latent.frame_gap_s) == (2, 8, 0.2)
+    assert (model.head, model.config.prompt, model.config.freeze_vision) == (None, "{task}", False)
+    states = read_labels(world / "labels")[1].state
+    assert states is not None
+    np.testing.assert_allclose(model.own.state_mean.numpy(), states.mean(0), rtol=1e-4)
+    assert (latent / "policy_preprocessor.json").is_file()
+    done = cli(
+        *("finetune-vla", f"vla={latent}", f"labels={world}/labels", "experiment=vla_debug"),
+        *("labeled_episodes=1", "training.steps=1", "training.batch_size=4", "training.device=cpu"),
+        f"out={tmp_path}/tuned",
+    )
+    assert done.returncode == 0, done.stderr
+    # LeRobot trains the result on, with the latent loss; settings of acting can be changed.
+    more = lerobot_train(
+        *(world / "tokens", tmp_path / "more", f"--policy.path={tmp_path}/tuned"),
+        *("--policy.head.n_action_steps=2", "--policy.optimizer_lr=0.001"),
+    )
+    assert differing(tmp_path / "tuned", more)
+    moved = differing(tmp_path / "tuned", more, "model.safetensors")
+    assert {"latent_head.weight", "queries.weight"} <= {*moved}
+    assert not {"actions.mean", "actions.std", "state_mean"} & {*moved}
+    assert Vla.from_pretrained(more).head == replace(
+        Vla.from_pretrained(tmp_path / "tuned").head, n_action_steps=2
+    )
+
+
+@pytest.mark.slow
+def test_lerobot_train_gives_a_vla_an_action_head(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent = world / "latent/checkpoints/last/pretrained_model"
+    tuned = lerobot_train(
+        *(world / "tokens", tmp_path / "tuned", f"--policy.path={latent}", "--policy.head.kind=bins"),
+        *("--policy.head.bins=4", "--policy.head.chunk_size=3", "--policy.head.n_action_steps=2"),
+    )
+    actions = np.ma.getdata(read_labels(world / "labels")[1].actions([0, 1, 2]))
+    own = Vla.from_pretrained(tuned).own
+    assert own.actions is not None
+    quantiles = np.quantile(actions, [0, 0.25, 0.5, 0.75, 1], axis=0).T
+    np.testing.assert_allclose(own.actions.edges.numpy(), quantiles, rtol=1e-5)
+    check_same_episodes(
+        tuned, PUSHT, tmp_path, Recorder(monkeypatch), episodes=2, batch=2, max_steps=MAX_STEPS
+    )
+
+    files = cli("push", tuned, "owner/name", "--dry-run").stdout.partition("Files:")[2].split()
+    ours = {str(path.relative_to(tuned)) for path in tuned.rglob("*") if path.is_file()}
+    assert {*files} == ours - {"train_config.json"} | {"README.md"}
+
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.rollout.context import _load_pretrained_policy
+
+    config = PreTrainedConfig.from_pretrained(tuned, cli_overrides=["--device=cpu"])
+    config.pretrained_path = tuned
+    loaded = _load_pretrained_policy(config)  # as lerobot-rollout does
+    frames = torch.rand(2, 3, 48, 48)
+    batch = {CAMERA: frames, "observation.state": torch.rand(2, 2), "task": ["go"] * 2}
+    assert loaded.predict_action_chunk(batch).shape == (2, 3, 2)
+
+
+def test_datasets_that_a_vla_cannot_learn_from(world: Path, tmp_path: Path) -> None:
+    latent = f"--policy.path={world}/latent/checkpoints/last/pretrained_model"
+    write_lam(tmp_path / "lam", seed=1)
+    other = tmp_path / "other"
+    given = ("--dataset-root", world / "plain", "--lam-model-path", tmp_path / "lam")
+    assert cli("precompute", *given, "--output-dir", other).returncode == 0
+    shutil.copytree(world / "tokens", tmp_path / "codes")
+    sidecar = tmp_path / "codes/meta/lam_tokens.json"
+    about = json.loads(sidecar.read_text())
+    about["spec"]["codebook_size"] = 2
+    sidecar.write_text(json.dumps(about))
+    for data, options, message in (
+        (world / "plain", NEW_VLA, "must have the columns of latent actions that `latentact precompute`"),
+        (other, (latent,), "weights of the latent actions must be the same in the model and the dataset"),
+        (tmp_path / "codes", NEW_VLA, "observation.lam_codes of the dataset local/data must be from 0 to 1"),
+        (world / "tokens", (*NEW_VLA, "--policy.vla.prompt={task}"), "must contain {task}, got"),
+        (world / "tokens", (*NEW_VLA, "--policy.vla.lora_rank=2"), "lora_rank must be 0 in LeRobot"),
+        (world / "tokens", (*NEW_VLA, f"--policy.vla.vlm={tmp_path}"), "vlm must be tiny, a folder or a hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lerobot_train(data, tmp_path / "out", *options)
+    from lerobot_policy_latentact.modeling_lam_vla import LamVlaPolicy
+
+    policy = LamVlaPolicy.from_pretrained(world / "latent/checkpoints/last/pretrained_model")
+    with pytest.raises(UserError, match="the model predicts latent actions"):
+        policy.predict_action_chunk(
+            {CAMERA: torch.rand(1, 3, 32, 32), "observation.state": torch.rand(1, 2), "task": ["go"]}
+        )
+    with pytest.raises(
+        UserError, match=r"policy\.path must be a folder of latentact finetune-vla, got a new"
+    ):
+        LamVlaPolicy(policy.config)

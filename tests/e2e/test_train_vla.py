@@ -7,18 +7,20 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import TINY_LAM, cli
 from latentact.agents.load import load_agent
 from latentact.data.latents import read_labels
 from latentact.data.splits import split_episodes
+from latentact.io.video_writer import write_video
 from latentact.policies.vla.backbone import load_vlm
 from latentact.policies.vla.model import Vla
 
@@ -135,6 +137,20 @@ def test_two_sharded_processes_equal_one_and_resume_on_one(runs, tmp_path):
         assert torch.allclose(tensors(tmp_path / "two")[name], tensor, atol=1e-3)
     assert not {path.suffix for path in (tmp_path / "one").rglob("*.*")} - {".safetensors", ".json"}
     assert len([*(tmp_path / "one").rglob("*.safetensors")]) == 2
+    # A checkpoint that lacks a shard, or a part of one, is refused.
+    for name, damage in {"lacking": lambda p: p.unlink(), "cut": lambda p: p.write_bytes(b"1" * 99)}.items():
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        damage(next((tmp_path / name).rglob("*.safetensors")))
+        with mock.patch.dict(os.environ):
+            message = refused(
+                *("train-vla", *SMALL, f"labels={root}/labels", "training.strategy=fsdp"),
+                f"out={tmp_path}/{name}",
+            )
+        torch.distributed.destroy_process_group()
+        assert {
+            "lacking": "one safetensors file of each process that wrote it, got 1 of 2",
+            "cut": "is not a complete safetensors file",
+        }[name] in message
     # One process reads the shards of two and ends as they did.
     wait(start(tmp_path / "one", 1))
     resumed = losses(tmp_path / "one")
@@ -172,7 +188,7 @@ def test_finetuned_model_acts_and_is_a_lerobot_policy(runs, tmp_path):
         assert load_agent(tmp_path / "saved").spec == agent.spec
         folder = tmp_path / "saved"
     policy.train()
-    actions = torch.randint(0, 4, (3, config.head["chunk_size"]))
+    actions = torch.randint(0, 4, (3, config.head.chunk_size))
     loss, metrics = policy.forward(
         {
             **batch,
@@ -201,6 +217,45 @@ def test_scratch_begins_from_the_vlm(runs, tmp_path):
     assert not all(torch.allclose(expected["scratch"][key], w, atol=1e-6) for key, w in pretrained.items())
 
 
+def test_cards_have_the_numbers_beside_their_baselines(runs, tmp_path):
+    root, _ = runs
+    shown = ok("push", root / "vla", "someone/vla", "--dry-run").stdout
+    numbers = json.loads((root / "vla/vla.json").read_text())
+    assert "A `vision-language-action` model around `tiny` trained with latentact, as a LeRobot" in shown
+    assert "- Output: latent actions." in shown
+    assert "- Latent actions: `lapo`, 2 x" in shown
+    assert f"| the model | {numbers['score']:.3f} |" in shown
+    assert f"| baseline: the previous latent action | {numbers['baselines']['previous']:.3f} |" in shown
+    assert f"without the task text | {numbers['controls']['blank_prompt']:.3f} |" in shown
+    assert "finetune-vla vla=someone/vla" in shown
+    shown = ok("push", root / "finetuned", "someone/vla", "--dry-run").stdout
+    tuned = json.loads((root / "finetuned/finetune_vla.json").read_text())
+    assert "as a LeRobot policy of type `lam_vla`" in shown
+    assert "33 steps with robot actions of 3 episodes" in shown
+    assert (
+        f"{tuned['held_out_accuracy']:.3g}, of the majority action {tuned['majority_accuracy']:.3g}" in shown
+    )
+    files = shown.split("Files:")[1].split()
+    assert {"config.json", "policy_preprocessor.json", "vlm/model.safetensors", "vlm/config.json"} < {*files}
+    assert not any("config.yaml" in name or "checkpoints" in name for name in files)
+    shutil.copytree(root / "vla", tmp_path / "cut")
+    whole = (tmp_path / "cut/vlm/model.safetensors").read_bytes()
+    (tmp_path / "cut/vlm/model.safetensors").write_bytes(whole[:-100])
+    assert "is not a complete safetensors file" in refused("push", tmp_path / "cut", "a/b", "--dry-run")
+
+
+def test_a_guide_is_refused(runs, tmp_path):
+    root, _ = runs
+    video = np.zeros((8, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "demo.mp4", video, 10)
+    guide = ("--video-path", tmp_path / "demo.mp4", "--lam-model-path", root / "lam")
+    guide += ("--lam-resolution", 32, "--env-name", "babyai/GoToRedBall", "--output-dir", tmp_path / "out")
+    for name in ("finetuned", "vla"):
+        message = refused("imitate", "--policy-path", root / name, *guide)
+        assert "is not conditioned on latent actions" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input(runs, tmp_path):
     root, _ = runs
     labels = f"labels={root}/labels"
@@ -224,6 +279,35 @@ def test_bad_input(runs, tmp_path):
     assert "predicts latent actions" in refused(
         "rollout", "--policy", root / "vla", "--env", "babyai/GoToRedBall", "--out", tmp_path / "rollout"
     )
+
+
+def test_labels_and_prompts_that_do_not_fit(runs, tmp_path, blocks):
+    """One sentence each, before anything is written."""
+    root, _ = runs
+    shutil.copytree(root / "labels", tmp_path / "codes")
+    file = tmp_path / "codes/lam_tokens.safetensors"
+    tensors = load_file(file)
+    tensors["codes"][3, 1] = 16
+    save_file(tensors, file)
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text('{"model_type": "llama"}')
+    long, out = "long " * 500, f"out={tmp_path}/out"
+    for settings, message in (
+        ((f"labels={tmp_path}/codes",), "must hold codes from 0 to 15, got 0 to 16"),
+        ((f"labels={root}/labels", f"model.vlm={tmp_path}/llama"), "a model from images and text to text"),
+        ((f"labels={root}/labels", f"model.prompt={long}{{task}}"), "must have at most 2048 tokens"),
+    ):
+        assert message in refused("train-vla", *SMALL, *settings, out)
+    small = [word for word in TINY_LAM if "bottleneck" not in word]
+    other = ("training.steps=1", "training.seed=1", f"out={tmp_path}/lam")
+    ok("train-lam", f"data.path={blocks}", *small, *CODES, *other)
+    ok("label", "--lam", tmp_path / "lam", "--data", blocks, "--out", tmp_path / "other")
+    gap = ("--frame-gap-s", 0.2, "--out", tmp_path / "gap")
+    ok("label", "--lam", root / "lam", "--data", blocks, *gap)
+    for name, field in (("other", "weights"), ("gap", "frame_gap")):
+        message = refused("finetune-vla", *FINETUNE, f"vla={root}/vla", f"labels={tmp_path}/{name}", out)
+        assert f"{field} of the latent actions must be the same in the model and the labels" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_needs_no_labels_and_writes_nothing(tmp_path):

@@ -5,6 +5,7 @@ Two proofs for every stage that trains: the actions that losses are given belong
 them; and data whose other actions are random trains the same weights, bit by bit.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,11 @@ from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
+from latentact.policies.vla.heads import ActionHeadConfig
+from latentact.policies.vla.model import VlaConfig
+from latentact.policies.vla.samples import VlaBatch
 from latentact.quantizers.none import WhitenedConfig
-from latentact.stages import finetune, ground, label, train_lam, train_policy
+from latentact.stages import finetune, finetune_vla, ground, label, train_lam, train_policy, train_vla
 from latentact.training.settings import TrainingConfig
 from latentact.types import Clip
 
@@ -104,7 +108,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(stage, "fit", spied)
 
-    for stage in (train_lam, train_policy, ground, finetune):
+    for stage in (train_lam, train_policy, ground, finetune, train_vla, finetune_vla):
         watch(stage)
     return actions
 
@@ -115,6 +119,8 @@ def _actions(batch):
         return batch.action[batch.labeled].tolist()
     if isinstance(batch, PolicyBatch):
         return [] if batch.target.is_floating_point() else batch.target[..., 0][batch.mask].tolist()
+    if isinstance(batch, VlaBatch):
+        return [] if batch.actions is None else batch.actions[batch.action_mask].tolist()
     return batch.actions.flatten().tolist()
 
 
@@ -158,11 +164,33 @@ def grounded(path, out, self_training=False):
     return ground.run(last, out / "ground")
 
 
+def vla(path, out, pseudo_labels=False):
+    """LAM, labels, a vision-language-action model and its fine-tuning."""
+    model = lam(path, out / "lam", LAPO, 0)
+    labels = label.run(label.LabelConfig(lam=str(model), data=data(path), out=str(out / "labels")))
+    few = TrainingConfig(steps=4, batch_size=16, eval_every=0, device="cpu")
+    tiny = VlaConfig(vlm="tiny", prompt="{task}", freeze_vision=False)
+    first = train_vla.TrainVlaConfig(labels=str(labels), model=tiny, training=few, eval_rows=4)
+    train_vla.run(first, out / "vla")
+    second = finetune_vla.FinetuneVlaConfig(
+        vla=str(out / "vla"),
+        labels=str(labels),
+        labeled_episodes=K,
+        head=ActionHeadConfig(chunk_size=2, n_action_steps=1),
+        pseudo_labels=pseudo_labels,
+        decoder_training=few,
+        training=few,
+        eval_rows=4,
+    )
+    return finetune_vla.run(second, out / "finetuned").path
+
+
 STAGES = {
     "train-lam joint": lambda path, out: lam(path, out, JOINT, K),
     "train-lam idm": lambda path, out: lam(path, out, IDM, K),
     "train-policy bc": bc,
     "ground": grounded,
+    "finetune-vla": vla,
 }
 
 
@@ -190,9 +218,10 @@ def test_other_actions_change_no_weight(stage, honest, poisoned, tmp_path):
     assert weights(tmp_path / "honest") == weights(tmp_path / "poisoned")
 
 
-def test_other_actions_change_no_weight_of_self_training(honest, poisoned, tmp_path):
+@pytest.mark.parametrize("stage", [partial(grounded, self_training=True), partial(vla, pseudo_labels=True)])
+def test_other_actions_change_no_weight_of_self_training(stage, honest, poisoned, tmp_path):
     for path in (honest, poisoned):
-        grounded(path, tmp_path / path.parent.name, self_training=True)
+        stage(path, tmp_path / path.parent.name)
     assert weights(tmp_path / honest.parent.name) == weights(tmp_path / poisoned.parent.name)
 
 
@@ -221,7 +250,11 @@ def test_labeled_actions_do_change_weights(honest, labeled, tmp_path):
         stage(path, tmp_path / "changed" / name)
     honest_weights, changed = weights(tmp_path / "honest"), weights(tmp_path / "changed")
     same = {name for name in changed if changed[name] == honest_weights[name]}
-    assert same == {"ground/lam/model.safetensors", "ground/policy/model.safetensors"}
+    assert same == {
+        *("ground/lam/model.safetensors", "ground/policy/model.safetensors"),
+        *("finetune-vla/lam/model.safetensors", "finetune-vla/vla/model.safetensors"),
+        "finetune-vla/vla/vlm/model.safetensors",
+    }
 
 
 def test_the_last_action_of_an_episode_is_never_used(honest, monkeypatch, seen, tmp_path):

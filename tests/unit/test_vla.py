@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_a_code_sees_those_before_it_only(kind):
     assert decoded.shape == (4, 4)
     assert decoded.dtype == torch.long
     assert 0 <= decoded.min() <= decoded.max() < 4
+
+
+def test_a_loaded_model_checkpoints_activations(tmp_path, monkeypatch):
+    """Also when the vision-language model comes from a folder, and when it gets an action head."""
+    model().save_pretrained(tmp_path / "vla")
+    config = replace(TINY, vlm=str(tmp_path / "vla/vlm"), gradient_checkpointing=True)
+    vla = Vla.create(config, VlaSpec(resolution=16), TWO)
+    head = ActionHeadConfig(chunk_size=2, n_action_steps=1)
+    for trained in (vla, vla.eval().with_actions(config, MOVES, head, 0.1)):
+        calls = []
+        for layer in trained.vlm.modules():
+            if (inner := getattr(layer, "_gradient_checkpointing_func", None)) is not None:
+                spy = mock.Mock(side_effect=inner)
+                monkeypatch.setattr(layer, "_gradient_checkpointing_func", spy)
+                calls.append(spy)
+        trained.latent_loss(toy(trained))
+        assert any(spy.called for spy in calls)
 
 
 def toy(vla):
@@ -256,12 +274,9 @@ def test_action_heads_by_hand():
     with torch.no_grad():
         bins.net[-1].bias.copy_(torch.tensor([0.0, 0, 20, 0, 20, 0, 0, 0]))
     assert torch.allclose(bins.actions(hidden), torch.tensor([1.875, 10.0]).expand(1, 2, 2))
-    inside = torch.tensor([[[1.9, 10.0], [0.0, 0.0]]])  # 10 lies at the edge of bins 0 and 1 and counts as 1
+    inside = torch.tensor([[[1.9, 14.0], [0.0, 0.0]]])
+    assert bins.classes(inside)[0, 0].tolist() == [2, 1]
     assert bins.loss(hidden, inside, mask).item() == pytest.approx(10.0, abs=1e-3)
-
-    flow = HEADS["flow"](replace(config, kind="flow"), MOVES, 8).eval()
-    assert torch.equal(flow.actions(hidden), flow.actions(hidden))
-    assert flow.actions(hidden).shape == (1, 2, 2)
 
     classes = HEADS["chunk"](config, ActionSpace(kind="discrete", size=3), 8)
     chosen = classes.actions(hidden)
@@ -269,6 +284,73 @@ def test_action_heads_by_hand():
     assert chosen.dtype == torch.long
     with pytest.raises(UserError, match=r"head.kind must be chunk for discrete actions, got 'bins'"):
         HEADS["bins"](replace(config, kind="bins"), ActionSpace(kind="discrete", size=3), 8)
+
+
+def test_bins_have_equal_frequency_and_keep_numbers_that_repeat():
+    """LAPA's 256 bins: about ten of 2560 actions in each, whatever their distribution; a gripper is exact."""
+    bins = HEADS["bins"](ActionHeadConfig(kind="bins", chunk_size=1, n_action_steps=1), MOVES, 8)
+    rng = np.random.default_rng(0)
+    data = np.stack([rng.exponential(size=2560), rng.integers(2, size=2560)], 1).astype(np.float32)
+    bins.set_stats(data)
+    classes = bins.classes(torch.from_numpy(data)[:, None])[:, 0]
+    counts = torch.bincount(classes[:, 0], minlength=256)
+    assert len(counts) == 256
+    assert counts.max() - counts.min() <= 2
+    middles = (bins.edges[:, 1:] + bins.edges[:, :-1]) / 2
+    assert torch.equal(middles[1][classes[:, 1]], torch.from_numpy(data[:, 1]))
+    far = torch.tensor([[[-5.0, -5.0]], [[1e6, 1e6]]])  # outside of the data: the first and the last bin
+    assert bins.classes(far)[:, 0].tolist() == [[0, 0], [255, 255]]
+
+
+def test_flow_by_hand(monkeypatch):
+    """Noise 2 and action 1 (normalized): the velocity is 1 at every time, and Euler steps are straight."""
+    config = ActionHeadConfig(kind="flow", chunk_size=2, n_action_steps=1, flow_steps=4)
+    flow = HEADS["flow"](config, MOVES, 8).eval()
+    flow.set_stats(np.array([[0.0, 0.0], [2.0, 4.0]], dtype=np.float32))  # means 1 and 2, deviations 1 and 2
+    assert flow.actions(torch.zeros(3, 2, 8)).shape == (3, 2, 2)
+    seen = []
+
+    def velocity(hidden, mixed, time):
+        seen.append((mixed, time))
+        return torch.full_like(mixed, 4.0)
+
+    monkeypatch.setattr(flow, "_velocity", velocity)
+    monkeypatch.setattr(torch, "randn_like", lambda like: torch.full_like(like, 2.0))
+    monkeypatch.setattr(torch, "rand", lambda *size, **more: torch.tensor([0.0, 1.0, 0.125]))
+    actions = torch.tensor([2.0, 4.0]).expand(3, 2, 2)
+    mask = torch.tensor([[True, False], [True, True], [False, False]])
+    assert flow.loss(torch.zeros(3, 2, 8), actions, mask).item() == pytest.approx(9.0)  # (4 - 1) squared
+    ((mixed, time),) = seen
+    assert time.tolist() == pytest.approx([0.001, 1.0, 0.999 * 0.25 + 0.001])  # 0.125 ** (1 / 1.5) = 0.25
+    assert mixed[:, 0, 0].tolist() == pytest.approx([1.001, 2.0, 1 + 0.999 * 0.25 + 0.001])
+
+    seen.clear()
+    target = torch.tensor([0.5, -1.0])
+    monkeypatch.setattr(flow, "_velocity", lambda h, x, t: seen.append(t[0].item()) or (x - target) / t[0])
+    found = flow.actions(torch.zeros(3, 2, 8))
+    assert torch.allclose(found, torch.tensor([1.5, 0.0]).expand(3, 2, 2), atol=1e-6)
+    assert seen == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("kind", ["chunk", "bins", "flow"])
+def test_statistics_are_in_the_checkpoint(kind, tmp_path):
+    head = ActionHeadConfig(kind=kind, chunk_size=2, n_action_steps=1, bins=8)
+    base = model(NUMBERS, replace(TINY, use_state=True), state_size=2)
+    rng = np.random.default_rng(0)
+    base.set_stats(
+        rng.normal(3, 2, (64, 2, 3)).astype(np.float32), rng.normal(5, 7, (64, 2)).astype(np.float32)
+    )
+    vla = base.with_actions(base.config, MOVES, head, 0.1).eval()
+    vla.own.actions.set_stats(rng.normal(100, 30, (64, 2)).astype(np.float32))
+    vla.save_pretrained(tmp_path / "vla")
+    again = Vla.from_pretrained(tmp_path / "vla")
+    for name in ("actions.mean", "actions.std", "state_mean", "state_std", "latent_mean", "latent_std"):
+        saved = again.own.state_dict()[name]
+        assert torch.equal(saved, vla.own.state_dict()[name])
+        assert saved.std() > 0
+    inputs, state = vla.ask(images(), ["go"] * 4), torch.tensor([[4.0, 5.0]] * 4)
+    assert torch.equal(again.actions(inputs, state), vla.actions(inputs, state))
+    assert torch.equal(again.decode(inputs, state), vla.decode(inputs, state))
 
 
 @pytest.mark.parametrize("kind", ["chunk", "bins", "flow"])

@@ -41,7 +41,10 @@ def load_agent(
         return LeRobotAgent(folder, device, guided=guided)
     if isinstance(values, dict) and "vla" in values:
         if guided:
-            raise UserError(f"{where} is not conditioned on latent actions. Run it without a guide.")
+            raise UserError(
+                f"{where} is not conditioned on latent actions, it predicts its own. Run it without a guide, "
+                "with `latentact rollout`."
+            )
         return VlaAgent(Vla.from_pretrained(folder, device), device, choose)
     policy = Policy.from_pretrained(folder, device)
     if policy.spec.action_space is None:

@@ -27,7 +27,7 @@ def config_entries(
     resolution: int,
     channels: int,
     state_size: int,
-    actions: ActionSpace,
+    actions: ActionSpace | None,
     n_obs_steps: int,
     latent: LatentActionSpec | None,
 ) -> dict[str, Any]:
@@ -38,19 +38,22 @@ def config_entries(
         resolution: height and width of the frames in pixels.
         channels: channels of a frame.
         state_size: numbers of the robot state that the policy uses; 0: none.
-        actions: robot action. A discrete one is a float32 feature of shape (1,) that holds the environment's
-            integer.
+        actions: robot action; None: the policy outputs none. A discrete one is a float32 feature of shape
+            (1,) that holds the environment's integer.
         n_obs_steps: observed frames.
         latent: what the policy's latent actions mean.
     """
     inputs = {camera or SINGLE_CAMERA: {"type": "VISUAL", "shape": [channels, resolution, resolution]}}
     if state_size:
         inputs["observation.state"] = {"type": "STATE", "shape": [state_size]}
+    outputs = {}
+    if actions is not None:
+        outputs["action"] = {"type": "ACTION", "shape": [1 if actions.discrete else actions.size]}
     return {
         "type": TYPE,
         "n_obs_steps": n_obs_steps,
         "input_features": inputs,
-        "output_features": {"action": {"type": "ACTION", "shape": [1 if actions.discrete else actions.size]}},
+        "output_features": outputs,
         "device": None,
         "use_amp": False,
         "use_peft": False,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentact.evaluation.policy.comparison import METHODS
+from latentact.evaluation.policy.latent_accuracy import BASELINES as PREDICTIONS
+from latentact.evaluation.policy.latent_accuracy import CONTROLS
 
 PROBES = {
     "latent_linear": "linear probe of the latent action",
@@ -33,24 +35,24 @@ def policy_card(
     info: CardInfo,
     config: Mapping[str, Any],
     *,
-    training: Mapping[str, Any] | None,
-    grounding: Mapping[str, Any] | None,
+    numbers: Mapping[str, Mapping[str, Any]],
     rollouts: Sequence[Mapping[str, Any]],
     comparison: Mapping[str, Any] | None,
     run: str,
 ) -> str:
-    """Return the card of a policy.
+    """Return the card of a policy or of a vision-language-action model.
 
     Args:
         info: what the user says.
         config: content of `config.json`.
-        training: content of `policy.json`.
-        grounding: content of `ground.json`.
+        numbers: contents of the files of numbers beside it, by name: `policy.json`, `ground.json`,
+            `vla.json`, `finetune_vla.json`.
         rollouts: contents of `rollout.json` files of this policy.
         comparison: content of the `comparison.json` that the policy is part of.
         run: the policy's rollout in the comparison, as in its rows.
     """
-    spec, kind = config["spec"], config["policy"]["kind"]
+    spec, vla = config["spec"], config.get("vla")
+    kind = "vision-language-action" if vla else config["policy"]["kind"]
     rows = list((comparison or {}).get("rows", ()))
     own = next((row for row in rows if row["run"] == run), None)
     peers = [row for row in rows if own and row["seed"] == own["seed"] and row["k"] in (own["k"], None)]
@@ -58,26 +60,30 @@ def policy_card(
     baselines = [f"{METHODS.get(row['method'], row['method'])} {_score(row)}" for row in peers if row != own]
     results = [_eval_result(env, own, baselines)] if own else []
     results += [_eval_result(rollout["env"], rollout, []) for rollout in rollouts]
-    actions = spec["action_space"]
-    described = f"{actions['size']} discrete actions" if actions["kind"] == "discrete" else ""
-    state = (
-        f" and {spec['state_size']} state values" if "observation.state" in config["input_features"] else ""
-    )
+    results += _code_results(numbers.get("vla.json", {}))
+    inputs, actions, latent = config["input_features"], spec["action_space"], config["latent"]
+    state = f" and {spec['state_size']} state values" if "observation.state" in inputs else ""
+    described = "latent actions"
+    if actions:
+        discrete = actions["kind"] == "discrete"
+        described = f"{actions['size']} {'discrete actions' if discrete else 'continuous action values'}"
+    around = f" around `{vla['vlm']}`" if vla else ""
     lines = [
-        f"A `{kind}` policy trained with latentact, as a LeRobot policy of type `{config['type']}`.",
+        f"A `{kind}` {'model' if vla else 'policy'}{around} trained with latentact, as a "
+        f"LeRobot policy of type `{config['type']}`.",
         "",
-        f"- Input: {spec['resolution']}x{spec['resolution']} frames of "
-        f"`{next(iter(config['input_features']))}`{state}, {spec['fps']:g} fps.",
-        f"- Output: {described or str(actions['size']) + ' continuous action values'}.",
+        f"- Input: {spec['resolution']}x{spec['resolution']} frames of `{next(iter(inputs))}`{state}, "
+        f"{spec['fps']:g} fps.",
+        f"- Output: {described}.",
     ]
-    if config["latent"]:
-        latent = config["latent"]
+    if latent:
         lines.append(
             f"- Latent actions: `{latent['model']}`, {latent['tokens']} x {latent['token_dim']} values over "
             f"{latent['frame_gap_s']:g} s."
         )
-    lines += _training_lines(training, grounding)
+    lines += _training_lines(numbers)
     lines += ["", "## Results", ""]
+    lines += _code_table(numbers.get("vla.json", {}))
     if own:
         lines += [f"`{env}`, same labels, seed and episodes for every method:", ""]
         lines += _table(
@@ -89,18 +95,21 @@ def policy_card(
         lines += _table(
             ("environment", "success or return", "95 % interval", "episodes", "first reset seed"), cells
         )
-    if not own and not rollouts:
+    if lines[-1] == "":
         lines.append(NO_RESULTS.format(what="policy"))
     lines += ["", "## Use", "", "```bash"]
     lines += ["# Needs latentact and its plugins for LeRobot."]
     task = env or (rollouts[0]["env"] if rollouts else "")
+    if not actions:
+        lines.append(f"latentact finetune-vla vla={info.repo_id} labels=LABELS")
     if task:
         lines += [
             f"lerobot-eval --policy.path={info.repo_id} --env.type=latentact --env.task={task} "
             "--eval.n_episodes=100",
             f"latentact rollout --policy {info.repo_id} --env {task} --out runs/rollout",
         ]
-    lines += [f"lerobot-train --policy.path={info.repo_id} --dataset.repo_id=OWNER/NAME", "```"]
+    head = "" if actions else " --policy.head.kind=chunk"
+    lines += [f"lerobot-train --policy.path={info.repo_id} --dataset.repo_id=OWNER/NAME{head}", "```"]
     tags = ["robotics", "lerobot", "latentact", "latent-action", kind]
     return _model_card(info, "lerobot", tags, results, lines)
 
@@ -214,8 +223,25 @@ def dataset_card(
     return _card(data.to_yaml(), info.repo_id, lines)
 
 
-def _training_lines(training: Mapping[str, Any] | None, grounding: Mapping[str, Any] | None) -> list[str]:
+def _training_lines(numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    training, grounding = numbers.get("policy.json"), numbers.get("ground.json")
     lines = []
+    if vla := numbers.get("vla.json"):
+        lines.append(
+            f"- Training: {vla['samples']} steps of {vla['episodes']} episodes without robot actions."
+        )
+    if tuned := numbers.get("finetune_vla.json"):
+        each = {"accuracy": ("held_out_accuracy", "majority_accuracy", "the majority action")}
+        each |= {"L1": ("held_out_l1", "mean_action_l1", "the mean action")}
+        scores = [
+            f"{metric} on held-out episodes {_mean(tuned[own]):.3g}, of {name} {_mean(tuned[base]):.3g}"
+            for metric, (own, base, name) in each.items()
+            if own in tuned
+        ]
+        lines.append(
+            f"- Fine-tuning: {tuned['labeled_steps']} steps with robot actions of "
+            f"{tuned['labeled_episodes']} episodes; {', '.join(scores)}."
+        )
     if training:
         loss = training.get("val/loss")
         held_out = "" if loss is None else f", loss on held-out episodes {loss:.4g}"
@@ -226,6 +252,28 @@ def _training_lines(training: Mapping[str, Any] | None, grounding: Mapping[str, 
         held_out = "" if score is None else f", decoder's score on held-out episodes {score:.3g}"
         lines.append(f"- Grounding: {steps} steps with robot actions{held_out}.")
     return lines
+
+
+def _mean(value: float | Sequence[float]) -> float:
+    return sum(value) / len(value) if isinstance(value, Sequence) else value
+
+
+def _code_table(numbers: Mapping[str, Any]) -> list[str]:
+    """Return the scores of `vla.json` beside baselines and controls."""
+    if "score" not in numbers:
+        return []
+    rows = [("the model", numbers["score"])]
+    rows += [(f"baseline: {PREDICTIONS[name]}", value) for name, value in numbers["baselines"].items()]
+    rows += [(f"control: the model {CONTROLS[name]}", value) for name, value in numbers["controls"].items()]
+    head = ("prediction of latent actions, held-out episodes", numbers["metric"])
+    return [numbers["verdict"], "", *_table(head, [(name, f"{value:.3f}") for name, value in rows])]
+
+
+def _code_results(numbers: Mapping[str, Any]) -> list[Any]:
+    if "score" not in numbers:
+        return []
+    floor = [f"{PREDICTIONS[name]} {value:.3f}" for name, value in numbers["baselines"].items()]
+    return [_metric("latent action", "held-out episodes", numbers["metric"], numbers["score"], floor)]
 
 
 def _score(row: Mapping[str, Any]) -> str:

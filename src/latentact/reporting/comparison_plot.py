@@ -25,7 +25,10 @@ COLORS = {
     "latent_joint": "#8b5cf6",
     "bc_k": "#d9730d",
     "idm_k": "#2f7fd8",
+    "vla": "#c2407a",
+    "vla_scratch": "#a6801a",
     "oracle": "#8a8f98",
+    "vla_oracle": "#8a8f98",
 }
 INK, SOFT, LINE, CARD = "var(--ink,#22262e)", "var(--soft,#666d78)", "var(--line,#e3e5ea)", "var(--card,#fff)"
 FONT = "font-family:ui-sans-serif,system-ui,-apple-system,'Segoe UI',sans-serif;font-size:14px"
@@ -164,7 +167,7 @@ def _over_k(results: Sequence[Result], oracle: Result | None, ks: Sequence[int])
 
 COLUMNS = (
     *("env", "distract", "method", "k", "seed", "episodes", "success", "success_low", "success_high"),
-    *("return", "return_low", "return_high", "decoder_only_success", "decoder_only_return"),
+    *("return", "return_low", "return_high", "decoder_only_success", "decoder_only_return", "updates"),
 )
 
 
@@ -192,6 +195,6 @@ def _csv_row(row: Row) -> dict[str, Any]:
     low, high = row.ci95 or (None, None)
     values = (
         *(row.method, row.k, row.seed, row.episodes, row.success, low, high),
-        *(row.mean_return, *row.return_ci95, plain.get("success"), plain.get("return")),
+        *(row.mean_return, *row.return_ci95, plain.get("success"), plain.get("return"), row.updates),
     )
     return dict(zip(COLUMNS[2:], values, strict=True))

@@ -33,7 +33,8 @@ def comparison_section(comparison: Comparison, number: int) -> Section:
         what="Same network, training steps, labeled episodes and evaluation seeds in every row; k is "
         "the number of labeled episodes. BC on k labels does not use the other videos. IDM on k labels "
         "learns actions from the k episodes and guesses those of all others. Latent policies are then "
-        "fine-tuned for some steps more, by their configuration; decoder only is before that.",
+        "fine-tuned for some steps more, by their configuration; decoder only is before that. Rows of a VLA "
+        "share a network of their own, a vision-language model.",
         body=body,
     )
 
@@ -52,9 +53,10 @@ def _comparison_table(results: Sequence[Result]) -> str:
             success = f"{r.success:.2f} <small>({r.interval[0]:.2f} to {r.interval[1]:.2f})</small>"
         share = ABSENT if oracle is None or r.method == "oracle" else f"{r.score / oracle:.0%}"
         labels = "all" if r.k is None else str(r.k)
-        cells = (labels, success, share, f"{r.mean_return:.2f}", str(r.seeds), str(r.episodes))
+        updates = ABSENT if r.updates is None else str(r.updates)
+        cells = (labels, updates, success, share, f"{r.mean_return:.2f}", str(r.seeds), str(r.episodes))
         rows.append((key, cells, r.method in LIMITED and r.score > 0 and r.score == best[r.k]))
-    head = ("Method", "k", "Success (95 %)", "Of oracle", "Return", "Seeds", "Episodes")
+    head = ("Method", "k", "Updates", "Success (95 %)", "Of oracle", "Return", "Seeds", "Episodes")
     return table(head, rows, "Comparison of methods")
 
 

@@ -4,7 +4,9 @@ For every seed and k, every row gets the same k labeled episodes, network and ev
 policy, the latent policy whose LAM had an action head on the k episodes, BC on k, BC on the pseudo-labels of
 an inverse dynamics model trained on k (IDM-k), and BC on all labels (oracle). Latent policies are fine-tuned,
 so the baselines have rows with as many updates: BC-k with self-training or fine-tuning, IDM-k and the oracle
-with fine-tuning. Every row is a chain of stages through artifacts on disk; re-run the command to resume.
+with fine-tuning. Rows of a vision-language-action model (VLA) are made where `methods` names them:
+pretrained on the latent actions of the LAM, fine-tuned without that, and trained on all labels for as many
+updates as both. Every row is a chain of stages through artifacts on disk; re-run the command to resume.
 """
 
 from __future__ import annotations
@@ -28,8 +30,19 @@ from latentact.lams.contract import LAMS
 from latentact.lams.models.idm import IdmConfig
 from latentact.policies.contract import POLICIES
 from latentact.policies.decoder import DecoderConfig
+from latentact.policies.vla.backbone import load_config
+from latentact.policies.vla.heads import HEADS
 from latentact.reporting.comparison_plot import write_comparison
-from latentact.stages import finetune, ground, label, rollout, train_lam, train_policy
+from latentact.stages import (
+    finetune,
+    finetune_vla,
+    ground,
+    label,
+    rollout,
+    train_lam,
+    train_policy,
+    train_vla,
+)
 from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
@@ -48,6 +61,8 @@ METHODS = (
     "oracle",
     "oracle_finetuned",
 )
+VLA = ("vla", "vla_scratch", "vla_oracle")
+"""Rows of a vision-language-action model."""
 FINETUNED = {
     "latent_finetuned": "latent",
     "bc_k_finetuned": "bc_k",
@@ -75,9 +90,9 @@ class CompareConfig:
     distract: str = ""
     """Distractors in the environment, as for `collect`: background=0.5,shake=0.3,correlation=0.8."""
     methods: tuple[str, ...] = METHODS
-    """Rows. Left out are those that the settings make equal to another: `*_finetuned` and
-    `bc_k_self_training` without finetune_steps; with self_training, `bc_k_finetuned`; without it,
-    `latent_finetuned` and `bc_k_self_training`."""
+    """Rows; vla, vla_scratch and vla_oracle are further ones. Left out are those that the settings make equal
+    to another: `*_finetuned` and `bc_k_self_training` without finetune_steps; with self_training,
+    `bc_k_finetuned`; without it, `latent_finetuned` and `bc_k_self_training`."""
     ks: tuple[int, ...] = (5,)
     """Numbers of labeled episodes."""
     seeds: tuple[int, ...] = (0,)
@@ -120,6 +135,12 @@ class CompareConfig:
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether fine-tuning of `latent` and `latent_joint` learns from all training episodes, as in ground."""
+    vla: train_vla.TrainVlaRecipe = field(default_factory=train_vla.TrainVlaRecipe)
+    """The vision-language-action model of the rows vla, which learns the latent actions first, vla_scratch,
+    which does not, and vla_oracle, on all labels."""
+    vla_finetuning: finetune_vla.FinetuneVlaRecipe = field(default_factory=finetune_vla.FinetuneVlaRecipe)
+    """How it learns robot actions; vla_scratch and vla_oracle learn from labeled episodes only, the latter
+    with the updates of both together."""
     cluster: Any = choice(CLUSTERS, "local")
     """Where it runs; in one process."""
 
@@ -127,9 +148,9 @@ class CompareConfig:
         """Validate the configuration."""
         Distraction.parse(self.distract)
         for method in self.methods:
-            if method not in METHODS:
-                raise UserError(f"methods must be some of {', '.join(METHODS)}, got {method!r}.")
-        if not self.methods or (not self.ks and any(not m.startswith("oracle") for m in self.methods)):
+            if method not in (*METHODS, *VLA):
+                raise UserError(f"methods must be some of {', '.join((*METHODS, *VLA))}, got {method!r}.")
+        if not self.methods or (not self.ks and any("oracle" not in m for m in self.methods)):
             raise UserError(
                 f"methods and ks must have at least one value each, got {[*self.methods]} and {[*self.ks]}."
             )
@@ -149,7 +170,9 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     store = open_store(config.data)
     if store.action_space is None:
         raise UserError(f"{config.data.path} has no actions; give demonstrations of {config.env}.")
+    vla = any(method in VLA for method in config.methods)
     uses_state = config.policy.network.use_state or config.decoder.use_state
+    uses_state |= vla and config.vla.model.use_state
     check_compatible(
         env,
         config.data.path,
@@ -158,6 +181,9 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         channels=store.frames.shape[3],
         state_size=store.state.shape[1] if uses_state and store.state is not None else 0,
     )
+    if vla:
+        load_config(config.vla.model.vlm)
+        HEADS[config.vla_finetuning.head.kind](config.vla_finetuning.head, store.action_space, 8)
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
         choose_labeled(train, max(config.ks, default=0), seed)
@@ -193,7 +219,7 @@ def _rows(config: CompareConfig) -> Iterator[tuple[str, int | None]]:
     for method in config.methods:
         if method in left_out:
             continue
-        if method.startswith("oracle"):
+        if "oracle" in method:
             yield method, None
         else:
             yield from ((method, k) for k in config.ks)
@@ -219,7 +245,9 @@ class _Row:
         c = self.config
         more: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
         more["updates"] = c.policy_training.steps
-        if self.base in ("latent", "latent_joint"):
+        if self.method in VLA:
+            folder, more["updates"] = self._vla()
+        elif self.base in ("latent", "latent_joint"):
             folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
         elif self.base == "idm_k":
             folder = self._policy(c.policy.behavior_cloning(), labels=self._labels(self._idm()))
@@ -232,7 +260,7 @@ class _Row:
                 keys = ("success", "return", "ci95", "return_ci95")
                 more["decoder_only"] = {key: plain[key] for key in keys}
             folder = folder / "finetuned"
-        elif self.method != self.base:
+        elif self.method in FINETUNED:
             more["updates"] += c.finetune_steps
             folder = finetune.run(self._finetune(folder), self._folder("finetuned"))
         result = self._rollout(folder, "rollout")
@@ -243,10 +271,14 @@ class _Row:
         """Return the folder of an artifact.
 
         Fine-tuned rows share the artifacts before fine-tuning with their base; the latent policy needs no
-        labels before grounding, so all k share its artifacts.
+        labels before grounding, so all k share its artifacts, and a vision-language-action model learns from
+        the same latent actions.
         """
-        method = self.base if name in ("lam", "labels", "policy") else self.method
-        shared = method == "latent" and name in ("lam", "labels", "policy")
+        early = name in ("lam", "labels", "policy")
+        method = self.base if early else self.method
+        if early and self.method in VLA:
+            method = "vla" if name == "policy" else "latent"
+        shared = early and method in ("latent", "vla")
         k = "" if shared or self.k is None else f"_k{self.k}"
         return self.out / f"seed{self.seed}" / f"{method}{k}" / name
 
@@ -324,6 +356,39 @@ class _Row:
             held_out=c.held_out,
             split_seed=self.seed,
         )
+
+    def _vla(self) -> tuple[Path, int]:
+        """Return the folder of a vision-language-action model that acts, and its updates."""
+        c, labels = self.config, str(self._labels(self._latent_lam()))
+        pretraining = replace(c.vla.training, seed=self.seed)
+        training = replace(c.vla_finetuning.training, seed=self.seed)
+        both = pretraining.steps + training.steps
+        if self.method == "vla_oracle":
+            training = replace(pretraining, steps=both, eval_every=0)
+        settings = train_vla.TrainVlaConfig(
+            **vars(replace(c.vla, training=pretraining)),
+            labels=labels,
+            held_out=c.held_out,
+            split_seed=self.seed,
+        )
+        train_vla.run(settings, self._folder("policy"))
+        recipe = replace(
+            c.vla_finetuning,
+            training=training,
+            decoder_training=replace(c.vla_finetuning.decoder_training, seed=self.seed),
+            pseudo_labels=c.vla_finetuning.pseudo_labels and self.method == "vla",
+        )
+        tuned = finetune_vla.FinetuneVlaConfig(
+            **vars(recipe),
+            vla=str(self._folder("policy")),
+            labels=labels,
+            labeled_episodes=self.k,
+            scratch=self.method != "vla",
+            held_out=c.held_out,
+            split_seed=self.seed,
+        )
+        folder = finetune_vla.run(tuned, self._folder("finetuned")).path
+        return folder, both if self.method == "vla" else training.steps
 
     def _rollout(self, policy: Path, name: str) -> dict[str, Any]:
         c = self.config

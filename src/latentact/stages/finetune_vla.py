@@ -15,11 +15,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from latentact.config import LARGEST, Between, check_bounds, choice
+from latentact.config import Between, Seed, check_bounds, choice
 from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.heads import ActionHeadConfig
 from latentact.policies.vla.model import Vla
@@ -37,17 +37,9 @@ _BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneVlaConfig:
-    """Fine-tune a vision-language-action model to robot actions; the result acts in `rollout`."""
+class FinetuneVlaRecipe:
+    """What is fine-tuned and how, in `finetune-vla` and in rows of `compare`."""
 
-    out: str = "runs/finetune_vla"
-    """Run folder; re-run the same command to resume."""
-    vla: str
-    """Folder of the train-vla run."""
-    labels: str
-    """Folder of the labels it was trained on, of data with robot actions."""
-    labeled_episodes: int | None = 5
-    """k: training episodes whose actions are used; empty: all."""
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     """The action head."""
     latent_weight: Annotated[float, Between(0, 1e6)] = 0.1
@@ -59,9 +51,6 @@ class FinetuneVlaConfig:
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
     """pseudo_labels: how the decoder is trained."""
-    scratch: bool = False
-    """Whether to begin from the vision-language model, without what train-vla learned, and to see the labeled
-    episodes only: the baseline."""
     lora_rank: Annotated[int, Between(0, 4096)] = 0
     """Rank of low-rank adapters on the language model; 0: all its weights are trained."""
     training: TrainingConfig = field(
@@ -76,19 +65,35 @@ class FinetuneVlaConfig:
         )
     )
     """How it is trained."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneVlaConfig(FinetuneVlaRecipe):
+    """Fine-tune a vision-language-action model to robot actions; the result acts in `rollout`."""
+
+    out: str = "runs/finetune_vla"
+    """Run folder; re-run the same command to resume."""
+    vla: str
+    """Folder of the train-vla run."""
+    labels: str
+    """Folder of the labels it was trained on, of data with robot actions."""
+    labeled_episodes: int | None = 5
+    """k: training episodes whose actions are used; empty: all."""
+    scratch: bool = False
+    """Whether to begin from the vision-language model, without what train-vla learned, and to see the labeled
+    episodes only: the baseline."""
     cluster: Any = choice(CLUSTERS, "local")
     """Where it runs."""
     held_out: float = 0.1
     """Fraction of the episodes that training never uses; as in train-vla."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the choice of held-out and labeled episodes; as in train-vla."""
     eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
     """Held-out steps of the evaluation."""
-
-    def __post_init__(self) -> None:
-        """Validate the configuration."""
-        require_between("split_seed", self.split_seed, 0, LARGEST)
-        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Upload a LAM, policy or dataset with its card to the hub: `latentact push FOLDER REPO`."""
+"""Upload a LAM, policy, VLA or dataset with its card to the hub: `latentact push FOLDER REPO`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from latentact.io.atomic import read_object
 from latentact.io.hub import check_repo_id, upload_files
 from latentact.io.tensors import WEIGHTS, load_tensors
 from latentact.policies.contract import Policy
+from latentact.policies.vla.model import BACKBONE
 from latentact.reporting.card import CardInfo, dataset_card, lam_card, policy_card
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ class PushConfig:
     """Upload a LAM, policy or dataset to the Hugging Face hub, with a card made from its json files."""
 
     folder: str
-    """Folder of a LAM, of a policy that outputs robot actions, or of a LeRobot dataset."""
+    """Folder of a LAM, of a policy that outputs robot actions, of a vision-language-action model, or of a
+    LeRobot dataset."""
     repo: str
     """Hub id, OWNER/NAME."""
     results: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ def run(config: PushConfig) -> Upload:
     """Upload a folder and return what was uploaded; without uploading for a dry run.
 
     Raises:
-        UserError: the folder is none of the three kinds, results are of another policy, or the hub refuses.
+        UserError: the folder is none of these kinds, results are of another policy, or the hub refuses.
     """
     check_repo_id(config.repo)
     folder = Path(config.folder)
@@ -75,7 +77,8 @@ def run(config: PushConfig) -> Upload:
         files, card = _dataset(folder, info)
         tag = str(read_object(folder / "meta" / "info.json")["codebase_version"])
     elif _is_policy(folder):
-        files, card = _policy(folder, info, config.results)
+        files = _vla_files(folder) if (folder / BACKBONE).is_dir() else _policy_files(folder)
+        files, card = _policy(folder, info, files, config.results)
     else:
         files, card = _lam(folder, info)
     files["README.md"] = card.encode()
@@ -87,17 +90,18 @@ def run(config: PushConfig) -> Upload:
 
 
 def _is_policy(folder: Path) -> bool:
-    """Whether a folder is a policy of ours; a UserError where it is no checkpoint at all."""
+    """Whether a folder is a policy or VLA of ours; a UserError where it is no checkpoint at all."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"FOLDER must hold config.json (a LAM or policy) or meta/info.json (a dataset), got {folder}. "
             "Give the folder of a finished run."
         )
-    return {"policy", "spec", "decoder"} <= read_object(folder / "config.json").keys()
+    found = read_object(folder / "config.json").keys()
+    return {"policy", "spec", "decoder"} <= found or {"vla", "spec", "head"} <= found
 
 
-def _policy(folder: Path, info: CardInfo, results: tuple[str, ...]) -> tuple[dict[str, Path | bytes], str]:
-    """Return files and card of a policy; its files are written anew, in the present format."""
+def _policy_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files of a policy, written anew in the present format."""
     policy = Policy.from_pretrained(folder)
     if policy.spec.action_space is None:
         raise UserError(
@@ -106,14 +110,35 @@ def _policy(folder: Path, info: CardInfo, results: tuple[str, ...]) -> tuple[dic
         )
     with TemporaryDirectory() as written:
         policy.write(Path(written))
-        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in Path(written).iterdir()}
+        return {path.name: path.read_bytes() for path in Path(written).iterdir()}
+
+
+def _vla_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files of a vision-language-action model as they are, without paths of this machine."""
+    config = read_object(folder / "config.json")
+    base = Path(str(config["vla"]["vlm"]))
+    if base.is_absolute() or base.exists():
+        config["vla"]["vlm"] = base.name
+    config["pretrained_path"] = None
+    own = [folder / WEIGHTS, folder / "spec.json", *folder.glob("policy_p*processor*")]
+    files: dict[str, Path | bytes] = {path.name: path for path in own}
+    files |= {f"{BACKBONE}/{path.name}": path for path in (folder / BACKBONE).iterdir()}
+    for path in files.values():
+        if isinstance(path, Path) and path.suffix == ".safetensors":
+            load_tensors(path, names=())
+    return files | {"config.json": _encoded(config)}
+
+
+def _policy(
+    folder: Path, info: CardInfo, files: dict[str, Path | bytes], results: tuple[str, ...]
+) -> tuple[dict[str, Path | bytes], str]:
+    """Return files and card of a policy or VLA, with what lies beside it."""
     found = {}
-    for name in ("policy.json", "ground.json"):
+    for name in ("policy.json", "ground.json", "vla.json", "finetune_vla.json"):
         places = [folder, folder.resolve().parent] if folder.name == "finetuned" else [folder]
         path = next((place / name for place in places if (place / name).is_file()), None)
-        found[name] = None if path is None else read_object(path)
         if path is not None:
-            files[name] = path
+            found[name], files[name] = read_object(path), path
     rollouts = [_rollout(Path(result), folder) for result in results]
     for number, rollout in enumerate(rollouts):
         files[f"rollout_{number}.json"] = _encoded(rollout)
@@ -125,8 +150,7 @@ def _policy(folder: Path, info: CardInfo, results: tuple[str, ...]) -> tuple[dic
     card = policy_card(
         info,
         json.loads(config),
-        training=found["policy.json"],
-        grounding=found["ground.json"],
+        numbers=found,
         rollouts=rollouts,
         comparison=comparison,
         run=own,
@@ -158,7 +182,8 @@ def _comparison(folder: Path) -> tuple[dict[str, Any] | None, str]:
         content = read_object(root / "comparison.json")
         for row in content["rows"]:
             method = (root / row["run"]).parent
-            final = [method / "grounded" / "finetuned", method / "grounded", method / "policy"]
+            names = ("finetuned", "grounded/finetuned", "grounded", "policy")
+            final = [method / name for name in names]
             if folder == next((path for path in final if (path / "config.json").is_file()), None):
                 return content, row["run"]
     return None, ""

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from latentact.config import LARGEST, Between, Pixels, check_bounds, choice
+from latentact.config import Between, Pixels, Seed, check_bounds, choice
 from latentact.data.cache import FrameStore, open_store
 from latentact.data.latents import Labels, read_labels
 from latentact.data.splits import split_episodes
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError
 from latentact.evaluation.policy.latent_accuracy import evaluate_latents
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.model import Vla, VlaConfig, VlaSpec
@@ -29,13 +29,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainVlaConfig:
-    """Train a vision-language-action model to predict latent actions from an image and the task text."""
+class TrainVlaRecipe:
+    """What is trained and how, in `train-vla` and in rows of `compare`."""
 
-    out: str = "runs/train_vla"
-    """Run folder; re-run the same command to resume."""
-    labels: str = ""
-    """Folder that `latentact label` wrote; its data is used."""
     resolution: Pixels = 0
     """Height and width of the images for the model; 0: as labeled."""
     model: VlaConfig = field(default_factory=VlaConfig)
@@ -46,11 +42,25 @@ class TrainVlaConfig:
         )
     )
     """How it is trained."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVlaConfig(TrainVlaRecipe):
+    """Train a vision-language-action model to predict latent actions from an image and the task text."""
+
+    out: str = "runs/train_vla"
+    """Run folder; re-run the same command to resume."""
+    labels: str = ""
+    """Folder that `latentact label` wrote; its data is used."""
     cluster: Any = choice(CLUSTERS, "local")
     """Where it runs."""
     held_out: float = 0.1
     """Fraction of the episodes that training never uses."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the choice of held-out episodes."""
     eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
     """Held-out steps of an evaluation."""
@@ -58,11 +68,6 @@ class TrainVlaConfig:
     """Print parameters, memory, tokens, FLOPs and hours, and train nothing; --dry-run is the same."""
     tflops: Annotated[float, Between(1e-3, 1e6)] = 400.0
     """dry_run: sustained TFLOP/s of each device; 400 is about 40 % of an H100's bf16 peak."""
-
-    def __post_init__(self) -> None:
-        """Validate the configuration."""
-        require_between("split_seed", self.split_seed, 0, LARGEST)
-        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from torch.distributed.fsdp import fully_shard
 
 from latentact.errors import UserError
 from latentact.io.records import parse_json, read_text
+from latentact.io.tensors import load_tensors
 from latentact.training.checkpoint_io import pack, unpack
 from latentact.training.settings import TrainingConfig
 
@@ -137,17 +138,31 @@ class ShardedStrategy(ModelParallelStrategy):
         writer = HuggingFaceStorageWriter(path=str(partial), save_distributed=True)
         save(tensors, storage_writer=writer)
         if self.is_global_zero:
-            state = {"numbers": numbers, "loop": pack(checkpoint, {}, "")}
+            state = {"processes": self.world_size, "numbers": numbers, "loop": pack(checkpoint, {}, "")}
             (partial / "state.json").write_text(json.dumps(state))
             partial.rename(path)
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the weights and optimizer state of this process and return the loop's state."""
+        """Read the weights and optimizer state of this process and return the loop's state.
+
+        The checkpoint may be of another number of processes.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
         path = Path(self.broadcast(str(checkpoint_path)))
+        values = parse_json(read_text(path / "state.json"), str(path / "state.json"))
+        shards = sorted(path.glob("*.safetensors"))
+        if len(shards) != values.get("processes", len(shards) or 1):
+            raise UserError(
+                f"{path} must hold one safetensors file of each process that wrote it, got {len(shards)} of "
+                f"{values.get('processes', 1)}. Copy the folder again, or delete it to begin anew."
+            )
+        for shard in shards:
+            load_tensors(shard, names=())
         tensors, _ = self._state()
         load(tensors, storage_reader=HuggingFaceStorageReader(path=str(path)))
-        values = parse_json(read_text(path / "state.json"), str(path / "state.json"))
         assert self.model is not None
         model: dict[str, Any] = {
             k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")

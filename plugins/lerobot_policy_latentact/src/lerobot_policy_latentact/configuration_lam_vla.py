@@ -1,4 +1,4 @@
-"""Settings of `lam_vla`: a folder of `latentact finetune-vla`, as it is.
+"""Settings of `lam_vla`: a folder of `latentact train-vla` or `latentact finetune-vla`, or a new model.
 
 `config.json` of such a folder holds LeRobot's settings beside latentact's own (`vla`, `spec`, `head`), which
 say what the model is.
@@ -9,34 +9,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import AdamWConfig
+from lerobot.configs import PreTrainedConfig
 
 from latentact.errors import UserError
-from latentact.policies.lerobot_files import NORMALIZATION, VLA_TYPE
+from latentact.policies.lerobot_files import VLA_TYPE
+from latentact.policies.vla.heads import ActionHeadConfig
+from latentact.policies.vla.model import VlaConfig
+from lerobot_policy_latentact.configuration_latentact import StandardConfig
 
 
 @PreTrainedConfig.register_subclass(VLA_TYPE)
 @dataclass
-class LamVlaConfig(PreTrainedConfig):
-    """Settings of a vision-language-action model of latentact that outputs robot actions."""
+class LamVlaConfig(StandardConfig):
+    """Settings of a vision-language-action model of latentact."""
 
-    push_to_hub: bool = False  # type: ignore[assignment]
-    """Whether lerobot-train uploads the policy."""
-    vla: dict[str, Any] = field(default_factory=dict)
+    vla: VlaConfig = field(default_factory=VlaConfig)
     """Settings of the model."""
+    head: ActionHeadConfig | None = None
+    """Settings of its action head; none: it learns latent actions only. A head that is given for a model
+    without one is new."""
     spec: dict[str, Any] = field(default_factory=dict)
-    """Its inputs and outputs."""
-    head: dict[str, Any] = field(default_factory=dict)
-    """Settings of its action head."""
+    """Its inputs and outputs; a new model takes them from the dataset."""
     latent: dict[str, Any] | None = None
     """Meaning of its latent actions."""
     latent_weight: float = 0.1
-    """Weight of the loss of latent actions, where the dataset has the columns that `precompute` writes."""
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {key: NormalizationMode(mode) for key, mode in NORMALIZATION.items()}
-    )
-    """Identity: the weights hold the statistics."""
+    """Weight of the loss of latent actions beside that of robot actions, where the dataset has the columns of
+    `precompute`."""
+    resolution: int = 0
+    """Height and width of the images of a new model in pixels; 0: those of the latent actions."""
     optimizer_lr: float = 2e-5
     """Learning rate of AdamW."""
     optimizer_weight_decay: float = 0.0
@@ -48,13 +48,15 @@ class LamVlaConfig(PreTrainedConfig):
         """Validate the configuration.
 
         Raises:
-            UserError: it does not come from a folder of finetune-vla.
+            UserError: it has adapters, or no image.
         """
-        if not (self.vla and self.spec and self.head):
+        if self.vla.lora_rank:
             raise UserError(
-                "policy.path must be a folder of `latentact finetune-vla`, got a new policy of type lam_vla. "
-                "Train one with `latentact train-vla` and `latentact finetune-vla` first."
+                f"policy.vla.lora_rank must be 0 in LeRobot, got {self.vla.lora_rank}. Train adapters with "
+                "latentact train-vla or finetune-vla."
             )
+        if not self.image_features:
+            raise UserError("lam_vla must have an image, got a dataset without. Give one with a camera.")
 
     @property
     def observation_delta_indices(self) -> None:
@@ -62,23 +64,6 @@ class LamVlaConfig(PreTrainedConfig):
         return
 
     @property
-    def action_delta_indices(self) -> list[int]:
-        """Rows of the predicted actions, from the current one on."""
-        return [*range(self.head.get("chunk_size", 1))]
-
-    @property
-    def reward_delta_indices(self) -> None:
-        """None: rewards are not used."""
-        return
-
-    def get_optimizer_preset(self) -> AdamWConfig:
-        """Return the optimizer of `finetune-vla`."""
-        return AdamWConfig(
-            lr=self.optimizer_lr,
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=self.optimizer_grad_clip_norm,
-        )
-
-    def get_scheduler_preset(self) -> None:
-        """Return None: the learning rate is constant."""
-        return
+    def action_delta_indices(self) -> list[int] | None:
+        """Rows of the predicted actions, from the current one on; None: there is no action head."""
+        return [*range(self.head.chunk_size)] if self.head else None

@@ -1,5 +1,7 @@
 """Settings of `latentact`: a policy folder of `latentact train-policy` or `latentact ground`, as it is.
 
+`StandardConfig` is what they share with `lam_vla`.
+
 `config.json` of such a folder holds LeRobot's settings beside latentact's own (`policy`, `spec`, `decoder`,
 `latent`), which say what the network is.
 """
@@ -21,21 +23,12 @@ if TYPE_CHECKING:
     from latentact.policies.spec import PolicySpec
 
 
-@PreTrainedConfig.register_subclass(TYPE)
 @dataclass
-class LatentactConfig(PreTrainedConfig):
-    """Settings of a policy of latentact that outputs robot actions."""
+class StandardConfig(PreTrainedConfig):
+    """LeRobot's settings of policies that normalize by themselves and train with AdamW at a constant rate."""
 
     push_to_hub: bool = False  # type: ignore[assignment]
     """Whether lerobot-train uploads the policy."""
-    policy: dict[str, Any] = field(default_factory=dict)
-    """Settings of the policy, of its registered kind."""
-    spec: dict[str, Any] = field(default_factory=dict)
-    """Inputs and outputs of the policy."""
-    decoder: dict[str, Any] | None = None
-    """Settings of the decoder from latent to robot actions, of a grounded policy."""
-    latent: dict[str, Any] | None = None
-    """Meaning of its latent actions."""
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {key: NormalizationMode(mode) for key, mode in NORMALIZATION.items()}
     )
@@ -46,6 +39,38 @@ class LatentactConfig(PreTrainedConfig):
     """Weight decay of AdamW."""
     optimizer_grad_clip_norm: float = 2.0
     """Largest gradient norm."""
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """None: rewards are not used."""
+        return
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """Return the optimizer of latentact's own fine-tuning."""
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> None:
+        """Return None: the learning rate is constant."""
+        return
+
+
+@PreTrainedConfig.register_subclass(TYPE)
+@dataclass
+class LatentactConfig(StandardConfig):
+    """Settings of a policy of latentact that outputs robot actions."""
+
+    policy: dict[str, Any] = field(default_factory=dict)
+    """Settings of the policy, of its registered kind."""
+    spec: dict[str, Any] = field(default_factory=dict)
+    """Inputs and outputs of the policy."""
+    decoder: dict[str, Any] | None = None
+    """Settings of the decoder from latent to robot actions, of a grounded policy."""
+    latent: dict[str, Any] | None = None
+    """Meaning of its latent actions."""
 
     @cached_property
     def untrained(self) -> Policy:
@@ -114,20 +139,3 @@ class LatentactConfig(PreTrainedConfig):
     def action_delta_indices(self) -> list[int]:
         """Rows of the predicted actions, from the current one on."""
         return [*range(self.untrained.config.network.chunk_size * self.policy_spec.stride)]
-
-    @property
-    def reward_delta_indices(self) -> None:
-        """None: rewards are not used."""
-        return
-
-    def get_optimizer_preset(self) -> AdamWConfig:
-        """Return the optimizer of `latentact ground`'s fine-tuning."""
-        return AdamWConfig(
-            lr=self.optimizer_lr,
-            weight_decay=self.optimizer_weight_decay,
-            grad_clip_norm=self.optimizer_grad_clip_norm,
-        )
-
-    def get_scheduler_preset(self) -> None:
-        """Return None: the learning rate is constant."""
-        return

@@ -2,7 +2,8 @@
 
 Methods with k labeled episodes are `latent`, `latent_joint` (the LAM learns from the labels, too), `bc_k` and
 `idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add what the latent
-policy gets after grounding, so that all have the same number of updates.
+policy gets after grounding, so that all have the same number of updates. `vla` is a vision-language-action
+model that first learns latent actions, `vla_scratch` the same without, `vla_oracle` the same on all labels.
 """
 
 from __future__ import annotations
@@ -14,21 +15,26 @@ from typing import Any
 
 from latentact.evaluation.policy.intervals import success_interval
 
-LATENT = ("latent", "latent_finetuned", "latent_joint")
-LIMITED = (*LATENT, "bc_k", "bc_k_finetuned", "bc_k_self_training", "idm_k", "idm_k_finetuned")
+LATENT = ("latent", "latent_finetuned", "latent_joint", "vla")
+BASELINES = ("bc_k", "bc_k_finetuned", "bc_k_self_training", "idm_k", "idm_k_finetuned", "vla_scratch")
+LIMITED = (*LATENT, *BASELINES)
+ORACLES = {"oracle": "the oracle, BC on all labels", "vla_oracle": "the oracle VLA, trained on all labels"}
 METHODS = {
     "latent": "Latent policy",
     "latent_decoder_only": "Latent policy, decoder only",
     "latent_finetuned": "Latent policy, fine-tuned on k labels",
     "latent_joint": "Latent policy with joint head",
     "latent_joint_decoder_only": "Latent, joint head, decoder only",
+    "vla": "VLA pretrained on latent actions",
     "bc_k": "BC on k labels",
     "bc_k_finetuned": "BC on k labels, fine-tuned",
     "bc_k_self_training": "BC on k labels, self-training",
     "idm_k": "IDM on k labels",
     "idm_k_finetuned": "IDM on k labels, fine-tuned",
+    "vla_scratch": "VLA on k labels, not pretrained",
     "oracle": "Oracle BC (all labels)",
     "oracle_finetuned": "Oracle BC, fine-tuned",
+    "vla_oracle": "Oracle VLA (all labels)",
 }
 
 Interval = tuple[float, float]
@@ -123,6 +129,8 @@ class Result:
     """95 % interval of the mean return."""
     per_seed: tuple[float, ...]
     """Success (return, if the environment reports no success) of every seed."""
+    updates: int | None = None
+    """Updates of the policy, fine-tuning included; None where the rows do not say."""
 
     @property
     def label(self) -> str:
@@ -170,10 +178,10 @@ def verdict(rows: Iterable[Row]) -> str:
         k: sorted((r for r in results if r.k == k and r.method in LIMITED), key=lambda r: -r.score)
         for k in ks
     }
-    oracle = next((r for r in results if r.method == "oracle"), None)
     overall = [_overall(ranked)] if len(ks) > 1 else []
     details = [sentence for k in ks for sentence in (*_sentences(ranked[k]), *_sources(results, k))]
-    return " ".join([*overall, *details, *_from_oracle(ranked[ks[-1]][0], oracle)])
+    oracles = [r for r in results if r.method in ORACLES]
+    return " ".join([*overall, *details, *(_from_oracle(ranked[ks[-1]][0], r) for r in oracles)])
 
 
 def _interval(values: Sequence[float | int] | None) -> Interval | None:
@@ -192,6 +200,7 @@ def _decoder_only(row: Row, method: str) -> Row:
         ci95=_interval(plain.get("ci95")),
         return_ci95=_interval(plain.get("return_ci95")) or (mean_return, mean_return),
         successes=(),
+        updates=None,
         decoder_only=None,
     )
 
@@ -214,6 +223,7 @@ def _pool(rows: Sequence[Row]) -> Result:
         mean_return=mean_return,
         return_ci95=rows[0].return_ci95 if len(rows) == 1 else (mean_return - spread, mean_return + spread),
         per_seed=tuple(row.mean_return if row.success is None else row.success for row in rows),
+        updates=rows[0].updates,
     )
 
 
@@ -262,17 +272,24 @@ def _sentences(ranked: Sequence[Result]) -> list[str]:
 
 
 def _sources(results: Sequence[Result], k: int) -> list[str]:
-    """Say where the gain of the latent policy comes from, and what baselines gain from as many updates."""
+    """Say where the gain of latent actions comes from, and what baselines gain from as many updates."""
     at = {r.method: r for r in results if r.k == k}
+    sentences = []
+    if "vla" in at and "vla_scratch" in at:
+        sentences.append(
+            f"At equal steps of fine-tuning, latent actions of the video take the VLA from "
+            f"{at['vla_scratch'].score:.2f} to {at['vla'].score:.2f}; "
+            f"{_certain(at['vla'], at['vla_scratch'])}."
+        )
     if "latent" not in at or "latent_decoder_only" not in at:
-        return []
+        return sentences
     parts = [f"{at['latent_decoder_only'].score:.2f} with the decoder only"]
     if "latent_finetuned" in at:
         parts.append(f"{at['latent_finetuned'].score:.2f} with fine-tuning on the k episodes")
         parts.append(f"{at['latent'].score:.2f} with self-training")
     else:
         parts.append(f"{at['latent'].score:.2f} fine-tuned")
-    sentences = [f"{at['latent'].label}: {', '.join(parts)}."]
+    sentences.append(f"{at['latent'].label}: {', '.join(parts)}.")
     gains = [
         f"{at[base].label} goes from {at[base].score:.2f} to {at[more].score:.2f} with {how}"
         for base, more, how in (
@@ -288,7 +305,7 @@ def _sources(results: Sequence[Result], k: int) -> list[str]:
 
 
 def _certain(first: Result, second: Result) -> str:
-    if first.interval[0] > second.interval[1]:
+    if first.interval[0] > second.interval[1] or second.interval[0] > first.interval[1]:
         return "the intervals are apart"
     return "the intervals overlap, so more episodes or seeds could change the order"
 
@@ -305,14 +322,10 @@ def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
     return f"The winner depends on k: {places}."
 
 
-def _from_oracle(winner: Result, oracle: Result | None) -> list[str]:
-    """Return the distance of the best method at the largest k from BC on all labels."""
-    if oracle is None:
-        return []
+def _from_oracle(winner: Result, oracle: Result) -> str:
+    """Return the distance of the best method at the largest k from training on all labels."""
+    name, reached = ORACLES[oracle.method], _number(oracle)
     if oracle.score <= 0:
-        return [f"The oracle, BC on all labels, reaches only {_number(oracle)}, so it sets no ceiling here."]
+        return f"{name[0].upper()}{name[1:]}, reaches only {reached}, so it sets no ceiling here."
     share = f"{winner.score / oracle.score:.0%} of" if winner.score < oracle.score else "not behind"
-    return [
-        f"The best with {_labeled(winner.k)} is {share} the oracle, BC on all labels, "
-        f"which reaches {_number(oracle)}."
-    ]
+    return f"The best with {_labeled(winner.k)} is {share} {name}, which reaches {reached}."

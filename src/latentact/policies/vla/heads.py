@@ -14,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from latentact.config import Between, OneOf, check_bounds
@@ -137,12 +137,21 @@ class BinsHead(ActionHead):
         quantiles = np.quantile(actions, np.linspace(0, 1, self.config.bins + 1), axis=0)
         self.edges.copy_(torch.from_numpy(quantiles.T))
 
+    def classes(self, actions: Float[Tensor, "b l a"]) -> Int64[Tensor, "b l a"]:
+        """Return the bin of each number, from its lower edge on.
+
+        A number that many actions have, as those of a gripper, is an edge several times: its bin has no width
+        then, and its middle is the number.
+        """
+        values = actions.nan_to_num().flatten(0, 1).T.contiguous()  # [a, b * l]
+        below, upto = (torch.searchsorted(self.edges, values, right=right) for right in (False, True))
+        found = torch.where(upto - below > 1, below, upto - 1).clamp(0, self.config.bins - 1)
+        return found.T.reshape(actions.shape)
+
     def loss(self, hidden: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
         """Return the cross-entropy of the bins."""
         logits = self.net(hidden).float().unflatten(-1, (self.space.size, self.config.bins))
-        inner = self.edges[:, 1:-1].contiguous()
-        values = actions.nan_to_num().flatten(0, 1).T.contiguous()  # [a, b * l]
-        target = torch.searchsorted(inner, values, right=True).T.reshape(actions.shape)
+        target = self.classes(actions)
         each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
         return _mean(each.view(actions.shape).mean(2), mask)
 

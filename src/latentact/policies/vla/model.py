@@ -177,6 +177,7 @@ class Vla(nn.Module):
 
     def _prepare(self) -> None:
         """Freeze what is not trained, add adapters and checkpoint activations, by the settings."""
+        self.vlm.train()  # transformers loads it in evaluation mode, in which it checkpoints nothing
         if self.config.lora_rank:
             self.vlm.requires_grad_(False)
             add_lora(self.vlm, self.config.lora_rank, self.config.lora_alpha)
@@ -375,22 +376,20 @@ class Vla(nn.Module):
         save_tensors(folder / WEIGHTS, self.own.state_dict())
         self.latent.save(folder / "spec.json")
         values = {"vla": to_dict(self.config), "spec": to_dict(self.spec), "head": to_dict(self.head)}
-        if self.spec.action_space is not None:
-            values |= self._write_lerobot_files(folder, self.spec.action_space)
-        write_json(folder / "config.json", values)
+        write_json(folder / "config.json", values | self._write_lerobot_files(folder))
 
-    def _write_lerobot_files(self, folder: Path, actions: ActionSpace) -> dict[str, Any]:
+    def _write_lerobot_files(self, folder: Path) -> dict[str, Any]:
         """Write LeRobot's processor files and return its entries of `config.json`."""
         entries = config_entries(
             camera=self.spec.camera,
             resolution=self.spec.resolution,
             channels=3,
             state_size=self.spec.state_size if self.config.use_state else 0,
-            actions=actions,
+            actions=self.spec.action_space,
             n_obs_steps=1,
             latent=self.latent,
         )
-        entries["type"] = VLA_TYPE
+        entries = {k: v for k, v in entries.items() if not k.startswith("optimizer_")} | {"type": VLA_TYPE}
         for name, content in processor_files(entries).items():
             write_json(folder / name, content)
         return entries

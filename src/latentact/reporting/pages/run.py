@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentact.evaluation.policy.comparison import LATENT, LIMITED, aggregate
+from latentact.evaluation.policy.comparison import BASELINES, LATENT, aggregate
 from latentact.io.atomic import atomic_write, write_json
 from latentact.reporting.html import Section, page, text
 from latentact.reporting.lam_sections import (
@@ -136,14 +136,13 @@ def _lam_verdict(lam: LamRun) -> str:
 
 def _headline_numbers(found: Findings) -> list[tuple[str, str, str]]:
     items = []
-    baselines = tuple(method for method in LIMITED if method not in LATENT)
     for comparison in found.comparisons[:1]:
         results = aggregate(comparison.rows)
         fewest = min((r.k for r in results if r.k is not None), default=None)
         measure = "return" if any(r.success is None for r in results) else "success"
         for name, methods in (
             (f"Best latent policy, {measure}", LATENT),
-            ("Best baseline, same labels", baselines),
+            ("Best baseline, same labels", BASELINES),
         ):
             candidates = [r for r in results if r.method in methods and r.k == fewest]
             if candidates:
