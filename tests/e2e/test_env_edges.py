@@ -1,12 +1,14 @@
 """Any Gymnasium environment through the real commands: names, limits, frames, cameras, actions, failures."""
 
 import json
+import os
 import re
 import sys
 
 import numpy as np
 import pytest
-from gymnasium.spaces import Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Dict, Discrete, MultiDiscrete, Tuple
+from PIL import Image
 
 from conftest import cli, write_blocks
 from latentact.guidance.guide import Guide
@@ -414,6 +416,95 @@ def test_imitate_acts_by_the_same_rules(tmp_path):
     assert (out / "report.html").exists()
     for env in (toy("ToyEdge-v0"), toy("ToyEdge-v0", action=VECTOR)):
         assert "but ToyEdge-v0 expects" in refused(*imitate(env))
+    file, name = tmp_path / "file", toy("ToyEdge-v0", action=Discrete(3, start=1))
+    file.write_text("")
+    assert "--output-dir must be a folder, got the file" in refused(*imitate(name), "--output-dir", file)
+    assert "--out must be a folder, got the file" in refuse_rollout(tmp_path / "policy", name, file)
+    assert not Toy.taken
+
+
+FAILING = {
+    "reset": ({"reset": lambda env: 1 / 0}, "failed at reset: ZeroDivisionError"),
+    "step": ({"step": lambda env, default: default[:4]}, "failed at step 1 of the episode with reset seed"),
+    "render": ({"observation": VECTOR, "render": lambda env: None}, "must return an image"),
+    "reward": ({"step": lambda env, default: (default[0], None, *default[2:])}, "failed at step 1"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_compare_tries_the_environment_before_it_trains(tmp_path, kind):
+    data = write_blocks(tmp_path / "blocks.npz")
+    parts, message = FAILING[kind]
+    name = toy("ToyFails-v0", action=Discrete(4), **parts)
+    given = (f"data.path={data}", "data.resolution=32", "ks=[1]", f"out={tmp_path / 'out'}", f"env={name}")
+    assert message in refused("compare", *given)
+    given = (*given[:-1], f"env={toy('ToyPlain-v0', action=Discrete(4))}", "distract=shake=0.3")
+    assert "this environment has no distractors" in refused("compare", *given)
+    assert not (tmp_path / "out").exists()
+
+
+TINY_COMPARE = (
+    *("ks=[1]", "methods=[bc_k]", "held_out=0.2", "policy_training.steps=2", "finetune_steps=0", "record=1"),
+    *("policy.network.backbone=patch", "policy.network.patch=8", "policy.network.channels=[8]", "episodes=2"),
+)
+PLAYED = {
+    "image of any name": {"observation": Dict({"a cam/1": IMAGE}), "observe": lambda env: {"a cam/1": FRAME}},
+    "tuple": {
+        "observation": Tuple((VECTOR, IMAGE)),
+        "observe": lambda env: (0, 1),
+        "render": lambda env: FRAME,
+    },
+    "no space": {"observation": None, "observe": lambda env: None, "render": lambda env: [FRAME, FRAME]},
+    "arrays": {"step": lambda env, default: (default[0], np.array([1.0]), np.array([False]), 0, None)},
+    "close": {"close": lambda env: 1 / 0},
+    "other package": {"package": "edgecompare"},
+}
+
+
+@pytest.mark.parametrize("kind", PLAYED)
+def test_compare_and_imitate_play_odd_environments(tmp_path, monkeypatch, kind):
+    parts = dict(PLAYED[kind])
+    package = parts.pop("package", "")
+    name = f"{package}:{package}/Odd-v0" if package else toy("ToyOdd-v0", action=Discrete(4), **parts)
+    if package:
+        (tmp_path / package).mkdir()
+        code = f"from gymnasium.spaces import Discrete\nfrom toy_env import toy\ntoy('{package}/Odd-v0', "
+        (tmp_path / package / "__init__.py").write_text(f"{code}action=Discrete(4))\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    data = write_blocks(tmp_path / "blocks.npz", episodes=4)
+    out, given = tmp_path / "compare", (f"data.path={data}", "data.resolution=32", f"env={name}")
+    done = cli("compare", *given, *TINY_COMPARE, f"out={out}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((out / "comparison.json").read_text())["rows"]
+    assert (row["success"], row["return"]) == (None, 5)
+    space = ActionSpace(kind="discrete", size=4)
+    done = cli(*follower(tmp_path, space), "--env-name", name, "--output-dir", tmp_path / "imitate")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "imitate/metrics.json").read_text())
+    assert (metrics["steps"], metrics["return"], metrics["success"]) == (5, 5, None)
+
+
+@pytest.mark.parametrize("part", ["reset", "step", "render", "close"])
+def test_an_environment_that_changes_the_working_directory(right, tmp_path, monkeypatch, part):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def leave(env, *default):
+        os.chdir(elsewhere)
+        return {"reset": (np.zeros(2), {}), "render": FRAME}.get(part, *default)
+
+    name = toy("ToyLeaves-v0", **{"observation": VECTOR, "render": lambda env: FRAME, part: leave})
+    done = cli("rollout", "--policy", right, "--env", name, "--out", "out", "--episodes", "1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/rollout.json").exists()
+    assert not any(elsewhere.iterdir())
+
+
+def test_a_16_bit_picture_of_pillow_is_not_white(right, tmp_path):
+    deep = Image.fromarray(np.full((32, 32), 40_000, np.uint16))
+    name = toy("ToyDeep-v0", observation=VECTOR, render=lambda env: deep)
+    assert "must return values from 0 to 255" in refuse_rollout(right, name, tmp_path / "out")
 
 
 def test_a_summary_has_success_and_return():

@@ -423,7 +423,7 @@ BROKEN |= {
     "episodes_swapped": lambda r: change_tables(r, lambda t: pa.concat_tables([t.slice(8), t.slice(0, 8)])),
     "video_of_another_size": lambda r: write_video(next(r.rglob("*.mp4")), 14, size=(48, 64)),
     "task_index_beyond": on_rows("task_index", put(3, 7)),
-    "task_index_negative": on_rows("task_index", put(3, -1)),
+    "task_index_negative": on_rows("task_index", put(3, -2)),
     "episode_index_half": on_rows("episode_index", put(3, 0.5, float)),
     "episode_index_lists": on_rows("episode_index", lambda v: [[int(e)] for e in v]),
     "frame_index_half": on_rows("frame_index", put(3, 3.5, float)),

@@ -379,10 +379,10 @@ def open_store(config: DataConfig, *, cached: bool = False) -> FrameStore:
             memo.save()
             _note_use(folder, path)
     store = FrameStore(spec, entry, folder, path, frames, config.drop_nonfinite)
-    if store.unreadable and config.strict:
-        raise UserError(unreadable_message(store.unreadable))
-    if store.unreadable:
-        logger.warning("%s: skipped %s", path, unreadable_message(store.unreadable))
+    if entry.unreadable and config.strict:
+        raise UserError(unreadable_message(entry.unreadable))
+    if entry.unreadable:
+        logger.warning("%s: skipped %s", path, unreadable_message(entry.unreadable))
     return store
 
 
@@ -408,6 +408,8 @@ def resolve_source(config: DataConfig) -> tuple[DecodeSpec, Path, Memo]:
         raise UserError(unreadable_message(refused, "--no-strict skips damaged shards" if damaged else ""))
     for note in source.notes:
         logger.warning("%s: %s", path, note)
+    if source.unreadable:
+        logger.warning("%s: skipped %s", path, unreadable_message(source.unreadable))
     if source.skipped:
         logger.info("%s: skipped %s", path, skipped_message(source.skipped))
     if source.uneven and not config.target_fps:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from latentact.data.cache import cache_folder, finite_rows
+from latentact.data.decode.color import SIXTEEN_BITS
 from latentact.data.decode.pipeline import DecodeSpec, decoded
 from latentact.data.decode.resize import resize
 from latentact.data.decode.video import VideoProperties, frame_times, video_properties
@@ -28,7 +30,7 @@ from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.metadata import cameras, read_info
 from latentact.data.lerobot.openable import problems, total_problems
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
-from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem, first_unmatched
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem
 from latentact.errors import UserError
 from latentact.io.records import parse_json, read_text
 from latentact.progress import Progress
@@ -158,10 +160,7 @@ def _camera_keys(path: Path) -> list[str]:
     """Return the cameras of a LeRobot dataset; empty for other data."""
     if not path.exists() or not lerobot_version(path):
         return []
-    found = cameras(read_info(path).features)
-    if not found:
-        raise UserError(f"{path} has no camera; give a dataset with images or videos.")
-    return found
+    return cameras(read_info(path).features)
 
 
 def _describe(check: DataCheck, path: Path, source: Source) -> None:
@@ -300,7 +299,7 @@ def _check_clocks(check: DataCheck, source: LeRobotSource) -> None:
         found[kind] += 1
         worst = max(worst, size if kind == "jitter" else 0.0)
         holes += int(size) if kind == "gaps" else 0
-    found["impossible"] += sum("column timestamp" in reason for reason in source.unreadable.values())
+    found["impossible"] += sum("column timestamp must" in reason for reason in source.unreadable.values())
     check.clocks = {kind: number for kind, number in found.items() if number}
     if found["gaps"]:
         check.warnings.append(
@@ -330,29 +329,32 @@ def _clock(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[str, floa
 
 
 def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
-    """Check the videos of one camera: codec, color, orientation, and whether each row has a frame."""
+    """Check the videos of one camera: codec, color and orientation."""
     check.unreadable |= source.unreadable
-    files: dict[Path, list[int]] = defaultdict(list)
+    files: Sequence[Path] = []
     if isinstance(source, VideoFolderSource):
-        files |= {file: [] for file in source.files}
+        files = source.files
     elif isinstance(source, LeRobotSource):
-        for number, recording in enumerate(source.recordings):
-            if recording.video:
-                files[source.video_file(number)].append(number)
+        files = [*dict.fromkeys(source.video_file(n) for n, r in enumerate(source.recordings) if r.video)]
     looks: list[VideoProperties] = []
     turned = []
-    for file, numbers in files.items():
+    for file in files:
         try:
             looks.append(video_properties(file))
             if looks[-1].orientation != (1, 0, 0, 1):
                 turned.append(file.name)
-            if isinstance(source, LeRobotSource):
-                _check_rows(check, source, file, numbers)
         except Unreadable as error:
             check.unreadable[file.relative_to(path).as_posix() if path.is_dir() else file.name] = str(error)
     entry: dict[str, Any] = {"key": source.camera, "files": len(files)}
     for name in ("codec", "pixel_format", "matrix", "streams"):
         entry[name] = sorted({str(getattr(seen, name)) or "unspecified" for seen in looks})
+    if isinstance(source, LeRobotSource) and not files:
+        entry["pixel_format"] = _image_modes(source)
+        if deep := [mode for mode in entry["pixel_format"] if mode in SIXTEEN_BITS]:
+            check.warnings.append(
+                f"camera {source.camera}: of images of 16 bits ({deep[0]}) the upper 8 are used, as of a "
+                f"gray16 video; store 8 bits to keep steps below 256"
+            )
     sizes = source.sizes if isinstance(source, ShardSource) else [(seen.width, seen.height) for seen in looks]
     entry["size"] = sorted({f"{width}x{height}" for width, height in sizes})
     entry["rotated_or_mirrored"] = len(turned)
@@ -362,6 +364,12 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
             f"videos of different sizes: {', '.join(entry['size'])}; precompute --output column and "
             f"resolution 0 refuse them"
         )
+    several = sum(not seen.first for seen in looks)
+    if several:
+        check.warnings.append(
+            f"videos of which FFmpeg chooses another stream than the first: {several}; LeRobot's decoders "
+            f"show different ones, and precompute --output column refuses them"
+        )
     if turned:
         check.warnings.append(
             f"videos rotated or mirrored by a display matrix: {len(turned)}, such as {turned[0]}; they are "
@@ -369,27 +377,13 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
         )
 
 
-def _check_rows(check: DataCheck, source: LeRobotSource, file: Path, numbers: list[int]) -> None:
-    """Find episodes with rows that have no frame, from the packets of their video."""
-    shown, apart = frame_times(file), []
-    for number in numbers:
-        recording, episode = source.recordings[number], source.episodes[number]
-        lookup = recording.start + source.tables.timestamps(recording.episode)
-        row = first_unmatched(shown, lookup, source.fps)
-        if row is None:
-            apart += (
-                [] if first_unmatched(shown, lookup, source.fps, lerobot=True) is None else [episode.name]
-            )
-        else:
-            check.unreadable[episode.label] = (
-                f"column timestamp, row {row}: its video has no frame of its own at {lookup[row]:.6g} s"
-            )
-    if apart:
-        more = " and others" if len(apart) > 3 else ""
-        check.warnings.append(
-            f"{file.name}: rows lie more than LeRobot's tolerance of {LEROBOT_TOLERANCE_S:g} s from their "
-            f"frames in {', '.join(apart[:3])}{more}; precompute --output column refuses them"
-        )
+def _image_modes(source: LeRobotSource) -> list[str]:
+    """Return Pillow's modes of the first images of some episodes."""
+    modes = set()
+    for recording in source.recordings[:: max(1, len(source.recordings) // _SHOWN)]:
+        with suppress(Unreadable):  # decoding reports it
+            modes.add(source.tables.image_mode(source.camera, recording.episode))
+    return sorted(modes)
 
 
 def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max_frames: int) -> list[Sheet]:

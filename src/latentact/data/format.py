@@ -200,7 +200,9 @@ def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
     Raises:
         UserError: no camera has this name, or several exist and none is named.
     """
-    known = ", ".join(cameras) or "none"
+    known = ", ".join(cameras)
+    if not cameras:
+        raise UserError(f"{path} has no camera; give a dataset with images or videos.")
     if camera and camera not in cameras:
         raise UserError(f"{path} has no camera {camera!r}{did_you_mean(camera, cameras)}")
     if not camera and len(cameras) != 1:

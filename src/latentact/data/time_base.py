@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from latentact.data.format import Unreadable
 from latentact.errors import UserError
@@ -193,6 +193,13 @@ def image_times(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[Floa
     return timestamps - timestamps[:1], ""
 
 
+def row_times(times: Float64[np.ndarray, " n"], fps: float) -> Float32[np.ndarray, " n"]:
+    """Return the column `timestamp` of rows: row / fps if LeRobot's tolerance permits, else their times."""
+    regular, seconds = np.arange(len(times)) / fps, times - times[0]
+    near = np.abs(seconds - regular).max() < LEROBOT_TOLERANCE_S
+    return (regular if near else seconds).astype(np.float32)
+
+
 def nearest_frames[F](
     frames: Iterable[tuple[float, F]], times: Float64[np.ndarray, " n"], fps: float
 ) -> Iterator[tuple[float, F]]:
@@ -231,6 +238,47 @@ def nearest_frames[F](
         last = held[0]
 
 
+def lookup_span(times: Float64[np.ndarray, " n"], fps: float) -> tuple[float, float]:
+    """Return the first time, and the end, of the part of a video in which rows at these times have frames."""
+    return float(times[0] - 1 / fps), float(times[-1] + 1 / fps)
+
+
+def row_problem(shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float) -> str:
+    """Return why `nearest_frames` fails for rows of a video; empty if it does not.
+
+    Args:
+        shown: presentation times of the video's frames, seconds, ascending.
+        times: times of the rows in the video, seconds, ascending.
+        fps: rows per second.
+    """
+    if first_unmatched(shown, times, fps) is None:
+        return ""
+    start, stop = lookup_span(times, fps)
+    near = shown[(start <= shown) & (shown < stop)].tolist()
+    try:
+        for _ in nearest_frames(zip(near, near, strict=True), times, fps):
+            pass
+    except Unreadable as error:
+        return str(error)
+    return ""
+
+
+def lerobot_misses(
+    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"]
+) -> Int64[np.ndarray, " wrong"]:
+    """Return the rows for which LeRobot, which compares in float32, finds no frame within its tolerance.
+
+    Args:
+        shown: presentation times of the video's frames, seconds, ascending.
+        times: times of the rows in the video, seconds.
+    """
+    padded = np.concatenate([[-np.inf], shown, [np.inf]]).astype(np.float32)
+    rows = times.astype(np.float32)
+    after = np.searchsorted(padded, rows).clip(1, len(padded) - 1)
+    distance = np.minimum(np.abs(rows - padded[after - 1]), np.abs(padded[after] - rows))
+    return np.flatnonzero(~(distance < LEROBOT_TOLERANCE_S))
+
+
 def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np.ndarray, " n"]:
     """Return the maximum distance of each row's frame from the row's time, in seconds."""
     rounding = 2 * np.finfo(np.float32).eps * np.abs(times)  # LeRobot compares in float32
@@ -238,7 +286,7 @@ def lookup_tolerance(times: Float64[np.ndarray, " n"], fps: float) -> Float64[np
 
 
 def first_unmatched(
-    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float, *, lerobot: bool = False
+    shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float
 ) -> int | None:
     """Return the first row for which `nearest_frames` fails; None if there is none.
 
@@ -246,12 +294,11 @@ def first_unmatched(
         shown: presentation times of the video's frames, seconds, ascending.
         times: times of the rows in the video, seconds, ascending.
         fps: rows per second.
-        lerobot: whether to use LeRobot's tolerance instead of that of `nearest_frames`.
     """
     padded = np.concatenate([[-np.inf], shown, [np.inf]])
     after = np.searchsorted(padded, times).clip(1, len(padded) - 1)
     nearest = np.where(times - padded[after - 1] <= padded[after] - times, after - 1, after)
-    wrong = np.abs(padded[nearest] - times) > lookup_tolerance(times, np.inf if lerobot else fps)
+    wrong = np.abs(padded[nearest] - times) > lookup_tolerance(times, fps)
     wrong[1:] |= np.diff(nearest) == 0
     return int(wrong.argmax()) if wrong.any() else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,12 @@ def import_gymnasium() -> Any:
 def env_errors(name: str, doing: str) -> Iterator[None]:
     """Raise an environment's exceptions as an EnvError with its name: `{name} failed {doing}: ...`.
 
-    This includes SystemExit, with which an environment would end the whole program.
+    This includes SystemExit, with which an environment would end the whole program. A working directory that
+    the environment changes is set back, so that relative paths stay what they were.
     """
+    folder = ""
+    with suppress(FileNotFoundError):  # it was removed
+        folder = os.getcwd()
     try:
         yield
     except (UserError, KeyboardInterrupt, GeneratorExit):
@@ -50,6 +55,9 @@ def env_errors(name: str, doing: str) -> Iterator[None]:
             f"{name} failed {doing}: {type(error).__name__}{message and ': '}{message}. "
             "Fix the environment, or choose another."
         ) from error
+    finally:
+        if folder:
+            os.chdir(folder)
 
 
 def close(env: gym.Env, name: str) -> None:
@@ -200,7 +208,7 @@ def _adapter() -> Callable[..., gym.Env]:
         def _observation(self, observation: Any) -> dict[str, np.ndarray]:
             out = {"pixels": self._frame(observation)}
             if self._state is not None:
-                state = np.asarray(self._state(observation), np.float32)
+                state = np.array(self._state(observation), np.float32)
                 if state.shape != (self._state_size,) or not np.isfinite(state).all():
                     raise self._unusable(f"finite state of {self._state_size} dimensions", state.tolist())
                 out["agent_pos"] = state

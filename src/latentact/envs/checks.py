@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from latentact.envs.spec import VIEWS, EnvSpec, env_spec
+from latentact.envs.distract import Distraction
+from latentact.envs.spec import VIEWS, EnvSpec, env_spec, make_env
 from latentact.errors import UserError
 from latentact.types import ActionSpace
 
@@ -36,6 +37,22 @@ def check_step_limit(env: EnvSpec, max_steps: int) -> None:
             f"{env.name} must have a time limit, and its max_episode_steps is None. Give the number of steps "
             "after which an episode ends with --max-steps (in compare: max_steps=N)."
         )
+
+
+def try_step(name: str, *, view: str, distract: Distraction, seed: int) -> None:
+    """Reset an environment and take a random action, so that what fails there fails before hours of training.
+
+    Raises:
+        UserError: it has no distractors.
+        EnvError: it cannot be reset, stepped or rendered.
+    """
+    env = make_env(name, view=view, distract=distract)
+    try:
+        env.reset(seed=seed)
+        env.action_space.seed(seed)
+        env.step(env.action_space.sample())
+    finally:
+        env.close()
 
 
 def check_compatible(

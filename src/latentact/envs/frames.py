@@ -78,7 +78,7 @@ def _array(value: Any) -> Shaped[np.ndarray, "..."] | None:
     if hasattr(data, "detach"):  # a torch tensor
         data = data.detach().cpu()
         data = data.float() if data.is_floating_point() else data
-    elif hasattr(data, "convert"):  # a PIL image
+    elif hasattr(data, "convert") and data.mode[:1] not in "IF":  # a PIL image; I and F exceed 8 bits
         data = data.convert("RGB")
     try:
         array = np.asarray(data)

@@ -185,10 +185,10 @@ def encode_dataset(
             f"{stream.path} must have frames {gap / stream.fps:g} s apart (frame gap {gap}), got none. "
             f"Check their times with latentact check-data."
         )
-    if encoded and (broken := {**stream.source.unreadable, **encoded.unreadable}):
+    if encoded and encoded.unreadable:
         if stream.strict:
-            raise UserError(unreadable_message(broken))
-        log.warning("%s: skipped %s", stream.path, unreadable_message(broken))
+            raise UserError(unreadable_message(encoded.unreadable))
+        log.warning("%s: skipped %s", stream.path, unreadable_message(encoded.unreadable))
     return encoded
 
 

@@ -21,7 +21,7 @@ from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
+from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
@@ -184,6 +184,8 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     if vla:
         load_config(config.vla.model.vlm)
         HEADS[config.vla_finetuning.head.kind](config.vla_finetuning.head, store.action_space, 8)
+    distract = Distraction.parse(config.distract)
+    try_step(config.env, view=config.view, distract=distract, seed=config.eval_seed)
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
         choose_labeled(train, max(config.ks, default=0), seed)

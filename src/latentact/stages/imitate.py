@@ -115,6 +115,8 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     """
     require_device(config.device)
     out = Path(config.output_dir)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--output-dir must be a folder, got the file {out}. Give another.")
     setup = RobotSetup.read(config.robot_config) if config.mode == "robot" else None
     robot = make_robot(setup.robot) if setup else None
     extractor = None

@@ -69,6 +69,8 @@ def run(config: RolloutConfig) -> dict[str, Any]:
         UserError: the policy cannot act in the environment, or the environment failed.
     """
     out, distraction = Path(config.out), Distraction.parse(config.distract)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, got the file {out}. Give another.")
     settings = asdict(config)
     if (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")

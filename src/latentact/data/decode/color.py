@@ -2,7 +2,8 @@
 
 Video frames equal those of the FFmpeg command line: color matrix and range of the stream (BT.601 if
 unspecified, at any size), bicubic chroma, no alpha, and the display matrix applied, including mirroring.
-Images in tables equal those of LeRobot: decoded by Pillow, with the EXIF orientation applied.
+Images in tables equal those of LeRobot: decoded by Pillow, with the EXIF orientation applied; 16-bit gray
+becomes 8 bits as in a video.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _BT601, _BT709 = 5, 1
 _BT601_NAMES = (5, 6)  # 625 and 525 lines
 _BICUBIC = int(Interpolation.BICUBIC)
 _MATRICES = (1, 4, 5, 6, 7, 9, 10)  # AVColorSpace values that swscale has coefficients for
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+"""Pillow's modes of 16-bit gray."""
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
 
@@ -102,12 +105,17 @@ def _upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarra
 def image_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """Return an image as upright RGB, 0..255; drops alpha, repeats gray, applies palettes.
 
+    Of 16-bit gray, such as depth in millimeters, the upper 8 bits are kept, as in a gray16 video.
+
     Raises:
-        Unreadable: the image has more than 8 bits per channel, as depth and infrared images do.
+        Unreadable: the image holds numbers of 32 bits, whose range the file does not tell.
     """
+    if image.mode in SIXTEEN_BITS:
+        gray = np.asarray(ImageOps.exif_transpose(image)).astype("<u2")
+        return Converter()(VideoFrame.from_ndarray(gray, format="gray16le"))
     if image.mode not in _EIGHT_BITS:
         raise Unreadable(
-            f"its images must have 8 bits per channel, got mode {image.mode}, as depth and infrared cameras "
-            f"write; convert them to 8 bits, or choose another camera"
+            f"its images must have 8 or 16 bits per channel, got mode {image.mode} of 32 bits; convert them, "
+            f"or choose another camera"
         )
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

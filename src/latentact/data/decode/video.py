@@ -79,6 +79,8 @@ class VideoProperties:
     """Signs (a, b, c, d) of the display matrix; (1, 0, 0, 1) is the identity."""
     streams: int
     """Number of video streams in the file."""
+    first: bool
+    """Whether the one that FFmpeg chooses, which is read, is the first of them."""
 
 
 def probe(path: Path | bytes) -> VideoInfo:
@@ -128,6 +130,7 @@ def video_properties(path: Path) -> VideoProperties:
                 matrix=_MATRIX_NAMES.get(int(frame.colorspace), ""),
                 orientation=display_matrix(frame),
                 streams=len(container.streams.video),
+                first=stream.index == container.streams.video[0].index,
             )
     except (FFmpegError, OSError, ValueError) as error:
         raise Unreadable(_reason(error)) from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentact.data.digest import Memo
-from latentact.data.format import FORMATS, choose_camera
-from latentact.data.lerobot.metadata import cameras, read_episode_lines, read_info, read_tasks
+from latentact.data.format import FORMATS
+from latentact.data.lerobot.metadata import choose_lerobot_camera, read_episode_lines, read_info, read_tasks
 from latentact.data.lerobot.source import LeRobotSource, Recording, lerobot_version
 from latentact.data.lerobot.tables import Tables
 
@@ -28,7 +28,7 @@ class LeRobotV2:
             UserError: metadata is missing or invalid, no episode is present, or the camera is unknown.
         """
         info = read_info(path)
-        camera = choose_camera(cameras(info.features), camera, path)
+        camera = choose_lerobot_camera(info.features, camera, path)
         video = info.features[camera].dtype == "video"
         recordings, files = [], []
         lines = read_episode_lines(path)

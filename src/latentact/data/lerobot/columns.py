@@ -77,7 +77,7 @@ def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
         row = _rewrite(file, out / file.relative_to(source), columns, schema, tables.features, row)
     per_episode = {}
     for episode, span in tables.spans.items():
-        begin, end = span.first_row, span.first_row + span.end - span.begin
+        begin, end = span.begin, span.end
         values = {name: column.read(begin, end) for name, column in columns.items()}
         per_episode[episode] = number_statistics(values)
     for file in sorted((out / "meta/episodes").glob("*/*.parquet")):

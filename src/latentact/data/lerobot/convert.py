@@ -22,7 +22,7 @@ from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
 from latentact.data.lerobot.columns import link
 from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
-from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames, row_times
 from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
@@ -45,7 +45,7 @@ class EpisodeData:
 
 
 def write_episodes(
-    root: Path, features: dict[str, Any], fps: int, robot: str | None, episodes: list[EpisodeData]
+    root: Path, features: dict[str, Any], fps: int, robot: Any, episodes: list[EpisodeData]
 ) -> None:
     """Write episodes as a LeRobot v3 dataset whose videos are hard links.
 
@@ -132,12 +132,11 @@ def _columns(
     meta: Any, number: int, first_row: int, episode: EpisodeData, times: np.ndarray
 ) -> dict[str, Any]:
     """Return the columns of an episode, including the index columns of lerobot."""
-    frame_index, seconds = np.arange(len(times)), times - times[0]
-    regular = np.abs(seconds - frame_index / meta.fps).max() < LEROBOT_TOLERANCE_S
+    frame_index = np.arange(len(times))
     tasks = episode.tasks if len(episode.tasks) > 1 else episode.tasks * len(times)
     return {
         **episode.columns(),
-        "timestamp": (frame_index / meta.fps if regular else seconds).astype(np.float32),
+        "timestamp": row_times(times, float(meta.fps)),
         "frame_index": frame_index,
         "episode_index": np.full_like(frame_index, number),
         "index": first_row + frame_index,

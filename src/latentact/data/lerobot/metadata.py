@@ -9,9 +9,9 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from latentact.data.format import FASTEST, SLOWEST
+from latentact.data.format import FASTEST, SLOWEST, choose_camera
 from latentact.errors import UserError
 from latentact.io.records import Record, parquet_columns, read_parquet, read_record, read_records
 
@@ -28,8 +28,8 @@ class Feature(Record):
     dtype: str
     shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(strict=False)
     names: Any = None
-    info: dict[str, Any] | None = None
-    video_info: dict[str, Any] | None = None
+    info: Annotated[dict[str, Any] | None, BeforeValidator(lambda value: value or None)] = None
+    video_info: Annotated[dict[str, Any] | None, BeforeValidator(lambda value: value or None)] = None
 
     @property
     def visual(self) -> bool:
@@ -78,8 +78,8 @@ class Info(Record):
     total_episodes: Annotated[int, Field(ge=0)] | None = None
     total_frames: Annotated[int, Field(ge=0)] | None = None
     total_tasks: Annotated[int, Field(ge=0)] | None = None
-    splits: dict[str, Any] | None = None
-    robot_type: str | None = None
+    splits: Any = None
+    robot_type: Any = None
     data_path: str | None = None
     video_path: str | None = None
 
@@ -134,6 +134,28 @@ def cameras(features: Mapping[str, Feature]) -> list[str]:
     return [key for key, feature in features.items() if feature.visual and not feature.depth]
 
 
+def choose_lerobot_camera(features: Mapping[str, Feature], camera: str, path: Path) -> str:
+    """Return `camera`, or the only camera if it is empty.
+
+    Raises:
+        UserError: no camera has this name, it is a depth map, or several exist and none is named.
+    """
+    known = cameras(features)
+    maps = [key for key, feature in features.items() if feature.visual and feature.depth]
+    if camera in maps or (maps and not known):
+        raise UserError(
+            f"{path}: {camera or maps[0]} is a depth map (is_depth_map), which LeRobot returns as distances; "
+            f"give a camera of images, got {', '.join(known) or 'none'}."
+        )
+    arrays = [key for key, feature in features.items() if not feature.visual and len(feature.shape) == 3]
+    if arrays and not known:
+        raise UserError(
+            f"{path} has no camera, as {arrays[0]} has the dtype {features[arrays[0]].dtype}; write it with "
+            f"the dtype image or video."
+        )
+    return choose_camera(known, camera, path)
+
+
 class _Task(Record):
     task_index: int
     task: str
@@ -170,7 +192,7 @@ class Tasks(NamedTuple):
     """The table of tasks."""
 
     texts: dict[int, str]
-    """Text of each `task_index` of the data's rows."""
+    """Text of each `task_index` of the data's rows; in version 3 also of negative ones."""
     notes: list[str]
     """Sentences about inconsistencies."""
 
@@ -179,7 +201,7 @@ def read_tasks(path: Path) -> Tasks:
     """Return the table of tasks; without texts where the dataset has none.
 
     As in LeRobot, a `task_index` of version 2 is looked up in the column of this name of `tasks.jsonl`, and
-    one of version 3 is the number of a row of `tasks.parquet`.
+    one of version 3 is the number of a row of `tasks.parquet`, from the end if negative: -1 is the last.
 
     Raises:
         UserError: the table cannot be read, does not fit or contradicts itself.
@@ -197,22 +219,23 @@ def read_tasks(path: Path) -> Tasks:
     if not table.is_file():
         return Tasks({}, [])
     rows = read_parquet(table)
-    names = [name for name in ("task", "__index_level_0__") if name in rows.column_names]
-    columns = names or [n for n in rows.column_names if _is_text(rows[n].type)]
-    if not columns or "task_index" not in rows.column_names:
+    known = [name for name in rows.column_names if not pa.types.is_nested(rows[name].type)]
+    names = [name for name in ("task", "__index_level_0__") if name in known]
+    columns = names or [name for name in known if _is_text(rows[name].type) and name != "task_index"]
+    if not columns:
         raise UserError(
-            f"{table} must have the columns task_index and task, got {', '.join(rows.column_names)}; copy "
-            f"the dataset again."
+            f"{table} must have a column task of texts, got {', '.join(rows.column_names)}; copy the dataset "
+            f"again."
         )
-    _require_numbers(rows, ["task_index"], table)
-    index = rows["task_index"].to_numpy()
-    texts = {n: str(text) for n, text in enumerate(rows[columns[0]].to_pylist()) if text is not None}
-    moved = np.flatnonzero(index != np.arange(len(index)))
-    if not len(moved):
+    named = list(enumerate(rows[columns[0]].to_pylist()))
+    texts = {n - end: str(text) for end in (0, len(rows)) for n, text in named if text is not None}
+    index = rows["task_index"].to_pylist() if "task_index" in rows.column_names else len(rows) * [None]
+    moved = next((n for n, value in enumerate(index) if value != n), None)
+    if moved is None:
         return Tasks(texts, [])
     note = (
         f"meta/tasks.parquet: task_index must be the row's number, by which LeRobot finds a task, got "
-        f"{index[moved[0]]:g} in row {moved[0]}; tasks are read as LeRobot reads them"
+        f"{index[moved]} in row {moved}; tasks are read as LeRobot reads them"
     )
     return Tasks(texts, [note])
 
@@ -232,7 +255,7 @@ def read_episode_table(path: Path, camera: str) -> pa.Table:
         if camera
         else []
     )
-    return read_episodes(path, ["episode_index", *needed], ["tasks"])
+    return read_episodes(path, ["episode_index", *needed], ["tasks", f"videos/{camera}/to_timestamp"])
 
 
 def read_episodes(path: Path, needed: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:

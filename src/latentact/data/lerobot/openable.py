@@ -5,16 +5,17 @@ The rules read the files alone, without LeRobot; `verify.py` opens written datas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from latentact.data.decode.video import video_properties
+from latentact.data.decode.video import frame_times, video_properties
 from latentact.data.format import Unreadable
 from latentact.data.lerobot.metadata import BOOKKEEPING, cameras, read_episodes
 from latentact.data.lerobot.source import LeRobotSource
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, lerobot_misses, row_times
 from latentact.errors import UserError
 from latentact.io.records import parquet_columns, parse_json, read_parquet, read_text
 
@@ -40,10 +41,13 @@ def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
     yield from _value_problems(source)
     yield from _image_problems(source)
     if not source.info.codebase_version.startswith("v3"):
+        yield from _old_time_problems(path, source)
         return
     for name in BOOKKEEPING:
         if name not in source.tables.features:
             yield f"meta/info.json and the tables must have the column {name}, which one of them lacks"
+    for file in source.tables.empty:
+        yield f"{file.relative_to(path)} must have rows, got none"
     yield from total_problems(source)
     yield from _episode_problems(path, source)
     yield from _task_problems(path, source)
@@ -143,7 +147,7 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
         return
     if unlisted := sorted(spans.keys() - set(listed)):
         yield f"{where} must list every episode of the tables, and lacks episode {unlisted[0]}"
-    order = sorted(spans, key=lambda episode: spans[episode].first_row)
+    order = sorted(spans, key=lambda episode: spans[episode].begin)
     if order != sorted(order):
         yield f"data: rows must be in the order of episode_index, got episodes {str(order[:8])[1:-1]}"
     columns = table.to_pydict()
@@ -153,7 +157,7 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
             break
         span = spans[episode]
         rows = span.end - span.begin
-        for name, count in zip(_COUNTED, (rows, span.first_row, span.first_row + rows), strict=True):
+        for name, count in zip(_COUNTED, (rows, span.begin, span.end), strict=True):
             if columns[name][episode] != count:
                 yield (
                     f"{where}: {name} of episode {episode} must be {count} as in the tables, got "
@@ -161,6 +165,54 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
                 )
                 return
     yield from _file_problems(path, source, {key: [columns[name] for name in files[key]] for key in files})
+    for key in videos:
+        by_file: dict[str, list[tuple[int, np.ndarray]]] = {}
+        for episode, *place, start in zip(
+            listed,
+            *(columns[name] for name in files[key]),
+            columns[f"videos/{key}/from_timestamp"],
+            strict=True,
+        ):
+            if episode in spans:
+                file = info.file(path, "video_path", **dict(zip(_PLACE, place, strict=True)), video_key=key)
+                lookup = start + source.tables.timestamps(episode)
+                by_file.setdefault(file, []).append((episode, lookup))
+        yield from _time_problems(path, by_file)
+
+
+def _old_time_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+    """Find rows of version 2 that have no frame where LeRobot looks it up after a conversion."""
+    info, fps = source.info, source.fps
+    for key in (k for k in cameras(info.features) if info.features[k].dtype == "video"):
+        by_file = {}
+        for recording in source.recordings:
+            place = {"episode_chunk": recording.episode // info.chunks_size, "video_key": key}
+            file = info.file(path, "video_path", **place, episode_index=recording.episode)
+            lookup = source.tables.timestamps(recording.episode)
+            by_file[file] = [(recording.episode, lookup[0] + row_times(lookup, fps))]
+        yield from _time_problems(path, by_file)
+
+
+def _time_problems(path: Path, by_file: Mapping[str, Sequence[tuple[int, np.ndarray]]]) -> Iterator[str]:
+    """Find rows without a frame within LeRobot's tolerance, from the packets of the videos.
+
+    Args:
+        path: the dataset.
+        by_file: video -> (episode, times of its rows in the video).
+    """
+    for file, lookups in by_file.items():
+        try:
+            shown = frame_times(path / file)
+        except (Unreadable, OSError):
+            continue  # decoding or `_file_problems` reports it
+        for episode, times in lookups:
+            rows = lerobot_misses(shown, times)
+            if len(rows):
+                yield (
+                    f"{file}: rows lie more than LeRobot's tolerance of {LEROBOT_TOLERANCE_S:g} s from their "
+                    f"frames, such as row {rows[0]} of episode {episode} at {times[rows[0]]:.6g} s"
+                )
+                return
 
 
 def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list[int]]]) -> Iterator[str]:
@@ -203,7 +255,7 @@ def _task_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
     count, index = len(read_parquet(file)), source.column("task_index")
     if index is None:
         return
-    wrong = np.flatnonzero(~(index < count))
+    wrong = np.flatnonzero(~((-count <= index) & (index < count)))
     if len(wrong):
         yield (
             f"column task_index must be below {count}, the number of tasks in meta/tasks.parquet, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped, UInt8
 
-from latentact.data.decode.video import decode
+from latentact.data.decode.video import decode, frame_times
 from latentact.data.digest import Memo, blake2b, file_digest
-from latentact.data.format import Episode
+from latentact.data.format import Episode, Unreadable
 from latentact.data.lerobot.metadata import Info
 from latentact.data.lerobot.tables import Tables, action_space, column_int
-from latentact.data.time_base import clock_problem, image_times, nearest_frames
+from latentact.data.time_base import clock_problem, image_times, lookup_span, nearest_frames, row_problem
 from latentact.errors import UserError
 from latentact.io.records import read_text
 
@@ -94,16 +95,20 @@ class LeRobotSource:
         self.notes = [f"column {name} is missing from the tables and is ignored" for name in tables.missing]
         self.notes += [f"column {name} is not in meta/info.json and is ignored" for name in tables.unlisted]
         recordings = list({r.episode: r for r in recordings}.values())  # drop duplicates
-        present = [r for r in recordings if self._is_present(r)]
+        missing = {r.episode: found for r in recordings if (found := self._missing(r))}
+        present = [r for r in recordings if r.episode not in missing]
+        first = next(iter(missing.values()), "")
         self.absent = len(recordings) - len(present)
         """Number of listed episodes with missing files."""
         if not present:
             raise UserError(
-                f"{path} lists {len(recordings)} episodes but has the files of none; copy the missing files."
+                f"{path} lists {len(recordings)} episodes but has the files of none"
+                f"{first and f', such as {first}'}; copy the missing files."
             )
         if len(present) < len(recordings):
             self.notes.append(
-                f"{len(recordings)} episodes are listed; using the {len(present)} whose files are present"
+                f"{len(recordings)} episodes are listed; using the {len(present)} whose files are present, "
+                f"as there is no {first}"
             )
         if unlisted := sorted(tables.spans.keys() - {r.episode for r in recordings}):
             self.notes.append(
@@ -116,11 +121,14 @@ class LeRobotSource:
         """Location of the frames of each of `episodes`."""
         self.episodes: list[Episode] = []
         self.unreadable: dict[str, str] = {}
+        lost = self._lost(present, memo)
         replaced: list[str] = []
         for recording in present:
             episode = self._describe(recording, digests, memo)
             timestamps = tables.timestamps(recording.episode)
-            problem = clock_problem(timestamps) if recording.video else image_times(timestamps, self.fps)[1]
+            problem = lost.get(recording.episode, "")
+            if not problem and not recording.video:
+                problem = image_times(timestamps, self.fps)[1]
             if problem and recording.video:
                 self.unreadable[episode.label] = problem
                 continue
@@ -133,7 +141,7 @@ class LeRobotSource:
                 f"{replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''}: using "
                 f"row / fps as timestamps, with {self.fps:g} fps"
             )
-        self.first_rows = [tables.spans[r.episode].first_row for r in self.recordings]
+        self.first_rows = [tables.spans[r.episode].begin for r in self.recordings]
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds since the first row, frame) for each row of an episode."""
@@ -143,12 +151,7 @@ class LeRobotSource:
             yield from zip(times.tolist(), self.tables.images(self.camera, recording.episode), strict=True)
             return
         video_times = recording.start + self.tables.timestamps(recording.episode)
-        margin = 1 / self.fps
-        video = decode(
-            self._path / recording.video,
-            start=video_times[0] - margin,
-            stop=video_times[-1] + margin,
-        )
+        video = decode(self._path / recording.video, *lookup_span(video_times, self.fps))
         frames = nearest_frames(video, video_times, self.fps)
         for seconds, (_, frame) in zip(times.tolist(), frames, strict=True):
             yield seconds, frame
@@ -176,23 +179,55 @@ class LeRobotSource:
         index = column_int(self.tables, "task_index") if texts else None
         known = {text: n for n, text in enumerate(dict.fromkeys(text for text in texts.values() if text))}
         self._row_tasks: dict[int, np.ndarray] = {}
+        unnamed: list[int] = []
         for recording in recordings:
             span = self.tables.spans[recording.episode]
-            rows = slice(span.first_row, span.first_row + span.end - span.begin)
-            used = {} if index is None else {i: texts.get(int(i), "") for i in np.unique(index[rows])}
-            if index is not None and all(used.values()):
-                numbers = np.array([known[used[i]] for i in index[rows]])
+            rows = slice(span.begin, span.end)
+            used = {} if index is None else {i: texts.get(int(i)) for i in np.unique(index[rows])}
+            if index is not None and None not in used.values():
+                numbers = np.array([known.get(used[i] or "", -1) for i in index[rows]])
             else:
+                unnamed += [i for i, text in used.items() if text is None]
                 text = " / ".join(recording.tasks)
                 numbers = np.full(rows.stop - rows.start, known.setdefault(text, len(known)) if text else -1)
             self._row_tasks[recording.episode] = numbers
         self.tasks = list(known)
+        if unnamed:
+            self.notes.append(
+                f"column task_index: {unnamed[0]} is not in the table of tasks; its episodes have tasks of "
+                f"the list of episodes"
+            )
 
-    def _is_present(self, recording: Recording) -> bool:
-        """Return whether the table rows and the video of an episode exist."""
-        if recording.episode not in self.tables.spans:
-            return False
-        return not recording.video or (self._path / recording.video).is_file()
+    def _lost(self, recordings: Sequence[Recording], memo: Memo) -> dict[int, str]:
+        """Return the episodes with a row that is at no time, or has no frame of its own, with the reason."""
+        found: dict[int, str] = {}
+        by_video: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for recording in (r for r in recordings if r.video):
+            timestamps = self.tables.timestamps(recording.episode)
+            if problem := clock_problem(timestamps):
+                found[recording.episode] = problem
+            else:
+                by_video[recording.video][str(recording.episode)] = recording.start + timestamps
+        for video, lookups in by_video.items():
+
+            def find(file: Path, lookups: dict[str, np.ndarray] = lookups) -> dict[str, str]:
+                try:
+                    shown = frame_times(file)
+                except Unreadable:
+                    return {}  # decoding reports it
+                problems = {name: row_problem(shown, times, self.fps) for name, times in lookups.items()}
+                return {name: problem for name, problem in problems.items() if problem}
+
+            key = blake2b(repr([self.fps, *lookups]).encode(), *(t.tobytes() for t in lookups.values()))
+            wrong = memo.get(self._path / video, f"rows.1:{key}", find)
+            found |= {int(name): problem for name, problem in wrong.items()}
+        return found
+
+    def _missing(self, recording: Recording) -> str:
+        """Return the part of an episode that does not exist: its video, or the rows of its table."""
+        if recording.video and not (self._path / recording.video).is_file():
+            return recording.video
+        return "" if recording.episode in self.tables.spans else f"row of episode {recording.episode}"
 
     def _describe(self, recording: Recording, digests: dict[int, str], memo: Memo) -> Episode:
         """Return name, file, tasks, length and content digest of an episode."""
@@ -206,7 +241,7 @@ class LeRobotSource:
         tasks = dict.fromkeys(self._row_tasks[recording.episode].tolist())
         return Episode(
             name=f"episode {recording.episode}",
-            file=recording.video or self.tables.files[span.file].relative_to(self._path).as_posix(),
+            file=recording.video or self.tables.file(span).relative_to(self._path).as_posix(),
             task=" / ".join(self.tasks[n] for n in tasks if n >= 0),
             frames=len(times),
             content=content,

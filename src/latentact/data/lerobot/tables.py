@@ -38,16 +38,12 @@ _DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.Decompressio
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of one episode."""
+    """Rows of one episode, counted over all files; files may end inside."""
 
-    file: int
-    """Index into `Tables.files`."""
     begin: int
-    """First row inside the file."""
+    """First row."""
     end: int
-    """One past the last row inside the file."""
-    first_row: int
-    """First row counted over all files."""
+    """One past the last row."""
 
 
 class Tables:
@@ -67,31 +63,35 @@ class Tables:
         self.path = path
         self.files = list(files)
         self.spans: dict[int, Span] = {}
-        self._timestamps: list[Float64[np.ndarray, " rows"]] = []
         self._lock = threading.Lock()
         self._table = functools.lru_cache(maxsize=8)(self._open)
         self._row_group_column = functools.lru_cache(maxsize=4)(self._read_row_group)
         stored: list[set[str]] = []
-        row = 0
-        for number, file in enumerate(self.files):
+        timestamps, owners = [np.zeros(0)], [np.zeros(0)]
+        for file in self.files:
             names = parquet_columns(file)
             stored.append(set(names))
             counters = [name for name in _COUNTERS if name in names]
             table = read_parquet(file, ["episode_index", "timestamp", *counters])
             for name in counters:
                 _counter(table[name], file, name)
-            episodes = _counter(table["episode_index"], file, "episode_index")
-            self._timestamps.append(_plain(table["timestamp"], file, "timestamp").astype(np.float64))
-            begins = np.flatnonzero(np.diff(episodes, prepend=np.nan))
-            for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=False):  # no row, no begin
-                episode = int(episodes[begin])
-                if episode in self.spans:
-                    raise UserError(
-                        f"{file} holds rows of episode {episode} apart from its others; rewrite the data."
-                    )
-                self.spans[episode] = Span(number, int(begin), int(end), row + int(begin))
-            row += len(episodes)
-        self.rows = row
+            owners.append(_counter(table["episode_index"], file, "episode_index"))
+            timestamps.append(_plain(table["timestamp"], file, "timestamp").astype(np.float64))
+        self._timestamps: Float64[np.ndarray, " rows"] = np.concatenate(timestamps)
+        self._starts = np.cumsum([len(each) for each in owners])
+        episodes = np.concatenate(owners)
+        begins = np.flatnonzero(np.diff(episodes, prepend=np.nan))
+        for begin, end in zip(begins, [*begins[1:], len(episodes)], strict=False):  # no row, no begin
+            span, episode = Span(int(begin), int(end)), int(episodes[begin])
+            if episode in self.spans:
+                raise UserError(
+                    f"{self.file(span)} holds rows of episode {episode} apart from its others; rewrite the "
+                    f"data."
+                )
+            self.spans[episode] = span
+        self.empty = [file for file, rows in zip(self.files, owners[1:], strict=True) if not len(rows)]
+        """Files without rows."""
+        self.rows = len(episodes)
         """Rows of all files."""
         self.missing = [
             k for k, f in features.items() if f.dtype != "video" and not all(k in s for s in stored)
@@ -104,7 +104,18 @@ class Tables:
     def timestamps(self, episode: int) -> Float64[np.ndarray, " n"]:
         """Return the column `timestamp` of an episode's rows."""
         span = self.spans[episode]
-        return self._timestamps[span.file][span.begin : span.end]
+        return self._timestamps[span.begin : span.end]
+
+    def file(self, span: Span) -> Path:
+        """Return the file of the first of these rows."""
+        return self.files[self._pieces(span)[0][0]]
+
+    def _pieces(self, span: Span) -> list[tuple[int, int, int]]:
+        """Return the files of an episode: (index into `files`, first row in it, one past the last)."""
+        starts = self._starts
+        first, last = np.searchsorted(starts, [span.begin, span.end - 1], side="right") - 1
+        rows = [(n, int(starts[n]), int(starts[n + 1])) for n in range(first, last + 1)]
+        return [(n, max(span.begin - a, 0), min(span.end, b) - a) for n, a, b in rows if a < b]
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
         """Return a numeric column over all files: float32, integer or bool; None if it does not exist.
@@ -124,6 +135,11 @@ class Tables:
             with np.errstate(over="ignore"):  # beyond float32: infinite, which readers report by row
                 array = array.astype(np.float32)
         elif array.dtype.kind == "f":
+            if not feature.dtype.startswith(("int", "uint", "bool")):
+                raise UserError(
+                    f"{self.path / 'meta/info.json'}: features.{name}.dtype must be a type of numbers, such "
+                    f"as float32, got {feature.dtype!r}; repair the file or copy it again."
+                )
             wrong = np.flatnonzero((np.isfinite(array) & (array != np.floor(array))).any(1))
             if len(wrong):
                 raise UserError(
@@ -144,11 +160,14 @@ class Tables:
             return [
                 {"bytes": data, "path": f"{n:06d}"} for n, data in enumerate(self._image_bytes(name, span))
             ]
-        file = self.files[span.file]
-        column = read_parquet(file, [name])[name].slice(span.begin, span.end - span.begin)
+        columns = {
+            self.files[file]: read_parquet(self.files[file], [name])[name].slice(begin, end - begin)
+            for file, begin, end in self._pieces(span)
+        }
         if not feature.numeric:
-            return column.to_pylist()
-        values = numbers(column, int(np.prod(feature.shape)), file, name)
+            return [value for column in columns.values() for value in column.to_pylist()]
+        size = int(np.prod(feature.shape))
+        values = np.concatenate([numbers(column, size, file, name) for file, column in columns.items()])
         if not feature.dtype.startswith("float") and values.dtype.kind == "f":
             raise Unreadable(
                 f"column {name} of episode {episode} has rows without a value, and {feature.dtype} none"
@@ -187,15 +206,30 @@ class Tables:
                 raise Unreadable(f"an image in it cannot be decoded ({error})") from error
         return shapes
 
+    def image_mode(self, camera: str, episode: int) -> str:
+        """Return Pillow's mode of an episode's first image.
+
+        Raises:
+            Unreadable: it is missing or damaged.
+        """
+        try:
+            with Image.open(io.BytesIO(next(self._image_bytes(camera, self.spans[episode])))) as image:
+                return image.mode
+        except _DAMAGED_IMAGE as error:
+            raise Unreadable(f"an image in it cannot be decoded ({error})") from error
+
     def image_digests(self, camera: str, memo: Memo) -> dict[int, str]:
         """Return a digest of the encoded images of each episode; other columns do not enter.
 
         An episode whose images are not there gets an empty one.
         """
         by_file: dict[int, list[int]] = {}
-        for episode, span in self.spans.items():
-            by_file.setdefault(span.file, []).append(episode)
         digests: dict[int, str] = {}
+        for episode, span in self.spans.items():
+            if len(pieces := self._pieces(span)) == 1:
+                by_file.setdefault(pieces[0][0], []).append(episode)
+            else:  # a memo of one file would not notice that another one changes
+                digests[episode] = self._image_digest(camera, span, beside=True)
         for number, episodes in by_file.items():
 
             def find(_: Path, episodes: list[int] = episodes) -> list[str]:
@@ -225,13 +259,12 @@ class Tables:
             yield self._cell(cell, f"row {row}")
 
     def _image_cells(self, camera: str, span: Span) -> Iterator[bytes | str | None]:
-        ends = self._table(span.file)[1]
-        begin, last = np.searchsorted(ends, [span.begin, span.end - 1], side="right")
-        for group in range(begin, last + 1):
-            first = int(ends[group - 1]) if group else 0
-            yield from self._row_group(span.file, group, camera)[
-                max(0, span.begin - first) : span.end - first
-            ]
+        for file, begin, end in self._pieces(span):
+            ends = self._table(file)[1]
+            begins, last = np.searchsorted(ends, [begin, end - 1], side="right")
+            for group in range(begins, last + 1):
+                first = int(ends[group - 1]) if group else 0
+                yield from self._row_group(file, group, camera)[max(0, begin - first) : end - first]
 
     def _cell(self, cell: bytes | str | None, where: str) -> bytes:
         """Return the encoded image of a cell, which holds its bytes, or the name of a file in the dataset."""
@@ -322,23 +355,23 @@ def column_int(tables: Tables, name: str) -> Int64[np.ndarray, " rows"] | None:
 
 
 def _counter(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
-    """Return a column of indices; a missing `task_index` is NaN.
+    """Return a column of indices; a `task_index` may be missing (NaN) or count from the end (negative).
 
     Raises:
-        UserError: a row is not one integer of at least 0.
+        UserError: a row is not one such integer.
     """
     if pa.types.is_nested(column.type) or pa.types.is_boolean(column.type):
         raise UserError(
             f"{file}: column {name} must hold one whole number per row, got {column.type}; rewrite the data."
         )
     values = _plain(column, file, name)
-    right = (values >= 0) & (values == np.floor(values)) & np.isfinite(values)
-    if name == "task_index":
-        right |= np.isnan(values)
+    free = name == "task_index"
+    right = ((values >= 0) | free) & (values == np.floor(values)) & np.isfinite(values)
+    right |= free & np.isnan(values)
     if not right.all():
-        row = int(np.argmin(right))
+        row, least = int(np.argmin(right)), "" if free else " of at least 0"
         raise UserError(
-            f"{file}: column {name} must hold whole numbers of at least 0, got {values[row]:g} in row {row}; "
+            f"{file}: column {name} must hold whole numbers{least}, got {values[row]:g} in row {row}; "
             f"rewrite the data."
         )
     return values

@@ -66,17 +66,22 @@ def _reason(error: BaseException) -> str:
 
 
 def require_upright(videos: Iterable[Path]) -> None:
-    """Check that videos have no display matrix, which some of LeRobot's decoders ignore.
+    """Check that videos have no display matrix, and no better stream than the first: decoders differ in both.
 
     Raises:
-        UserError: a video is rotated or mirrored.
+        UserError: a video is rotated or mirrored, or another stream than the first is read.
     """
     for file in sorted(videos):
         try:
-            upright = video_properties(file).orientation == (1, 0, 0, 1)
+            seen = video_properties(file)
         except Unreadable:
             continue
-        if not upright:
+        if not seen.first:
+            raise UserError(
+                f"{file} has {seen.streams} video streams, of which LeRobot's decoders show different ones; "
+                f"use --output file, or keep one: ffmpeg -i IN.mp4 -map 0:v:0 -c copy OUT.mp4."
+            )
+        if seen.orientation != (1, 0, 0, 1):
             raise UserError(
                 f"{file} is rotated or mirrored by its display matrix, which one of LeRobot's decoders "
                 f"ignores; use --output file, or encode it upright: ffmpeg -i IN.mp4 OUT.mp4."

@@ -85,7 +85,7 @@ class Gymnasium:
         numbers = range(0 if space is None else int(np.prod(space.shape)))
         return EnvSpec(
             name=name,
-            fps=int(fps) if isinstance(fps, int | float) and 1 <= fps < 10_000 else FPS,
+            fps=int(fps) if isinstance(fps, int | float | np.number) and 1 <= fps < 10_000 else FPS,
             camera="observation.images.camera",
             action_space=action,
             action_names=tuple(f"action_{i}" for i in action.values or range(action.size)),
