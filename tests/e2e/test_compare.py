@@ -229,13 +229,17 @@ def test_rows_of_a_vision_language_action_model(data, tmp_path):
     steps = ("vla.training.steps=3", "vla_finetuning.training.steps=2", "vla_finetuning.training.device=cpu")
     more = ("methods=[vla,vla_scratch,vla_oracle]", "ks=[2]", *steps, "vla.training.batch_size=8")
     command = ("compare", "experiment=babyai_pickuploc_vla", f"data.path={data}", "env=babyai/GoToLocal")
+    command += ("vla_finetuning.decoder_training.steps=4", "vla_finetuning.decoder_training.device=cpu")
     command += (*tiny, *more, "vla_finetuning.training.batch_size=8", "vla.training.device=cpu", f"out={out}")
     refused = cli(*command, "vla_finetuning.head.kind=bins")
     assert (refused.returncode, out.exists()) == (2, False)
     assert "head.kind must be chunk for discrete actions" in refused.stderr.splitlines()[-1]
     ok(*command)
-    rows = json.loads((out / "comparison.json").read_text())["rows"]
-    found = {row["method"]: (row["k"], row["updates"], row["run"]) for row in rows}
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert comparison["verdict"].endswith("actions were drawn by their probability (temperature 1).")
+    assert (out / "seed0/vla_k2/finetuned/decoder/metrics.csv").is_file()  # of the pseudo labels
+    assert not (out / "seed0/vla_scratch_k2/finetuned/decoder").exists()
+    found = {row["method"]: (row["k"], row["updates"], row["run"]) for row in comparison["rows"]}
     root = out / "seed0"
     assert found == {
         "vla": (2, 5, "seed0/vla_k2/rollout"),

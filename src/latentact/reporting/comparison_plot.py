@@ -171,13 +171,27 @@ COLUMNS = (
 )
 
 
-def write_comparison(folder: Path, env: str, rows: Sequence[Row], distract: str = "") -> dict[str, Any]:
-    """Write `comparison.json`, `.csv` and `.svg` into `folder` and return the content of the first."""
+_DRAWN = " Discrete actions were drawn by their probability (temperature {:g})."
+
+
+def write_comparison(
+    folder: Path, env: str, rows: Sequence[Row], distract: str = "", temperature: float | None = None
+) -> dict[str, Any]:
+    """Write `comparison.json`, `.csv` and `.svg` into `folder` and return the content of the first.
+
+    Args:
+        folder: run folder.
+        env: environment.
+        rows: what was measured.
+        distract: distractors in the frames.
+        temperature: at which discrete actions were drawn; None: the most likely ones were taken.
+    """
     content = {
         "env": env,
         "distract": distract,
         "rows": [row.to_json() for row in rows],
-        "verdict": verdict(rows),
+        "temperature": temperature,
+        "verdict": verdict(rows) + ("" if temperature is None else _DRAWN.format(temperature)),
     }
     with atomic_write(folder / "comparison.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -24,12 +24,13 @@ from latentact.data.splits import choose_labeled, split_episodes
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.evaluation.policy.comparison import Row
 from latentact.lams.contract import LAMS
 from latentact.lams.models.idm import IdmConfig
 from latentact.policies.contract import POLICIES
 from latentact.policies.decoder import DecoderConfig
+from latentact.policies.selection import SELECTIONS, Selection, Temperature
 from latentact.policies.vla.backbone import load_config
 from latentact.policies.vla.heads import HEADS
 from latentact.reporting.comparison_plot import write_comparison
@@ -103,6 +104,10 @@ class CompareConfig:
     """Reset seed of the first evaluation episode."""
     max_steps: int = 0
     """Steps after which an evaluation episode ends; 0: the environment's own limit, where it has one."""
+    action_selection: Selection = "greedy"
+    """Discrete actions: greedy takes the most likely one, sample draws one by its probability."""
+    temperature: Temperature = 1.0
+    """sample: temperature of the softmax; below 1, likely actions are drawn more often."""
     record: int = 2
     """Evaluation episodes per row whose video is kept."""
     frame_gap_s: float = 0.0
@@ -147,6 +152,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         """Validate the configuration."""
         Distraction.parse(self.distract)
+        require_one_of("action_selection", self.action_selection, SELECTIONS)
+        require_between("temperature", self.temperature, 1e-3, 1e3)
         for method in self.methods:
             if method not in (*METHODS, *VLA):
                 raise UserError(f"methods must be some of {', '.join((*METHODS, *VLA))}, got {method!r}.")
@@ -203,7 +210,8 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         for method, k in _rows(config):
             log.info("--- %s, k = %s, seed %d", method, "all" if k is None else k, seed)
             rows.append(_Row(config, out, method, k, seed).make())
-    comparison = write_comparison(out, config.env, rows, config.distract)
+    drawn = config.temperature if config.action_selection == "sample" else None
+    comparison = write_comparison(out, config.env, rows, config.distract, drawn)
     log.info(comparison["verdict"])
     return comparison
 
@@ -403,6 +411,8 @@ class _Row:
             view=c.view,
             distract=c.distract,
             max_steps=c.max_steps,
+            action_selection=c.action_selection,
+            temperature=c.temperature,
             record=c.record,
         )
         return rollout.run(settings)
