@@ -80,6 +80,20 @@ def test_ties_failures_and_loneliness():
     assert verdict(rows(oracle=0.4)) == "There is no method with k labels to compare."
 
 
+def test_what_observes_nothing_is_a_floor():
+    message = verdict([*rows(latent=0.5, bc_k=0.2, idm_k=0.27), *blind(uniform=0.27, frequencies=0.1)])
+    assert message.endswith(
+        "Without observing anything, uniformly random actions reach 0.27 (0.19 to 0.36); no better: IDM on k "
+        "labels (5 labeled episodes), BC on k labels (5 labeled episodes)."
+    )
+    message = verdict([*rows(latent=0.5, bc_k=0.2), *blind(uniform=0.1, frequencies=0.15)])
+    assert message.endswith("anything, random actions of the data reach 0.15 (0.09 to 0.23).")
+
+
+def blind(**success):
+    return [row(method, value, k=None) for method, value in success.items()]
+
+
 def test_a_vla_stands_beside_the_same_without_pretraining():
     message = verdict(rows(vla=0.6, vla_scratch=0.3, idm_k=0.35, oracle=0.5, vla_oracle=0.8))
     assert message.startswith(

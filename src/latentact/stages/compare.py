@@ -6,7 +6,9 @@ an inverse dynamics model trained on k (IDM-k), and BC on all labels (oracle). L
 so the baselines have rows with as many updates: BC-k with self-training or fine-tuning, IDM-k and the oracle
 with fine-tuning. Rows of a vision-language-action model (VLA) are made where `methods` names them:
 pretrained on the latent actions of the LAM, fine-tuned without that, and trained on all labels for as many
-updates as both. Every row is a chain of stages through artifacts on disk; re-run the command to resume.
+updates as both. Two rows that observe nothing are always there: uniformly random actions, and those of random
+steps of the demonstrations. Every row is a chain of stages through artifacts on disk; re-run the command to
+resume.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
+from latentact.agents.agent import Agent
+from latentact.agents.blind import BLIND, BlindAgent
 from latentact.config import choice
-from latentact.data.cache import DataConfig, open_store
+from latentact.data.cache import DataConfig, known_rows, open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
@@ -233,6 +239,7 @@ def _rows(config: CompareConfig) -> Iterator[tuple[str, int | None]]:
             yield method, None
         else:
             yield from ((method, k) for k in config.ks)
+    yield from ((method, None) for method in BLIND)
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,8 @@ class _Row:
         c = self.config
         more: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
         more["updates"] = c.policy_training.steps
+        if self.method in BLIND:
+            return Row.from_json(self._blind() | more | {"updates": 0, "run": self._run("rollout")})
         if self.method in VLA:
             folder, more["updates"] = self._vla()
         elif self.base in ("latent", "latent_joint"):
@@ -274,8 +283,10 @@ class _Row:
             more["updates"] += c.finetune_steps
             folder = finetune.run(self._finetune(folder), self._folder("finetuned"))
         result = self._rollout(folder, "rollout")
-        more["run"] = str(self._folder("rollout").relative_to(self.out))
-        return Row.from_json(result | more)
+        return Row.from_json(result | more | {"run": self._run("rollout")})
+
+    def _run(self, name: str) -> str:
+        return str(self._folder(name).relative_to(self.out))
 
     def _folder(self, name: str) -> Path:
         """Return the folder of an artifact.
@@ -400,7 +411,19 @@ class _Row:
         folder = finetune_vla.run(tuned, self._folder("finetuned")).path
         return folder, both if self.method == "vla" else training.steps
 
-    def _rollout(self, policy: Path, name: str) -> dict[str, Any]:
+    def _blind(self) -> dict[str, Any]:
+        """Roll out an agent that observes nothing, and knows the actions of the training episodes."""
+        store = open_store(self.config.data)
+        train, _ = split_episodes(store, held_out=self.config.held_out, seed=self.seed)
+        actions = store.actions(train)
+        known = known_rows(actions) & store.usable
+        known[store.starts + store.lengths - 1] = False  # the last action is never taken
+        assert store.action_space is not None
+        taken = np.ma.getdata(actions)[known]
+        agent = BlindAgent(self.method, store.action_space, taken, self.config.eval_seed + self.seed)
+        return self._rollout(Path(self.method), "rollout", agent)
+
+    def _rollout(self, policy: Path, name: str, agent: Agent | None = None) -> dict[str, Any]:
         c = self.config
         settings = rollout.RolloutConfig(
             policy=str(policy),
@@ -415,4 +438,4 @@ class _Row:
             temperature=c.temperature,
             record=c.record,
         )
-        return rollout.run(settings)
+        return rollout.run(settings, agent)

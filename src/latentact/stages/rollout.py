@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 
+from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
 from latentact.config import Count, Limit, OneOf, Seed
 from latentact.device import require_device
@@ -62,8 +63,12 @@ class RolloutConfig:
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps, record=self.record)
 
 
-def run(config: RolloutConfig) -> dict[str, Any]:
+def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     """Roll a policy out and return the content of `rollout.json`; a finished rollout is not repeated.
+
+    Args:
+        config: settings.
+        agent: acts instead of the policy of `config`, which is then its name.
 
     Raises:
         UserError: the policy cannot act in the environment, or the environment failed.
@@ -79,7 +84,7 @@ def run(config: RolloutConfig) -> dict[str, Any]:
         return found
     require_device(config.device)
     choose = selector(config.action_selection, config.temperature)
-    agent = load_agent(config.policy, config.device, choose=choose)
+    agent = agent or load_agent(config.policy, config.device, choose=choose)
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
     check_compatible(

@@ -4,6 +4,7 @@ Methods with k labeled episodes are `latent`, `latent_joint` (the LAM learns fro
 `idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add what the latent
 policy gets after grounding, so that all have the same number of updates. `vla` is a vision-language-action
 model that first learns latent actions, `vla_scratch` the same without, `vla_oracle` the same on all labels.
+`uniform` and `frequencies` observe nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from latentact.agents.blind import BLIND
 from latentact.evaluation.policy.intervals import success_interval
 
 LATENT = ("latent", "latent_finetuned", "latent_joint", "vla")
@@ -35,6 +37,8 @@ METHODS = {
     "oracle": "Oracle BC (all labels)",
     "oracle_finetuned": "Oracle BC, fine-tuned",
     "vla_oracle": "Oracle VLA (all labels)",
+    "uniform": "Uniformly random actions",
+    "frequencies": "Random actions of the data",
 }
 
 Interval = tuple[float, float]
@@ -181,7 +185,9 @@ def verdict(rows: Iterable[Row]) -> str:
     overall = [_overall(ranked)] if len(ks) > 1 else []
     details = [sentence for k in ks for sentence in (*_sentences(ranked[k]), *_sources(results, k))]
     oracles = [r for r in results if r.method in ORACLES]
-    return " ".join([*overall, *details, *(_from_oracle(ranked[ks[-1]][0], r) for r in oracles)])
+    blind = max((r for r in results if r.method in BLIND), key=lambda r: r.score, default=None)
+    floor = [] if blind is None else [_above(blind, [r for k in ks for r in ranked[k]])]
+    return " ".join([*overall, *details, *(_from_oracle(ranked[ks[-1]][0], r) for r in oracles), *floor])
 
 
 def _interval(values: Sequence[float | int] | None) -> Interval | None:
@@ -320,6 +326,14 @@ def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
         return f"{name[0].upper()}{name[1:]} wins at every k ({', '.join(at[name])})."
     places = ", ".join(f"{name} at k = {' and '.join(ks)}" for name, ks in at.items())
     return f"The winner depends on k: {places}."
+
+
+def _above(blind: Result, results: Sequence[Result]) -> str:
+    """Return what an agent that observes nothing reaches, and which methods are not above it."""
+    name = f"{blind.label[0].lower()}{blind.label[1:]}"
+    below = [f"{r.label} ({_labeled(r.k)})" for r in results if r.score <= blind.score]
+    sentence = f"Without observing anything, {name} reach {_number(blind)}"
+    return f"{sentence}; no better: {', '.join(below)}." if below else f"{sentence}."
 
 
 def _from_oracle(winner: Result, oracle: Result) -> str:
