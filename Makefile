@@ -52,7 +52,7 @@ bench: .venv/ready
 	@touch $@
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --group dev --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --group dev --python-version 3.12 \
 	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
 
 clean:

@@ -45,6 +45,7 @@ EXTRAS = {
     "accelerate": "lerobot",
     "diffusers": "lerobot",
     "gymnasium": "envs",
+    "h5py": "export",
     "gym_pusht": "envs",
     "hydra": "train",
     "lerobot": "lerobot",
@@ -60,5 +61,6 @@ EXTRAS = {
     "timm": "features",
     "transformers": "features",
     "wandb": "wandb",
+    "zarr": "export",
 }
 """Optional module -> extra that installs it."""

@@ -19,6 +19,9 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 INPUTS = {"metadata.csv", "metadata.jsonl", "laq_openx.pt", "robot.yaml", "info.json"}
 """Files that users provide; no stage writes them."""
 TESTED_ELSEWHERE = {
+    "adapted.json": "tests/e2e/test_any_policy.py",
+    "data.jsonl": "tests/e2e/test_export.py",
+    "export.json": "tests/e2e/test_export.py",
     "guidance.json": "tests/e2e/test_imitate.py",
     "job.json": "tests/unit/test_cluster.py",
     "runs/lam/job.json": "tests/unit/test_cluster.py",

@@ -12,8 +12,29 @@ from jaxtyping import Float32, Shaped
 from latentact.agents.agent import STATE, TASK, AgentSpec, LatentInput, select_image, select_state
 from latentact.data.decode.resize import resize
 from latentact.errors import UserError, missing_extra
-from latentact.io.atomic import read_json
+from latentact.io.atomic import read_object
 from latentact.types import ActionSpace
+
+
+def read_policy_config(folder: Path) -> Any:
+    """Return LeRobot's configuration of a policy folder.
+
+    Raises:
+        UserError: LeRobot is not installed, or no installed package provides its type.
+    """
+    try:
+        from lerobot.configs import PreTrainedConfig
+        from lerobot.utils.import_utils import register_third_party_plugins
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "lerobot", "lerobot") from error
+    register_third_party_plugins()
+    kind = str(read_object(folder / "config.json").get("type", ""))
+    if kind not in PreTrainedConfig.get_known_choices():
+        raise UserError(
+            f"{folder} has policy type {kind!r}, which no installed package provides. Install its "
+            "LeRobot plugin."
+        )
+    return PreTrainedConfig.from_pretrained(folder)
 
 
 class LeRobotAgent:
@@ -33,20 +54,10 @@ class LeRobotAgent:
     """
 
     def __init__(self, folder: Path, device: str, *, guided: bool = False) -> None:
-        try:
-            from lerobot.configs import PreTrainedConfig
-            from lerobot.policies import get_policy_class, make_pre_post_processors
-            from lerobot.utils.import_utils import register_third_party_plugins
-        except ModuleNotFoundError as error:
-            raise missing_extra(error.name or "lerobot", "lerobot") from error
-        register_third_party_plugins()
-        kind = str(read_json(folder / "config.json")["type"])
-        if kind not in PreTrainedConfig.get_known_choices():
-            raise UserError(
-                f"{folder} has policy type {kind!r}, which no installed package provides. Install its "
-                "LeRobot plugin."
-            )
-        config: Any = PreTrainedConfig.from_pretrained(folder)
+        config = read_policy_config(folder)
+        from lerobot.policies import get_policy_class, make_pre_post_processors
+
+        kind = config.type
         conditioned = bool(getattr(config, "use_lam_conditioning", False))
         if guided and not conditioned:
             raise UserError(

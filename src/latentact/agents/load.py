@@ -18,6 +18,16 @@ from latentact.policies.selection import Choose, greedy
 from latentact.policies.vla.model import Vla
 
 
+def pretrained_folder(where: str | Path) -> Path:
+    """Return the folder of a policy; a LeRobot training's output folder means its last checkpoint.
+
+    Raises:
+        UserError: it is neither a folder with `config.json` nor a hub id.
+    """
+    last = Path(where) / "checkpoints" / "last" / "pretrained_model"
+    return resolve_folder(last if last.is_dir() else where)
+
+
 def load_agent(
     where: str | Path, device: str = "cpu", *, guided: bool = False, choose: Choose = greedy
 ) -> Agent:
@@ -34,8 +44,7 @@ def load_agent(
         UserError: it is missing, damaged or not grounded, or it is to be guided and is not conditioned on
             latent actions.
     """
-    last = Path(where) / "checkpoints" / "last" / "pretrained_model"
-    folder = resolve_folder(last if last.is_dir() else where)
+    folder = pretrained_folder(where)
     values = read_json(folder / "config.json")
     if isinstance(values, dict) and values.get("type", TYPE) not in (TYPE, VLA_TYPE):
         return LeRobotAgent(folder, device, guided=guided)

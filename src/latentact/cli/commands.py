@@ -93,7 +93,7 @@ def _label(config: Any, result: Any) -> str:
     return str(result)
 
 
-@stage_command("precompute", "PrecomputeConfig")
+@stage_command("precompute", "PrecomputeConfig", names={"role": "as"})
 def _precompute(config: Any, result: Any) -> str:
     """Write the LAM tokens of a dataset once, for all later runs; torchrun divides the work.
 
@@ -113,6 +113,17 @@ def _train_with_tokens(config: Any, result: Any) -> str:
     Example: latentact train-with-tokens --dataset-root data/pusht_tokens --output-dir runs/lam_diffusion
     """
     return str(result)
+
+
+@stage_command("adapt-policy", "AdaptPolicyConfig")
+def _adapt_policy(config: Any, result: Any) -> str:
+    """Fit a LeRobot policy that was pretrained on latent actions to the actions of a robot.
+
+    Example: latentact adapt-policy --policy runs/act --data data/labeled --out runs/act_robot
+    """
+    new = result.numbers["initialized"]
+    lines = [f"{result.numbers['copied']} tensors copied, {len(new)} initialized{':' if new else ''}"]
+    return "\n".join([*lines, *(f"  {name}" for name in new), str(result.path)])
 
 
 hydra_command(
@@ -160,6 +171,22 @@ hydra_command(
     help="Learn latent action -> robot action from few labeled episodes. Takes Hydra overrides; see --help.",
     example="latentact ground policy=runs/policy labels=data/red_ball_labels labeled_episodes=5",
 )
+
+
+@stage_command("export", "ExportConfig")
+def _export(config: Any, result: Any) -> str:
+    """Write robot actions for video without any, with intervals and a mask of trusted frames.
+
+    Example: latentact export --policy runs/ground --labels data/red_ball_labels --out data/pseudo
+    """
+    numbers = result.numbers
+    lines = [f"{numbers['trusted_frames']} of {numbers['frames']} frames are trusted"]
+    if scores := numbers["held_out"]:
+        lines.append(
+            "on held-out episodes: "
+            + ", ".join(f"{k} {v:.3g}" for k, v in scores.items() if isinstance(v, float))
+        )
+    return "\n".join([*lines, str(result.path)])
 
 
 @stage_command("rollout", "RolloutConfig")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import keyword
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
@@ -46,7 +47,8 @@ class Flag:
     @property
     def identifier(self) -> str:
         """Name of the Python parameter."""
-        return self.name.replace("-", "_")
+        name = self.name.replace("-", "_")
+        return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def read_flags(config: type, names: Mapping[str, str], hidden: Iterable[str] = ()) -> list[Flag]:

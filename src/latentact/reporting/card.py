@@ -207,9 +207,10 @@ def dataset_card(
         lines += [f"- {name}: {value}" for name, value in collected.items()]
     if tokens:
         spec = tokens["spec"]
+        column = "action" if tokens.get("asked", {}).get("as") == "action" else "observation.lam_tokens"
         lines += [
             "",
-            f"`observation.lam_tokens` holds {tokens.get('tokens', 'latent')} tokens of `{spec['model']}`: "
+            f"`{column}` holds {tokens.get('tokens', 'latent')} tokens of `{spec['model']}`: "
             f"{spec['tokens']} x {spec['token_dim']} values over {spec['frame_gap_s']:g} s, weights "
             f"{spec['weights']}.",
         ]

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from latentact.config import LARGEST
 from latentact.data.cache import DataConfig, FrameStore, known_rows, open_store
-from latentact.data.samples import LabeledBatch, LabeledRows, PolicyBatch, PolicySamples
+from latentact.data.samples import LabeledRows, PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
-from latentact.lams.contract import action_loss
 from latentact.policies.contract import Policy
+from latentact.training.action_head import ActionHead, policy_features
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
@@ -143,7 +143,7 @@ def _pseudo_actions(
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
     last = np.isin(rows, store.starts + store.lengths - 1)
-    features = _features(policy, store, rows)
+    features = policy_features(policy, store, rows)
     return fill_actions(features, known, rows, rows[last], policy.spec.action_space, training, out)
 
 
@@ -173,77 +173,15 @@ def fill_actions(
     known, labeled = np.ma.getdata(actions), torch.from_numpy(~hidden & ~np.isin(rows, unlearned))
     targets = torch.from_numpy(known[rows])
     torch.manual_seed(training.seed)
-    teacher = _Teacher(features, targets[labeled], space)
+    teacher = ActionHead(features, targets[labeled], space)
     fit(teacher, LabeledRows(features[labeled], None, targets[labeled]), training, out)
     with torch.inference_mode():
-        predicted = teacher.cpu().actions(features)
+        predicted = teacher.cpu().predict(features)
+    if space.discrete:
+        predicted = predicted.argmax(1)
     filled = known.copy()
     filled[rows[hidden]] = predicted.numpy()[hidden]
     return filled
-
-
-@torch.inference_mode()
-def _features(policy: Policy, store: FrameStore, rows: np.ndarray) -> Tensor:
-    """Return the policy's features of the observation at each row, ``[m, d]``."""
-    unused = np.zeros((len(store.frames), 1), np.float32)
-    samples = PolicySamples(
-        store,
-        target=unused,
-        exists=np.ones(len(unused), bool),
-        frames=policy.config.network.n_obs_steps,
-        stride=policy.spec.stride,
-        words=policy.spec.words,
-    )
-    parts = []
-    for some in np.array_split(rows, -(-len(rows) // 512)):
-        batch = samples.batch(some)
-        parts.append(policy.eval().features(batch.frames, batch.state, batch.words).float())
-    return torch.cat(parts).clone()
-
-
-class _Teacher(nn.Module):
-    """Robot actions from standardized features; dropout regularizes it on few labels."""
-
-    mean: Tensor
-    std: Tensor
-    action_mean: Tensor
-    action_std: Tensor
-
-    def __init__(self, features: Tensor, actions: Tensor, space: ActionSpace) -> None:
-        super().__init__()
-        self.space = space
-        self.register_buffer("mean", features.mean(0))
-        self.register_buffer("std", features.std(0) + 1e-3)
-        mean, std = torch.tensor(0.0), torch.tensor(1.0)
-        if not space.discrete:
-            mean, std = actions.mean(0), actions.std(0).clamp(min=1e-4)
-        self.register_buffer("action_mean", mean)
-        self.register_buffer("action_std", std)
-        self.net = nn.Sequential(
-            nn.Linear(features.shape[1], 128),
-            nn.ReLU(),
-            nn.Dropout(0.3),
-            nn.Linear(128, 128),
-            nn.ReLU(),
-            nn.Linear(128, space.size),
-        )
-
-    def scores(self, features: Tensor) -> Tensor:
-        """Return logits or normalized actions."""
-        return self.net((features - self.mean) / self.std).float()
-
-    def loss(self, batch: LabeledBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss over a batch, all of whose actions are labeled."""
-        actions = batch.actions
-        if not self.space.discrete:
-            actions = (actions - self.action_mean) / self.action_std
-        labeled = torch.ones(len(actions), dtype=torch.bool, device=actions.device)
-        return action_loss(self.scores(batch.inputs), actions, labeled), {}
-
-    def actions(self, features: Tensor) -> Tensor:
-        """Return classes, or actions in the robot's units."""
-        scores = self.eval().scores(features)
-        return scores.argmax(1) if self.space.discrete else scores * self.action_std + self.action_mean
 
 
 class _EndToEnd(nn.Module):

@@ -1,8 +1,9 @@
 """LAM tokens of a dataset, once, for every later run: `latentact precompute`.
 
 Example: `latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens`.
-The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both. They are cached,
-so that another output is not computed again.
+The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both; with `--as action`
+they become its actions, so that any LeRobot policy pretrains on them. They are cached, so that another output
+is not computed again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.config import BatchSize, OneOf, Seconds, Workers, to_dict, updated
+from latentact.config import BatchSize, Between, OneOf, Seconds, Workers, to_dict, updated
 from latentact.data.cache import DataConfig
-from latentact.data.convert import convert
+from latentact.data.convert import Piece, convert, convert_with_actions
 from latentact.data.format import Source
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 SIDECAR = "lam_tokens.json"
 OUTPUTS = ("column", "file", "both")
+ROLES = ("tokens", "action")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,13 @@ class PrecomputeConfig:
     """Seconds between the two frames of a transition; 0: the LAM's own."""
     output: Annotated[str, OneOf(OUTPUTS)] = "column"
     """column: a LeRobot v3 dataset; file: lam_tokens.safetensors and lam_tokens.pt; both: those inside it."""
+    role: Annotated[str, OneOf(ROLES)] = "tokens"
+    """tokens: the columns observation.lam_*, beside the robot's actions; action: the column `action`, instead
+    of them, so that any LeRobot policy pretrains on it. Rows without a latent action are then left out: each
+    run of rows with one becomes an episode."""
+    state_size: Annotated[int, Between(1, 1024)] = 1
+    """With `--as action` and data without observation.state: numbers of the constant state that rows get,
+    because LeRobot's policies cannot do without; the size of the robot's state, if it is known."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """float32 or float16."""
     precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
@@ -87,10 +96,16 @@ class PrecomputeConfig:
         for flag, value, choices in (
             ("--tokens", self.tokens, KINDS),
             ("--output", self.output, OUTPUTS),
+            ("--as", self.role, ROLES),
             ("--dtype", self.dtype, DTYPES),
         ):
             if value not in choices:
                 raise UserError(f"unknown {flag} {value!r}{did_you_mean(value, choices)}")
+        if self.role == "action" and (self.output, self.dtype) != ("column", "float32"):
+            raise UserError(
+                f"--as action must have --output column and --dtype float32, got {self.output} and "
+                f"{self.dtype}. Leave them out."
+            )
         if not self.dataset_repo_id and not self.dataset_root:
             raise UserError(
                 "a dataset must be given, got none. Use --dataset-root FOLDER or --dataset-repo-id "
@@ -138,16 +153,17 @@ def run(config: PrecomputeConfig) -> Path:
         "model": to_dict(model.config),
         **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
         **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
+        **({"as": "action", "state_size": config.state_size} if config.role == "action" else {}),
     }
     if shard.rank == 0 and _finished(out, requested, config, type(model.config)):
         return out
     if config.output != "file":
-        _require_rows(stream)
+        require_rows(stream, _remedy(config))
     encoded = encode_dataset(model, stream, gap, options)
     if encoded is None:  # the first of several processes writes
         return out
     sidecar = {"asked": requested, **_provenance(config, stream, encoded)}
-    _clear_drafts(out)
+    clear_drafts(out)
     with atomic_dir(out) as folder:
         _write(folder, config, stream, encoded, sidecar)
     log.info(
@@ -180,18 +196,25 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, la
     return True
 
 
-def _require_rows(stream: FrameStream) -> None:
+def _remedy(config: PrecomputeConfig) -> str:
+    """Return what to do where data cannot become a LeRobot dataset."""
+    return (
+        "use --output file" if config.role == "tokens" else "use latentact shard, and train-vla on the shards"
+    )
+
+
+def require_rows(stream: FrameStream, remedy: str) -> None:
     """Check that columns can be added to the data."""
     require_lerobot()
     if stream.resampled:
         raise UserError(
             f"videos of {stream.path} must have one frame rate to be rows of a dataset, got a variable "
-            f"rate. Use --output file."
+            f"rate; {remedy}."
         )
     if not isinstance(stream.source, (LeRobotSource, VideoFolderSource)):
         raise UserError(
             f"{stream.path} must be a LeRobot dataset or a folder of videos to become a dataset with tokens; "
-            f"use --output file."
+            f"{remedy}."
         )
     if isinstance(stream.source, VideoFolderSource):
         require_upright(stream.source.files)
@@ -199,7 +222,7 @@ def _require_rows(stream: FrameStream) -> None:
         if stream.source.absent and lerobot_version(stream.path).startswith("v3"):
             raise UserError(
                 f"{stream.path} must hold the files of all episodes for LeRobot v3, got "
-                f"{stream.source.absent} episodes without. Copy them too, or use --output file."
+                f"{stream.source.absent} episodes without. Copy them too, or {remedy}."
             )
         require_openable(stream.path, stream.source)
         indices = range(len(stream.source.episodes))
@@ -228,7 +251,7 @@ def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetL
     }
 
 
-def _clear_drafts(out: Path) -> None:
+def clear_drafts(out: Path) -> None:
     """Remove partial output of killed runs."""
     for draft in out.parent.glob(f".{out.name}.*.partial"):
         shutil.rmtree(draft, ignore_errors=True)
@@ -242,6 +265,16 @@ def _write(
     sidecar: dict[str, Any],
 ) -> None:
     """Write the output into an empty folder."""
+    if config.role == "action":
+        converted = folder / ".converted"
+        pieces = _pieces(config, encoded)
+        convert_with_actions(stream, converted, pieces, remedy=_remedy(config), state_size=config.state_size)
+        for part in converted.iterdir():
+            part.rename(folder / part.name)
+        converted.rmdir()
+        verify_dataset(folder, _remedy(config))
+        write_json(folder / "meta" / SIDECAR, sidecar)
+        return
     if config.output == "file":
         rows = _table_rows(stream.source, encoded)
         write_json(folder / SIDECAR, sidecar)
@@ -254,7 +287,7 @@ def _write(
         add_columns(converted, folder, _columns(config, encoded, rows.place))
         shutil.rmtree(converted)
     if config.output != "file":
-        verify_dataset(folder, "use --output file")
+        verify_dataset(folder, _remedy(config))
         write_json(folder / "meta" / SIDECAR, sidecar)
     if config.output != "column":
         n = len(rows.place)
@@ -267,6 +300,26 @@ def _write(
             **({"codes": columns[CODES]} if CODES in columns else {}),
         }
         write_token_files(folder, arrays, sidecar)
+
+
+def _pieces(config: PrecomputeConfig, encoded: DatasetLatents) -> list[Piece]:
+    """Return the runs of rows with a latent action; LeRobot masks chunks beyond an episode."""
+    tokens = getattr(encoded, KINDS[config.tokens])
+    ends, pieces = encoded.lengths.cumsum(), []
+    for number, begin, end in zip(encoded.episodes, ends - encoded.lengths, ends, strict=True):
+        rows = begin + np.flatnonzero(encoded.valid[begin:end])
+        frames = encoded.frame_indices[rows]
+        for run in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(frames) != 1) + 1):
+            if len(run):
+                action = tokens[rows[run]].reshape(len(run), -1)
+                pieces.append(
+                    Piece(number=int(number), first=int(frames[run[0]]), columns={"action": action})
+                )
+    if not pieces:
+        raise UserError(
+            f"{config.dataset_root} must have a row with a latent action, got none; {_remedy(config)}."
+        )
+    return pieces
 
 
 class _Rows(NamedTuple):

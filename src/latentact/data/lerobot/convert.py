@@ -1,15 +1,15 @@
 """Write a LeRobot v3 dataset whose videos are hard links to existing files.
 
-Each episode keeps its own video file, which v3 allows. The converter of lerobot requires every listed episode
-and files of statistics; this one uses the available episodes, renumbers them and computes the statistics.
-Row i of the output has the same frame as row i of the input.
+Video files stay as they are, which v3 allows: an episode names its file and its place in it. The converter of
+lerobot requires every listed episode and files of statistics; this one uses the available episodes, renumbers
+them and computes the statistics. The output has the same frames as the rows of the input that are kept.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from latentact.data.decode.video import decode
 from latentact.data.format import Unreadable
 from latentact.data.lerobot.columns import link
 from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
-from latentact.data.time_base import LEROBOT_TOLERANCE_S, nearest_frames, row_times
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, lookup_span, nearest_frames, row_times
 from latentact.progress import Progress
 
 VIDEO_KEY = "observation.images.video"
@@ -35,13 +35,17 @@ class EpisodeData:
     label: str
     """Name in messages."""
     times: Float64[np.ndarray, " n"] | None
-    """Time of each row in its videos, in seconds; None: every frame of the video is a row."""
+    """Time of each row in seconds; None: every frame of the video is a row."""
     tasks: list[str]
     """Task text of each row, or a single text for all rows."""
     videos: dict[str, Path]
-    """Camera -> video file that contains exactly this episode."""
+    """Camera -> video file."""
     columns: Callable[[], dict[str, Any]]
     """Returns the numeric, text and image columns."""
+    starts: dict[str, float] = field(default_factory=dict)
+    """Camera -> seconds in its video at time 0 of the rows, where that is not 0."""
+    rows: slice = field(default_factory=lambda: slice(None))
+    """Rows to write."""
 
 
 def write_episodes(
@@ -74,27 +78,32 @@ def write_episodes(
         use_videos=any(feature["dtype"] == "video" for feature in features.values()),
     )
     rows, statistics, first_row = [], [], 0
+    linked: dict[str, dict[Path, int]] = {key: {} for key in meta.video_keys}
     with Table(meta) as table, Progress("converting", len(episodes), "episodes") as progress:
         for number, episode in enumerate(episodes):
             stats: dict[str, Any] = {}
             video_location: dict[str, Any] = {}
             times = episode.times
+            if times is None:
+                (file,) = episode.videos.values()
+                times = np.array([seconds for seconds, _ in decode(file)])
+                _require_regular(times, fps, file)
+            times = times[episode.rows]
             for key, file in episode.videos.items():
-                if times is None:
-                    times = np.array([seconds for seconds, _ in decode(file)])
-                    _require_regular(times, fps, file)
-                stats[key] = _video_statistics(file, episode.label, times, features[key]["shape"], fps)
-                video_location |= _link_video(meta, key, file, number, times[0], times[-1] + 1 / fps)
-            assert times is not None
-            tasks = list(dict.fromkeys(episode.tasks))
-            meta.save_episode_tasks(tasks)
-            columns = _columns(meta, number, first_row, episode, times)
+                seconds = times + episode.starts.get(key, 0.0)
+                stats[key] = _video_statistics(file, episode.label, seconds, features[key]["shape"], fps)
+                place = linked[key].setdefault(file, len(linked[key]))
+                video_location |= _link_video(meta, key, file, place, seconds[0], seconds[-1] + 1 / fps)
+            tasks = episode.tasks if len(episode.tasks) == 1 else episode.tasks[episode.rows]
+            texts = list(dict.fromkeys(tasks))
+            meta.save_episode_tasks(texts)
+            columns = _columns(meta, number, first_row, episode, times, tasks)
             stats |= number_statistics({k: v for k, v in columns.items() if isinstance(v, np.ndarray)})
             stats |= {key: _image_statistics(columns[key]) for key in meta.image_keys}
             rows.append(
                 {
                     "episode_index": number,
-                    "tasks": tasks,
+                    "tasks": texts,
                     "length": len(times),
                     "dataset_from_index": first_row,
                     "dataset_to_index": first_row + len(times),
@@ -129,13 +138,13 @@ def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:
 
 
 def _columns(
-    meta: Any, number: int, first_row: int, episode: EpisodeData, times: np.ndarray
+    meta: Any, number: int, first_row: int, episode: EpisodeData, times: np.ndarray, tasks: list[str]
 ) -> dict[str, Any]:
     """Return the columns of an episode, including the index columns of lerobot."""
     frame_index = np.arange(len(times))
-    tasks = episode.tasks if len(episode.tasks) > 1 else episode.tasks * len(times)
+    tasks = tasks if len(tasks) > 1 else tasks * len(times)
     return {
-        **episode.columns(),
+        **{name: column[episode.rows] for name, column in episode.columns().items()},
         "timestamp": row_times(times, float(meta.fps)),
         "frame_index": frame_index,
         "episode_index": np.full_like(frame_index, number),
@@ -145,10 +154,11 @@ def _columns(
 
 
 def _link_video(meta: Any, key: str, file: Path, number: int, start: float, stop: float) -> dict[str, Any]:
-    """Hard-link the video of an episode; return its columns in `meta/episodes`."""
+    """Hard-link the video of an episode as file `number`; return its columns in `meta/episodes`."""
     chunk_index, file_index = divmod(number, meta.chunks_size)
-    path = meta.video_path.format(video_key=key, chunk_index=chunk_index, file_index=file_index)
-    link(file, meta.root / path)
+    path = meta.root / meta.video_path.format(video_key=key, chunk_index=chunk_index, file_index=file_index)
+    if not path.exists():
+        link(file, path)
     return {
         f"videos/{key}/chunk_index": chunk_index,
         f"videos/{key}/file_index": file_index,
@@ -163,7 +173,8 @@ def _video_statistics(
     """Return the statistics of a video from the rows that lerobot samples; decodes and checks all rows."""
     chosen, counts = set(_sampled(len(times))), []
     try:
-        for row, (_, frame) in enumerate(nearest_frames(decode(file), times, float(fps))):
+        frames = decode(file, *lookup_span(times, float(fps)))
+        for row, (_, frame) in enumerate(nearest_frames(frames, times, float(fps))):
             if frame.shape != shape:
                 expected, got = (f"{width}x{height}" for height, width, _ in (shape, frame.shape))
                 raise Unreadable(f"its frames must be {expected} pixels as in earlier episodes, got {got}")

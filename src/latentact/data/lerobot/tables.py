@@ -66,6 +66,7 @@ class Tables:
         self._lock = threading.Lock()
         self._table = functools.lru_cache(maxsize=8)(self._open)
         self._row_group_column = functools.lru_cache(maxsize=4)(self._read_row_group)
+        self._file_column = functools.lru_cache(maxsize=64)(self._read_file_column)
         stored: list[set[str]] = []
         timestamps, owners = [np.zeros(0)], [np.zeros(0)]
         for file in self.files:
@@ -161,7 +162,7 @@ class Tables:
                 {"bytes": data, "path": f"{n:06d}"} for n, data in enumerate(self._image_bytes(name, span))
             ]
         columns = {
-            self.files[file]: read_parquet(self.files[file], [name])[name].slice(begin, end - begin)
+            self.files[file]: self._file_column(file, name).slice(begin, end - begin)
             for file, begin, end in self._pieces(span)
         }
         if not feature.numeric:
@@ -173,6 +174,9 @@ class Tables:
                 f"column {name} of episode {episode} has rows without a value, and {feature.dtype} none"
             )
         return values.reshape(-1) if feature.shape in ((), (1,)) else values.reshape(-1, *feature.shape)
+
+    def _read_file_column(self, file: int, name: str) -> pa.ChunkedArray:
+        return read_parquet(self.files[file], [name])[name]
 
     def images(self, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Yield the images of an episode whose camera is stored in the table, or beside it.

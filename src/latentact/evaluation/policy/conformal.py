@@ -1,0 +1,124 @@
+"""Prediction intervals and sets that cover the true action with a given probability, by conformal prediction.
+
+Scores of labeled steps that the predictor has not learned from give a threshold; a new step's interval or set
+holds every action whose score is at most that threshold (Lei et al., arXiv 1604.04173; for classes Sadinle et
+al., 1609.00451). Residuals are divided by those of similar steps, so that intervals are wide where the
+predictor errs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+
+from latentact.errors import UserError
+
+NEIGHBORS = 16
+"""Labeled steps whose residuals are the scale of a step."""
+FLOOR = 0.1
+"""Part of the mean residual that is added to every scale."""
+
+
+def conformal_quantile(scores: Float[np.ndarray, " n"], level: float) -> float:
+    """Return the smallest score that ceil((n + 1) * level) of n scores do not exceed.
+
+    Raises:
+        UserError: there are too few scores.
+    """
+    rank = int(np.ceil((len(scores) + 1) * level - 1e-9))
+    if rank > len(scores):
+        raise UserError(
+            f"{len(scores)} labeled steps are too few for intervals of {level:.0%}; label more episodes."
+        )
+    return float(np.sort(scores)[rank - 1])
+
+
+def temperature(probabilities: Float[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"]) -> float:
+    """Return the exponent of the temperature scaling with the smallest cross-entropy (arXiv 1706.04599)."""
+    grid = np.geomspace(0.05, 5, 61)
+    logs = np.log(np.clip(probabilities, 1e-12, 1))
+    losses = [-np.log(scaled(logs, power)[np.arange(len(labels)), labels]).mean() for power in grid]
+    return float(grid[int(np.argmin(losses))])
+
+
+def scaled(logs: Float[np.ndarray, "n c"], power: float) -> Float[np.ndarray, "n c"]:
+    """Return the probabilities whose logarithms are `power` times the given ones, clipped above 0."""
+    raised = np.exp(power * (logs - logs.max(1, keepdims=True)))
+    return np.clip(raised / raised.sum(1, keepdims=True), 1e-12, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCalibration:
+    """Probabilities of classes, and sets of classes."""
+
+    power: float
+    """Exponent of the probabilities."""
+    threshold: float
+    """A class is in the set if 1 - its probability is at most this."""
+
+    @classmethod
+    def fit(
+        cls, probabilities: Float[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"], level: float
+    ) -> ClassCalibration:
+        """Calibrate on steps that the predictor has not learned from."""
+        power = temperature(probabilities, labels)
+        right = scaled(np.log(np.clip(probabilities, 1e-12, 1)), power)[np.arange(len(labels)), labels]
+        return cls(power=power, threshold=conformal_quantile(1 - right, level))
+
+    def probabilities(self, probabilities: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+        """Return calibrated probabilities."""
+        return scaled(np.log(np.clip(probabilities, 1e-12, 1)), self.power)
+
+    def sets(self, probabilities: Float[np.ndarray, "n c"]) -> Bool[np.ndarray, "n c"]:
+        """Return the set of each step; an empty one where no class is probable enough."""
+        return 1 - self.probabilities(probabilities) <= self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalCalibration:
+    """Half-widths of intervals around predicted numbers."""
+
+    inputs: Float[np.ndarray, "c f"]
+    """What the labeled steps are compared by."""
+    residuals: Float[np.ndarray, "c a"]
+    """Absolute errors at the labeled steps."""
+    factors: Float64[np.ndarray, " a"]
+    """Half-widths in units of the scale."""
+
+    @classmethod
+    def fit(
+        cls,
+        inputs: Float[np.ndarray, "c f"],
+        residuals: Float[np.ndarray, "c a"],
+        groups: Int64[np.ndarray, " c"],
+        level: float,
+    ) -> IntervalCalibration:
+        """Calibrate on steps that the predictor has not learned from; their scales come from other groups."""
+        scale = np.empty_like(residuals)
+        for group in np.unique(groups):
+            others = groups != group
+            if not others.any():
+                others = ~others  # a single episode
+            scale[groups == group] = _scale(inputs[others], residuals[others], inputs[groups == group])
+        factors = [conformal_quantile(column, level) for column in (residuals / scale).T]
+        return cls(inputs=inputs, residuals=residuals, factors=np.array(factors))
+
+    def half_widths(self, inputs: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n a"]:
+        """Return the half-width of the interval of each number."""
+        return _scale(self.inputs, self.residuals, inputs) * self.factors
+
+
+def _scale(
+    known: Float[np.ndarray, "c f"], residuals: Float[np.ndarray, "c a"], inputs: Float[np.ndarray, "n f"]
+) -> Float[np.ndarray, "n a"]:
+    """Return the mean residual of the nearest labeled steps, and a part of that of all."""
+    reference, count = torch.from_numpy(known), min(NEIGHBORS, len(known))
+    near = [
+        torch.cdist(part, reference).topk(count, largest=False).indices
+        for part in torch.from_numpy(inputs).split(4096)
+    ]
+    local = residuals[torch.cat(near).numpy()].mean(1)
+    return local + np.maximum(FLOOR * residuals.mean(0), 1e-9)
