@@ -14,6 +14,7 @@ from latentact.data.latents import read_labels
 from latentact.policies.contract import Policy
 
 pytestmark = pytest.mark.slow
+BLIND = ["uniform", "frequencies"]
 METHODS = [
     "latent",
     "latent_finetuned",
@@ -75,9 +76,9 @@ def compared(data, tmp_path_factory):
 def test_rows(compared):
     content, out, _ = compared
     assert content["env"] == "babyai/GoToLocal"
-    assert [row["method"] for row in content["rows"]] == METHODS
+    assert [row["method"] for row in content["rows"]] == [*METHODS, *BLIND]
     for row in content["rows"]:
-        assert row["k"] == (None if row["method"].startswith("oracle") else 2)
+        assert row["k"] == (None if row["method"].startswith(("oracle", *BLIND)) else 2)
         assert (row["seed"], row["episodes"], len(row["successes"])) == (0, 4, 4)
         assert row["success"] == np.mean(row["successes"])
         low, high = row["ci95"]
@@ -94,7 +95,7 @@ def test_csv_and_plot_agree_with_json(compared):
     content, out, _ = compared
     with (out / "comparison.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
-    assert [row["method"] for row in rows] == METHODS
+    assert [row["method"] for row in rows] == [*METHODS, *BLIND]
     for row, other in zip(rows, content["rows"], strict=True):
         assert row["k"] == ("" if other["k"] is None else "2")
         assert float(row["success"]) == other["success"]
@@ -138,7 +139,10 @@ def test_rows_are_on_equal_terms(compared):
     }
     assert samples == {"bc_k": 2, "idm_k": 7, "oracle": 7}
     base = {"bc_k", "idm_k", "oracle"}
-    assert all(row["updates"] == STEPS + 10 * (row["method"] not in base) for row in content["rows"])
+    learned = [row for row in content["rows"] if row["method"] not in BLIND]
+    assert all(row["updates"] == STEPS + 10 * (row["method"] not in base) for row in learned)
+    assert [row["updates"] for row in content["rows"][-2:]] == [0, 0]
+    assert "Without observing anything, " in content["verdict"]
     for method in ("bc_k_self_training_k2", "idm_k_finetuned_k2", "oracle_finetuned"):
         last = [*csv.DictReader((root / method / "finetuned/metrics.csv").open(newline=""))][-1]
         assert int(last["step"]) == 10
@@ -160,7 +164,7 @@ def _policy(method):
 def test_videos_play(compared):
     _, out, _ = compared
     videos = sorted(out.rglob("episode_*.mp4"))
-    assert len(videos) == 11  # one of each of nine rows, and of two policies before fine-tuning
+    assert len(videos) == 13  # one of each of eleven rows, and of two policies before fine-tuning
     with av.open(str(videos[0])) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
@@ -196,7 +200,7 @@ def test_report_of_a_comparison(compared):
         keys = ("method", "k", "seed", "episodes", "success", "return", "ci95")
         assert [row[key] for key in keys] == [other[key] for key in keys]
     page = (out / "report.html").read_text()
-    assert page.count("<video") == 11
+    assert page.count("<video") == 13
     assert 'src="http' not in page
 
 
@@ -207,7 +211,7 @@ def test_demo(tmp_path):
     done = ok(*command)
     assert str(out / "report.html") in done.stdout
     report = json.loads((out / "report.json").read_text())
-    assert [row["method"] for row in report["comparison"]] == ["latent", "oracle"]
+    assert [row["method"] for row in report["comparison"]] == ["latent", "oracle", *BLIND]
     assert report["wall_s"] > 1
     assert (out / "report.html").stat().st_size > 1_000_000  # everything is inside
     before, began = contents(out / "compare"), time.monotonic()
@@ -245,9 +249,11 @@ def test_rows_of_a_vision_language_action_model(data, tmp_path):
         "vla": (2, 5, "seed0/vla_k2/rollout"),
         "vla_scratch": (2, 2, "seed0/vla_scratch_k2/rollout"),
         "vla_oracle": (None, 5, "seed0/vla_oracle/rollout"),
+        "uniform": (None, 0, "seed0/uniform/rollout"),
+        "frequencies": (None, 0, "seed0/frequencies/rollout"),
     }
     assert sorted(path.name for path in root.iterdir()) == [
-        *("latent", "vla", "vla_k2", "vla_oracle", "vla_scratch_k2"),
+        *("frequencies", "latent", "uniform", "vla", "vla_k2", "vla_oracle", "vla_scratch_k2"),
     ]
     tuned = {name: root / name / "finetuned" for name in ("vla_k2", "vla_scratch_k2", "vla_oracle")}
     for folder, steps in zip(tuned.values(), (2, 2, 5), strict=True):
@@ -263,7 +269,7 @@ def test_rows_of_a_vision_language_action_model(data, tmp_path):
     }
     assert len(configs) == 1
     with (out / "comparison.csv").open(newline="") as file:
-        assert [row["updates"] for row in csv.DictReader(file)] == ["5", "2", "5"]
+        assert [row["updates"] for row in csv.DictReader(file)] == ["5", "2", "5", "0", "0"]
     before = contents(out)
     ok(*command)
     assert contents(out) == before
