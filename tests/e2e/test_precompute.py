@@ -360,9 +360,9 @@ def test_a_dataset_of_the_hub(data, lam, column, tmp_path, monkeypatch):
     ("flags", "words"),
     [
         (("--camera-key", "observation.images.tap"), "did you mean 'observation.images.top'?"),
-        (("--tokens", "vqs"), "did you mean 'vq'?"),
-        (("--output", "columns"), "did you mean 'column'?"),
-        (("--dtype", "float8"), "unknown --dtype 'float8'"),
+        (("--tokens", "vqs"), "got 'vqs'."),
+        (("--output", "columns"), "--output must be column or file, got 'columns'."),
+        (("--dtype", "float8"), "--dtype must be float32 or float16, got 'float8'."),
         (("--batch-size", "0"), "--batch-size must be"),
         (("--frame-gap-s", "0.04"), "a frame every 0.1 s"),
         (("--device", "tpu"), "device must be cpu on this machine, got 'tpu'"),

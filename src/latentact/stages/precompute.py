@@ -34,7 +34,7 @@ from latentact.data.locate import local_dataset
 from latentact.data.stream import FrameStream
 from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.labeling.dataset import DatasetLatents, EncodeOptions, encode_dataset
 from latentact.labeling.precision import PRECISIONS
@@ -99,8 +99,7 @@ class PrecomputeConfig:
             ("--as", self.role, ROLES),
             ("--dtype", self.dtype, DTYPES),
         ):
-            if value not in choices:
-                raise UserError(f"unknown {flag} {value!r}{did_you_mean(value, choices)}")
+            require_one_of(flag, value, choices)
         if self.role == "action" and (self.output, self.dtype) != ("column", "float32"):
             raise UserError(
                 f"--as action must have --output column and --dtype float32, got {self.output} and "
