@@ -361,7 +361,7 @@ def test_a_dataset_of_the_hub(data, lam, column, tmp_path, monkeypatch):
     [
         (("--camera-key", "observation.images.tap"), "did you mean 'observation.images.top'?"),
         (("--tokens", "vqs"), "got 'vqs'."),
-        (("--output", "columns"), "--output must be column or file, got 'columns'."),
+        (("--output", "columns"), "--output must be column, file or both, got 'columns'."),
         (("--dtype", "float8"), "--dtype must be float32 or float16, got 'float8'."),
         (("--batch-size", "0"), "--batch-size must be"),
         (("--frame-gap-s", "0.04"), "a frame every 0.1 s"),
