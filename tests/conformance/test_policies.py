@@ -288,9 +288,9 @@ class Spied(PolicyActor):
         super().__init__(policy)
         self.asked, actions = [], policy.actions
 
-        def spy(batch):
+        def spy(batch, *choose):
             self.asked.append(batch)
-            return actions(batch)
+            return actions(batch, *choose)
 
         policy.actions = spy
 

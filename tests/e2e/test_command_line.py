@@ -84,6 +84,8 @@ STUBBED = {
     "finetune-vla": (("vla=v", "labels=l"), {"path": "out", "numbers": {}}),
     "push": (("runs/lam", "owner/name"), {"address": "https://hf.co/owner/name"}),
     "demo": (("--out", "out"), {"verdict": "v"}),
+    "adapt-policy": (("--policy=p", "--data=d", "--out=o"), {"path": "o"}),
+    "export": (("--labels=l", "--out=o"), {"path": "o"}),
     "compare": (("data.path=data", "env=pusht", "out=out"), {"verdict": "v"}),
 }
 """Commands that take long: what to type after each, and what its stage is made to return."""

@@ -475,7 +475,8 @@ def test_compare_and_imitate_play_odd_environments(tmp_path, monkeypatch, kind):
     out, given = tmp_path / "compare", (f"data.path={data}", "data.resolution=32", f"env={name}")
     done = cli("compare", *given, *TINY_COMPARE, f"out={out}")
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((out / "comparison.json").read_text())["rows"]
+    row, *blind = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [other["method"] for other in blind] == ["uniform", "frequencies"]
     assert (row["success"], row["return"]) == (None, 5)
     space = ActionSpace(kind="discrete", size=4)
     done = cli(*follower(tmp_path, space), "--env-name", name, "--output-dir", tmp_path / "imitate")

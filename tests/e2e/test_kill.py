@@ -218,10 +218,10 @@ def test_compare(pattern, demonstrations, undisturbed, tmp_path):
         assert cut[name] == whole[name], name
     kept = ("model.safetensors", "lam_tokens.safetensors", ".mp4")
     weights = {name for name in whole if name.endswith(kept)}
-    assert len(weights) == 9  # a LAM, labels, three policies and one that was tuned; a video of each
+    assert len(weights) == 11  # a LAM, labels, three policies and one that was tuned; a video of each row
     assert {name: cut[name] for name in weights} == {name: whole[name] for name in weights}
     numbers = json.loads((tmp_path / "cut/comparison.json").read_text())
-    assert [row["method"] for row in numbers["rows"]] == ["latent", "bc_k"]
+    assert [row["method"] for row in numbers["rows"]] == ["latent", "bc_k", "uniform", "frequencies"]
 
 
 def vla_training(command, out, *settings):

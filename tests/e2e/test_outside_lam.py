@@ -124,7 +124,7 @@ def test_every_stage_takes_it(outside: OutsidePackage, tmp_path: Path) -> None:
     ]
     commands[-1] += ["--output-dir", "guide"]
     outside.stages(*commands)
-    assert len(json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]) == 2
+    assert len(json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]) == 4
     assert (tmp_path / "guide/latents.safetensors").exists()
     refused = subprocess.run(
         [sys.executable, "-m", "latentact", *compare, "out=joint"],

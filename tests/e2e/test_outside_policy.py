@@ -144,5 +144,5 @@ def test_every_stage_takes_it(outside: OutsidePackage, tmp_path: Path) -> None:
     for name in ("rollout", "rollout_bc"):
         assert json.loads((tmp_path / name / "rollout.json").read_text())["episodes"] == 2
     rows = json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"latent", "bc_k"}
+    assert {row["method"] for row in rows} == {"latent", "bc_k", "uniform", "frequencies"}
     assert json.loads((tmp_path / "imitated/metrics.json").read_text())["steps"] <= 3

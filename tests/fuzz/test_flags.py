@@ -36,6 +36,8 @@ BASES = {
     "demo": "--out {o} --episodes 5 --k 5",
     "check-data": "{w}/blocks.npz --max-frames 4",
     "shard": "--data {w}/blocks.npz --out {o}",
+    "adapt-policy": "--policy {w}/ground --data {w}/column --out {o}",
+    "export": "--policy {w}/ground --labels {w}/labels --out {o} --labeled-episodes 2 --steps 2",
 }
 """Command -> flags with which it ends quickly."""
 SMALL = {

@@ -32,7 +32,7 @@ def test_unknown_names_are_user_errors(name):
 
 
 def test_unknown_view_is_a_user_error():
-    with pytest.raises(UserError, match="did you mean 'full'"):
+    with pytest.raises(UserError, match=r"view must be agent or full, got 'ful'\."):
         make_env("babyai/GoToRedBall", view="ful")
 
 
