@@ -52,7 +52,7 @@ def _comparison_table(results: Sequence[Result]) -> str:
         if r.success is not None:
             success = f"{r.success:.2f} <small>({r.interval[0]:.2f} to {r.interval[1]:.2f})</small>"
         share = ABSENT if oracle is None or r.method == "oracle" else f"{r.score / oracle:.0%}"
-        labels = "all" if r.k is None else str(r.k)
+        labels = str(r.k) if r.k is not None else "-" if r.method == "uniform" else "all"
         updates = ABSENT if r.updates is None else str(r.updates)
         cells = (labels, updates, success, share, f"{r.mean_return:.2f}", str(r.seeds), str(r.episodes))
         rows.append((key, cells, r.method in LIMITED and r.score > 0 and r.score == best[r.k]))
