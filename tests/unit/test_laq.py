@@ -125,7 +125,7 @@ def test_every_number_of_codes_has_its_head(cells: int) -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match=r"positions=4 cells, as 13 does, got 12\. Change lam\.patch"):
+    with pytest.raises(UserError, match=r"positions=4 cells, as 8 does, got 12\. Change lam\.patch"):
         replace(TINY, size=48)
     with pytest.raises(UserError, match=r"multiple of lam\.patch"):
         replace(TINY, size=30)

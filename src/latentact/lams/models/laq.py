@@ -80,7 +80,8 @@ class LaqConfig:
             require_between(f"lam.{name}", getattr(self, name), low, high)
         if self.compat and (self.residual or self.motion_weight or self.difference_gain != 1):
             raise UserError(
-                "lam.compat must be false with lam.residual, lam.motion_weight and lam.difference_gain."
+                "lam.compat must be false with lam.residual, lam.motion_weight or lam.difference_gain, got "
+                "true."
             )
         for name in ("size", "patch", "dim", "heads", "head_dim", "spatial_depth", "temporal_depth"):
             value, most = getattr(self, name), 256 if name.endswith("depth") else 1 << 14
@@ -93,12 +94,16 @@ class LaqConfig:
             raise UserError(
                 f"lam.bottleneck.positions must be one of {', '.join(map(str, CELLS))}, got {positions}."
             )
-        layers = reduction(grid, positions)
-        if layers is None or (self.compat and layers != CELLS[positions]):
-            fitting = min((g for g in range(65) if reduction(g, positions)), key=lambda g: abs(g - grid))
+
+        def fits(side: int) -> bool:
+            layers = reduction(side, positions)
+            return layers is not None and (not self.compat or layers == CELLS[positions])
+
+        if not fits(grid):
+            nearest = min(filter(fits, range(65)), key=lambda side: abs(side - grid))
             raise UserError(
                 f"lam.size / lam.patch must reduce to lam.bottleneck.positions={positions} cells, as "
-                f"{fitting} does, got {grid}. Change lam.patch."
+                f"{nearest} does, got {grid}. Change lam.patch."
             )
 
     def with_action_head(self, weight: float) -> None:
