@@ -32,7 +32,7 @@ def kill(command, ready, seed, by=signal.SIGKILL, within=0.1):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not ready() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)
