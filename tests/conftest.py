@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
+import multiprocessing
+import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -75,6 +80,70 @@ def latentact(*arguments: str | Path, **options) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["latentact.stages.compare", "lightning.pytorch", "torch._dynamo", "lerobot.datasets.lerobot_dataset"]
+)
+
+
+def fork(
+    function: Callable[..., None], *arguments: Any, log: str | Path = os.devnull, **environment: str
+) -> Any:
+    """Call a function in a process and session of its own that has most imports behind it.
+
+    Args:
+        function: of a module.
+        arguments: of the function.
+        log: file of its output.
+        environment: variables besides this process's.
+
+    Returns:
+        The process, as of `multiprocessing`.
+    """
+    given = (dict(os.environ) | environment, os.getcwd(), str(log))
+    process = FORKS.Process(target=_call, args=(function, arguments, *given))
+    process.start()
+    return process
+
+
+def _call(function: Any, arguments: Any, environment: dict[str, str], folder: str, log: str) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    function(*arguments)
+
+
+def start(*arguments: str | Path, log: str | Path = os.devnull, **environment: str) -> Any:
+    """Start the command line as `fork` does."""
+    return fork(_command, *map(str, arguments), log=log, **environment)
+
+
+def _command(*arguments: str) -> None:
+    logging.getLogger().handlers.clear()  # of what is imported already
+    sys.argv = ["latentact", *arguments]
+    main()
+
+
+def ranks(count: int) -> list[dict[str, str]]:
+    """Return the environment of each of the processes that torchrun would start on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "tests",
+        "GROUP_RANK": "0",
+    }
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    return [shared | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
 def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the command line inside this process, which saves the seconds that a new one takes to start."""
     typed = ["latentact", *map(str, arguments)]
@@ -90,3 +159,26 @@ def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         root.handlers[:] = handlers
         root.setLevel(level)
     return subprocess.CompletedProcess(typed, code, out.getvalue(), err.getvalue())
+
+
+def ok(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that must succeed."""
+    done = cli(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*arguments: Any) -> str:
+    """Run a command that must end with exit code 2, and return its one sentence."""
+    done = cli(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of a folder by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -82,8 +82,7 @@ def settings(strategy, devices, steps, accumulate):
     )
 
 
-if __name__ == "__main__":
-    out, strategy, *numbers = sys.argv[1:]
+def main(out, strategy, *numbers):
     model = Toy()
 
     def evaluate(last):
@@ -94,3 +93,7 @@ if __name__ == "__main__":
 
     fit(model, Positions(), settings(strategy, *map(int, numbers)), Path(out), evaluate)
     torch.save(model.state_dict(), Path(out) / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

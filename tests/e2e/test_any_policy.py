@@ -14,27 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import cli
+from conftest import ok, refused
 from latentact.data.latents import read_token_file
 from toy_lerobot import CAMERA, GAP, SIZE, SMALL, STEPS, D, K, write_demonstrations, write_lam
 
 VIDEO = "observation.images.video"
 EPISODES = 3
 pytestmark = pytest.mark.slow
-
-
-def ok(*arguments: Any) -> Any:
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments: Any) -> str:
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 def lerobot_train(root: Path, out: Path, *options: str, steps: int = 2) -> Path:

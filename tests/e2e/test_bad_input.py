@@ -277,15 +277,15 @@ CASES = {
     # k
     "k too large for train-lam": (
         lambda f: lam(f, "labeled_episodes=8"),
-        "8 labeled episodes are asked for and there are 7 training",
+        "8 labeled episodes are requested, but there are 7 training",
     ),
     "k too large for bc": (
         lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labeled_episodes=9"),
-        "9 labeled episodes are asked for and there are 7 training",
+        "9 labeled episodes are requested, but there are 7 training",
     ),
     "k too large for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=8"),
-        "8 labeled episodes are asked for and there are 7 training",
+        "8 labeled episodes are requested, but there are 7 training",
     ),
     "no k for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=0"),
@@ -466,7 +466,7 @@ def test_k_larger_than_the_episodes_in_compare(tmp_path):
     np.savez(path, obs=FRAMES[rng.integers(20, size=30)], action=action, done=np.arange(30) % 10 == 9)
     out = tmp_path / "out"
     setting = ("env=babyai/GoToLocal", "data.resolution=32", "ks=[1,5]", f"out={out}")
-    assert "5 labeled episodes are asked for and there are 2 training episodes" in sentence(
+    assert "5 labeled episodes are requested, but there are 2 training episodes" in sentence(
         cli("compare", f"data.path={path}", *setting)
     )
     assert not out.exists()

@@ -105,7 +105,7 @@ def test_one_episode_too_short_for_its_table(tmp_path):
 def test_unreadable_episodes_do_not_count(tmp_path):
     data = lerobot(tmp_path / "d", 2, video_frames=lambda e, n: n if e else 5)
     found = checked(data)
-    assert found["verdict"] == "Usable with care (1 to look at): 1 episodes, 6 frames at 10 fps."
+    assert found["verdict"] == "Usable with care (1 warning): 1 episodes, 6 frames at 10 fps."
     assert warned(found, "unreadable files and episodes, which are left out: 1, such as")
     clock = lerobot(tmp_path / "unix", 2, times=lambda e, n: pa.array(1.7e9 + np.arange(n) / 10))
     found = checked(clock)
@@ -134,7 +134,7 @@ def test_columns_with_missing_and_infinite_numbers(tmp_path):
     assert warned(
         found, r"column observation.state: 4 of 14 rows .* row 3; leave them out with --drop-nonfinite"
     )
-    assert found["verdict"].startswith("Usable with care (1 to look at)")
+    assert found["verdict"].startswith("Usable with care (1 warning)")
 
 
 def test_a_folder_of_videos(tmp_path):

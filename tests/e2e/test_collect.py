@@ -1,6 +1,5 @@
 """Collecting demonstrations: what lands on disk, whatever happens on the way."""
 
-import hashlib
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from conftest import contents
 from latentact.envs import episode
 from latentact.envs.spec import ExpertStuckError, make_env, make_expert
 from latentact.errors import UserError
@@ -33,11 +33,6 @@ writer.Table.append = cut
 
 def config(out, **changes):
     return CollectConfig(**{"env": ENV, "out": str(out), "episodes": EPISODES, "workers": 1, **changes})
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def start(settings, before=""):

@@ -1,14 +1,13 @@
 """Demonstrations in, a verdict out: `collect`, `compare`, `report` and the `demo` that chains them."""
 
 import csv
-import hashlib
 import json
 
 import av
 import numpy as np
 import pytest
 
-from conftest import cli
+from conftest import cli, contents, ok
 from latentact.data.latents import read_labels
 from latentact.policies.contract import Policy
 
@@ -44,21 +43,10 @@ SMALL = (
 )
 
 
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def times(folder):
     """Return when each file was last written, for the files of trained weights."""
     files = sorted(path for path in folder.rglob("*.safetensors") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")

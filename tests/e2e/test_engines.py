@@ -1,7 +1,5 @@
 """`label --engine`: every engine writes the same bytes, also after a process was killed."""
 
-import hashlib
-import multiprocessing
 import os
 import re
 import subprocess
@@ -14,15 +12,11 @@ import psutil
 import pytest
 import torch
 
-from conftest import cli, write_blocks
+from conftest import cli, contents, fork, write_blocks
 from latentact.errors import UserError
 from latentact.lams.models.villa_x import VillaXConfig
 
 pytestmark = pytest.mark.slow
-SPAWN = multiprocessing.get_context(
-    "forkserver"
-)  # commands of their own without the seconds of their imports
-SPAWN.set_forkserver_preload(["latentact.cli", "latentact.stages.label"])
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +56,11 @@ def whole(data, lam, tmp_path_factory):
     return contents(out / "out")
 
 
-def contents(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def start(arguments, **environment):
-    """Start a command in a process of its own."""
-    process = SPAWN.Process(target=_main, args=(arguments, environment))
-    process.start()
-    return process
-
-
-def _main(arguments, environment):
+def _main(*arguments):
     from latentact.cli import main
     from latentact.labeling.engines import torchrun
 
     torchrun.GRACE_S = 2
-    os.environ.update(environment)
-    log = os.open(environment["LOG"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 2)
     sys.argv = ["latentact", *map(str, arguments)]
     main()
 
@@ -110,9 +90,10 @@ def test_two_processes_of_torchrun_write_what_one_writes(label, whole, tmp_path)
 def test_a_rank_that_dies_is_named_and_its_work_is_done_by_the_next_run(label, whole, tmp_path):
     cache, command = tmp_path / "cache", (*label, "--engine", "torchrun")
     first, second = (
-        start(
-            command,
-            LOG=str(tmp_path / str(rank)),
+        fork(
+            _main,
+            *command,
+            log=tmp_path / str(rank),
             LATENTACT_CACHE=str(cache),
             SLURM_PROCID=str(rank),
             SLURM_NTASKS="2",
@@ -177,9 +158,11 @@ def test_killed_actors_and_drivers_change_no_byte(label, whole, cluster, tmp_pat
     cache, address = tmp_path / "cache", cluster.get_runtime_context().gcs_address
     command = (*label, "--engine", "ray", "--ray-actors", "2")
     environment = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # its token
-    driver = start(
-        (*command, "--ray-address", address),
-        LOG=str(tmp_path / "log"),
+    driver = fork(
+        _main,
+        *command,
+        "--ray-address",
+        address,
         LATENTACT_CACHE=str(cache),
         **environment,
     )

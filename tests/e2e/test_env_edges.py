@@ -10,7 +10,7 @@ import pytest
 from gymnasium.spaces import Dict, Discrete, MultiDiscrete, Tuple
 from PIL import Image
 
-from conftest import cli, write_blocks
+from conftest import cli, refused, write_blocks
 from latentact.guidance.guide import Guide
 from latentact.policies.contract import Policy
 from latentact.policies.decoder import DecoderConfig
@@ -27,15 +27,6 @@ def rollout(policy, env, out, *more):
     done = cli("rollout", "--policy", policy, "--env", env, "--out", out, *map(str, more))
     assert done.returncode == 0, done.stderr
     return json.loads((out / "rollout.json").read_text())
-
-
-def refused(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    return message
 
 
 def refuse_rollout(policy, env, out, *more):

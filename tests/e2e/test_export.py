@@ -15,7 +15,7 @@ import torch
 import zarr
 from PIL import Image
 
-from conftest import TINY_LAM, TINY_POLICY, cli
+from conftest import TINY_LAM, TINY_POLICY, cli, ok, refused
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
@@ -23,20 +23,6 @@ from latentact.types import ActionSpace
 CAMERA, SIZE, STEPS, EPISODES = "observation.images.top", 32, 10, 12
 pytestmark = pytest.mark.slow
 SHORT = ("training.steps=20", "training.checkpoint_every=20", "training.eval_every=0")
-
-
-def ok(*arguments: Any) -> Any:
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments: Any) -> str:
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    return last
 
 
 def write_moves(folder: Path, episodes: int = EPISODES) -> Path:
@@ -343,7 +329,7 @@ def test_bad_input_is_one_sentence(world: Path, tmp_path: Path) -> None:
     assert "the labels" in said
     assert "--calibration" in refused(*command(world, out, "--calibration", other / "labels"))
     assert "labeled-episodes must be between 2" in refused(*command(world, out, "--labeled-episodes", "1"))
-    assert "labeled episodes are asked for" in refused(*command(world, out, "--labeled-episodes", "40"))
+    assert "labeled episodes are requested" in refused(*command(world, out, "--labeled-episodes", "40"))
     assert "no frame of" in refused(*command(world, out, "--max-uncertainty", "0", "--only-trusted"))
     assert "too few for intervals" in refused(*command(world, out, "--level", "0.99"))
     assert "--format must be lerobot, robomimic, zarr or lapa-jsonl" in refused(

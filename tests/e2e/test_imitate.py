@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import cli
+from conftest import cli, ok, refused
 from latentact.envs.spec import make_env
 from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.inference import Guide, LatentGuidedInference
@@ -35,19 +35,6 @@ SEEN = {
     "observation.state": np.zeros(2, np.float32),
     "observation.images.top": np.zeros((64, 64, 3), np.uint8),
 }
-
-
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    return done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

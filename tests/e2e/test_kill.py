@@ -5,59 +5,48 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import TINY_LAM, cli, write_blocks
+from conftest import TINY_LAM, ok, start, write_blocks
 from toy_lerobot import SMALL, write_demonstrations, write_lam
 
 pytestmark = pytest.mark.slow
 ATTEMPTS = 5
 
 
-def kill(command, ready, seed, by=signal.SIGKILL, within=0.1):
+def kill(command, ready, seed, folder, by=signal.SIGKILL, within=0.1):
     """Start a command, wait until `ready()`, up to `within` seconds longer, and kill all of its processes.
 
     Returns:
-        The exit code and what it said.
+        The exit code and what it printed.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "latentact", *map(str, command)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(*command, log=folder / "log.txt")
     deadline = time.monotonic() + 300
-    while not ready() and process.poll() is None:
+    while not ready() and process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(np.random.default_rng(seed).uniform(0, within))
-    if process.poll() is None:
+    if process.is_alive():
         os.killpg(process.pid, by)
-    _, said = process.communicate()
-    return process.returncode, said
+    process.join()
+    return process.exitcode, (folder / "log.txt").read_text()
 
 
 def killed(command, ready, seed, result):
     """Kill a command before it has its result; fast machines need more attempts and less patience."""
     for attempt in range(ATTEMPTS):
-        code, said = kill(command, ready, seed + attempt, within=0.1 / 4**attempt)
-        assert code in (0, -signal.SIGKILL), said
+        with tempfile.TemporaryDirectory() as folder:
+            code, log = kill(command, ready, seed + attempt, Path(folder), within=0.1 / 4**attempt)
+        assert code in (0, -signal.SIGKILL), log
         if not result.exists():
             return
         shutil.rmtree(result.parent)
     raise AssertionError("it finished before it could be killed")
-
-
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def contents(folder):
@@ -125,10 +114,10 @@ def test_train_lam(pattern, blocks, lam, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(blocks, lam, tmp_path):
     ready, command = filled(tmp_path, "cut/checkpoints/step=*/state.json"), training(blocks, tmp_path / "cut")
-    code, said = kill(command, ready, 0, signal.SIGINT)
+    code, log = kill(command, ready, 0, tmp_path, signal.SIGINT)
     assert code == 130
-    assert said.splitlines()[-1] == "interrupted; re-run the command to resume"
-    assert "Traceback" not in said
+    assert log.splitlines()[-1] == "interrupted; re-run the command to resume"
+    assert "Traceback" not in log
     ok(*command)
     assert contents(tmp_path / "cut")["model.safetensors"] == contents(lam)["model.safetensors"]
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from conftest import TINY_LAM, TINY_POLICY, cli, latentact
+from conftest import TINY_LAM, TINY_POLICY, contents, latentact, ok, refused
 from latentact.agents.own import PolicyActor
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
@@ -24,24 +24,6 @@ BOTTLENECKS = {
     "kl": ("lam.bottleneck.dim=4",),
     "fsq": ("lam.bottleneck.positions=2", "lam.bottleneck.levels=[4,4]"),
 }
-
-
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    return done.stderr.splitlines()[-1]
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def metrics(folder):

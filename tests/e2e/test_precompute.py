@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TINY_LAM, cli
+from conftest import TINY_LAM, contents, ok, ranks, refused, start
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels, read_token_file
 from latentact.errors import UserError
@@ -37,24 +34,6 @@ VQ = (
         "training.steps=5",
     ),
 )
-
-
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    return done.stderr.splitlines()[-1]
-
-
-def contents(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def pictures(episode, length, size=SIZE):
@@ -135,11 +114,11 @@ def by_hand(lam, data, kind):
     """What the model says, a transition at a time."""
     model, store = load_lam(lam), open_store(DataConfig(path=str(data), resolution=32))
     found = np.zeros((len(store.frames), model.spec.tokens * model.spec.token_dim), np.float32)
-    for start, length in zip(store.starts, store.lengths, strict=True):
-        frames = torch.from_numpy(np.array(store.frames[start : start + length])).permute(0, 3, 1, 2)[None]
+    for first, length in zip(store.starts, store.lengths, strict=True):
+        frames = torch.from_numpy(np.array(store.frames[first : first + length])).permute(0, 3, 1, 2)[None]
         with torch.inference_mode():
             vectors = getattr(model.encode(frames), kind)[0]
-        found[start : start + length - 1] = vectors.flatten(1).numpy()
+        found[first : first + length - 1] = vectors.flatten(1).numpy()
     return found
 
 
@@ -431,42 +410,23 @@ def test_a_full_disk_leaves_nothing(data, lam, tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def environment(**values):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in values.items()}}
-
-
 def test_two_processes_write_what_one_writes(data, lam, column, tmp_path):
-    run = [sys.executable, "-m", "latentact", *map(str, command(data, lam, tmp_path / "out"))]
     shares = [
-        subprocess.Popen(
-            run,
-            env=environment(LATENTACT_CACHE=tmp_path / "cache", RANK=rank, WORLD_SIZE=2),
-            stderr=subprocess.PIPE,
+        start(
+            *command(data, lam, tmp_path / "out"),
+            log=tmp_path / f"log{rank['RANK']}",
+            **rank,
+            LATENTACT_CACHE=str(tmp_path / "cache"),
         )
-        for rank in range(2)
+        for rank in ranks(2)
     ]
-    for share in shares:
-        _, said = share.communicate(timeout=120)
-        assert share.returncode == 0, said
-        assert b"encoding: " in said  # each had something to do
+    for number, share in enumerate(shares):
+        share.join()
+        log = (tmp_path / f"log{number}").read_text()
+        assert share.exitcode == 0, log
+        assert "encoding: " in log  # each had something to do
     assert contents(tmp_path / "out") == contents(column)
     assert not [*(tmp_path / "cache/tokens").glob("*.partial")]
-
-
-def start(arguments, cache):
-    """Start a command in a process that has all imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["latentact.stages.precompute", "lerobot.datasets.lerobot_dataset"])
-    code = f"""
-import os, sys
-os.environ["LATENTACT_CACHE"] = {str(cache)!r}
-sys.argv = {["latentact", *map(str, arguments)]!r}
-sys.stdout = sys.stderr = open(os.devnull, "w")
-from latentact.cli import main
-main()"""
-    process = context.Process(target=exec, args=(code, {}))
-    process.start()
-    return process
 
 
 @pytest.mark.slow
@@ -480,7 +440,7 @@ def test_ten_kills(lam, tmp_path):
     while kills < 10:
         attempts += 1
         assert attempts < 30
-        process = start(cut, tmp_path / "cache")
+        process = start(*cut, LATENTACT_CACHE=str(tmp_path / "cache"))
         wanted = len([*parts.glob("*.partial/*.npz")]) + random.integers(1, 7)
         while process.is_alive():
             parted = len([*parts.glob("*.partial/*.npz")]) >= wanted
@@ -495,7 +455,7 @@ def test_ten_kills(lam, tmp_path):
             assert contents(tmp_path / "cut") == whole
             shutil.rmtree(tmp_path / "cut")
             shutil.rmtree(parts)
-    process = start(cut, tmp_path / "cache")
+    process = start(*cut, LATENTACT_CACHE=str(tmp_path / "cache"))
     process.join()
     assert process.exitcode == 0
     assert contents(tmp_path / "cut") == whole

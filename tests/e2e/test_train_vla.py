@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -16,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import TINY_LAM, cli
+from conftest import TINY_LAM, ok, ranks, refused, start
 from latentact.agents.load import load_agent
 from latentact.data.latents import read_labels
 from latentact.data.splits import split_episodes
@@ -35,18 +33,6 @@ FINETUNE = (
     *("experiment=vla_debug", "labeled_episodes=3", "held_out=0.25", "training.steps=4"),
     *("training.batch_size=8", "training.log_every=1", "training.device=cpu", "training.precision=32-true"),
 )
-
-
-def ok(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*arguments):
-    done = cli(*arguments)
-    assert done.returncode == 2, done.stderr
-    return done.stderr.splitlines()[-1]
 
 
 def losses(folder):
@@ -118,17 +104,19 @@ def test_report(runs):
 def test_two_sharded_processes_equal_one_and_resume_on_one(runs, tmp_path):
     root, _ = runs
 
-    def start(out, devices):
-        command = [sys.executable, "-m", "latentact", "train-vla", *SMALL, f"labels={root}/labels"]
-        command += ["training.strategy=fsdp", f"training.devices={devices}", f"out={out}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True)
+    def run(out, count):
+        command = ("train-vla", *SMALL, f"labels={root}/labels", "training.strategy=fsdp", f"out={out}")
+        logs = [tmp_path / f"{out.name}{number}.txt" for number in range(count)]
+        settings = (*command, f"training.devices={count}")
+        return [start(*settings, log=log, **rank) for log, rank in zip(logs, ranks(count), strict=True)]
 
-    def wait(process):
-        assert process.wait() == 0, process.stderr.read()
+    def wait(processes):
+        for number, process in enumerate(processes):
+            process.join()
+            assert process.exitcode == 0, [*tmp_path.glob("*.txt")][number].read_text()
 
-    both, middle = start(tmp_path / "two", 2), tmp_path / "two/checkpoints/step=00000003"
-    while both.poll() is None and not middle.exists():
+    both, middle = run(tmp_path / "two", 2), tmp_path / "two/checkpoints/step=00000003"
+    while both[0].is_alive() and not middle.exists():
         time.sleep(0.005)
     shutil.copytree(middle, tmp_path / "one/checkpoints" / middle.name)
     wait(both)
@@ -152,7 +140,7 @@ def test_two_sharded_processes_equal_one_and_resume_on_one(runs, tmp_path):
             "cut": "is not a complete safetensors file",
         }[name] in message
     # One process reads the shards of two and ends as they did.
-    wait(start(tmp_path / "one", 1))
+    wait(run(tmp_path / "one", 1))
     resumed = losses(tmp_path / "one")
     assert [*resumed] == [4, 5, 6]
     assert resumed == pytest.approx({k: v for k, v in losses(tmp_path / "two").items() if k > 3}, rel=1e-4)
@@ -269,7 +257,7 @@ def test_bad_input(runs, tmp_path):
     assert "regression must be l1 or mse" in refused("train-vla", *SMALL, labels, "model.regression=huber")
     for wrong, message in {
         f"vla={root}/lam": "is not a vision-language-action model",
-        "labeled_episodes=50": "50 labeled episodes are asked for",
+        "labeled_episodes=50": "50 labeled episodes are requested",
         "head.kind=flow": "head.kind must be chunk for discrete actions",
         "head.chunk_size=0": "chunk_size must be between 1 and 1024",
     }.items():

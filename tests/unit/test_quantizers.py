@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import socket
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as processes
 from torch import Tensor
 
 import latentact.quantizers.usage as guarding
+from conftest import fork, ranks
 from latentact.composition import load_experiment
 from latentact.config import from_dict
 from latentact.errors import UserError
@@ -216,8 +215,8 @@ def test_training_resumes_exactly(kind: str, guard: bool) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
     guarding.PERIOD = PERIOD
     for name, guard in (("published", False), ("guard", True)):
         torch.manual_seed(0)
@@ -230,10 +229,10 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_processes_that_train_together_keep_one_codebook(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    both = [fork(_rank, int(rank["RANK"]), str(tmp_path), **rank) for rank in ranks(2)]
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
     for name in ("published", "guard"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in (0, 1))
         assert all(torch.equal(first[key], second[key]) for key in first), name

@@ -171,5 +171,7 @@ def test_labeled_episodes_are_nested():
         assert [len(c) for c in chosen] == list(range(7))
         assert all(a <= b for a, b in itertools.pairwise(chosen))
     assert choose_labeled(train, None, 0).tolist() == train.tolist()
-    with pytest.raises(UserError, match="7 labeled episodes are asked for and there are 6 training episodes"):
+    with pytest.raises(
+        UserError, match="7 labeled episodes are requested, but there are 6 training episodes"
+    ):
         choose_labeled(train, 7, 0)

@@ -70,7 +70,7 @@ class Agent(Protocol):
     """What it needs and returns."""
 
     def reset(self, num_envs: int) -> None:
-        """Clear all per-episode state; `num_envs` new episodes begin."""
+        """Clear all per-episode state; `num_envs` new episodes start."""
         ...
 
     def act(

@@ -142,7 +142,7 @@ def _check_between(bounds: Between) -> Callable[[typer.CallbackParam, Any], Any]
 
 
 def _check_not_empty(param: typer.CallbackParam, value: str) -> str:
-    """Refuse an empty name, which would stand for the current folder."""
+    """Refuse an empty name, which would mean the current folder."""
     if not value:
         raise UserError(f"{param.opts[0]} must not be empty. Give a name.")
     return value

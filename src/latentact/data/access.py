@@ -135,7 +135,7 @@ class IndexedFrames:
 
 
 def rows_of(rows: Any, length: int) -> Int64[np.ndarray, "..."]:
-    """Return the numbers of rows that an index of an array of this length stands for."""
+    """Return the row numbers selected by an index into an array of this length."""
     if isinstance(rows, slice) or np.asarray(rows).dtype == np.bool_:
         return np.arange(length)[rows]
     rows = np.asarray(rows, np.int64)

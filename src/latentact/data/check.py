@@ -92,7 +92,11 @@ class DataCheck:
             return f"Not usable: {self.errors[0]}"
         many, frames = self.episodes["count"], self.episodes["frames"]
         size, count = f"{many} episodes, {frames} frames at {self.rate['fps']:g} fps", len(self.warnings)
-        return f"Ready: {size}." if not count else f"Usable with care ({count} to look at): {size}."
+        return (
+            f"Ready: {size}."
+            if not count
+            else f"Usable with care ({count} warning{'s'[: count > 1]}): {size}."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields and the verdict."""

@@ -74,7 +74,7 @@ class DraftWriter:
     folder: Path
 
     def write(self, number: int) -> Draft:
-        """Write `NUMBER.tar` and then `NUMBER.json`, which says what is in it.
+        """Write `NUMBER.tar` and then `NUMBER.json`, which lists its content.
 
         Raises:
             Unreadable: the episode is damaged.

@@ -63,7 +63,7 @@ def choose_labeled(train_episodes: Sequence[int] | np.ndarray, k: int | None, se
         return episodes
     if not 0 <= k <= len(episodes):
         raise UserError(
-            f"{k} labeled episodes are asked for and there are {len(episodes)} training episodes; give 0 to "
+            f"{k} labeled episodes are requested, but there are {len(episodes)} training episodes; give 0 to "
             f"{len(episodes)}."
         )
     return np.sort(np.random.default_rng(seed).permutation(episodes)[:k])

@@ -156,7 +156,7 @@ class Shard(Record):
 
 
 def is_pattern(path: Path) -> bool:
-    """Return whether a path that does not exist stands for several: `DIR/shard-{000000..000003}.tar`."""
+    """Return whether a path that does not exist is a pattern of several: `DIR/shard-{000000..000003}.tar`."""
     return any(character in str(path) for character in "{*?") and not path.exists()
 
 
@@ -181,7 +181,7 @@ def _anchor(path: Path) -> Path:
 
 
 def _expand(text: str) -> Iterator[str]:
-    """Yield the names that braces stand for, as a shell expands them."""
+    """Yield the names of a brace pattern, as a shell expands it."""
     found = re.search(r"\{([^{}]*)\}", text)
     if found is None:
         yield text
@@ -197,7 +197,7 @@ def _expand(text: str) -> Iterator[str]:
 
 
 def tar_member(name: str, data: bytes) -> bytes:
-    """Return a member as it lies in a tar: the header, with no time and no owner, and the padded data."""
+    """Return a member as stored in a tar: the header, with no time and no owner, and the padded data."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o444
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)

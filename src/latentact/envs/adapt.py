@@ -107,7 +107,7 @@ def _adapter() -> Callable[..., gym.Env]:
     gymnasium = import_gymnasium()
 
     class Adapter(gymnasium.Wrapper):
-        """See `adapt`."""
+        """Environment with the observations and actions of `adapt`."""
 
         def __init__(self, env, name, pixels, resolution, state, state_range, task, success, floor, heading):
             super().__init__(env)

@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         head_dim: width of a head.
         axis: whether tokens attend to each other within a frame or, place by place, between frames.
         cross: whether it attends to a context.
-        compat: whether to keep the slips of the published code.
+        compat: whether to reproduce the deviations of the published code.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class CViViT(nn.Module):
         layers: convolutions that reduce a frame's tokens to cells.
         width_in: values per cell before the bottleneck.
         width_out: values per cell after it.
-        compat: whether to keep the slips of the published code.
+        compat: whether to reproduce the deviations of the published code.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Guided behavior cloning: robot actions from the observation and the LAM tokens of a demonstration.
 
-In training the guide is the episode's own video; at test time it is any demonstration video. The tokens say
+In training the guide is the episode's own video; at test time it is any demonstration video. The tokens tell
 what changes next, the observation where things are. Hiding the guide in some samples (as in classifier-free
 guidance, arXiv 2207.12598) lets one network act with and without it.
 """

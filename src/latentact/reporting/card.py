@@ -21,7 +21,7 @@ NO_RESULTS = "No evaluation results were found beside this {what}."
 
 @dataclass(frozen=True, kw_only=True)
 class CardInfo:
-    """What the user says about a repository."""
+    """What the user provides about a repository."""
 
     repo_id: str
     """Hub id."""
@@ -43,7 +43,7 @@ def policy_card(
     """Return the card of a policy or of a vision-language-action model.
 
     Args:
-        info: what the user says.
+        info: what the user provides.
         config: content of `config.json`.
         numbers: contents of the files of numbers beside it, by name: `policy.json`, `ground.json`,
             `vla.json`, `finetune_vla.json`.
@@ -118,7 +118,7 @@ def lam_card(info: CardInfo, spec: Mapping[str, Any], evaluation: Mapping[str, A
     """Return the card of a latent action model.
 
     Args:
-        info: what the user says.
+        info: what the user provides.
         spec: content of `spec.json`.
         evaluation: content of `lam.json`.
     """
@@ -184,7 +184,7 @@ def dataset_card(
     """Return the card of a LeRobot dataset.
 
     Args:
-        info: what the user says.
+        info: what the user provides.
         meta: content of `meta/info.json`.
         collected: content of `meta/collect.json`.
         tokens: content of `meta/lam_tokens.json`.
@@ -300,7 +300,7 @@ def _eval_result(env: str, row: Mapping[str, Any], baselines: Sequence[str]) -> 
 
 
 def _metric(on: str, name: str, metric: str, value: float, baselines: Sequence[str]) -> Any:
-    """Return an entry of the card's model index; what it is compared with stands in its name."""
+    """Return an entry of the card's model index; its name includes the baseline."""
     from huggingface_hub import EvalResult
 
     return EvalResult(

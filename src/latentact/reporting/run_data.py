@@ -1,4 +1,4 @@
-"""What a report is made of: the files below a run folder that it knows by name."""
+"""Content of a report: the files of known names below a run folder."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Comparison:
     env: str
     """What the methods were rolled out in."""
     content: list[dict[str, Any]]
-    """The rows as they stand in `comparison.json`."""
+    """The rows of `comparison.json`."""
     rows: list[Row]
     """The same, read."""
     verdict: str
@@ -271,7 +271,7 @@ def _lam(path: Path, folder: str) -> LamRun | None:
 
 
 def _arrays(archive: Path) -> dict[str, np.ndarray]:
-    """Return the arrays that a report knows, of the shapes that belong together."""
+    """Return the arrays of known names if their shapes agree."""
     arrays = load_npz(archive, "evaluate the latent action model again", ARRAYS)
     sizes: dict[str, int] = {"3": 3, "2": 2}
     for name, array in arrays.items():

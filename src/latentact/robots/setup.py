@@ -116,7 +116,7 @@ class RobotView:
         cameras: policy's image key by the name of the robot's camera.
 
     Raises:
-        UserError: the robot has no camera of a name.
+        UserError: the robot has no camera of a given name.
     """
 
     def __init__(self, robot: Robot, cameras: Mapping[str, str]) -> None:

@@ -162,7 +162,7 @@ class CompareConfig:
         require_between("temperature", self.temperature, 1e-3, 1e3)
         for method in self.methods:
             if method not in (*METHODS, *VLA):
-                raise UserError(f"methods must be some of {', '.join((*METHODS, *VLA))}, got {method!r}.")
+                raise UserError(f"methods must be among {', '.join((*METHODS, *VLA))}, got {method!r}.")
         if not self.methods or (not self.ks and any("oracle" not in m for m in self.methods)):
             raise UserError(
                 f"methods and ks must have at least one value each, got {[*self.methods]} and {[*self.ks]}."
@@ -412,7 +412,7 @@ class _Row:
         return folder, both if self.method == "vla" else training.steps
 
     def _blind(self) -> dict[str, Any]:
-        """Roll out an agent that observes nothing, and knows the actions of the training episodes."""
+        """Roll out an agent that observes nothing but has the actions of the training episodes."""
         store = open_store(self.config.data)
         train, _ = split_episodes(store, held_out=self.config.held_out, seed=self.seed)
         actions = store.actions(train)

@@ -1,6 +1,6 @@
 """Check the machine and what is installed: `latentact doctor`.
 
-Each check looks at one thing and says ok, warning or error, and what to do. An error is something that is
+Each check covers one thing and reports ok, warning or error, and what to do. An error is something that is
 installed, or asked for by what is installed, and does not work. Libraries are imported inside the checks, so
 that a broken one is a line of the result.
 """
@@ -63,7 +63,7 @@ def run(config: DoctorConfig) -> Diagnosis:
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Run a check; what it raises is an error of the thing that it looks at."""
+    """Run a check; an exception is reported as an error of what it checks."""
     try:
         return [*check()]
     except Exception as error:  # a broken library may raise anything

@@ -84,8 +84,8 @@ class FinetuneVlaConfig(FinetuneVlaRecipe):
     labeled_episodes: int | None = 5
     """k: training episodes whose actions are used; empty: all."""
     scratch: bool = False
-    """Whether to begin from the vision-language model, without what train-vla learned, and to see the labeled
-    episodes only: the baseline."""
+    """Whether to start from the vision-language model, without the result of train-vla, and to learn from the
+    labeled episodes only: the baseline."""
     cluster: Any = choice(CLUSTERS, "local")
     """Where it runs."""
     held_out: float = 0.1

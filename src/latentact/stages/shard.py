@@ -63,7 +63,7 @@ class ShardConfig:
     quality: Annotated[int, Between(1, 100)] = 90
     """Quality of JPEG."""
     shard_size_mb: Annotated[float, Between(0.001, 10**6)] = 512.0
-    """Size at which the next shard begins, in 10^6 bytes; a scene is split only if it is larger by itself."""
+    """Size at which the next shard starts, in 10^6 bytes; a scene is split only if it is larger by itself."""
     resolution: Pixels = 0
     """Height and width in pixels to which frames are resized; 0: keep the size."""
     clip_frames: Annotated[int, Between(2, 9999)] = 64
@@ -295,7 +295,7 @@ class _Assembly:
     ) -> None:
         self._spec, self._config, self._out, self._shards = spec, config, out, shards
         self._first, self._skip = place, place
-        """Where the open shard begins, and where the whole assembly begins."""
+        """Start of the open shard, and start of the whole assembly."""
         self._seen = seen - {""}
         self._limit = round(config.shard_size_mb * 1e6)
         self._partial = out / WORK / "shard.tar"

@@ -60,7 +60,7 @@ class TrainLamConfig:
     labeled_share: float = 0.25
     """Share of every batch that is drawn from the labeled episodes, where there are any."""
     probe_transitions: int = 1024
-    """Held-out transitions that evaluations during training look at."""
+    """Held-out transitions used by evaluations during training."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""

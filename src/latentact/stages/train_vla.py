@@ -72,7 +72,7 @@ class TrainVlaConfig(TrainVlaRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVlaResult:
-    """A trained model and what it reaches."""
+    """A trained model and its scores."""
 
     path: Path
     """Run folder."""

@@ -1,6 +1,6 @@
 """Train `lam_diffusion` or `lam_act` without LeRobot's command line: `latentact train-with-tokens`.
 
-The training is lerobot-train's, step by step, made of its parts. What it adds: tokens may lie in a file
+The training is lerobot-train's, step by step, made of its parts. In addition, tokens may be in a file
 beside the dataset, lengths are epochs, and a killed run resumes from its last epoch.
 """
 

@@ -1,7 +1,7 @@
 """A LeRobot policy for the actions of another dataset: its weights, with new projections where sizes differ.
 
 The policy is built anew from its changed configuration, so that every new tensor has the policy's own
-initialization; then each tensor whose name and shape agree is copied. Nothing here knows a policy type.
+initialization; then each tensor whose name and shape agree is copied. Nothing depends on the policy type.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 def _digest(structure: Any, weights: str) -> str:
-    """Return the hash of a checkpoint; Lightning does not notice all damage."""
+    """Return the hash of a checkpoint, which detects damage that Lightning does not."""
     return hashlib.blake2b(json.dumps([structure, weights]).encode(), digest_size=16).hexdigest()
 
 

@@ -28,7 +28,7 @@ PLUGIN = "lerobot_policy_latentact"
 
 
 def require_plugin() -> None:
-    """Import the policies; the error says how to install them."""
+    """Import the policies, or raise an error with the command that installs them."""
     require_lerobot()
     try:
         importlib.import_module(PLUGIN)
@@ -162,7 +162,7 @@ class LeRobotTrainee:
         except URLError as error:
             raise UserError(
                 f"the policy's vision backbone cannot be downloaded ({error.reason}); try again, "
-                f"or begin from random ones with --policy-override pretrained_backbone_weights=null."
+                f"or start from random ones with --policy-override pretrained_backbone_weights=null."
             ) from error
         self._before, self._after = make_pre_post_processors(policy, dataset_stats=meta.stats)
         sampler = EpisodeAwareSampler(

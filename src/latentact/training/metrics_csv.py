@@ -18,7 +18,7 @@ class MetricsCsv(Logger):
 
     Args:
         out: run folder.
-        start: step from which the run goes on; rows after it are forgotten.
+        start: step at which the run resumes; later rows are removed.
     """
 
     def __init__(self, out: Path, start: int = 0) -> None:
@@ -59,5 +59,5 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
         return {int(row["step"]): row for row in rows}
     except (OSError, ValueError, LookupError, csv.Error) as error:
         raise UserError(
-            f"{path} is not the table of the run so far ({error}); delete the file, and the run goes on."
+            f"{path} is not the table of the run so far ({error}); delete the file, and the run resumes."
         ) from error

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 _PLACES = {"out", "cluster", "devices", "num_nodes"}
-"""Settings that say where a run happens; another value resumes the same run."""
+"""Settings of where a run is executed; another value resumes the same run."""
 
 
 class Busy(UserError):

@@ -71,7 +71,7 @@ def build_environment(config: TrainingConfig) -> list[SLURMEnvironment]:
     tasks, processes = int(os.environ["SLURM_NTASKS"]), config.num_nodes * config.devices
     if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"a SLURM job must give --ntasks-per-node, got --ntasks={tasks}. Submit it with both."
+            f"a SLURM job must set --ntasks-per-node, got --ntasks={tasks} only. Submit it with both."
         )
     if processes not in (1, tasks):
         raise UserError(
@@ -157,7 +157,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if len(shards) != values.get("processes", len(shards) or 1):
             raise UserError(
                 f"{path} must hold one safetensors file of each process that wrote it, got {len(shards)} of "
-                f"{values.get('processes', 1)}. Copy the folder again, or delete it to begin anew."
+                f"{values.get('processes', 1)}. Copy the folder again, or delete it to start over."
             )
         for shard in shards:
             load_tensors(shard, names=())

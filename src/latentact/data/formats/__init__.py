@@ -1,1 +1,1 @@
-"""One file per format on disk; `latentact.data.format` says how to add one."""
+"""One file per format on disk; see `latentact.data.format` for how to add one."""

@@ -291,7 +291,7 @@ class ShardSource:
         spaces = [(shard.action_space, shard.action_names) for shard in shards]
         if any(space != spaces[0] for space in spaces):
             raise UserError(
-                f"{self._path} must have one action space in all tars, got others. Keep them apart."
+                f"{self._path} must have one action space in all tars, got several. Keep them apart."
             )
         if spaces:
             space, self.action_names = spaces[0]

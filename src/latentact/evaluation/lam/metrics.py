@@ -284,7 +284,7 @@ def present_features(
 def _warnings(
     means: dict[str, float], probes: dict[str, dict[str, Any]], health: dict[str, Any] | None
 ) -> list[str]:
-    """What a person should know before going on, in plain words."""
+    """Warnings for the user, in plain words."""
     recon, copy, shuffled = (means.get(f"{name}_mse", np.nan) for name in ("recon", "copy", "shuffled"))
     found = []
     if shuffled < IGNORED_BELOW * recon or shuffled == 0:

@@ -40,7 +40,7 @@ class ProbeScore:
     """95 % interval of a bootstrap over the scored episodes."""
 
     def to_json(self) -> dict[str, object]:
-        """Return the score as it stands in `lam.json`; R2 also as normalized squared error, 1 - R2."""
+        """Return the entry of `lam.json`; R2 also as normalized squared error, 1 - R2."""
         nmse = {"nmse": 1 - self.score, "nmse_ci95": [1 - self.ci95[1], 1 - self.ci95[0]]}
         values = {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
         return values | (nmse if self.metric == "r2" else {})

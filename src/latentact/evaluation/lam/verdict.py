@@ -23,7 +23,7 @@ MIRROR_WITH_CUTS = 0.5  # the same, where predictions across cuts are good
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One property of the model that its user should know."""
+    """One property of the model that matters to its user."""
 
     name: str
     """Identifier in `inspect.json`: collapsed, ignored, off_by_one, shuffled_future, ..."""

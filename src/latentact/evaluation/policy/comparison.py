@@ -134,7 +134,7 @@ class Result:
     per_seed: tuple[float, ...]
     """Success (return, if the environment reports no success) of every seed."""
     updates: int | None = None
-    """Updates of the policy, fine-tuning included; None where the rows do not say."""
+    """Updates of the policy, fine-tuning included; None where the rows lack it."""
 
     @property
     def label(self) -> str:

@@ -214,7 +214,7 @@ class Clam(LatentActionModel):
         last: bool = False,
         states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
-        """Return latent actions of images, states or both, as `observations` says."""
+        """Return latent actions of images, states or both, depending on `observations`."""
         frames, valid = batched(frames, valid, last)
         steps, transition_valid = window_steps(valid, self.context, last)
         s = self._states(states)

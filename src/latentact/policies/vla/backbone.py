@@ -1,8 +1,8 @@
 """Vision-language models of transformers: load one, ask it about an image, append positions to its input.
 
-The only file that knows how the processors and models of transformers differ. `vlm=tiny` is a small
-Qwen2.5-VL with random weights and a byte tokenizer, made here: it needs no download and reads any task text,
-but knows nothing, so it is for tests and small grid worlds.
+Differences between the processors and models of transformers are handled in this file only. `vlm=tiny` is a
+small Qwen2.5-VL with random weights and a byte tokenizer, made here: it needs no download and reads any task
+text, but is not pretrained, so it is for tests and small grid worlds.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class Vla(nn.Module):
     def with_actions(
         self, config: VlaConfig, actions: ActionSpace, head: ActionHeadConfig, latent_weight: float
     ) -> Vla:
-        """Return this model with a new action head; it takes over the vision-language model."""
+        """Return a model with a new action head that shares this vision-language model."""
         self._hook.remove()
         spec = replace(self.spec, action_space=actions)
         tuned = Vla(config, spec, self.latent, self.vlm, self.processor, head, latent_weight)

@@ -182,7 +182,7 @@ def _build(config: VlaConfig, latent: LatentActionSpec, vlm_config: Any, resolut
     """Return the model on the meta device."""
     from transformers import AutoModelForImageTextToText
 
-    processor = tiny()[1]  # stands for a processor that would have to be downloaded
+    processor = tiny()[1]  # instead of a processor that would have to be downloaded
     with torch.device("meta"):
         vlm = AutoModelForImageTextToText.from_config(vlm_config)
         spec = VlaSpec(resolution=resolution, state_size=8 if config.use_state else 0)

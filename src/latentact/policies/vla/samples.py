@@ -77,7 +77,7 @@ class VlaSamples(Dataset):
         self.ahead = np.arange(chunk)
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.rows)
 
     def __getitems__(self, positions: list[int]) -> VlaBatch:

@@ -1,4 +1,4 @@
-"""The page of `latentact check-data`: what a dataset is, what to look at, and a contact sheet."""
+"""The page of `latentact check-data`: a summary of a dataset, its warnings, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _issues(check: DataCheck) -> Section:
     body = "".join(f"<li>{text(line)}</li>" for line in found)
     return Section(
         anchor="issues",
-        title="What to look at",
+        title="Warnings",
         what="What readers refuse, leave out or repair."
         if found
         else "Nothing is refused, left out or repaired.",

@@ -31,7 +31,7 @@ from latentact.reporting.sections import (
 def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir` and return the first's content.
 
-    Everything below the folder that a report knows by name is in it: LAM runs, comparisons, learning curves,
+    It contains all files of known names below the folder: LAM runs, comparisons, learning curves,
     rollouts with videos, configurations. Missing parts are named in one sentence.
 
     Raises:

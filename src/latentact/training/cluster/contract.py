@@ -21,7 +21,7 @@ class Cluster(Protocol):
     compute: ComputeConfig
 
     def launch(self, command: str, run: Callable[[Any, Path], Any], config: Any, out: Path) -> Any:
-        """Return `run(config, out)`, or what stands for it where the stage runs later.
+        """Return `run(config, out)`, or a placeholder where the stage runs later.
 
         Args:
             command: the command (`train-lam`), which is repeated on the other machine.

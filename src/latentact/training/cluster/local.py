@@ -12,7 +12,7 @@ from latentact.errors import UserError
 from latentact.training.cluster.contract import CLUSTERS, ComputeConfig, trainings
 
 _LAUNCHERS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "NODE_RANK", "GROUP_RANK")
-"""Variables of the environment by which processes on several machines know their places."""
+"""Environment variables that give a process its rank among several machines."""
 
 
 @CLUSTERS.register("local")

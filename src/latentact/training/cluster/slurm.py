@@ -1,6 +1,6 @@
 """`cluster=slurm`: outside a job, write `job.sbatch` and submit it; inside, train.
 
-The script stands in the run folder and can be read, changed and submitted by hand. A job that is preempted or
+The script in the run folder can be read, edited and submitted by hand. A job that is preempted or
 runs out of time gets USR1 from SLURM, saves a checkpoint, ends with exit code 75 and is requeued; it resumes
 exactly (`latentact.preemption`).
 """
