@@ -231,3 +231,40 @@ def test_steps_by_episodes_are_refused(tmp_path, arrays):
     path = batch(tmp_path / "a.npz", **arrays)
     (reason,) = open_source(path, "", Memo(tmp_path / "memo", path)).unreadable.values()
     assert f"`{next(iter(arrays))}` must have the axes [3, 4] first" in reason
+
+
+def streams(lengths):
+    """Return frames of episodes of these lengths, each a slow block on a background of its own."""
+    frames = []
+    for episode, length in enumerate(lengths):
+        background = np.random.default_rng(episode).integers(0, 256, (32, 32, 3), np.uint8)
+        for step in range(length):
+            frame = background.copy()
+            frame[step : step + 8, :8] = 255
+            frames.append(frame)
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("lengths", [(9, 7, 12, 5), (9, 7), (9,)])
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+def test_done_marks_the_last_frame_or_the_first(tmp_path, lengths, first):
+    frames, ends = streams(lengths), np.cumsum(lengths)
+    done = np.zeros(len(frames), bool)
+    done[np.r_[0, ends[:-1]] if first else ends - 1] = True
+    path = write(tmp_path / "d/0.npz", obs=frames, done=done, ta=np.arange(len(frames)) % 15, values=done / 2)
+    source = open_source(path, "", Memo(tmp_path / "memo", path))
+    assert [episode.frames for episode in source.episodes] == [*lengths]
+    assert any("first frame" in note for note in source.notes) == first
+    np.testing.assert_array_equal(source.column("values"), (done / 2).astype(np.float32))
+    # A stream that the file's end cuts, in files of one convention.
+    write(tmp_path / "d/1.npz", obs=frames[:-2], done=done[:-2], ta=np.arange(len(frames) - 2) % 15)
+    read = store(tmp_path / "d")
+    assert read.lengths.tolist() == [*lengths, *lengths[:-1], lengths[-1] - 2]
+
+
+def test_frames_that_do_not_show_which_one_done_marks_are_noted(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    path = write(tmp_path / "a.npz", obs=noise, done=np.arange(40) % 10 == 9)
+    source = open_source(path, "", Memo(tmp_path / "memo", path))
+    assert [episode.frames for episode in source.episodes] == [10] * 4
+    assert any("taken as the last frame" in note for note in source.notes)

@@ -1,9 +1,11 @@
 """Episodes in npz files: `obs` uint8 [n, h, w, c]; optional `action` (or `ta`), `states`, `done` and `fps`.
 
 Reads the chunks of expert play that LAPO publishes (https://github.com/schmidtdominik/LAPO), and grids of
-integer features such as XLand's 5x5x2. A file is one stream of n steps; `done` at step i ends an episode
-there. Unlike in LAPO's own loader, no window crosses such an end. `observations` [e, n, h, w, c] holds e
-episodes of n steps, and the other arrays then begin with the axes [e, n], too.
+integer features such as XLand's 5x5x2. A file is one stream of n steps. `done` marks the last frame of an
+episode or, as in the rollout buffers of CleanRL and LAPO, the first one; the frames decide, because they
+change most between episodes. Unlike in LAPO's own loader, no window crosses such an end.
+`observations` [e, n, h, w, c] holds e episodes of n steps, and the other arrays then start with the axes
+[e, n], too.
 
 Integer actions [n] are classes, floating-point actions [n, a] are continuous. An array whose type or shape
 does not fit its frames makes the file unreadable; `_scan` decides.
@@ -12,6 +14,7 @@ does not fit its frames makes the file unreadable; `_scan` decides.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Iterator
@@ -33,6 +36,8 @@ _SMALLEST_IMAGE = 32
 _SUFFIXES = (".npz",)
 _ACTIONS = ("action", "ta")
 _FRAMES = ("obs", "observations")
+_CLEAR = 1.5
+"""Ratio of the frame changes before and after `done` from which on it is clear which of them is the cut."""
 _KINDS = {"b": "integer", "i": "integer", "u": "integer", "f": "float"}
 """Type of a column by numpy's kind."""
 
@@ -98,7 +103,7 @@ class NpzSource:
         row = 0
         for file in files:
             name = printable(file.relative_to(root))
-            scan: dict[str, Any] = memo.get(file, "npz.5", _scan)
+            scan: dict[str, Any] = memo.get(file, "npz.6", _scan)
             first = next(iter(scans.values()), scan)
             if "error" not in scan and scan["fps"] != first["fps"]:
                 rates = f"{scan['fps']:g} and the files before it {first['fps']:g}"
@@ -108,7 +113,10 @@ class NpzSource:
                 continue
             scans[name] = scan
             self._files[file] = tuple(scan["axes"])
-            for place, (begin, end) in enumerate(scan["spans"]):
+        starts = self._done_starts(scans)
+        for file, scan in zip(self._files, scans.values(), strict=True):
+            name = printable(file.relative_to(root))
+            for place, (begin, end) in enumerate(_spans(scan, starts)):
                 content = blake2b(scan["digest"].encode(), b"%d:%d" % (begin, end))
                 label = f"{name} #{place}"
                 self.episodes.append(
@@ -160,6 +168,23 @@ class NpzSource:
         """Return -1 for each step: arrays have no task."""
         return np.full(self.episodes[number].frames, -1)
 
+    def _done_starts(self, scans: dict[str, dict[str, Any]]) -> bool:
+        """Return whether `done` marks first frames, where frames change more than those after them.
+
+        If the changes are alike, a mark in the first row decides: no episode ends there.
+        """
+        into, out = (sum(scan["done_changes"][i] for scan in scans.values()) for i in (0, 1))
+        if into * _CLEAR < out or not any(scan["done"] for scan in scans.values()):
+            return False
+        starts = into > _CLEAR * out or any(scan["done"][:1] == [0] for scan in scans.values())
+        if starts:
+            self.notes.append("`done` marks the first frame of an episode, not the last")
+        elif into:
+            self.notes.append(
+                "`done` is taken as the last frame of an episode, though the frames do not show it"
+            )
+        return starts
+
     def _read_obs(self, file: Path) -> UInt8[np.ndarray, "n h w c"]:
         arrays = _load(file)
         obs = arrays[_frames(arrays)]
@@ -191,6 +216,36 @@ class NpzSource:
                 f"and left out"
             )
         return columns
+
+
+def _spans(scan: dict[str, Any], starts: bool) -> list[tuple[int, int]]:
+    """Return [begin, end) of the episodes of a file.
+
+    Args:
+        scan: of the file.
+        starts: whether `done` marks the first frame of an episode, not the last.
+    """
+    length = scan["axes"][-1]
+    cuts = {*range(0, scan["rows"], length), *(row + (not starts) for row in scan["done"])}
+    inner = sorted(cuts - {0, scan["rows"]})
+    return [*itertools.pairwise([0, *inner, scan["rows"]])]
+
+
+def _done_changes(
+    obs: UInt8[np.ndarray, "n h w c"], done: Int64[np.ndarray, " d"], length: int
+) -> tuple[float, float]:
+    """Return the mean absolute changes into and out of up to 100 frames that `done` marks.
+
+    Args:
+        obs: frames.
+        done: rows that are marked.
+        length: rows of a stream; the changes between two streams are no evidence.
+    """
+    inside = done[(done % length > 0) & (done % length < length - 1)]
+    rows = inside[:: max(1, len(inside) // 100)]
+    at = obs[rows].astype(np.int16)
+    changes = [float(np.abs(obs[rows + step] - at).mean()) if len(rows) else 0.0 for step in (-1, 1)]
+    return changes[0], changes[1]
 
 
 def _more(shape: list[int]) -> str:
@@ -307,9 +362,10 @@ def _scan(file: Path) -> dict[str, Any]:
     """Return what a file holds, as plain JSON values, or {"error": why it is unreadable}.
 
     Returns:
-        digest; rows; spans [begin, end) of episodes; axes: those before height, width and channels; shape:
-        of a frame; image: whether frames are images; columns: name -> [kind, shape of a row]; classes of a
-        discrete action; fps; timed: whether the file names its fps.
+        digest; rows; done: rows that it marks; done_changes: those of the frames into and out of them;
+        axes: those before height, width and channels; shape: of a frame; image: whether frames are images;
+        columns: name -> [kind, shape of a row]; classes of a discrete action; fps; timed: whether the file
+        names its fps.
     """
     try:
         arrays = _load(file)
@@ -325,13 +381,14 @@ def _scan(file: Path) -> dict[str, Any]:
 def _contents(file: Path, arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
     *axes, height, width, channels = _obs_shape(arrays)
     rows = math.prod(axes)
-    done = np.zeros(rows, bool)
+    done = np.zeros(0, np.int64)
     if "done" in arrays:
-        done |= _done(arrays, tuple(axes))
-    if len(axes) == 2:
-        done[axes[1] - 1 :: axes[1]] = True
-    done[-1] = True
-    ends = (np.flatnonzero(done) + 1).tolist()
+        done = np.flatnonzero(_done(arrays, tuple(axes)))
+    changes = (0.0, 0.0)
+    if len(done):
+        changes = _done_changes(
+            arrays[_frames(arrays)].reshape(rows, height, width, channels), done, axes[-1]
+        )
     columns: dict[str, list[Any]] = {}
     classes: list[int] = []
     for name in ("states", "action"):
@@ -348,7 +405,8 @@ def _contents(file: Path, arrays: np.lib.npyio.NpzFile) -> dict[str, Any]:
     return {
         "digest": file_digest(file),
         "rows": rows,
-        "spans": list(zip([0, *ends[:-1]], ends, strict=True)),
+        "done": done.tolist(),
+        "done_changes": changes,
         "image": channels in (1, 3) and min(height, width) >= _SMALLEST_IMAGE,
         "axes": axes,
         "shape": [height, width, channels],
