@@ -87,6 +87,23 @@ def test_a_bot_that_gives_up_or_never_ends_is_stuck(level, seed):
     pytest.fail("the bot was never stuck")
 
 
+@pytest.mark.parametrize("level", ["PickupLoc", "PutNextLocal"])
+def test_a_bot_that_is_told_what_was_done_instead_succeeds_all_the_same(level):
+    env, successes = make_env(f"babyai/{level}"), 0
+    for seed in range(8):
+        env.reset(seed=seed)
+        expert, rng, ended = make_expert(f"babyai/{level}", env, seed), np.random.default_rng(seed), False
+        while not ended:
+            action = expert.act()
+            if rng.random() < 0.4:
+                action = int(rng.integers(5))  # left, right, forward, pickup or drop
+                expert.took(action)
+            _, _, ended, truncated, info = env.step(action)
+            ended = ended or truncated
+        successes += info["is_success"]
+    assert successes == 8
+
+
 def test_no_expert_is_a_user_error():
     env = make_env("CartPole-v1")
     with pytest.raises(UserError, match=r"scripted expert .* Choose one of babyai, pusht"):

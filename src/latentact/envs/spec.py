@@ -53,7 +53,10 @@ class ExpertStuckError(Exception):
 
 @runtime_checkable
 class Expert(Protocol):
-    """A scripted policy for one episode that may read the environment's internals."""
+    """A scripted policy for one episode that may read the environment's internals; subclass it.
+
+    `act` is called at every step, also after an action of somebody else, which `took` reports.
+    """
 
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
         """Return the action for the environment's current state: an integer of its space, or float32 `[a]`.
@@ -64,6 +67,9 @@ class Expert(Protocol):
             ExpertStuckError: it has no action.
         """
         ...
+
+    def took(self, action: int | np.ndarray) -> None:
+        """Report the action taken since `act`, if it differs; by default this changes nothing."""
 
 
 @runtime_checkable

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentact.envs.spec import Expert
+
 if TYPE_CHECKING:
     import gymnasium as gym
 
@@ -66,7 +68,7 @@ class _Push:
     """Pixels per step of its target."""
 
 
-class PushPlanner:
+class PushPlanner(Expert):
     """Expert for one episode of PushT; the same state and seed give the same actions."""
 
     def __init__(self, env: gym.Env, seed: int) -> None:

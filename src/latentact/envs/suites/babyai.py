@@ -83,7 +83,7 @@ class BabyAI:
         return _Bot(env)
 
 
-class _Bot:
+class _Bot(Expert):
     """Minigrid's bot; its failures are raised as `ExpertStuckError`."""
 
     def __init__(self, env: gym.Env) -> None:
@@ -108,6 +108,9 @@ class _Bot:
             raise ExpertStuckError(str(error)) from error
         self._last = int(action) if explore is None else int(explore.integers(3))  # left, right or forward
         return self._last
+
+    def took(self, action: int | np.ndarray) -> None:
+        self._last = int(action)
 
 
 def _levels() -> dict[str, str]:
