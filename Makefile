@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-slurm check static slurm bench lock clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/latentact demo
 
 # Two processes of one thread each: tests are many small steps.
@@ -39,14 +39,16 @@ static: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/lapo_step.py
 
-# The environment: a virtual environment of Python 3.12 with the pinned packages. uv comes through pip.
-.venv/ready: requirements.lock pyproject.toml $(wildcard plugins/*/pyproject.toml)
+# A virtual environment of Python 3.12 with the pinned packages: those of the demo, or of everything. uv comes through pip.
+.venv/demo: LOCK = requirements-demo.lock
+.venv/ready: LOCK = requirements.lock
+.venv/demo .venv/ready: requirements-demo.lock requirements.lock pyproject.toml $(wildcard plugins/*/pyproject.toml)
 	@for python in $(PYTHON) python3 python; do \
 	  $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break; python=; done; \
 	if [ -z "$$python" ]; then echo "Python 3.12 is missing; install it (for example: pyenv install 3.12)." >&2; exit 1; fi; \
 	[ -x $(BIN)/python ] || $$python -m venv .venv
 	@$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "uv>=0.9"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement $(LOCK)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . \
 	  $(foreach plugin,$(dir $(wildcard plugins/*/pyproject.toml)),--editable $(plugin))
 	@touch $@
@@ -54,6 +56,8 @@ bench: .venv/ready
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --group dev --python-version 3.12 \
 	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra all --python-version 3.12 --constraint requirements.lock \
+	  --no-header --no-emit-index-url --quiet --output-file requirements-demo.lock
 
 clean:
 	rm -rf .venv runs
