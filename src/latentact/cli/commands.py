@@ -24,6 +24,15 @@ def _collect(config: Any, result: Any) -> str:
     )
 
 
+@stage_command("record", "RecordConfig", argument="env")
+def _record(config: Any, result: Any) -> str:
+    """Record demonstrations of your own by keyboard, gamepad or terminal; re-run to resume.
+
+    Example: latentact record babyai/GoToLocal --episodes 5 --out data/mine
+    """
+    return f"{result.episodes} episodes, {result.frames} frames, {result.dropped} dropped: {result.path}"
+
+
 @stage_command("cache", "CacheConfig")
 def _cache(config: Any, result: Any) -> str:
     """Show the cache of decoded frames, fill it for a dataset, or clear it.

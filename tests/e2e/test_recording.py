@@ -1,0 +1,183 @@
+"""`latentact record`: keys in a window and in a terminal become a LeRobot dataset."""
+
+import itertools
+import json
+import os
+import pty
+import signal
+
+import numpy as np
+import pytest
+
+from conftest import cli, contents, fork, ok, refused
+from latentact.envs import human
+from latentact.envs.spec import make_env
+
+pygame = pytest.importorskip("pygame")
+pytest.importorskip("lerobot")
+ENV = "babyai/GoToLocal"
+CODES = {
+    "right": pygame.K_RIGHT,
+    "left": pygame.K_LEFT,
+    "enter": pygame.K_RETURN,
+    "backspace": pygame.K_BACKSPACE,
+    "escape": pygame.K_ESCAPE,
+    "+": pygame.K_PLUS,
+    "-": pygame.K_MINUS,
+}
+
+
+def typed(keys):
+    """Make the window see one more key at each look, as events; "[d" holds d and "]d" releases it."""
+    script, own = iter(keys), human.Window.poll
+
+    def poll(window):
+        key = next(script, "")
+        if key == "KILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if key:
+            kinds = {"[": [pygame.KEYDOWN], "]": [pygame.KEYUP]}.get(key[0], [pygame.KEYDOWN, pygame.KEYUP])
+            name = key[1:] if len(key) == 2 else key
+            code = CODES.get(name) or pygame.key.key_code(name)
+            for kind in kinds:
+                pygame.event.post(pygame.event.Event(kind, key=code))
+        return own(window)
+
+    return poll
+
+
+@pytest.fixture(autouse=True)
+def _window(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(human.Window, "wait", lambda *_: None)
+
+
+def record(monkeypatch, keys, out, *settings, env=ENV):
+    monkeypatch.setattr(human.Window, "poll", typed(keys))
+    return ok("record", env, "--out", out, *settings)
+
+
+def rows(folder):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("local/mine", root=folder, video_backend="pyav")
+    table = dataset.hf_dataset
+    episodes = np.array([int(e) for e in table["episode_index"]])
+    return [
+        {name: np.array([np.asarray(table[int(i)][name]) for i in np.flatnonzero(episodes == e)]).squeeze()
+         for name in ("action", "next.success", "next.reward")}
+        for e in range(dataset.num_episodes)
+    ]  # fmt: skip
+
+
+def test_twenty_episodes_of_which_three_fail_are_dropped(monkeypatch, tmp_path):
+    """Attempts 4, 9 and 14 fail; one is recorded again, and one is undone."""
+    keys, lengths = [], []
+    for attempt in range(24):
+        moves = ["w", "a", "d"][: 1 + attempt % 3]
+        if attempt == 7:
+            keys += ["d", "d", "left"]
+        keys += [*moves, "backspace" if attempt in (4, 9, 14) else "enter"]
+        if attempt == 11:
+            keys += ["u"]
+        elif attempt not in (4, 9, 14):
+            lengths.append(len(moves) + 1)
+    done = record(monkeypatch, keys, tmp_path / "mine", "--episodes", "20")
+    assert "20 episodes" in done.stdout
+    assert "4 dropped" in done.stdout
+    episodes = rows(tmp_path / "mine")
+    assert [len(episode["action"]) for episode in episodes] == lengths
+    assert episodes[0]["action"].tolist() == [2, 6], "forward, then held still"
+    assert episodes[2]["action"].tolist() == [2, 0, 1, 6]
+    assert episodes[2]["next.success"].tolist() == [False, False, True, True]
+    sidecar = json.loads((tmp_path / "mine/meta/record.json").read_text())
+    assert (sidecar["env"], sidecar["dropped"], sidecar["only_successes"]) == (ENV, 4, True)
+    assert not (tmp_path / "mine.partial").exists()
+
+
+def test_frames_are_those_of_the_environment(monkeypatch, tmp_path):
+    from latentact.data.cache import DataConfig, open_store
+
+    record(monkeypatch, ["d", "w", "w", "right"], tmp_path / "mine", "--episodes", "1", "--no-only-successes")
+    env = make_env(ENV)
+    frames = [env.reset(seed=0)[0]["pixels"], *(env.step(action)[0]["pixels"] for action in (1, 2, 2))]
+    stored = open_store(DataConfig(path=str(tmp_path / "mine")))
+    assert np.array_equal(np.array(stored.frames), np.stack(frames))
+
+
+def test_escape_keeps_what_was_recorded(monkeypatch, tmp_path):
+    record(monkeypatch, ["w", "enter", "d", "d", "escape"], tmp_path / "mine")
+    (episode,) = rows(tmp_path / "mine")
+    assert len(episode["action"]) == 2
+    monkeypatch.setattr(human.Window, "poll", typed(["w", "escape"]))
+    assert "no episode was recorded" in refused("record", ENV, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def _killed(keys, arguments):
+    human.Window.poll, human.Window.wait = typed(keys), lambda *_: None
+    cli(*arguments)
+
+
+@pytest.mark.slow
+def test_a_killed_recording_is_resumed(monkeypatch, tmp_path):
+    keys = ["w", "enter", "d", "w", "enter", "a", "backspace", "d", "d", "enter", "w", "w", "enter"]
+    record(monkeypatch, keys, tmp_path / "whole", "--episodes", "4")
+    arguments = ("record", ENV, "--out", str(tmp_path / "cut"), "--episodes", "4")
+    process = fork(_killed, [*keys[:9], "KILL"], arguments)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    assert len([*(tmp_path / "cut.partial").glob("*.npz")]) == 2
+    record(monkeypatch, keys[7:], tmp_path / "cut", "--episodes", "4")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    monkeypatch.setattr(human.Window, "poll", typed(["escape"]))
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial/settings.json").write_text('{"env": "pusht"}')
+    assert "unfinished recording with other settings" in refused("record", ENV, "--out", tmp_path / "other")
+
+
+def test_held_keys_move_a_continuous_action(monkeypatch, tmp_path):
+    """PushT takes positions on a screen of 512 pixels: a held key moves the target by 5 % of them a step."""
+    moments = itertools.count()
+    monkeypatch.setattr(human.time, "monotonic", lambda: next(moments) * 0.1)  # one step a look
+    keys = ["[d", "", "", "]d", "[w", "]w", "", "p", "", "", "p", "+", "", "right"]
+    record(monkeypatch, keys, tmp_path / "mine", "--no-only-successes", "--episodes", "1", env="pusht")
+    (episode,) = rows(tmp_path / "mine")
+    steps = np.diff(episode["action"], axis=0)[:5]
+    moved = {tuple(np.round(step / 25.6, 2)) for step in steps}
+    assert moved <= {(1.0, 0.0), (0.0, -1.0), (0.0, 0.0)}, moved
+    assert (1.0, 0.0) in moved
+    assert (0.0, -1.0) in moved
+    assert len(episode["action"]) < len(keys), "no step while paused"
+
+
+def test_a_terminal_shows_frames_and_takes_keys(monkeypatch, tmp_path, capfd):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "r", newline="") as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        os.write(ours, b"dw\x1b[C")  # right, forward, the right arrow
+        done = ok("record", ENV, "--device", "terminal", "--out", tmp_path / "mine", "--episodes", "1",
+                  "--no-only-successes")  # fmt: skip
+        monkeypatch.undo()
+    os.close(ours)
+    assert "▀" in done.stdout
+    assert "episode 1 of 1 | step 2" in done.stdout
+    (episode,) = rows(tmp_path / "mine")
+    assert episode["action"].tolist() == [1, 2, 6]
+
+
+def test_what_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
+    out = ("--out", tmp_path / "out")
+    assert "must be used in a terminal" in refused("record", ENV, *out, "--device", "terminal")
+    assert "a gamepad must be connected" in refused("record", ENV, *out, "--device", "gamepad")
+    assert "--device must be keyboard, gamepad or terminal" in refused(
+        "record", ENV, *out, "--device", "mouse"
+    )
+    assert "did you mean" in refused("record", "babyai/GoToLocl", *out)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "x11")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    pygame.display.quit()
+    assert "a window needs a display" in refused("record", ENV, *out)
+    (tmp_path / "out").mkdir()
+    assert "exists already. Choose another folder" in refused("record", ENV, *out)
