@@ -118,7 +118,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=300, help="training steps of every model")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels inside a model")
+    parser.add_argument("--action-weight", type=float, default=1.0, help="of the labels in training a model")
     parser.add_argument("--held-out", type=float, default=0.2, help="share of the episodes that are scored")
     parser.add_argument("--set", nargs="*", default=[], help="further settings of every train-lam run")
     return parser.parse_args()
@@ -266,21 +266,22 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         "# Latent action models with and without distractors",
         "",
-        f"Made by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training steps "
-        f"of {options.batch_size} per model, k = {options.k} labeled episodes; distractors"
-        f" `{options.distract}`. Mean over seeds, in brackets the smallest and the largest; a whole table "
-        f"has {options.seeds} seeds of every row, and the column says how many are in.",
+        f"Produced by `{command}`: {options.env}, {options.episodes} episodes, {options.steps} training "
+        f"steps with batch size {options.batch_size} per model, k = {options.k} labeled episodes; distractors"
+        f" `{options.distract}`. Mean over seeds (minimum to maximum); a complete table has {options.seeds} "
+        f"seeds per row, and the column shows how many are included.",
         "",
-        "**Probe**: R2 of actions read from latents, probes fitted on half of the held-out episodes. "
-        "**Motion**: the same of how the robot's state changes in the step, which a place does not tell. "
-        "**k labels**: R2 on held-out episodes of a linear decoder that was fitted on the k labeled "
-        "episodes alone. **Nuisance**: R2 of the motion of background and camera read from latents; lower "
-        "is better. BC-k and IDM-k are scored alike, by the actions that they predict.",
+        "**Probe**: R2 of actions predicted from latents by probes fitted on half of the held-out episodes. "
+        "**Motion**: the same for the change of the robot's state in the step, which a position does not "
+        "determine. **k labels**: R2 on held-out episodes of a linear decoder fitted on the k labeled "
+        "episodes only. **Nuisance**: R2 of the motion of background and camera predicted from latents; "
+        "lower is better. BC-k and IDM-k are scored in the same way, on the actions that they predict.",
         "",
-        "PushT's actions are places: a high probe needs no motion, so look at both columns. All models get "
-        "the same few steps, which for those without labels is little: the table compares, it does not show "
-        "what each can reach. LAQ and villa-X draw the whole next frame, without a shortcut from the current "
-        "one; near 0 in both columns they have not begun to use their latents.",
+        "PushT's actions are positions: a high probe score needs no motion, so compare both columns. All "
+        "models get the same few steps, which are too few for models without labels: the table compares "
+        "models, and does not show the best result of each. LAQ and villa-X predict the whole next frame, "
+        "without a shortcut from the current one; scores near 0 in both columns mean that they do not use "
+        "their latents yet.",
         "",
         "| data | model | labels | seeds | probe | motion | k labels | nuisance |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -315,10 +316,10 @@ def _winners(groups: dict[tuple[str, str, int], list[dict[str, Any]]]) -> list[s
         if not latent or not plain:
             continue
         best, rival = max(latent, key=lambda key: latent[key]), max(plain, key=lambda key: plain[key])
-        name = f"{best[1]} ({'with' if best[2] else 'without'} labels inside, {latent[best]:.2f})"
+        name = f"{best[1]} ({'with' if best[2] else 'without'} labels in training, {latent[best]:.2f})"
         other = f"{NAMES[rival[1]]} ({plain[rival]:.2f})"
         first, second = (name, other) if latent[best] > plain[rival] else (other, name)
-        sentences.append(f"- **{data}**: with k labels {first} wins before {second}.")
+        sentences.append(f"- **{data}**: with k labels {first} beats {second}.")
     return sentences
 
 

@@ -1,9 +1,8 @@
 """Plan the labeling of a large dataset from unit costs that are measured on this machine.
 
 Decoding (one core, H.264 and JPEG), encoding (all cores, the functions of `latentact label`) and bytes per
-frame are measured on generated video; the plan multiplies them. Frames per second of one GPU are given, not
-measured. The cost of LAPA's latent pretraining (8 H100 for 34 hours, its README) stands beside the plan for
-scale.
+frame are measured on generated video; the plan multiplies them. Frames per second of one GPU are an input,
+not measured. The cost of LAPA's latent pretraining (8 H100 for 34 hours, its README) is shown for comparison.
 
     python benchmarks/scale_plan.py [--frames 1e8] [--gpu-frames-per-s 1000] [--gpus 8] [--lam FOLDER]
 """

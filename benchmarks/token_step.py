@@ -1,4 +1,4 @@
-"""What LAM tokens cost a training step of `lam_diffusion`: none, precomputed, and made on the fly.
+"""Cost of LAM tokens in a training step of `lam_diffusion`: none, precomputed, and computed on the fly.
 
 Three policies with the same host network are stepped in turn on the same rows, so that a machine whose speed
 drifts treats all alike; ratios are medians over these turns. Memory is the peak (Linux) of a process of its

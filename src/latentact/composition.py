@@ -2,9 +2,9 @@
 
 The frozen dataclass of a stage is the single source of defaults, types and help. A field created by `choice`
 is a Hydra config group whose options are the entries of a registry; inside an option its key `kind` chooses
-(`lam.bottleneck.kind=vq`). A field that is a dataclass is a group, too: its options are YAML files with what
-differs from the defaults, in `conf/<stage>/<field>` (`data=openx_webdataset`) and in the folder that the user
-gives by `--config-dir`. Experiments, in `conf/<stage>/experiment`, are the same for all settings together.
+(`lam.bottleneck.kind=vq`). A field that is a dataclass is a group, too: its options are YAML files with
+differences from the defaults, in `conf/<stage>/<field>` (`data=openx_webdataset`) and in the user's
+`--config-dir`. Experiments, in `conf/<stage>/experiment`, do the same for all settings together.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run_stage(
                 raise UserError("out must be a folder, got an empty path. Give out=FOLDER.")
             results.append(run(config, Path(out).absolute()))
         except (UserError, OmegaConfBaseException) as error:
-            if os.getpid() != process:  # a launcher runs this job elsewhere and hands the error back
+            if os.getpid() != process:  # a launcher runs this job elsewhere and returns the error
                 raise user_error(error, cls, argv) from None
             failures.append(error)  # the other jobs of a sweep continue
 
@@ -97,7 +97,7 @@ def run_stage(
 
 
 def job_settings() -> list[str]:
-    """Return the overrides of the running job; those of a job of a sweep hold its values."""
+    """Return the overrides of the running job, including the sweep values of a multirun job."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
@@ -106,7 +106,7 @@ def job_settings() -> list[str]:
 
 
 def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
-    """Return the config that the command line of a stage composes from `overrides`.
+    """Return the config that a stage composes from `overrides`.
 
     Raises:
         UserError: an override or an experiment is unknown or invalid.
@@ -150,7 +150,7 @@ def _decode[T](cls: type[T], composed: DictConfig) -> T:
 
 
 def _keep_chosen(cls: type, values: dict[str, Any], where: str) -> None:
-    """Remove the settings of other kinds from the nested choices of a config; warn of given ones."""
+    """Remove the settings of other kinds from the nested choices of a config; warn if any was given."""
     for field in dataclasses.fields(cls):
         if not (registry := field.metadata.get("registry")):
             continue

@@ -24,12 +24,12 @@ MISSING = "???"
 """Value of a required setting that has not been given, as in OmegaConf."""
 
 LARGEST = 2**31 - 1
-"""Largest magnitude of a number in settings and flags."""
+"""Maximum magnitude of a number in settings and flags."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """Smallest and largest value of a number, both allowed: `episodes: Annotated[int, Between(1, 100)]`."""
+    """Minimum and maximum of a number, inclusive: `episodes: Annotated[int, Between(1, 100)]`."""
 
     low: float
     high: float
@@ -37,15 +37,15 @@ class Between:
 
 @dataclasses.dataclass(frozen=True)
 class OneOf:
-    """Values that a text may have: `mode: Annotated[str, OneOf(MODES)]`.
+    """Allowed values of a string: `mode: Annotated[str, OneOf(MODES)]`.
 
-    With a registry of environment suites a value may also be a suite, a slash and a level.
+    With a registry of environment suites, SUITE/LEVEL is also allowed.
     """
 
     names: Collection[str] | Registry
 
     def known(self) -> list[str]:
-        """Return the values."""
+        """Return the allowed values."""
         return self.names.names() if isinstance(self.names, Registry) else [*self.names]
 
 
@@ -58,7 +58,7 @@ Pixels = Annotated[int, Between(0, 4096)]
 Fraction = Annotated[float, Between(0, 1)]
 Rate = Annotated[float, Between(0, 10**6)]
 Seconds = Annotated[float, Between(0, 10**6)]
-"""Types of settings that several stages have."""
+"""Setting types shared by several stages."""
 
 
 def constraints(cls: type) -> dict[str, Between | OneOf]:
@@ -73,7 +73,7 @@ def constraints(cls: type) -> dict[str, Between | OneOf]:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Raise a UserError unless every number of a dataclass lies in the `Between` of its type."""
+    """Raise a UserError unless every number of a dataclass is within the `Between` of its type."""
     for name, bounds in constraints(type(config)).items():
         if isinstance(bounds, Between):
             require_between(prefix + name, getattr(config, name), bounds.low, bounds.high)
@@ -83,7 +83,7 @@ def choice(registry: Registry, default: Any) -> Any:
     """Return a dataclass field for a config registered in `registry`.
 
     Args:
-        registry: its entries are config classes with a field `kind`, their name.
+        registry: entries are config classes with a field `kind`, the registered name.
         default: name of the default entry, or a config.
     """
     named = isinstance(default, str)
@@ -101,10 +101,10 @@ def to_dict(config: Any) -> Any:
 
 
 def current_names(cls: type, values: Any) -> Any:
-    """Return the settings of a config with renamed settings under their current names.
+    """Return the settings of a config under their current names.
 
-    A dataclass lists its renamed settings in `RENAMED`, old name -> current name, and in `REMOVED` those that
-    earlier releases wrote and that have no effect.
+    A dataclass lists its renamed settings in `RENAMED`, old name -> current name, and in `REMOVED` those of
+    earlier releases that have no effect any more.
     """
     if not isinstance(values, dict):
         return values
@@ -113,7 +113,7 @@ def current_names(cls: type, values: Any) -> Any:
 
 
 def updated(cls: type, values: Any) -> Any:
-    """Return settings that an earlier release wrote as this one writes them; unknown ones as they are."""
+    """Convert settings of an earlier release to the current format; unknown settings stay unchanged."""
     try:
         return to_dict(from_dict(cls, values))
     except UserError:
@@ -128,7 +128,7 @@ def _renamed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_of(cls: type, name: Any, value: Any) -> type:
-    """Return the dataclass of a setting with nested settings; `object` for any other setting."""
+    """Return the dataclass of a nested setting; `object` for any other setting."""
     field = (
         next((f for f in dataclasses.fields(cls) if f.name == name), None)
         if dataclasses.is_dataclass(cls)

@@ -9,7 +9,7 @@ from latentact.errors import UserError
 
 
 def require_device(device: str) -> None:
-    """Check that torch can compute on a device.
+    """Check that torch can use a device.
 
     Raises:
         UserError: the device is unknown or not available.

@@ -1,4 +1,4 @@
-"""Command lines of settings (KEY=VALUE): current names, flags, help, and messages where they are wrong."""
+"""Command lines of settings (KEY=VALUE): current names, flags, help and error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latentact.registry import Registry
 log = logging.getLogger(__name__)
 
 SPELLINGS = {"data.batch_size": "training.batch_size", "training.optimizer": "training"}
-"""Names of settings, or of groups of settings, in other projects' command lines -> ours."""
+"""Names of settings or groups of settings on other projects' command lines -> ours."""
 
 
 def _current_override(cls: type, override: str) -> str:
@@ -42,7 +42,7 @@ def _current_override(cls: type, override: str) -> str:
 
 
 def current_overrides(cls: type, words: list[str]) -> list[str]:
-    """Return the command line with the current names of settings.
+    """Return the command line with current names of settings.
 
     Raises:
         UserError: a group gets a value instead of the name of an option.
@@ -104,14 +104,14 @@ def quoted(override: str) -> str:
 
 
 def choices(cls: type) -> Iterator[tuple[str, Registry]]:
-    """Yield the fields that choose an entry of a registry, and the registries."""
+    """Yield the fields that choose an entry of a registry, with their registries."""
     for field in dataclasses.fields(cls):
         if "registry" in field.metadata:
             yield field.name, field.metadata["registry"]
 
 
 def nested_dataclasses(cls: type) -> Iterator[tuple[str, type]]:
-    """Yield the fields that are dataclasses, and these."""
+    """Yield the fields that are dataclasses, with their classes."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "registry" not in field.metadata and (held := dataclass_in(hints[field.name])):
@@ -150,7 +150,7 @@ def keys(
 
 
 def help_text(stage: str, cls: type, example: str, argv: list[str]) -> str:
-    """Return what `--help` prints: settings with defaults and help, those of the options in `argv`."""
+    """Return the text of `--help`: settings with defaults and help, for the options chosen in `argv`."""
     lines = [f"Usage: latentact {stage.replace('_', '-')} [experiment=NAME] [KEY=VALUE ...]", ""]
     lines += [(inspect.getdoc(cls) or "").strip(), "", f"Example: {example}", ""]
     folder = Path(__file__).parent / "conf" / stage / "experiment"

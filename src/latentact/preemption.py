@@ -1,7 +1,7 @@
-"""Stopping when the scheduler asks for it: the signal USR1, then exit code 75 ("try again").
+"""Stop on request of the scheduler: signal USR1, then exit code 75 ("try again").
 
-Training finishes its step, saves a checkpoint and stops. Everything else stops at once, as after Ctrl-C, and
-the same command resumes it.
+Training finishes its step, saves a checkpoint and stops. Everything else stops at once, as after Ctrl-C.
+Re-run the command to resume.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h; the job script requeues a job that ends with it."""
 MARK = "LATENTACT_PREEMPTED"
-"""Environment variable: a file to create when stopping. `srun` kills the other processes when the first has
-ended, and its exit code is then theirs."""
+"""Environment variable with a file to create when stopping. `srun` kills the other processes when the first
+one ends, and then returns their exit code."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ _state = _State()
 
 
 def watch() -> None:
-    """Take USR1 from now on; call it before slow imports, in which the signal would kill the process."""
+    """Install the handler of USR1; call it before slow imports, as the signal would kill the process."""
     if threading.current_thread() is threading.main_thread():
         _state.deferred = _state.requested = False
         signal.signal(signal.SIGUSR1, _on_signal)
@@ -47,7 +47,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Let the body ask `requested` and stop by itself."""
+    """Defer the stop within the block, whose body polls `requested`."""
     _state.deferred = True
     try:
         yield
@@ -63,5 +63,5 @@ def stop() -> NoReturn:
 
 
 def requested() -> bool:
-    """Return whether the signal has come."""
+    """Return whether the signal was received."""
     return _state.requested

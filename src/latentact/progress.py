@@ -20,7 +20,7 @@ class Progress:
     Args:
         what: activity, such as "decoding".
         total: number of steps; may be an estimate.
-        unit: plural name of a step.
+        unit: plural name of a step, such as "frames".
         done: steps completed by an earlier run.
         every_s: seconds between log lines.
     """

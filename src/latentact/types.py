@@ -1,7 +1,7 @@
-"""Data types that the parts of latentact exchange.
+"""Data types shared by the packages of latentact.
 
-Shape letters: b batch, t time, k latent tokens per step, d dims per token, c h w image, a action, s state,
-n frames.
+Shape letters: b batch, t time, k latent tokens per step, d dimensions per token, c h w image, a action, s
+state, n frames.
 """
 
 from __future__ import annotations

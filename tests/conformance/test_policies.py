@@ -163,7 +163,7 @@ class NanGuideIsZero(NetworkPolicy):
         (MaskedTargetsCount, "loss must ignore masked targets"),
         (UnusedLayer, "no gradient for unused.weight, unused.bias"),
         (StateOutsideTheCheckpoint, "a saved policy must load bit-equal"),
-        (StateOptional, "must refuse a missing state"),
+        (StateOptional, "must reject a missing state"),
         (GuideIgnored, "must depend on the guide"),
         (NanGuideIsZero, "must treat a guide of NaN as no guide"),
     ],
@@ -265,7 +265,7 @@ def test_every_observation_matters(policy):
 def test_a_wrong_state_is_refused(policy):
     batch = observe(policy)
     for state, got in ((None, "none"), (batch.state[:, :2], "2")):
-        with pytest.raises(UserError, match=f"must have 3 numbers, got {got}"):
+        with pytest.raises(UserError, match=f"must have 3 values, got {got}"):
             policy(batch.frames, state, batch.words)
 
 
@@ -378,7 +378,7 @@ def test_grounding_keeps_the_network_and_what_it_means():
 
 
 def test_codes_need_a_codebook():
-    with pytest.raises(UserError, match=r"codes, but the labels of lapo have none"):
+    with pytest.raises(UserError, match=r"must not be codes for labels of lapo"):
         LatentConfig(target="codes").targets(replace(LATENT, codebook_size=None), None)
 
 

@@ -232,7 +232,7 @@ def test_projections_of_equal_size_are_initialized_too(
 def test_bad_input_is_one_sentence(world: Path, act: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
     said = refused("adapt-policy", "--policy", world / "lam", "--data", world / "plain", *out)
-    assert "must be a policy of LeRobot" in said
+    assert "must be a LeRobot policy" in said
     said = refused("adapt-policy", "--policy", act, "--data", world / "videos", *out)
     assert "must be a LeRobot v3 dataset" in said
     said = refused("adapt-policy", "--policy", tmp_path / "absent", "--data", world / "plain", *out)
@@ -240,7 +240,7 @@ def test_bad_input_is_one_sentence(world: Path, act: Path, tmp_path: Path) -> No
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     said = refused("adapt-policy", "--policy", act, "--data", world / "plain", "--out", tmp_path / "full")
-    assert "holds something else" in said
+    assert "got other files or settings" in said
     given = (
         "--lam-model-path",
         world / "lam",

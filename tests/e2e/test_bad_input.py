@@ -174,7 +174,10 @@ CASES = {
     ),
     # settings
     "no data": (lambda f: ("train-lam",), "data.path is required"),
-    "demo: k too large": (lambda f: ("demo", "--episodes", "5", "--k", "5"), "there are 4 training episodes"),
+    "demo: k too large": (
+        lambda f: ("demo", "--episodes", "5", "--k", "5"),
+        "between 0 and 4, the number of training episodes",
+    ),
     "settings that cannot be trained": (
         lambda f: ("train-lam", f"data.path={f.blocks}", "experiment=laom_debug", "lam.patch=0"),
         "lam=laom cannot be built or trained with these settings",
@@ -261,7 +264,10 @@ CASES = {
         lambda f: lam(f, "training.device=tpu"),
         "device must be cpu on this machine, got 'tpu'",
     ),
-    "negative share": (lambda f: lam(f, "held_out=1.5"), "held_out is 1.5"),
+    "negative share": (
+        lambda f: lam(f, "held_out=1.5"),
+        "held_out must be at least 0 and less than 1, got 1.5",
+    ),
     "unknown policy": (
         lambda f: policy("policy=bcc", "labels=x"),
         "unknown policy 'bcc'; did you mean 'bc'?",
@@ -277,15 +283,15 @@ CASES = {
     # k
     "k too large for train-lam": (
         lambda f: lam(f, "labeled_episodes=8"),
-        "8 labeled episodes are requested, but there are 7 training",
+        "labeled episodes must be between 0 and 7, the number of training episodes, got 8",
     ),
     "k too large for bc": (
         lambda f: policy("policy=bc", f"data.path={f.blocks}", "data.resolution=32", "labeled_episodes=9"),
-        "9 labeled episodes are requested, but there are 7 training",
+        "labeled episodes must be between 0 and 7, the number of training episodes, got 9",
     ),
     "k too large for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=8"),
-        "8 labeled episodes are requested, but there are 7 training",
+        "labeled episodes must be between 0 and 7, the number of training episodes, got 8",
     ),
     "no k for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=0"),
@@ -421,7 +427,7 @@ def test_bad_input(case, given, tmp_path, monkeypatch):
         ("train-lam data.path={data} out=out training.devices=0",
          "training.devices must be between 1 and 1024, got 0"),
         ("ground policy={policy} labels={labels} labeled_episodes=2 decoder.hidden=[0] out=out",
-         "decoder.hidden must be widths of at least 1"),
+         "decoder.hidden must be empty or widths of at least 1"),
         ("train-with-tokens --dataset-root {data} --output-dir out --learning-rate nan",
          "--learning-rate must be between 0 and 100, got nan"),
     ],
@@ -466,7 +472,7 @@ def test_k_larger_than_the_episodes_in_compare(tmp_path):
     np.savez(path, obs=FRAMES[rng.integers(20, size=30)], action=action, done=np.arange(30) % 10 == 9)
     out = tmp_path / "out"
     setting = ("env=babyai/GoToLocal", "data.resolution=32", "ks=[1,5]", f"out={out}")
-    assert "5 labeled episodes are requested, but there are 2 training episodes" in sentence(
+    assert "labeled episodes must be between 0 and 2, the number of training episodes, got 5" in sentence(
         cli("compare", f"data.path={path}", *setting)
     )
     assert not out.exists()

@@ -116,10 +116,8 @@ def test_unreadable_episodes_do_not_count(tmp_path):
 def test_what_a_lerobot_dataset_cannot_become(tmp_path):
     late = lerobot(tmp_path / "late", 3, times=lambda e, n: np.arange(n) / 10 + 0.01)
     found = checked(late, "--max-frames", "0")
-    assert warned(found, "rows lie more than LeRobot's tolerance of 0.0001 s from .* row 0 of episode 0")
-    assert warned(
-        found, f"meta/stats.json has no statistics of {TOP}, {STATE}, action, without which LeRobot"
-    )
+    assert warned(found, "rows must be within LeRobot's tolerance of 0.0001 s of .* row 0 of episode 0")
+    assert warned(found, f"meta/stats.json has no statistics of {TOP}, {STATE}, action, which LeRobot needs")
     for number, size in enumerate([(32, 48), (48, 64)]):
         write_video(tmp_path / f"v/{number}.mp4", 4, size=size)
     assert warned(checked(tmp_path / "v"), "videos of different sizes: 48x32, 64x48")
@@ -223,7 +221,7 @@ def test_the_page_holds_a_contact_sheet(tmp_path):
 def test_npz_episodes(blocks):
     found = checked(blocks)
     assert (found["kind"], found["episodes"]["count"], found["actions"]) == ("npz episodes", 8, "4 classes")
-    assert warned(found, "npz episodes cannot become a LeRobot dataset; precompute --output column refuses")
+    assert warned(found, "npz episodes cannot become a LeRobot dataset; precompute --output column rejects")
 
 
 def test_videos_without_a_transition_and_with_frames_that_do_not_decode(tmp_path):
@@ -233,12 +231,12 @@ def test_videos_without_a_transition_and_with_frames_that_do_not_decode(tmp_path
     start = len(whole) // 188 // 2 * 188  # packets have 188 bytes: a recording that began between key frames
     (folder / "late.ts").write_bytes(whole[start:])
     found = checked(folder)
-    assert warned(found, r"episodes of one frame, which have no transition: 1, such as one\.mp4")
+    assert warned(found, r"episodes of one frame, which have no transitions: 1, such as one\.mp4")
     shown = len(list(decode(folder / "late.ts")))
     held = probe(folder / "late.ts").frames
     assert held > shown > 0
     assert warned(
-        found, rf"another number of frames than they hold: 1, such as late\.ts \({shown} of {held}\)"
+        found, rf"a different number of frames than they contain: 1, such as late\.ts \({shown} of {held}\)"
     )
 
 
@@ -246,10 +244,10 @@ def test_unreadable_episodes_that_precompute_refuses(tmp_path):
     late = checked(
         complete(lerobot(tmp_path / "v3", 3, times=lambda e, n: np.arange(n) / 10 - 0.1 * (e == 0)))
     )
-    assert warned(late, "left out: 1, .* precompute --output column keeps their rows and refuses those")
+    assert warned(late, "left out: 1, .* precompute --output column keeps their rows and rejects those")
     two = lerobot(tmp_path / "v2", 2, cameras=(TOP, "observation.images.wrist"))
     (two / "videos/chunk-000/observation.images.wrist/episode_000000.mp4").write_bytes(b"not a video")
-    assert warned(checked(two), "precompute --output column refuses an episode of which another camera is")
+    assert warned(checked(two), "precompute --output column rejects an episode of which another camera is")
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty", "broken info", "no camera", "all damaged"])

@@ -233,7 +233,7 @@ def test_rows_of_a_vision_language_action_model(data, tmp_path):
     assert "head.kind must be chunk for discrete actions" in refused.stderr.splitlines()[-1]
     ok(*command)
     comparison = json.loads((out / "comparison.json").read_text())
-    assert comparison["verdict"].endswith("actions were drawn by their probability (temperature 1).")
+    assert comparison["verdict"].endswith("actions were sampled (temperature 1).")
     assert (out / "seed0/vla_k2/finetuned/decoder/metrics.csv").is_file()  # of the pseudo labels
     assert not (out / "seed0/vla_scratch_k2/finetuned/decoder").exists()
     found = {row["method"]: (row["k"], row["updates"], row["run"]) for row in comparison["rows"]}

@@ -275,7 +275,7 @@ def test_again_is_finished_and_a_failure_leaves_nothing(
     before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
     assert "already finished" in ok(*command(world, exported)).stderr
     assert before == {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    assert "holds something else" in refused(*command(world, exported, "--level", "0.8"))
+    assert "got other files or settings" in refused(*command(world, exported, "--level", "0.8"))
 
     def full(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -329,7 +329,7 @@ def test_bad_input_is_one_sentence(world: Path, tmp_path: Path) -> None:
     assert "the labels" in said
     assert "--calibration" in refused(*command(world, out, "--calibration", other / "labels"))
     assert "labeled-episodes must be between 2" in refused(*command(world, out, "--labeled-episodes", "1"))
-    assert "labeled episodes are requested" in refused(*command(world, out, "--labeled-episodes", "40"))
+    assert "labeled episodes must be between" in refused(*command(world, out, "--labeled-episodes", "40"))
     assert "no frame of" in refused(*command(world, out, "--max-uncertainty", "0", "--only-trusted"))
     assert "too few for intervals" in refused(*command(world, out, "--level", "0.99"))
     assert "--format must be lerobot, robomimic, zarr or lapa-jsonl" in refused(

@@ -109,7 +109,7 @@ def test_simulation(made, tmp_path, policy, env):
     done = ok(
         "imitate", *flags(made, policy=policy), "--env-name", env, "--output-dir", out, "--max-steps", "12"
     )
-    assert "What happened" in done.stdout
+    assert "The rollout" in done.stdout
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["steps"], metrics["ended"], metrics["success"]) == (
         12,
@@ -125,7 +125,7 @@ def test_simulation(made, tmp_path, policy, env):
     assert len(frames) == 13
     assert frames[0].shape[1] == 2 * frames[0].shape[0]
     page, _, scripts = (out / "report.html").read_text().partition("</footer>")
-    assert "What happened" in page
+    assert "The rollout" in page
     assert "data:video/mp4" in page
     assert not re.search(r"(src|href)=\"https?:", page)
     assert "Plotly" in scripts
@@ -305,14 +305,14 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
     ("arguments", "message"),
     [
         ((), "give either --video-path"),
-        (("--video-path", "a.mp4"), "give --lam-model-path"),
-        (("--latents-path", "{root}/latents"), "give --policy-path"),
+        (("--video-path", "a.mp4"), "--lam-model-path must be given"),
+        (("--latents-path", "{root}/latents"), "--policy-path must be given"),
         (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "Ground it first"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "is not a policy"),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--mode", "robot"),
-            "give --robot-config",
+            "--robot-config must be given",
         ),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--env-name", "PushTT-v0"),

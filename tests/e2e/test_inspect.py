@@ -238,7 +238,7 @@ def test_one_episode_is_said_to_be_one(trained, tmp_path):
     data = write_blocks(tmp_path / "one.npz", episodes=1, steps=30)
     assert cli("inspect", trained, "--data", data, "--out", tmp_path / "card").returncode == 0
     numbers = json.loads((tmp_path / "card/inspect.json").read_text())
-    assert any(said.startswith("There is one evaluation episode") for said in numbers["missing"])
+    assert any(said.startswith("There is only one evaluation episode") for said in numbers["missing"])
     page = (tmp_path / "card/inspect.html").read_text()
     assert not any(f'id="{anchor}"' in page for anchor in ("labels", "transfer"))
 

@@ -210,12 +210,12 @@ def test_lerobot_train_is_the_same_training_and_resumes(
         (("--policy", "act"), "--policy must be lam_diffusion or lam_act, got 'act'"),
         (("--num-epochs", "0"), "--num-epochs must be between 1"),
         (("--policy-override", "lam_dropout"), "--policy-override must be KEY=VALUE"),
-        (("--policy-override", "lam_dropuot=0.1"), "does not take these settings"),
+        (("--policy-override", "lam_dropuot=0.1"), "does not accept these settings"),
         (("--policy-override", "lam_dropout=2"), "must be at least 0 and less than 1"),
         (("--policy-override", "lam_dropout=some"), "lam_dropout"),
         (("--policy-override", "lam_num_learned_tokens=7"), "Set lam_num_learned_tokens=2"),
         (("--lam-tokens-path", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
-        (("--dataset-root", "nowhere"), "nowhere is no LeRobot dataset"),
+        (("--dataset-root", "nowhere"), "nowhere is not a LeRobot dataset"),
     ],
 )
 def test_bad_options_are_one_sentence(world: Path, options: tuple[str, ...], said: str) -> None:

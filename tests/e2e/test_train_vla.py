@@ -257,7 +257,7 @@ def test_bad_input(runs, tmp_path):
     assert "regression must be l1 or mse" in refused("train-vla", *SMALL, labels, "model.regression=huber")
     for wrong, message in {
         f"vla={root}/lam": "is not a vision-language-action model",
-        "labeled_episodes=50": "50 labeled episodes are requested",
+        "labeled_episodes=50": "number of training episodes, got 50",
         "head.kind=flow": "head.kind must be chunk for discrete actions",
         "head.chunk_size=0": "chunk_size must be between 1 and 1024",
     }.items():
@@ -282,7 +282,7 @@ def test_labels_and_prompts_that_do_not_fit(runs, tmp_path, blocks):
     long, out = "long " * 500, f"out={tmp_path}/out"
     for settings, message in (
         ((f"labels={tmp_path}/codes",), "must hold codes from 0 to 15, got 0 to 16"),
-        ((f"labels={root}/labels", f"model.vlm={tmp_path}/llama"), "a model from images and text to text"),
+        ((f"labels={root}/labels", f"model.vlm={tmp_path}/llama"), "an image-text-to-text model"),
         ((f"labels={root}/labels", f"model.prompt={long}{{task}}"), "must have at most 2048 tokens"),
     ):
         assert message in refused("train-vla", *SMALL, *settings, out)

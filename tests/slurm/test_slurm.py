@@ -166,6 +166,6 @@ def test_a_refused_job_leaves_nothing(blocks, tmp_path):
     typed = ("train-lam", f"data.path={blocks}", f"out={tmp_path}/run", *JOB, *ON_CPU)
     done = cli(*typed, "cluster.compute.partition=gpus")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: SLURM refuses the job: ")
+    assert done.stderr.startswith("error: SLURM rejected the job: ")
     assert "gpus" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -63,7 +63,7 @@ def brighten(observation):
         ),
         (
             {"step": lambda o, *rest: (brighten(o), *rest)},
-            "same seed must give the same episode, got another pixels",
+            "same seed must give the same episode, got a different pixels",
         ),
         (
             {

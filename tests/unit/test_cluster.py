@@ -96,7 +96,7 @@ def test_a_users_folder_has_experiments_data_and_clusters_of_its_own(tmp_path):
             ["cluster=slurm", "cluster.container.runtime=podman"],
             r"cluster.container.runtime must be .* got 'podman'",
         ),
-        (["cluster=slurm", "cluster.container.runtime=apptainer"], "needs both runtime and image"),
+        (["cluster=slurm", "cluster.container.runtime=apptainer"], "must have both runtime and image"),
         (["lam=3"], "unknown lam '3'"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_job_of_another_size_is_refused(monkeypatch):
 
     for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "mine", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="must give --ntasks-per-node, got --ntasks=4"):
+    with pytest.raises(UserError, match="must set --ntasks-per-node, got --ntasks=4"):
         build_environment(TrainingConfig(num_nodes=2, devices=2))
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
     [environment] = build_environment(TrainingConfig(num_nodes=2, devices=2))

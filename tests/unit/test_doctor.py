@@ -74,7 +74,7 @@ def test_a_wrong_version_is_an_error_and_a_missing_extra_is_not(monkeypatch):
     assert found["latentact[train]"].status == "error"
     assert "lightning 0.1, not <2.7,>=2.6" in found["latentact[train]"].found
     assert found["latentact[umap]"].status == "ok"
-    assert found["latentact[umap]"].advice == "To have it: pip install 'latentact[umap]'"
+    assert found["latentact[umap]"].advice == "Install it: pip install 'latentact[umap]'"
     assert found["latentact"].status == "ok"
 
 

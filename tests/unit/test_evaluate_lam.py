@@ -174,7 +174,7 @@ def test_a_collapsed_lam_is_called_out():
     assert numbers["codebook"] == {"size": 64, "used": 1, "dead": 63, "perplexity": 1.0}
     said = " ".join(numbers["warnings"])
     assert "Codes collapsed" in said
-    assert "Latents tell no more about the action" in said
+    assert "Latents predict the action no better" in said
 
 
 def test_continuous_actions_and_displacement():

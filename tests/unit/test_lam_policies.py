@@ -429,7 +429,7 @@ def test_data_that_does_not_fit(kind: str, data: Path, lam: Path) -> None:
         config.check_dataset(LeRobotDatasetMetadata("local/tokens", root=root))
 
     check()
-    with pytest.raises(UserError, match=r"= 12 numbers per row, got 8\. Set both"):
+    with pytest.raises(UserError, match=r"= 12 values per row, got 8\. Set both"):
         check(lam_num_learned_tokens=3)
     with pytest.raises(
         UserError, match=r"must have a column 'observation\.lam_tokens', got none\. Add it with"

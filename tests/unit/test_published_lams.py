@@ -96,7 +96,7 @@ def test_convert_gives_the_same_numbers(model: Lapo, tmp_path: Path) -> None:
     assert torch.equal(ours.encode(frames).vectors, published.encode(frames).vectors)
     again = cli("convert-lam", path, "--out", tmp_path / "ours")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
-    assert "must not exist or be empty" in again.stderr
+    assert "must be a new or empty folder" in again.stderr
 
 
 def first_less(weights: dict) -> dict:

@@ -121,7 +121,7 @@ def test_a_dry_run_uploads_nothing(hub: Hub, tmp_path: Path) -> None:
     assert (data["library_name"], data["pipeline_tag"]) == ("lerobot", "robotics")
     assert {"lerobot", "latentact", "bc"} <= {*data["tags"]}
     assert not {"license", "datasets", "model-index"} & data.keys()
-    assert "No evaluation results were found beside this policy." in card
+    assert "No evaluation results were found next to this policy." in card
     assert hub.private is None
     assert hub.files == {}
 
@@ -198,7 +198,7 @@ def test_a_row_of_a_comparison_stands_beside_its_baselines(hub: Hub, tmp_path: P
 def test_a_lam_with_its_probes_and_their_floors(hub: Hub, tmp_path: Path) -> None:
     folder = write_lam(tmp_path / "lam")
     bare = push(folder, REPO, "--dry-run")
-    assert "No evaluation results were found beside this model." in bare
+    assert "No evaluation results were found next to this model." in bare
     probe = {"metric": "accuracy", "ci95": [0.5, 0.75]}
     evaluation = {
         "recon_mse": 0.125,

@@ -156,7 +156,7 @@ def test_the_page_has_every_section_and_loads_nothing_from_elsewhere(whole):
         f"Every method on env {EVIL}",
         "Watch the policies act",
         "The latent action model",
-        "Prediction beside reality",
+        "Prediction and reality",
         "One latent, many places",
         "Do latents hold the action?",
         "Map of latent actions",
@@ -204,7 +204,7 @@ def test_a_lone_lam_run(tmp_path):
     page = Page(result.html.read_text())
     assert page.headings[0] == "The latent action model works."
     assert page.headings[-1] == "Not in this report"
-    assert "No comparison of methods was run. No rollout was filmed." in result.html.read_text()
+    assert "No comparison of methods was run. No rollout was recorded." in result.html.read_text()
 
 
 def test_warnings_of_a_lam_come_first(tmp_path):

@@ -359,8 +359,8 @@ def test_cameras_of_a_foreign_tar(tmp_path):
     ("content", "message"),
     [
         ("gzip", "a.tar .*compressed; unpack it"),
-        ("cut", "a.tar .*truncated|a.tar .*no complete tar"),
-        ("text", "a.tar .*no complete tar"),
+        ("cut", "a.tar .*truncated|a.tar .*not a complete tar"),
+        ("text", "a.tar .*not a complete tar"),
         ("no images", "has no readable episode"),
     ],
 )

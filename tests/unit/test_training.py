@@ -262,7 +262,7 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_checkpoint_refuses_what_would_need_a_pickle(tmp_path):
-    with pytest.raises(TypeError, match=r"/model must be tensors, numbers or text, got Noisy"):
+    with pytest.raises(TypeError, match=r"/model must be tensors, numbers or strings, got Noisy"):
         FolderCheckpointIO().save_checkpoint({"model": Noisy()}, tmp_path / "here")
     assert not [*tmp_path.iterdir()]
 

@@ -186,7 +186,7 @@ def test_numbers_without_codes(regression):
     loss, _ = vla.loss(VlaBatch(inputs=inputs, latent=target, latent_mask=mask, state=state))
     assert loss.item() == pytest.approx({"l1": 2, "mse": 4}[regression] / 3, rel=1e-4)
     assert not torch.allclose(vla.decode(inputs, state + 50), decoded, atol=1e-4)
-    with pytest.raises(UserError, match=r"observation.state must have 2 numbers, got none"):
+    with pytest.raises(UserError, match=r"observation.state must have 2 values, got none"):
         vla.decode(inputs, None)
 
 
@@ -214,7 +214,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
 
 def test_models_of_another_kind_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match=r"from images and text to text, got .* of type 'llama'"):
+    with pytest.raises(UserError, match=r"image-text-to-text model, got .* of type 'llama'"):
         load_vlm(str(tmp_path), 16)
     with pytest.raises(UserError, match=r"vlm must be tiny, a folder or a hub id that can be read, got"):
         load_vlm(str(tmp_path / "nothing"), 16)

@@ -158,7 +158,7 @@ def test_frames_that_are_no_images_or_differ_in_shape_are_noted(tmp_path):
     write(tmp_path / "d/a.npz")
     write(tmp_path / "d/b.npz", obs=np.concatenate([FRAMES, FRAMES[..., :1]], -1))
     check, _ = check_data(tmp_path / "d", max_frames=0)
-    assert "frames of 4 channels, such as in b.npz, are grids of features and no images" in check.warnings
+    assert "frames of 4 channels, such as in b.npz, are grids of features, not images" in check.warnings
     assert any(
         "frames differ in shape: [32, 48, 3] in a.npz, [32, 48, 4] in b.npz" in w for w in check.warnings
     )

@@ -234,7 +234,7 @@ def test_rows_of_an_episode_that_lie_apart_are_one_sentence(tmp_path):
     def mix(table):
         return pa.concat_tables([table.slice(0, 4), table.slice(8), table.slice(4, 4)])
 
-    with pytest.raises(UserError, match="holds rows of episode 0 apart from its others"):
+    with pytest.raises(UserError, match="must hold the rows of episode 0 together"):
         store(change_tables(lerobot(tmp_path / "d", 3, **IMAGES), mix))
 
 

@@ -130,7 +130,7 @@ def test_an_episode_over_several_files_gets_its_tokens(tmp_path, images):
 def test_rows_of_an_episode_apart_over_files_are_one_sentence(tmp_path):
     root = spread(lerobot(tmp_path / "d", 3, **IMAGES), 4, 8)
     (root / "data/chunk-000/file-001.parquet").rename(root / "data/chunk-000/file-009.parquet")
-    with pytest.raises(UserError, match=r"file-009.parquet holds rows of episode 0 apart from its others"):
+    with pytest.raises(UserError, match=r"file-009.parquet must hold the rows of episode 0 together"):
         store(root)
 
 
@@ -188,7 +188,7 @@ def test_types_that_are_no_numbers_are_named(tmp_path, dtype):
     root = lerobot(
         tmp_path / "d", 3, columns={STATE: ({"dtype": dtype, "shape": [2], "names": None}, state_of)}
     )
-    with pytest.raises(UserError, match=f"features.{STATE}.dtype must be a type of numbers, .*got '{dtype}'"):
+    with pytest.raises(UserError, match=f"features.{STATE}.dtype must be a numeric type, .*got '{dtype}'"):
         _ = store(root).state
 
 
@@ -344,7 +344,7 @@ def test_impossible_times_are_found_before_a_frame_is_decoded(tmp_path, monkeypa
         said = done.stderr if name != "precompute" else cli("check-data", root, "--max-frames", "0").stdout
         assert words in said, name
         assert not out.exists()
-    assert "rows lie more than LeRobot's tolerance of 0.0001 s" in done.stderr
+    assert "rows must be within LeRobot's tolerance of 0.0001 s" in done.stderr
 
 
 @pytest.mark.parametrize("kind", LOST)

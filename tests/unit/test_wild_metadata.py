@@ -350,7 +350,7 @@ def test_a_discrete_action_that_is_not_whole_names_its_row(tmp_path):
     feature = {"dtype": "int64", "shape": [1], "names": None}
     columns = {"action": (feature, lambda e, n: pa.array(values[:n], pa.float64()))}
     root = lerobot(tmp_path / "d", 3, cell=image_cell, columns=columns)
-    assert "column action of int64 must hold whole numbers, got [0.5] in row 2" in opened(root, tmp_path)
+    assert "column action of int64 must hold integers, got [0.5] in row 2" in opened(root, tmp_path)
 
 
 def test_two_texts_of_one_task_are_refused(copy, tmp_path):
@@ -376,7 +376,7 @@ def test_lengths_that_contradict_the_tables_are_noted(copy, tmp_path):
 def test_rows_of_episodes_that_are_not_listed_are_noted(copy, tmp_path):
     root = change_tables(copy(3), lambda t: t.slice(0, 1), "meta/episodes")
     (note,) = open_source(root, "", Memo(tmp_path / "memo", root)).notes
-    assert "rows of 1 episodes, such as episode 1, are in the tables and not in the list" in note
+    assert "rows of 1 episodes, such as episode 1, are in the tables but not in the list" in note
 
 
 SURROGATES = ["meta/info.json", "meta/tasks.jsonl", "meta/episodes.jsonl"]

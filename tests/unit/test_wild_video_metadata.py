@@ -140,7 +140,7 @@ def test_metadata_without_tasks_gives_none(tmp_path, clip, text):
     shutil.copy(clip, tmp_path / "a.mp4")
     (tmp_path / "metadata.csv").write_text(text)
     assert store(tmp_path).task_texts == ("",)
-    assert opened(tmp_path, tmp_path / "memo").notes == ["the metadata names no task"]
+    assert opened(tmp_path, tmp_path / "memo").notes == ["the metadata has no task"]
 
 
 def test_accents_of_file_names_in_both_unicode_forms(tmp_path, clip):

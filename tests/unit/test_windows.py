@@ -152,7 +152,7 @@ def test_split_is_seeded_disjoint_and_never_empty(tmp_path):
     assert len({tuple(o) for o in others}) > 1
     assert [len(part) for part in split_episodes(store, held_out=0.0, seed=0)] == [9, 1]
     assert [len(part) for part in split_episodes(store, held_out=0.99, seed=0)] == [1, 9]
-    with pytest.raises(UserError, match="held_out is 1"):
+    with pytest.raises(UserError, match=r"held_out must be .*, got 1"):
         split_episodes(store, held_out=1.0, seed=0)
 
 
@@ -172,6 +172,6 @@ def test_labeled_episodes_are_nested():
         assert all(a <= b for a, b in itertools.pairwise(chosen))
     assert choose_labeled(train, None, 0).tolist() == train.tolist()
     with pytest.raises(
-        UserError, match="7 labeled episodes are requested, but there are 6 training episodes"
+        UserError, match="labeled episodes must be between 0 and 6, the number of training episodes, got 7"
     ):
         choose_labeled(train, 7, 0)

@@ -18,12 +18,12 @@ from latentact.errors import UserError
 @EnvConfig.register_subclass("latentact")
 @dataclass
 class LatentactEnv(EnvConfig):
-    """An environment of latentact, by the name that `latentact rollout --env` takes."""
+    """A latentact environment, named as in `latentact rollout --env`."""
 
     task: str | None = "babyai/GoToRedBall"
     """Environment: `babyai/LEVEL`, `pusht`, or a Gymnasium id."""
     view: str = "agent"
-    """"agent" or "full", as the policy's data was collected."""
+    """"agent" or "full"; the view in which the policy's data was collected."""
     resolution: int = 0
     """Height and width of the frames in pixels; 0: the environment's own."""
     distract: str = ""
@@ -38,7 +38,7 @@ class LatentactEnv(EnvConfig):
         """Validate the configuration and fill in the features.
 
         Raises:
-            UserError: there is no such environment, or a setting does not fit it.
+            UserError: the environment does not exist, or a setting does not fit it.
         """
         from lerobot_env_latentact.latentact_env import make
 
@@ -67,7 +67,7 @@ class LatentactEnv(EnvConfig):
 
     @property
     def camera_name(self) -> str | None:
-        """Name of the camera in LeRobot's dict of images; None for `observation.image`."""
+        """Camera name in LeRobot's dict of images; None for `observation.image`."""
         return None if self.camera == OBS_IMAGE else self.camera.removeprefix(f"{OBS_IMAGES}.")
 
     @property
@@ -83,7 +83,7 @@ class LatentactEnv(EnvConfig):
         }
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """Return ``{"latentact": {0: vector environment}}``; an environment waits when its episode ends."""
+        """Return ``{"latentact": {0: vector environment}}``; environments idle after their episode."""
         from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
         from lerobot.envs.utils import freeze_after_episode_end
 

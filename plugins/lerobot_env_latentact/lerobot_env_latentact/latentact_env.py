@@ -13,11 +13,11 @@ from latentact.envs.spec import env_spec, make_env
 from latentact.types import ActionSpace
 
 NO_LIMIT = 100_000
-"""Step limit given to LeRobot where each episode has its own: LeRobot applies one limit to all of a batch."""
+"""Step limit reported to LeRobot if every episode has its own: LeRobot applies one limit to a whole batch."""
 
 
 class LatentactGymEnv(gym.Wrapper):
-    """Wraps what `make_env` returns.
+    """Wrap an environment of `make_env` for LeRobot.
 
     Observations: `pixels` ``{camera: uint8 [h, w, 3]}`` (the array itself for LeRobot's single camera) and
     `agent_pos` float32 `[s]` where the environment has a state. Actions: float32 `[a]`; a discrete action is
@@ -25,8 +25,8 @@ class LatentactGymEnv(gym.Wrapper):
     environment reports it.
 
     Args:
-        env: what `make_env` returned.
-        actions: its actions.
+        env: environment returned by `make_env`.
+        actions: action space of the environment.
         camera: name of the camera; None: the single camera.
         fps: frames per second of videos.
         max_steps: steps after which an episode is truncated; 0: the environment's own limit.
@@ -50,12 +50,12 @@ class LatentactGymEnv(gym.Wrapper):
 
     @property
     def task_description(self) -> str:
-        """Text of the present episode's task."""
+        """Task text of the current episode."""
         return self.task
 
     @property
     def render_mode(self) -> str:
-        """Frames are returned as arrays."""
+        """Render mode `rgb_array`: `render` returns arrays."""
         return "rgb_array"
 
     @property
@@ -66,7 +66,7 @@ class LatentactGymEnv(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; LeRobot's options are for its own wrappers."""
+        """Start an episode; `options` is ignored."""
         observation, info = self.env.reset(seed=seed)
         self.task, self._steps = str(info["task"]), 0
         return self._adapted(observation), {}

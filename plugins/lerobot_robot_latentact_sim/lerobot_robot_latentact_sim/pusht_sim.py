@@ -54,7 +54,7 @@ class PushTSim(Robot):
 
     @property
     def is_calibrated(self) -> bool:
-        """True: there is nothing to calibrate."""
+        """True: calibration is not needed."""
         return True
 
     def connect(self, calibrate: bool = True) -> None:
@@ -80,7 +80,7 @@ class PushTSim(Robot):
         if fault == "block":
             threading.Event().wait()
         if fault == "raise":
-            raise ConnectionError("the simulated robot does not answer")
+            raise ConnectionError("the simulated robot does not respond")
         if self.config.realtime:
             self._catch_up()
         x, y = (float(value) for value in self._observation["agent_pos"])

@@ -37,7 +37,7 @@ class LatentInput:
     gap_s: float = 0.0
     """Seconds that a latent action spans; 0: unknown."""
     spec: LatentActionSpec | None = None
-    """What the latent actions mean; None where the checkpoint does not record it."""
+    """Spec of the latent actions; None if the checkpoint does not record it."""
     weights: str = ""
     """Hash of the LAM's weights, for checkpoints without `spec`; empty: unknown."""
     optional: bool = False
@@ -46,28 +46,28 @@ class LatentInput:
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSpec:
-    """What an agent needs from an environment or robot, and what it returns."""
+    """Inputs that an agent needs from an environment or robot, and its outputs."""
 
     action_space: ActionSpace
     """Robot action."""
     cameras: tuple[str, ...] = ()
-    """Keys of the images it needs; ("",): one image, whatever its key."""
+    """Keys of the required images; ("",): one image under any key."""
     channels: int = 3
     """Channels of these images."""
     state_size: int = 0
-    """Dimensions of the robot state it needs; 0: none."""
+    """Dimensions of the required robot state; 0: none."""
     fps: float = 0.0
     """Robot actions per second in its training data; 0: unknown."""
     latent: LatentInput | None = None
-    """Latent actions it is conditioned on; None where it is conditioned on observations only."""
+    """Latent actions it is conditioned on; None if it is conditioned on observations only."""
 
 
 @runtime_checkable
 class Agent(Protocol):
-    """A policy that acts in b episodes side by side."""
+    """A policy that acts in b episodes in parallel."""
 
     spec: AgentSpec
-    """What it needs and returns."""
+    """Inputs and outputs."""
 
     def reset(self, num_envs: int) -> None:
         """Clear all per-episode state; `num_envs` new episodes start."""
@@ -79,7 +79,7 @@ class Agent(Protocol):
         """Return one robot action per episode: float32 `[b, a]`, or int64 `[b]` by `ActionSpace.values`.
 
         Args:
-            observation: as in the module's docstring.
+            observation: see the module docstring.
             latent: latent actions at the offsets of `spec.latent`; None: act on the observation alone.
 
         Raises:
@@ -89,10 +89,10 @@ class Agent(Protocol):
 
 
 def select_image(observation: dict[str, Any], camera: str) -> UInt8[np.ndarray, "... h w c"]:
-    """Return the image of a camera, or the only image whatever its key.
+    """Return the image of a camera, or the only image under any key.
 
     Raises:
-        UserError: there are several images and none of that key, or there is none.
+        UserError: there is no image, or there are several and none has this key.
     """
     images = {key: value for key, value in observation.items() if key.startswith(IMAGES)}
     if camera in images:
@@ -109,7 +109,7 @@ def select_state(observation: dict[str, Any], size: int) -> Float32[np.ndarray, 
     """Return the robot state.
 
     Raises:
-        UserError: there is none, or it is of another size.
+        UserError: the state is missing or has a different size.
     """
     state = observation.get(STATE)
     if state is None or state.shape[-1] != size:

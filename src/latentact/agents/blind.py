@@ -1,4 +1,4 @@
-"""An agent that observes nothing and draws its actions: a floor that every policy must be above."""
+"""An agent that ignores observations and draws its actions: a floor that every policy must beat."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BLIND = ("uniform", "frequencies")
 
 
 class BlindAgent:
-    """Draws actions uniformly, or as often as demonstrations have them.
+    """Draw actions uniformly, or with their frequencies in demonstrations.
 
     Args:
-        kind: uniform: any class, or numbers between the smallest and the largest of the demonstrations;
+        kind: uniform: any class, or values between the minimum and maximum of the demonstrations;
             frequencies: the action of a random step of the demonstrations.
-        space: robot action.
-        actions: of the demonstrations, int64 ``[n]`` or float32 ``[n, a]``.
-        seed: of the draws.
+        space: robot action space.
+        actions: actions of the demonstrations, int64 ``[n]`` or float32 ``[n, a]``.
+        seed: seed of the draws.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class BlindAgent:
         self._random = np.random.default_rng(seed)
 
     def reset(self, num_envs: int) -> None:
-        """Do nothing; the draws go on."""
+        """Do nothing; draws continue."""
 
     def act(
         self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None

@@ -1,4 +1,4 @@
-"""Grounded latent policies that follow given latent actions: their decoder alone acts."""
+"""Grounded latent policies that follow given latent actions: only their decoder is used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from latentact.policies.selection import Choose, greedy
 
 
 class DecoderAgent:
-    """Decodes each given latent action into its robot actions; needs no image.
+    """Decode each given latent action into robot actions; no image is needed.
 
     Args:
         policy: a grounded latent policy.
-        device: where it is.
-        choose: takes a class of a discrete action.
+        device: device of the policy.
+        choose: selects the class of a discrete action.
     """
 
     def __init__(self, policy: Policy, device: str = "cpu", choose: Choose = greedy) -> None:
@@ -44,7 +44,7 @@ class DecoderAgent:
         self.reset(0)
 
     def reset(self, num_envs: int) -> None:
-        """Drop the decoded actions that are left."""
+        """Clear the decoded actions that were not executed."""
         self._chunk: Any = None
         self._used = 0
 
@@ -54,10 +54,10 @@ class DecoderAgent:
     ) -> Shaped[np.ndarray, "b *a"]:
         """Return one robot action per episode; see `Agent.act`.
 
-        A latent action is read when the actions of the previous one are used up.
+        A latent action is read when all actions of the previous one were executed.
         """
         if latent is None:
-            raise UserError("the agent decodes latent actions, got none. Give it a guide.")
+            raise UserError("the agent must have latent actions to decode, got none. Give it a guide.")
         if self._chunk is None or self._used == self._chunk.shape[1]:
             self._chunk, self._used = self._decode(observation, latent[:, 0]), 0
         self._used += 1

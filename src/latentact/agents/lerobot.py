@@ -20,7 +20,7 @@ def read_policy_config(folder: Path) -> Any:
     """Return LeRobot's configuration of a policy folder.
 
     Raises:
-        UserError: LeRobot is not installed, or no installed package provides its type.
+        UserError: LeRobot is not installed, or no installed package provides the policy type.
     """
     try:
         from lerobot.configs import PreTrainedConfig
@@ -38,7 +38,7 @@ def read_policy_config(folder: Path) -> Any:
 
 
 class LeRobotAgent:
-    """Runs any LeRobot policy from its `pretrained_model` folder.
+    """Run any LeRobot policy from its `pretrained_model` folder.
 
     A policy that is conditioned on LAM tokens reads them before every action: of each predicted chunk only
     the first action is executed. Without latent actions it executes `n_action_steps`, as in LeRobot.
@@ -49,8 +49,8 @@ class LeRobotAgent:
         guided: whether latent actions are given.
 
     Raises:
-        UserError: its type is unknown, it cannot be loaded, it reads observations that neither environments
-            nor robots have here, or it is to be guided and is not conditioned on latent actions.
+        UserError: the type is unknown, the policy cannot be loaded, it needs observations that environments
+            and robots here do not have, or `guided` is set and it is not conditioned on latent actions.
     """
 
     def __init__(self, folder: Path, device: str, *, guided: bool = False) -> None:
@@ -125,7 +125,7 @@ class LeRobotAgent:
 
     @staticmethod
     def _resized(frames: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Return frames `[b, h, w, 3]` at the size of a feature `[3, h, w]`; only squares are resized."""
+        """Resize square frames `[b, h, w, 3]` to a feature's shape `[3, h, w]`; check the size of others."""
         _, height, width = shape
         if frames.shape[1:3] == (height, width):
             return frames

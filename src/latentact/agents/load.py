@@ -19,10 +19,10 @@ from latentact.policies.vla.model import Vla
 
 
 def pretrained_folder(where: str | Path) -> Path:
-    """Return the folder of a policy; a LeRobot training's output folder means its last checkpoint.
+    """Return the folder of a policy; for the output folder of a LeRobot training, its last checkpoint.
 
     Raises:
-        UserError: it is neither a folder with `config.json` nor a hub id.
+        UserError: `where` is neither a folder with `config.json` nor a hub id.
     """
     last = Path(where) / "checkpoints" / "last" / "pretrained_model"
     return resolve_folder(last if last.is_dir() else where)
@@ -34,15 +34,15 @@ def load_agent(
     """Load a policy of any kind: ours, or any LeRobot policy.
 
     Args:
-        where: folder or hub id; a LeRobot training's output folder means its last checkpoint.
+        where: folder or hub id; for the output folder of a LeRobot training, its last checkpoint.
         device: cpu, cuda or mps.
-        guided: whether the agent follows given latent actions. Of a grounded latent policy the decoder alone
-            acts then, instead of its own prediction of the latent action.
-        choose: takes a class of a discrete action; other LeRobot policies choose themselves.
+        guided: whether the agent follows given latent actions. A grounded latent policy then decodes these
+            instead of its own predictions.
+        choose: selects the class of a discrete action; ignored by LeRobot policies of other types.
 
     Raises:
-        UserError: it is missing, damaged or not grounded, or it is to be guided and is not conditioned on
-            latent actions.
+        UserError: the policy is missing, damaged or not grounded, or `guided` is set and it is not
+            conditioned on latent actions.
     """
     folder = pretrained_folder(where)
     values = read_json(folder / "config.json")
@@ -51,7 +51,7 @@ def load_agent(
     if isinstance(values, dict) and "vla" in values:
         if guided:
             raise UserError(
-                f"{where} is not conditioned on latent actions, it predicts its own. Run it without a guide, "
+                f"{where} is not conditioned on latent actions; it predicts its own. Run it without a guide, "
                 "with `latentact rollout`."
             )
         return VlaAgent(Vla.from_pretrained(folder, device), device, choose)

@@ -1,4 +1,4 @@
-"""Policies of this package as agents: the frame history and the action chunk of each episode."""
+"""latentact policies as agents, with the frame history and action chunk of each episode."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from latentact.policies.selection import Choose, greedy
 
 
 class PolicyAgent:
-    """Runs a policy that ends in robot actions; a guided policy takes latent actions besides.
+    """Run a policy that outputs robot actions; a guided policy also takes latent actions.
 
     Args:
         policy: the policy.
         device: where to run it.
         autocast: whether to run it in bf16.
-        choose: takes a class of a discrete action.
+        choose: selects the class of a discrete action.
 
     Raises:
         UserError: the policy predicts latent actions and is not grounded.
@@ -86,7 +86,7 @@ class PolicyAgent:
 
 
 def agent_spec(policy: Policy) -> AgentSpec:
-    """Return what a grounded policy needs and returns when it acts on observations.
+    """Return the spec of a policy that acts on observations.
 
     Raises:
         UserError: the policy predicts latent actions and is not grounded.
@@ -114,7 +114,7 @@ def agent_spec(policy: Policy) -> AgentSpec:
 
 
 class PolicyActor(PolicyAgent):
-    """Deprecated name of `PolicyAgent`, which also takes images, states and tasks one by one."""
+    """Deprecated name of `PolicyAgent`, which also takes images, states and tasks as separate arguments."""
 
     def act(  # type: ignore[override]
         self,
@@ -123,7 +123,7 @@ class PolicyActor(PolicyAgent):
         tasks: list[str] | None = None,
         guide: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Return one robot action per episode, from an observation or from its parts."""
+        """Return one robot action per episode, from an observation or its separate parts."""
         if isinstance(pixels, dict):
             return super().act(pixels, state if guide is None else guide)
         observation: dict[str, Any] = {IMAGES: pixels, TASK: tasks or [""] * len(pixels)}

@@ -1,4 +1,4 @@
-"""Vision-language-action models as agents: an image and the task text to a chunk of robot actions."""
+"""Vision-language-action models as agents: from an image and the task text to a chunk of robot actions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from latentact.policies.vla.model import Vla
 
 
 class VlaAgent:
-    """Runs a model of `finetune-vla`.
+    """Run a model of `finetune-vla`.
 
     Args:
         model: the model.
         device: where to run it.
-        choose: takes a class of a discrete action.
+        choose: selects the class of a discrete action.
 
     Raises:
-        UserError: it predicts latent actions only.
+        UserError: the model predicts latent actions only.
     """
 
     def __init__(self, model: Vla, device: str = "cpu", choose: Choose = greedy) -> None:
@@ -41,14 +41,14 @@ class VlaAgent:
         self.reset(0)
 
     def reset(self, num_envs: int) -> None:
-        """Drop the actions that are left."""
+        """Clear the actions that were not executed."""
         self._chunk: Any = None
         self._used = 0
 
     def act(
         self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None
     ) -> Shaped[np.ndarray, "b *a"]:
-        """Return one robot action per episode; see `Agent.act`. Latent actions are not used."""
+        """Return one robot action per episode; see `Agent.act`. Latent actions are ignored."""
         if self._chunk is None or self._used == self._steps:
             self._chunk, self._used = self._predict(observation), 0
         self._used += 1

@@ -1,4 +1,4 @@
-"""The commands, in the order of `latentact --help`, and what each of them prints."""
+"""Commands in the order of `latentact --help`, and the output of each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from latentact.cli.stage_command import app, hydra_command, stage_command
 __all__ = ["NOT_RESUMABLE", "app"]
 
 NOT_RESUMABLE = {"check-data", "check-guidance", "doctor", "imitate", "inspect", "report", "rollout"}
-"""Commands that start from the beginning after an interruption."""
+"""Commands that start over after an interruption."""
 
 
 @stage_command("collect", "CollectConfig", argument="env")
 def _collect(config: Any, result: Any) -> str:
-    """Play a scripted expert and keep its successful episodes.
+    """Run a scripted expert and keep its successful episodes.
 
     Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
     """
@@ -104,7 +104,7 @@ def _label(config: Any, result: Any) -> str:
 
 @stage_command("precompute", "PrecomputeConfig", names={"role": "as"})
 def _precompute(config: Any, result: Any) -> str:
-    """Write the LAM tokens of a dataset once, for all later runs; torchrun divides the work.
+    """Write the LAM tokens of a dataset once, for all later runs; torchrun splits the work.
 
     Example: latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens
     """
@@ -144,7 +144,7 @@ hydra_command(
 
 
 def _show_vla(result: Any) -> str:
-    """Return a plan as it is; of a training the verdict, the scores and the folder."""
+    """Return the plan of a dry run, or the verdict, scores and folder of a training."""
     from latentact.evaluation.policy.latent_accuracy import table
 
     if not hasattr(result, "numbers"):

@@ -1,4 +1,4 @@
-"""What the command line prints when it fails: one line, and exit code 2 for bad input."""
+"""Errors on the command line: one line, and exit code 2 for bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentact.errors import EXTRAS, UserError, missing_extra
 from latentact.io.atomic import disk_full
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
-"""What Typer raises for unknown commands and flags, and for values of another type."""
+"""Exceptions of Typer for unknown commands and flags, and for values of the wrong type."""
 PATH_ERRORS = {
     errno.EACCES,
     errno.EPERM,
@@ -24,11 +24,11 @@ PATH_ERRORS = {
 }
 """errno values of invalid user paths."""
 MAX_CHARACTERS = 1000
-"""Length of a printed message."""
+"""Maximum length of a printed message, in characters."""
 
 
 def exit_with(error: BaseException) -> NoReturn:
-    """Print an error of the user as one line and exit with code 2; raise any other again."""
+    """Print a user error as one line and exit with code 2; re-raise any other error."""
     if isinstance(error, USAGE_ERROR) and not str(error):  # no arguments: the help has been printed
         sys.exit(2)
     message = describe(error)
@@ -59,7 +59,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def _usage_message(error: Any) -> str:
-    """Describe an unknown command or flag, or a value that is not of the flag's type."""
+    """Describe an unknown command or flag, or a value of the wrong type."""
     command = error.ctx.info_name if error.ctx and error.ctx.parent else ""
     message, parameter = error.format_message(), getattr(error, "param", None)
     if parameter and error.message:

@@ -1,6 +1,6 @@
-"""Flags of a command, made from the dataclass of its stage: names, types, defaults, bounds, choices and help.
+"""Flags of a command, generated from its stage's dataclass: names, types, defaults, bounds, choices, help.
 
-LeRobot's names of flags (`--dataset.root`) are translated here, too.
+LeRobot's flag names (`--dataset.root`) are also translated here.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ SYNONYMS = {
     "policy.path": ("policy_path", "policy"),
     "output_dir": ("output_dir", "out"),
 }
-"""LeRobot's name of a flag -> fields that it sets; a command uses the first that its stage has."""
+"""LeRobot's flag name -> fields that it may set; a command uses the first that its stage has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flag:
-    """A field of a stage's dataclass, or of a dataclass that it holds, as a flag."""
+    """A field of a stage's dataclass, or of a nested dataclass, as a flag."""
 
     path: tuple[str, ...]
-    """Names of the fields that lead to it: `("batch_size",)`, `("data", "camera")`."""
+    """Field names on the path to it: `("batch_size",)`, `("data", "camera")`."""
     name: str
-    """Name without dashes: `batch-size`; of a switch that is on by default `no-render`."""
+    """Name without leading dashes: `batch-size`, or `no-render` for a switch that is on by default."""
     kind: Any
-    """Type: bool, int, float, str, one of these or None, or a tuple of str."""
+    """Type: bool, int, float, str, one of these or None, or a tuple of strings."""
     default: Any
-    """Default; `inspect.Parameter.empty` where the flag must be given."""
+    """Default; `inspect.Parameter.empty` if the flag is required."""
     help: str
     """The string under the field."""
     constraint: Between | OneOf | None
-    """Bounds of a number, or choices of a text."""
+    """Bounds of a number, or choices of a string."""
 
     @property
     def identifier(self) -> str:
@@ -52,11 +52,11 @@ class Flag:
 
 
 def read_flags(config: type, names: Mapping[str, str], hidden: Iterable[str] = ()) -> list[Flag]:
-    """Return the flags of a stage's dataclass; those of a dataclass that it holds follow in its place.
+    """Return the flags of a stage's dataclass; a nested dataclass is replaced by its flags.
 
     Args:
         config: the dataclass.
-        names: field -> name of its flag, where that is not the field's own.
+        names: field -> flag name, if different from the field's.
         hidden: fields without a flag.
     """
     flags = _flags_of(config, None, ())
@@ -69,7 +69,7 @@ def read_flags(config: type, names: Mapping[str, str], hidden: Iterable[str] = (
 
 
 def _flags_of(config: type, default: Any, path: tuple[str, ...]) -> list[Flag]:
-    """Return a flag for every field; defaults are those of the instance `default`, or else of the class."""
+    """Return a flag for every field; defaults come from the instance `default`, or else from the class."""
     hints, texts, limits = typing.get_type_hints(config), field_help(config), constraints(config)
     flags: list[Flag] = []
     for field in dataclasses.fields(config):
@@ -142,14 +142,14 @@ def _check_between(bounds: Between) -> Callable[[typer.CallbackParam, Any], Any]
 
 
 def _check_not_empty(param: typer.CallbackParam, value: str) -> str:
-    """Refuse an empty name, which would mean the current folder."""
+    """Raise a usage error for an empty name, which would mean the current folder."""
     if not value:
         raise UserError(f"{param.opts[0]} must not be empty. Give a name.")
     return value
 
 
 def build_config(config: type, flags: Iterable[Flag], values: Mapping[str, Any]) -> Any:
-    """Return the stage's dataclass from the values of its flags, by identifier."""
+    """Build the stage's dataclass from flag values by identifier."""
     given: dict[str, Any] = {}
     for flag in flags:
         value = values[flag.identifier]
@@ -166,21 +166,21 @@ def build_config(config: type, flags: Iterable[Flag], values: Mapping[str, Any])
 
 
 def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> list[str]:
-    """Return what was typed with LeRobot's names of flags, and underscores in them, replaced by ours.
+    """Return the arguments with LeRobot's flag names, and underscores in names, replaced by ours.
 
-    Where data is one flag, `--dataset.root` replaces `--dataset.repo_id`, as LeRobot reads from the folder.
+    If data is a single flag, `--dataset.root` overrides `--dataset.repo_id`, as in LeRobot.
 
     Args:
-        arguments: what was typed after the command.
-        flags: the command's flags.
-        argument: fields that are given without a flag; empty: none.
+        arguments: arguments after the command.
+        flags: flags of the command.
+        argument: positional fields; empty: none.
     """
     fields = {flag.path[0] if flag.name == flag.path[0] else flag.path[-1]: flag for flag in flags}
     targets = {
         synonym: fields[field]
         for synonym, names in SYNONYMS.items()
         if (field := next((name for name in names if name in fields), ""))
-        and not isinstance(fields[field].constraint, OneOf)  # the kind of a policy is no path
+        and not isinstance(fields[field].constraint, OneOf)  # the kind of a policy is not a path
     }
     root, repo_id = targets.get("dataset.root"), targets.get("dataset.repo_id")
     typed = {word.partition("=")[0] for word in arguments}
@@ -203,7 +203,7 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
 
 
 def translate_settings(arguments: list[str], config: type) -> list[str]:
-    """Return what was typed after a command that takes settings, with LeRobot's names of flags replaced."""
+    """Return the arguments of a Hydra command with LeRobot's flag names replaced by settings."""
     hints = typing.get_type_hints(config)
     targets = {"output_dir": "out"}
     if "data" in hints:

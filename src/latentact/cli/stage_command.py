@@ -1,6 +1,6 @@
-"""`stage_command` and `hydra_command`: a function that formats a stage's result becomes a command.
+"""`stage_command` and `hydra_command` turn a function that formats a stage's result into a command.
 
-The stage is imported when its command is used, so that `latentact --help` imports none.
+A stage is imported when its command runs, so that `latentact --help` imports none.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class FileCommand:
     stage: str
     """Module in `latentact.stages`; its `run(config)` returns the result."""
     config: str
-    """Name of the dataclass in it."""
+    """Name of the dataclass in that module."""
     show: Callable[[Any, Any], str]
-    """Returns what people read: `show(config, result)`; its docstring is the help."""
+    """Returns human-readable output: `show(config, result)`; its docstring is the help."""
     argument: str = ""
-    """Fields that are given without a flag, in order, separated by spaces."""
+    """Positional fields in order, separated by spaces."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Field -> name of its flag, where that is not the field's own."""
+    """Field -> flag name, if different from the field's."""
     hidden: tuple[str, ...] = ()
     """Fields without a flag."""
     ok: Callable[[Any], bool] = lambda result: True
-    """Whether the command succeeds."""
+    """Whether a result counts as success."""
     failure: int = 2
-    """Its exit code otherwise."""
+    """Exit code otherwise."""
 
     @functools.cached_property
     def config_class(self) -> type:
@@ -77,10 +77,10 @@ FILE_COMMANDS: dict[str, FileCommand] = {}
 
 
 class LazyCommand(TyperCommand):
-    """A file command that imports its stage when it is used."""
+    """A Typer command that imports its stage when it runs."""
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Parse what was typed after the command."""
+        """Parse the arguments after the command."""
         assert self.name is not None
         command = FILE_COMMANDS[self.name]
         args = translate_flags(args, command.flags, command.argument)
@@ -121,17 +121,17 @@ def stage_command(
     ok: Callable[[Any], bool] = lambda result: True,
     failure: int = 2,
 ) -> Callable[[Callable[[Any, Any], str]], Callable[[Any, Any], str]]:
-    """Return a decorator that makes a command of a function that formats a stage's result.
+    """Return a decorator that turns a function that formats a stage's result into a command.
 
     Args:
-        name: the command.
-        config: the stage's dataclass.
+        name: name of the command.
+        config: name of the stage's dataclass.
         stage: module of the stage; empty: the command's name.
-        argument: see `FileCommand`, as the others.
-        names: likewise.
-        hidden: likewise.
-        ok: likewise.
-        failure: likewise.
+        argument: see `FileCommand`.
+        names: see `FileCommand`.
+        hidden: see `FileCommand`.
+        ok: see `FileCommand`.
+        failure: see `FileCommand`.
     """
 
     def register(show: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:

@@ -1,1 +1,1 @@
-"""Named experiments: `<stage>/experiment/<name>.yaml`, deltas from the defaults of the dataclasses only."""
+"""Named experiments: `<stage>/experiment/<name>.yaml`, differences from the dataclass defaults only."""

@@ -1,1 +1,1 @@
-"""Videos and datasets: reading them from disk, decoding once into a cache, windows of frames."""
+"""Videos and datasets: reading from disk, decoding once into a cache, windows of frames."""

@@ -1,4 +1,4 @@
-"""Frames that are decoded when they are indexed, for sources whose frames can be read in any order.
+"""Frames that are decoded when indexed, for sources with random access.
 
 A store of such a source needs no cache: `store.frames[rows]` reads and decodes these rows, and memory holds
 no others.
@@ -29,10 +29,10 @@ class RandomAccess(Protocol):
     """A source whose frames can be read in any order."""
 
     random_access: bool
-    """Whether this data permits it."""
+    """Whether this data supports random access."""
 
     def times(self, number: int) -> Float64[np.ndarray, " n"]:
-        """Return the seconds of each frame of an episode since its first."""
+        """Return the time of each frame of an episode, in seconds since its first frame."""
         ...
 
     def frame(self, number: int, index: int) -> UInt8[np.ndarray, "h w c"]:
@@ -46,7 +46,7 @@ class RandomAccess(Protocol):
 
 @runtime_checkable
 class Frames(Protocol):
-    """The frames of a store, uint8 `[n, h, w, c]`, 0..255: an array, or what is indexed as one."""
+    """The frames of a store, uint8 `[n, h, w, c]`, 0..255: an array, or an object indexed like one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class Frames(Protocol):
         ...
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """Return the frames at these rows: a number, a slice, or an array of numbers or bools."""
+        """Return the frames at these rows: an integer, a slice, or an array of integers or bools."""
         ...
 
 
@@ -68,7 +68,7 @@ def is_random_access(source: Source) -> bool:
 
 
 def index_entry(spec: DecodeSpec) -> Entry:
-    """Return what a cache entry of this spec would contain, except the pixels; only one frame is decoded."""
+    """Return the contents of a cache entry of this spec, except the pixels; only one frame is decoded."""
     source: Any = spec.source
     times, indices = [], []
     for number in range(len(source.episodes)):
@@ -96,8 +96,8 @@ class IndexedFrames:
     """The frames of a store, indexed as an array uint8 `[n, h, w, c]`.
 
     Args:
-        spec: what to decode and how.
-        entry: of `index_entry`.
+        spec: decoding settings.
+        entry: result of `index_entry`.
     """
 
     dtype = np.dtype(np.uint8)
@@ -113,10 +113,10 @@ class IndexedFrames:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> UInt8[np.ndarray, "*rows h w c"]:
-        """Return the frames at these rows: a number, a slice, or an array of numbers or bools.
+        """Return the frames at these rows: an integer, a slice, or an array of integers or bools.
 
         Raises:
-            UserError: a frame cannot be decoded, or has another size.
+            UserError: a frame cannot be decoded or has a different size.
         """
         rows = rows_of(rows, len(self))
         distinct, places = np.unique(rows, return_inverse=True)
@@ -154,5 +154,5 @@ def _frame(spec: DecodeSpec, number: int, index: int) -> UInt8[np.ndarray, "h w 
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor | None:
-    """Return the threads that decode; one set per process, as a fork has none of its parent's."""
+    """Return the decoding thread pool; one per process, since a fork does not inherit threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="frames") if threads > 1 else None

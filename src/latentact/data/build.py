@@ -78,7 +78,7 @@ def build(spec: DecodeSpec, folder: Path) -> None:
     Raises:
         UserError: no episode is readable, an episode is unreadable and the spec is strict, or frame sizes
             differ and the resolution is 0. The partial entry is removed.
-        OSError: the disk is full; the partial entry is kept for the next build.
+        OSError: the disk is full; the partial entry is kept, and the next build resumes.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     try:

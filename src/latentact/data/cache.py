@@ -296,7 +296,7 @@ def usable_rows(source: Source) -> Bool[np.ndarray, " rows"]:
 
 
 def finite_rows(values: Shaped[np.ndarray, "n *shape"]) -> Bool[np.ndarray, " n"]:
-    """Return which rows are finite numbers in float32, in which they are used."""
+    """Return the mask of rows that are finite in float32, the dtype in which they are used."""
     with np.errstate(over="ignore"):
         return np.all(np.isfinite(values.reshape(len(values), -1).astype(np.float32)), axis=1)
 

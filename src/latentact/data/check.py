@@ -1,7 +1,7 @@
 """Checks of a dataset before it is used: `latentact check-data`.
 
 Tables and video packets are read, and up to a given number of frames are decoded at a small size. Whatever a
-reader refuses, leaves out or repairs is reported here first, by the same functions.
+reader rejects, skips or repairs is reported here first, by the same functions.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ SIZE = 96
 STILL_S = 1.0
 """Seconds without a change that count as a still span."""
 WHOLE_RATE = 1e-3
-"""Largest distance of the frames per second from an integer, which LeRobot datasets have."""
+"""Maximum distance of the frame rate from an integer, which LeRobot datasets require."""
 _STILL_LEVELS = 0.5
 _SHOWN = 8
 
 
 @dataclass(kw_only=True)
 class DataCheck:
-    """The findings, as plain JSON values."""
+    """Findings of a check, as plain JSON values."""
 
     path: str
     kind: str = ""
-    """Such as "LeRobot v2.1" or "folder of videos"."""
+    """Kind of the data, such as "LeRobot v2.1" or "folder of videos"."""
     cameras: list[dict[str, Any]] = field(default_factory=list)
     """One entry per camera: key, size, codec, color, orientation."""
     episodes: dict[str, Any] = field(default_factory=dict)
-    """Their number and lengths."""
+    """Number and lengths of the episodes."""
     rate: dict[str, Any] = field(default_factory=dict)
     """Frames per second, and whether the rate varies."""
     clocks: dict[str, int] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class DataCheck:
     decoded_frames: int = 0
     """Number of frames that were decoded."""
     still: list[dict[str, Any]] = field(default_factory=list)
-    """Spans in which nothing changes: episode, seconds from and to."""
+    """Spans in which nothing changes: episode, start and end in seconds."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of episodes with the same frames."""
     skipped: dict[str, str] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class DataCheck:
     unreadable: dict[str, str] = field(default_factory=dict)
     """Files and episodes that cannot be read: name -> reason."""
     errors: list[str] = field(default_factory=list)
-    """Reasons why the data is not usable."""
+    """Reasons why the data cannot be used."""
     warnings: list[str] = field(default_factory=list)
-    """What is left out, repaired or inconsistent."""
+    """Data that is skipped, repaired or inconsistent."""
 
     @property
     def usable(self) -> bool:
@@ -105,12 +105,12 @@ class DataCheck:
 
 @dataclass(kw_only=True)
 class Sheet:
-    """Some frames of an episode."""
+    """Frames of an episode for the contact sheet."""
 
     camera: str
     episode: str
     frames: list[UInt8[np.ndarray, "_ _ c"]]
-    """First, middle and last, in their own size."""
+    """First, middle and last frame, at their original size."""
 
 
 def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[DataCheck, list[Sheet]]:
@@ -145,18 +145,18 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
             )
         if not check.episodes.get("count"):
             reasons = [*check.unreadable.values(), *check.skipped.values(), "it has no episodes"]
-            check.errors.append(f"{path} holds nothing that can be read ({reasons[0]}).")
+            check.errors.append(f"{path} holds no readable episodes ({reasons[0]}).")
     except UserError as error:
         check.errors.append(str(error))
     return check, sheets
 
 
 def _consequence(check: DataCheck) -> str:
-    """Return what unreadable episodes mean for `precompute --output column`."""
+    """Return the consequence of unreadable episodes for `precompute --output column`."""
     if check.kind.startswith("LeRobot v3"):
-        return "; precompute --output column keeps their rows and refuses those that LeRobot cannot read"
+        return "; precompute --output column keeps their rows and rejects those that LeRobot cannot read"
     if check.kind.startswith("LeRobot") and len(check.cameras) > 1:
-        return "; precompute --output column refuses an episode of which another camera is unreadable"
+        return "; precompute --output column rejects an episode of which another camera is unreadable"
     return ""
 
 
@@ -168,7 +168,7 @@ def _camera_keys(path: Path) -> list[str]:
 
 
 def _describe(check: DataCheck, path: Path, source: Source) -> None:
-    """Fill in what does not depend on the camera."""
+    """Fill in the findings that do not depend on the camera."""
     kinds = {
         VideoFolderSource: "video" if path.is_file() else "folder of videos",
         NpzSource: "npz episodes",
@@ -194,21 +194,21 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
     if isinstance(source, LeRobotSource):
         if source.absent and version.startswith("v3"):
             check.warnings.append(
-                "LeRobot opens no part of a v3 dataset: precompute --output column refuses it"
+                "LeRobot cannot open part of a v3 dataset: precompute --output column rejects it"
             )
         if version.startswith("v3") and (lacking := _without_statistics(path, source)):
             check.warnings.append(
-                f"meta/stats.json has no statistics of {', '.join(lacking)}, without which LeRobot trains "
-                f"no policy"
+                f"meta/stats.json has no statistics of {', '.join(lacking)}, which LeRobot needs to train a "
+                f"policy"
             )
         found = [] if version.startswith("v3") else [*total_problems(source)]
-        found += [f"{text}; precompute --output column refuses it" for text in problems(path, source)]
+        found += [f"{text}; precompute --output column rejects it" for text in problems(path, source)]
         check.warnings += found
         _check_clocks(check, source)
     single = [episode.name for episode in source.episodes if episode.frames == 1]
     if single:
         check.warnings.append(
-            f"episodes of one frame, which have no transition: {len(single)}, such as {single[0]}"
+            f"episodes of one frame, which have no transitions: {len(single)}, such as {single[0]}"
         )
     alike = defaultdict(list)
     for episode in source.episodes:
@@ -217,7 +217,7 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
 
 
 def _without_statistics(path: Path, source: LeRobotSource) -> list[str]:
-    """Return the cameras, state and action of which `meta/stats.json` holds no statistics."""
+    """Return the cameras, state and action without statistics in `meta/stats.json`."""
     file = path / "meta/stats.json"
     try:
         known = parse_json(read_text(file), str(file)) if file.is_file() else {}
@@ -241,8 +241,8 @@ def _count(check: DataCheck, source: Source) -> None:
 
 
 def _check_conversion(check: DataCheck, source: Source, version: str) -> None:
-    """Find why videos or LeRobot v2 data cannot be converted to version 3."""
-    refused = "; precompute --output column refuses"
+    """Find the reasons why videos or LeRobot v2 data cannot be converted to version 3."""
+    refused = "; precompute --output column rejects"
     if not isinstance(source, (LeRobotSource, VideoFolderSource)):
         check.warnings.append(f"{check.kind} cannot become a LeRobot dataset{refused} them")
         return
@@ -291,7 +291,7 @@ def _check_columns(check: DataCheck, source: Source) -> None:
             used = name in ("observation.state", "action")
             check.warnings.append(
                 f"column {name}: {len(wrong)} of {len(column)} rows are missing, NaN or infinite, the first "
-                f"is row {wrong[0]}{'; leave them out with --drop-nonfinite' if used else ''}"
+                f"is row {wrong[0]}{'; drop them with --drop-nonfinite' if used else ''}"
             )
 
 
@@ -366,18 +366,18 @@ def _check_camera(check: DataCheck, path: Path, source: Source) -> None:
     if len(entry["size"]) > 1:
         check.warnings.append(
             f"videos of different sizes: {', '.join(entry['size'])}; precompute --output column and "
-            f"resolution 0 refuse them"
+            f"resolution 0 reject them"
         )
     several = sum(not seen.first for seen in looks)
     if several:
         check.warnings.append(
             f"videos of which FFmpeg chooses another stream than the first: {several}; LeRobot's decoders "
-            f"show different ones, and precompute --output column refuses them"
+            f"show different ones, and precompute --output column rejects them"
         )
     if turned:
         check.warnings.append(
             f"videos rotated or mirrored by a display matrix: {len(turned)}, such as {turned[0]}; they are "
-            f"shown upright, and precompute --output column refuses them"
+            f"shown upright, and precompute --output column rejects them"
         )
 
 
@@ -433,12 +433,13 @@ def _check_frames(check: DataCheck, path: Path, camera: str, source: Source, max
                 sheets.append(Sheet(camera=camera, episode=episode.name, frames=seen.kept))
     if fewer:
         check.warnings.append(
-            f"videos that decode to another number of frames than they hold: {len(fewer)}, such as {fewer[0]}"
+            f"videos that decode to a different number of frames than they contain: {len(fewer)}, such as "
+            f"{fewer[0]}"
         )
     if resized:
         check.warnings.append(
             f"episodes whose frames change size: {len(resized)}, such as {resized[0]}; precompute --output "
-            f"column and resolution 0 refuse them"
+            f"column and resolution 0 reject them"
         )
     if still:
         check.still += still
@@ -481,11 +482,11 @@ class _EpisodeStatistics:
 def still_spans(
     changes: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"]
 ) -> list[tuple[float, float]]:
-    """Return (from, to) in seconds of every span of at least `STILL_S` seconds in which nothing changes.
+    """Return (start, end) in seconds of every span of at least `STILL_S` seconds in which nothing changes.
 
     Args:
-        changes: mean difference of neighboring frames in gray levels, one fewer than frames.
-        times: seconds of the frames.
+        changes: mean difference between neighboring frames in gray levels, one fewer than frames.
+        times: times of the frames in seconds.
     """
     edges = np.flatnonzero(np.diff(np.concatenate([[0], (changes < _STILL_LEVELS).astype(int), [0]])))
     spans = [(float(times[begin]), float(times[end])) for begin, end in edges.reshape(-1, 2)]

@@ -30,13 +30,13 @@ def convert(
         stream: a LeRobot v2 dataset or a folder of videos.
         out: folder to create.
         numbers: indices into `stream.source.episodes`, ascending.
-        remedy: what to do, for messages.
+        remedy: advice, for messages.
 
     Returns:
         The indices of the written episodes; episodes with missing video files are skipped.
 
     Raises:
-        UserError: the data has another format, its videos do not fit one LeRobot dataset, or one is damaged.
+        UserError: the format is not supported, the videos do not fit one LeRobot dataset, or one is damaged.
     """
     features, episodes = _collect(stream, numbers, remedy)
     _write(stream, out, features, list(episodes.values()), remedy)
@@ -69,19 +69,19 @@ def convert_with_actions(
 ) -> None:
     """Write pieces of a dataset as the episodes of a LeRobot v3 dataset with new columns, actions among them.
 
-    What the data has in columns named `action...` is left out: LeRobot takes them for actions, too. Without
-    a robot state every row gets one of zeros, because LeRobot's policies cannot do without.
+    Columns of the data named `action...` are left out, since LeRobot would treat them as actions. Without a
+    robot state every row gets a state of zeros, because LeRobot's policies require one.
 
     Args:
         stream: a LeRobot dataset or a folder of videos.
         out: folder to create.
         pieces: in the order of the new episodes.
-        remedy: what to do, for messages.
-        state_size: numbers of the state of data without one.
+        remedy: advice, for messages.
+        state_size: size of the state of zeros for data without a state.
         names: column -> `names` of its feature.
 
     Raises:
-        UserError: as `convert`.
+        UserError: as in `convert`.
     """
     features, episodes = _collect(stream, sorted({piece.number for piece in pieces}), remedy)
     features = {name: feature for name, feature in features.items() if not name.startswith("action")}
@@ -118,7 +118,7 @@ def _with_columns(
 def _collect(
     stream: FrameStream, numbers: Sequence[int], remedy: str
 ) -> tuple[dict[str, Any], dict[int, EpisodeData]]:
-    """Return the features, and the parts of each episode whose video files are there."""
+    """Return the features, and the parts of each episode whose video files exist."""
     source, fps = stream.source, stream.fps
     if isinstance(source, LeRobotSource):
         kept = {k: f for k, f in source.tables.features.items() if k not in BOOKKEEPING and not f.depth}
@@ -158,7 +158,7 @@ def _write(
 
 
 def _feature(feature: Feature) -> dict[str, Any]:
-    """Return a feature in LeRobot v3 form."""
+    """Return a feature in LeRobot v3 format."""
     names = feature.names
     if feature.visual:
         names = ["height", "width", "channels"]
@@ -169,7 +169,7 @@ def _feature(feature: Feature) -> dict[str, Any]:
 
 
 def _video_files(path: Path, source: LeRobotSource) -> Callable[[int], dict[str, tuple[Path, float]]]:
-    """Return a function from an episode to its cameras: video file, and seconds in it at time 0."""
+    """Return a function from an episode to its cameras: video file, and its offset in seconds at time 0."""
     info = source.info
     cameras = [key for key, f in info.features.items() if f.dtype == "video" and not f.depth]
     tables = {}

@@ -1,6 +1,6 @@
 """Write labeled steps for other programs: robomimic's HDF5, Diffusion Policy's zarr, LAPA's jsonl.
 
-Each writer takes the episodes one by one and holds one of them in memory.
+Each writer processes one episode at a time in memory.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from PIL import Image
 from latentact.errors import missing_extra
 
 ROBOMIMIC, ZARR, JSONL = "demo.hdf5", "replay_buffer.zarr", "data.jsonl"
-"""Names of the files."""
+"""Names of the output files."""
 BINS = 256
-"""LAPA's bins of an action, equally frequent."""
+"""LAPA's number of bins per action dimension, of equal frequency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledEpisode:
-    """Frames of one episode and what is known about the action of each; the last frame has none."""
+    """Frames of one episode, and the action and annotations of each; the last frame has none."""
 
     name: str
-    """Name in the data."""
+    """Name of the episode in the data."""
     task: str
     """Task text; empty: none."""
     action: Shaped[np.ndarray, "n a"]
-    """Robot actions; classes as int64 ``[n, 1]``."""
+    """Robot actions, float32 ``[n, a]``, or classes int64 ``[n, 1]``."""
     frames: UInt8[np.ndarray, "n+1 h w c"]
     """0..255."""
     state: Float32[np.ndarray, "n+1 s"] | None
     """Robot state."""
     trusted: Bool[np.ndarray, " n"]
-    """Whether the action is to be learned from."""
+    """Whether the action may be learned from."""
     extra: Mapping[str, Shaped[np.ndarray, "n ..."]]
     """Further columns: uncertainty, low, high, set, codes."""
 
@@ -46,7 +46,7 @@ class LabeledEpisode:
 def write_robomimic(out: Path, episodes: Iterable[LabeledEpisode], about: Mapping[str, Any]) -> None:
     """Write `demo.hdf5` as robomimic 0.3 reads it: `data/demo_i/{obs, next_obs, actions, rewards, dones}`.
 
-    `mask/trusted` names the episodes all of whose actions are trusted; robomimic trains on such a subset by
+    `mask/trusted` lists the episodes all of whose actions are trusted; robomimic selects such a subset with
     `train.hdf5_filter_key`.
     """
     try:
@@ -84,7 +84,7 @@ def write_robomimic(out: Path, episodes: Iterable[LabeledEpisode], about: Mappin
 def write_zarr(out: Path, episodes: Iterable[LabeledEpisode], about: Mapping[str, Any]) -> None:
     """Write `replay_buffer.zarr`, Diffusion Policy's: `data/{img, state, action}` and `meta/episode_ends`.
 
-    It has zarr's format 2, which Diffusion Policy's version of zarr reads.
+    The zarr format is 2, as required by Diffusion Policy's version of zarr.
     """
     try:
         import zarr
@@ -118,10 +118,10 @@ def write_zarr(out: Path, episodes: Iterable[LabeledEpisode], about: Mapping[str
 
 
 def write_lapa_jsonl(out: Path, episodes: Iterable[LabeledEpisode], about: Mapping[str, Any]) -> None:
-    """Write `data.jsonl` with the fields of LAPA's fine-tuning, one step a line, and its images.
+    """Write `data.jsonl` with the fields of LAPA's fine-tuning, one step per line, and its images.
 
-    `action` is the bin of each number among 256 equally frequent ones, whose edges `bins.json` holds, or the
-    class. LAPA's `vision`, the codes of its own image tokenizer, is left out.
+    `action` is the class, or the bin of each value among 256 bins of equal frequency, whose edges are in
+    `bins.json`. LAPA's `vision`, the codes of its own image tokenizer, is left out.
     """
     rows = list(_lapa_rows(out, episodes))
     continuous = isinstance(rows[0]["raw_actions"][0], float)

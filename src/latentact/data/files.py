@@ -12,7 +12,8 @@ def files_below(path: Path, suffixes: Collection[str] | None = None) -> tuple[li
 
     Args:
         path: folder; or a file, which is returned alone.
-        suffixes: file name suffixes to keep, lower case with the dot; None: every file, hidden ones too.
+        suffixes: file name suffixes to keep, lower case with the dot; None: every file, including hidden
+            ones.
 
     Returns:
         The files, and name (relative to `path`) -> reason for the skipped files: hidden, another suffix, a
@@ -43,7 +44,7 @@ def printable(name: str | os.PathLike[str]) -> str:
 
 
 def _walk(folder: Path, parents: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, str]]:
-    """Yield (file, reason to skip it, or ""); `parents` are (device, inode) of the parent folders."""
+    """Yield (file, reason to skip it or ""); `parents` are (device, inode) of the parent folders."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in parents:

@@ -1,6 +1,6 @@
 """Datasets on disk: the `Format` extension point.
 
-To add a format, put one file into `latentact/data/formats` (or into a package of yours, under the entry-point
+To add a format, put one file into `latentact/data/formats` (or into your own package, under the entry-point
 group `latentact.data.formats`) with a class that is registered under its name::
 
     @FORMATS.register("my_format")
@@ -49,7 +49,7 @@ class Episode:
     file: str
     """The file that holds its frames, relative to the dataset."""
     task: str
-    """Task text; empty if it has none; all of them, in order, if it changes."""
+    """Task text; empty if it has none; all texts, in order, if it changes."""
     frames: int
     """Frames in the data, before resampling."""
     content: str
@@ -66,9 +66,8 @@ class Source(Protocol):
     """An opened dataset: its metadata, and its frames one episode at a time.
 
     `frames` is called from several threads at once, each for a different episode. A source in shards also
-    has `groups` (first episode, and last + 1, of each shard) and `damaged` (shards that are refused unless
-    `no_strict` is set: name -> reason). One whose frames can be read in any order is an
-    `access.RandomAccess`.
+    has `groups` (first episode, and last + 1, of each shard) and `damaged` (shards that are rejected unless
+    `no_strict` is set: name -> reason). A source with random access to frames is an `access.RandomAccess`.
     """
 
     camera: str
@@ -79,17 +78,17 @@ class Source(Protocol):
     """Whether the rate varies, inside a video or between videos; all are then resampled to `fps`, the
     slowest."""
     resizable: bool
-    """Whether frames are images; grids of integers are not resized."""
+    """Whether frames are images; otherwise they are grids of integers, which are not resized."""
     episodes: Sequence[Episode]
     """The readable episodes, in the order of the data."""
     first_rows: Sequence[int]
-    """For each episode, the row of `column` at which it begins."""
+    """For each episode, its first row in `column`."""
     unreadable: Mapping[str, str]
     """Files and episodes that cannot be read: name -> reason."""
     skipped: Mapping[str, str]
-    """Files that this format does not read: relative name -> reason."""
+    """Files that this format skips: relative name -> reason."""
     notes: Sequence[str]
-    """Sentences about what the reader repaired or left out."""
+    """Sentences about data that the reader repaired or skipped."""
     tasks: Sequence[str]
     """Task texts, each once."""
     action_space: ActionSpace | None
@@ -98,21 +97,21 @@ class Source(Protocol):
     """Names of the classes of a discrete action, or of the dimensions of a continuous one; may be empty."""
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w c"]]]:
-        """Yield (seconds, frame) for the episode at place `number` of `episodes`.
+        """Yield (seconds, frame) for `episodes[number]`.
 
         Raises:
-            Unreadable: the file is damaged, or has fewer frames than its metadata names.
+            Unreadable: the file is damaged, or has fewer frames than its metadata lists.
         """
         ...
 
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
         """Return all rows of a numeric column; None if the data has no column of this name.
 
-        A row without a value is NaN, in integer columns too. `action` of a discrete space holds the data's
-        own values.
+        A row without a value is NaN, also in integer columns. A discrete `action` holds the data's own
+        values.
 
         Raises:
-            UserError: the column is damaged, or its rows differ in size.
+            UserError: the column is damaged, or its rows have different sizes.
         """
         ...
 
@@ -123,22 +122,22 @@ class Source(Protocol):
 
 @runtime_checkable
 class Format(Protocol):
-    """A format of datasets on disk."""
+    """A dataset format on disk."""
 
     def detect(self, path: Path) -> bool:
         """Return whether this format, and no other, reads `path`, which may be a pattern for files."""
         ...
 
     def open(self, path: Path, camera: str, memo: Memo) -> Source:
-        """Return the data at `path`.
+        """Open the data at `path`.
 
         Args:
             path: file or folder for which `detect` is true.
             camera: camera key, or empty for the only one.
-            memo: cache of what is slow to find out about a file.
+            memo: cache of facts about files that are slow to determine.
 
         Raises:
-            UserError: the data is inconsistent, or the camera is unknown or must be named.
+            UserError: the data is inconsistent, or the camera is unknown or must be given.
         """
         ...
 
@@ -156,7 +155,7 @@ def open_source(path: Path, camera: str, memo: Memo) -> Source:
     if not path.exists() and not fitting:
         raise UserError(f"{path} does not exist; give a LeRobot dataset, a folder of videos or a video file.")
     if len(fitting) != 1:
-        found = f"is claimed by the formats {', '.join(fitting)}"
+        found = f"is claimed by several formats: {', '.join(fitting)}"
         if not fitting:
             skipped = files_below(path, ())[1]
             name, reason = next(iter(skipped.items()), ("", ""))
@@ -198,7 +197,7 @@ def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
     """Return `camera`, or the only camera if it is empty.
 
     Raises:
-        UserError: no camera has this name, or several exist and none is named.
+        UserError: no camera has this name, or several exist and none is given.
     """
     known = ", ".join(cameras)
     if not cameras:
@@ -206,5 +205,5 @@ def choose_camera(cameras: Sequence[str], camera: str, path: Path) -> str:
     if camera and camera not in cameras:
         raise UserError(f"{path} has no camera {camera!r}{did_you_mean(camera, cameras)}")
     if not camera and len(cameras) != 1:
-        raise UserError(f"{path} has {len(cameras)} cameras ({known}); name one with `camera`.")
+        raise UserError(f"{path} has {len(cameras)} cameras ({known}); choose one with `camera`.")
     return camera or cameras[0]

@@ -1,4 +1,4 @@
-"""`check_format`: does a data format keep its contract? As Gymnasium's `check_env` for environments."""
+"""`check_format`: does a data format keep its contract? The counterpart of Gymnasium's `check_env`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_format(format: Format, path: str | Path, camera: str = "") -> None:
     """Check that a format keeps the contracts of `Format` and `Source` on a small dataset.
 
     Args:
-        format: a registered format, `FORMATS.get(name)`, or one of your own.
-        path: a dataset of this format, of which every frame is decoded.
+        format: a registered format, `FORMATS.get(name)`, or your own.
+        path: a dataset of this format; all of its frames are decoded.
         camera: camera key; empty: the only one.
 
     Raises:
@@ -92,7 +92,7 @@ def _frames(source: Source) -> None:
         alone = [frame for _, frame in source.frames(number)]
         _require(
             all(np.array_equal(a, b) for a, (_, b) in zip(alone, frames, strict=True)),
-            f"frames of {episode.label} must be the same at each decoding, in threads too",
+            f"frames of {episode.label} must be the same at each decoding, also in threads",
             "others",
         )
 

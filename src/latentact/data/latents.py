@@ -87,10 +87,10 @@ def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 
 def read_arrays(file: Path) -> tuple[dict[str, np.ndarray], Any]:
-    """Return the arrays of a `.safetensors` or `.pt` file, and its metadata; None if it has none.
+    """Return the arrays of a `.safetensors` or `.pt` file, and its metadata, which may be None.
 
     Raises:
-        UserError: the file is missing, truncated or something else; nothing in it is executed.
+        UserError: the file is missing, truncated or in another format; nothing in it is executed.
     """
     import torch
 
@@ -116,16 +116,16 @@ def check_arrays(
     """Check the arrays of a latent sequence and return its codes; None for latent actions without codes.
 
     Args:
-        file: their file, for messages.
-        arrays: what `read_arrays` returned.
-        spec: meaning of the latent actions.
+        file: file of the arrays, for messages.
+        arrays: arrays from `read_arrays`.
+        spec: spec of the latent actions.
         rows: n, the expected number of entries.
         latents: names of the arrays `[n, k, d]`.
         dtypes: their allowed dtypes.
         columns: names and dtypes of the arrays `[n]`.
 
     Raises:
-        UserError: an array is missing, of another type or shape, or codes are not entries of the codebook.
+        UserError: an array is missing or has the wrong type or shape, or codes are not in the codebook.
     """
     for name in latents:
         require_array(file, name, arrays.get(name), (rows, spec.tokens, spec.token_dim), (*dtypes,))
@@ -189,10 +189,10 @@ def write_labels(out: Path, labels: Labels, digest: str, provenance: dict[str, A
 
 
 def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
-    """Return the labels of `write_labels`, and the store that they belong to.
+    """Read labels written by `write_labels`, and the store that they belong to.
 
     Raises:
-        UserError: the folder holds no labels, they are truncated, or the data has changed since.
+        UserError: the folder has no labels, they are truncated, or the data has changed since.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -216,7 +216,7 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     )
     store = open_store(labels.data)
     if store.digest != manifest.digest or len(store.frames) != manifest.rows:
-        raise UserError(f"{labels.data.path} has changed since {folder} was made. Label it again.")
+        raise UserError(f"{labels.data.path} has changed since {folder} was written. Label it again.")
     return labels, store
 
 
@@ -237,7 +237,7 @@ class TokenFile:
     frame_index: Int64[np.ndarray, " n"]
     """LeRobot's column of this name."""
     spec: LatentActionSpec
-    """Meaning of the tokens."""
+    """Spec of the tokens."""
     digest: str
     """Content key of the encoded frames."""
     tokens_kind: str
@@ -256,7 +256,7 @@ class TokenFile:
         if not same.all():
             row = int(np.argmin(same))
             raise UserError(
-                f"{self.path} has tokens of another dataset than {dataset}: row {row} must be frame "
+                f"{self.path} has tokens of a different dataset than {dataset}: row {row} must be frame "
                 f"{frame_index[row]} of episode {episode_index[row]}, got frame {self.frame_index[row]} of "
                 f"episode {self.episode_index[row]}. Run latentact precompute on it."
             )
@@ -280,11 +280,11 @@ def read_token_file(path: str | Path, *, spec: LatentActionSpec | None = None) -
 
     Args:
         path: `lam_tokens.safetensors`, `lam_tokens.pt`, or their folder.
-        spec: expected meaning of the tokens; None: any.
+        spec: expected spec of the tokens; None: any.
 
     Raises:
-        UserError: the file is missing, truncated, something else, of a wrong type or shape, or of another
-            LAM.
+        UserError: the file is missing, truncated, in another format or from another LAM, or an array has the
+            wrong type or shape.
     """
     path = Path(path)
     file = path / TOKENS if path.is_dir() else path

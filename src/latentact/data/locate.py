@@ -1,4 +1,4 @@
-"""Datasets by name: a local folder, LeRobot's own folder, or the Hugging Face hub."""
+"""Find datasets by name: a local folder, LeRobot's own folder, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def resolve_dataset(name: str | Path) -> Path:
-    """Return the path of a dataset: a local path as it is, a hub id as its local copy.
+    """Return the path of a dataset: a local path unchanged, or the local copy of a hub id.
 
-    A local file or folder comes before a hub id of the same name. `owner/name` is downloaded where no local
-    folder is called `owner`.
+    A local file or folder takes precedence over a hub id of the same name. `owner/name` is downloaded if
+    there is no local folder `owner`.
 
     Raises:
         UserError: the dataset cannot be downloaded.
@@ -26,7 +26,7 @@ def resolve_dataset(name: str | Path) -> Path:
 
 
 def absolute_name(name: str) -> str:
-    """Return a dataset's name that is valid in every working folder: a hub id, or an absolute path."""
+    """Return a dataset name that is valid in every working directory: a hub id or an absolute path."""
     return name if _is_hub_id(name) else str(Path(name).absolute())
 
 
@@ -36,7 +36,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def local_dataset(repo_id: str, root: str) -> Path:
-    """Return the folder of a dataset, downloaded from the Hugging Face hub where it is not local yet.
+    """Return the folder of a dataset, downloaded from the Hugging Face hub if it is not local yet.
 
     Args:
         repo_id: hub id, `owner/name` or `owner/name@revision`; empty: `root` names the dataset.
@@ -51,7 +51,7 @@ def local_dataset(repo_id: str, root: str) -> Path:
 
 
 def download_dataset(repo_id: str, root: str = "") -> Path:
-    """Return the folder of a dataset of the hub, downloaded unless LeRobot has it already.
+    """Return the folder of a hub dataset, downloaded unless LeRobot already has it.
 
     Args:
         repo_id: `owner/name`, or `owner/name@revision`. Without a revision the tag v3.0 is preferred.

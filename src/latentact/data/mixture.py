@@ -29,7 +29,7 @@ class MixturePart:
     path: str
     """As `data.path`."""
     weight: float = 1.0
-    """Share of the samples, relative to the other datasets."""
+    """Sampling weight, relative to the other datasets."""
     camera: str = ""
     """Camera key; empty: the only camera of the dataset."""
 
@@ -49,7 +49,7 @@ class TrainingDataConfig(DataConfig):
     mixture: tuple[MixturePart, ...] = ()
     """Several datasets, instead of `path`: [{path: DIR, weight: 2}, {path: DIR, camera: KEY}]."""
     shuffle_window: Annotated[int, Between(0, 10**6)] = 0
-    """Shards that samples are drawn from at a time, for network file systems; 0: all of them."""
+    """Number of shards from which samples are drawn at a time, for network file systems; 0: all."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -57,10 +57,10 @@ class TrainingDataConfig(DataConfig):
         require_between("shuffle_window", self.shuffle_window, 0, 10**6)
 
     def require(self) -> None:
-        """Check that the configuration names data.
+        """Check that the configuration specifies data.
 
         Raises:
-            UserError: it names none, or a path and a mixture.
+            UserError: neither a path nor a mixture is given, or both are.
         """
         if not self.path and not self.mixture:
             raise UserError("data.path is required; give it as KEY=VALUE on the command line.")
@@ -74,7 +74,7 @@ def open_training_store(config: TrainingDataConfig) -> FrameStore:
     """Return the frames of the dataset or of the mixture.
 
     Raises:
-        UserError: as `open_store`; or the datasets of a mixture differ in frame rate or size.
+        UserError: as in `open_store`, or the datasets of a mixture differ in frame rate or size.
     """
     config.require()
     single = DataConfig(**{name: getattr(config, name) for name in DataConfig.__dataclass_fields__})
@@ -93,9 +93,9 @@ def open_training_store(config: TrainingDataConfig) -> FrameStore:
 
 
 class MixedStore(FrameStore):
-    """Several stores, one after the other.
+    """Several stores, concatenated.
 
-    Actions and states are there if all parts have them, with the same space and size.
+    Actions and states exist if all parts have them, with the same space and size.
 
     Args:
         parts: the stores.
@@ -105,7 +105,7 @@ class MixedStore(FrameStore):
     """
 
     def __init__(self, parts: Sequence[FrameStore]) -> None:
-        """Join what describes the frames."""
+        """Concatenate the metadata of the parts."""
         self.parts, first = tuple(parts), parts[0]
         for other in parts[1:]:
             if not rates_agree(other.fps, first.fps):
@@ -140,7 +140,7 @@ class MixedStore(FrameStore):
             (p.action_space, p.action_names) == (first.action_space, first.action_names) for p in parts
         )
         if not same:
-            log.warning("datasets of data.mixture have other action spaces: actions are left out")
+            log.warning("datasets of data.mixture have different action spaces: actions are left out")
         self.action_space = first.action_space if same else None
         self.action_names = first.action_names if same else ()
         self.unreadable = {f"{part.path}: {k}": why for part in parts for k, why in part.unreadable.items()}
@@ -158,7 +158,7 @@ class MixedStore(FrameStore):
 
     @cached_property
     def state(self) -> Float32[np.ndarray, "n s"] | None:
-        """Robot state of each row; None where a dataset has none or one of another size."""
+        """Robot state of each row; None if a dataset has none or sizes differ."""
         states = [part.state for part in self.parts]
         widths = {None if state is None else state.shape[1] for state in states}
         return None if None in widths or len(widths) > 1 else np.concatenate(states)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ class JoinedFrames:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> UInt8[np.ndarray, "*rows h w c"]:
-        """Return the frames at these rows: a number, a slice, or an array of numbers or bools."""
+        """Return the frames at these rows: an integer, a slice, or an array of integers or bools."""
         rows = rows_of(rows, len(self))
         flat = rows.reshape(-1)
         part = np.searchsorted(self._ends, flat, "right")

@@ -1,8 +1,9 @@
-"""Which samples a training step draws: a function of (seed, step).
+"""Samples of a training step, as a function of (seed, step).
 
-They depend on no number of processes, and a resumed run draws the same. A mixture draws each sample from a
-dataset with the probability of its weight. With a window, samples come from a few shards at a time: the
-shards of an epoch are put in random order, and the window moves along as the samples of its shards are used.
+They do not depend on the number of processes, and a resumed run draws the same. A mixture draws each sample
+from a dataset with probability proportional to its weight. With a window, samples come from a few shards at a
+time: the shards of an epoch are put in random order, and the window moves along as the samples of its shards
+are used.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Order:
 
     @cached_property
     def _parts(self) -> list[tuple[float, Int64[np.ndarray, "g 2"]]]:
-        """The weight of each dataset, and the first sample, and last + 1, of each of its shards."""
+        """Weight of each dataset, and the first sample, and last + 1, of each of its shards."""
         store, rows, found = self._store, self._rows, []
         sampling = store.sampling
         for first, last, weight in sampling.parts if sampling else ():
@@ -48,7 +49,7 @@ class Order:
         return found
 
     def __call__(self, seed: int, step: int, size: int) -> Int64[np.ndarray, " size"]:
-        """Return the numbers of the samples of a step."""
+        """Return the indices of the samples of a step."""
         rng = np.random.default_rng((seed, step))
         if self._store.sampling is None:
             return rng.integers(len(self._rows), size=size)

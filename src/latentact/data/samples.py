@@ -27,13 +27,13 @@ class PolicyBatch:
     state: Float32[Tensor, "b s"] | None
     """Robot state at the latest frame, in the dataset's units."""
     words: Float32[Tensor, "b v"]
-    """How often each word of the vocabulary occurs in the task text; v is 0 without one."""
+    """Count of each vocabulary word in the task text, float32 ``[b, v]``; v is 0 without a vocabulary."""
     target: Shaped[Tensor, "b l f"]
-    """float32 numbers or int64 classes."""
+    """float32 values or int64 classes."""
     mask: Bool[Tensor, "b l"]
     """Whether the target exists."""
     guide: Float32[Tensor, "b g d"] | None = None
-    """LAM tokens of the steps ahead, for a guided policy; NaN where there is no guide."""
+    """LAM tokens of the steps ahead, for a guided policy; NaN without a guide."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         """Return the batch on `device`."""
@@ -44,7 +44,7 @@ class PolicyBatch:
 
 
 class PolicySamples(Dataset):
-    """One sample per row whose first target exists; targets ahead of it never come from another episode.
+    """One sample per row whose first target exists; all of its targets are from the same episode.
 
     Args:
         store: frames and states.
@@ -55,8 +55,8 @@ class PolicySamples(Dataset):
         stride: rows between observed frames and between targets.
         words: vocabulary of the task text.
         guide: LAM tokens of each row ``[n, f]`` and whether they exist ``[n]``.
-        offsets: rows ahead of the current one whose tokens guide it; beyond an episode's last token, that
-            one repeats.
+        offsets: offsets in rows from the current row to the tokens that guide it; beyond an episode's last
+            token, that token repeats.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class PolicySamples(Dataset):
                 "the data must have a step with a target to learn from, got none; label more episodes."
             )
         self.order = Order(store, self.rows)
-        """Which samples a training step draws."""
+        """Samples of a training step."""
         self.past = np.arange(1 - frames, 1) * stride
         self.ahead = np.arange(chunk) * stride
         self.guide = guide[0] if guide else None
@@ -124,7 +124,7 @@ class PolicySamples(Dataset):
 
 @dataclass(frozen=True)
 class LabeledBatch:
-    """Inputs with the robot actions that belong to them."""
+    """Inputs of a decoder and the robot actions to predict."""
 
     inputs: Tensor
     """float32 ``[b, f]``: normalized latent actions, or features."""
@@ -156,7 +156,7 @@ class LabeledRows(Dataset):
 
 
 def vocabulary(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words that not all tasks share, sorted; empty when there is only one task."""
+    """Return the words that are not in every task, sorted; empty for a single task."""
     texts = [set(task.lower().split()) for task in tasks]
     return tuple(sorted(set.union(*texts) - set.intersection(*texts))) if texts else ()
 

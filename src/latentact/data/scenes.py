@@ -1,12 +1,12 @@
-"""Scene cuts of a video, from small copies of its frames: hard cuts, dissolves and fades, but no flashes.
+"""Scene cuts of a video, from small copies of its frames: hard cuts, dissolves and fades, but not flashes.
 
-- A hard cut changes frames by more than `_LEAST` gray levels and by `_RATIO` times what its neighbors change
-  (or by a third of these levels and three times this ratio). No frame just before it resembles one just after
-  it (otherwise it is a flash), and no change of brightness explains it.
-- In a dissolve the frames between are blends of its two ends, more of the second one with time.
-- In a fade the frames between lose their contrast, and its two ends differ.
+- A hard cut changes frames by more than `_LEAST` gray levels and by `_RATIO` times the change of its
+  neighbors (or by a third of these levels and three times this ratio). No frame just before it resembles one
+  just after it (otherwise it is a flash), and a change of brightness does not explain it.
+- In a dissolve the frames in between blend its two ends, with a growing share of the second.
+- In a fade the frames in between lose contrast, and its two ends differ.
 
-The rules look at most `MARGIN` frames around a frame, so that a video of any length needs a bounded buffer.
+The rules use at most `MARGIN` frames around a frame, so that a video of any length needs a bounded buffer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _BLOCK = 2048
 _LEAST = 9.0
 _RATIO = 3.0
 _FLASH = 8
-"""Longest flash in frames."""
+"""Maximum duration of a flash in frames."""
 _HALF_WIDTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
-"""Halves of the durations of gradual changes in frames."""
+"""Half durations of gradual changes in frames."""
 _APART = 16
-"""Least distance of two gradual changes in frames."""
+"""Minimum distance between two gradual changes in frames."""
 _GRADUAL = 14.0
-"""Least change in gray levels over a dissolve or fade."""
+"""Minimum change in gray levels over a dissolve or fade."""
 
 
 class SceneCuts:
-    """Finds the cuts of one video, block by block: `add` the frames, then read `finish()`."""
+    """Find the cuts of one video, block by block: `add` the frames, then call `finish()`."""
 
     def __init__(self) -> None:
         self._held = np.zeros((0, SIZE, SIZE, 3), np.uint8)
         self._first = 0
-        """Number of the first frame that is held."""
+        """Index of the first buffered frame."""
         self._decided = 0
         self._cuts: list[int] = []
 
@@ -50,7 +50,7 @@ class SceneCuts:
             self._decide(self._first + len(self._held) - MARGIN)
 
     def finish(self) -> list[int]:
-        """Return the numbers of the frames that begin a scene, without the first, ascending."""
+        """Return the indices of the frames that start a scene, except the first, ascending."""
         self._decide(self._first + len(self._held))
         return self._cuts
 
@@ -63,7 +63,7 @@ class SceneCuts:
 
 
 def find_cuts(frames: UInt8[np.ndarray, "n 32 32 3"]) -> Int64[np.ndarray, " m"]:
-    """Return the numbers of the frames that begin a scene, without the first, ascending."""
+    """Return the indices of the frames that start a scene, except the first, ascending."""
     if len(frames) < 2:
         return np.zeros(0, np.int64)
     pixels = frames.reshape(len(frames), -1).astype(np.float32)
@@ -94,7 +94,7 @@ def _is_cut(pixels: Float32[np.ndarray, "n p"], t: int, change: float) -> bool:
 
 
 def _brightness(a: Float32[np.ndarray, " p"], b: Float32[np.ndarray, " p"], change: float) -> bool:
-    """Return whether another brightness and contrast explain most of the change from `a` to `b`."""
+    """Return whether a change of brightness and contrast explains most of the change from `a` to `b`."""
     first, second = a - a.mean(), b - b.mean()
     product, norm = float(first @ second), float(first @ first)
     alike = product > 0.8 * np.sqrt(norm * float(second @ second)) > 0
@@ -112,7 +112,7 @@ def _beyond(pixels: Float32[np.ndarray, "n p"], half: int) -> np.ndarray:
 
 
 def _gradual_cuts(pixels: Float32[np.ndarray, "n p"], hard: Int64[np.ndarray, " m"]) -> np.ndarray:
-    """Return the middles of dissolves and fades."""
+    """Return the middle frames of dissolves and fades."""
     n, score = len(pixels), np.zeros(len(pixels))
     contrast = pixels.reshape(n, -1, 3).std(1).mean(1)
     for half in _HALF_WIDTHS:

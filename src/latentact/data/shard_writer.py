@@ -1,6 +1,6 @@
-"""One episode of a dataset as a draft: its scenes, in clips, as the members of a tar in their final form.
+"""Write one episode as a draft: its scenes, split into clips, as tar members in their final form.
 
-A draft depends on the episode and the settings alone. Shards are drafts put together, byte for byte.
+A draft depends on the episode and the settings only. Shards are concatenated drafts, byte for byte.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _REGULAR_S = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """How an episode becomes clips."""
+    """Settings for splitting an episode into clips."""
 
     codec: str
     """One of `CODECS`."""
     quality: int
-    """Of JPEG, 1 to 100."""
+    """JPEG quality, 1 to 100."""
     clip_frames: int
-    """Most frames of a clip."""
+    """Maximum frames per clip."""
     min_frames: int
-    """Least frames of a scene."""
+    """Minimum frames per scene."""
     cuts: bool
     """Whether to find scene cuts."""
     still_s: float
-    """Seconds from which a still span is dropped; 0: none is."""
+    """Minimum duration of a dropped still span, in seconds; 0: none is dropped."""
     duplicates: bool
-    """Whether episodes get a digest, by which duplicates are found."""
+    """Whether episodes get a digest, for finding duplicates."""
 
 
 class Draft(Record):
@@ -62,12 +62,12 @@ class Draft(Record):
     episode: Episode
     clips: tuple[Clip, ...] = Field(strict=False)
     spans: tuple[Range, ...] = Field(strict=False)
-    """Offset and size of all members of each clip, which lie together."""
+    """Offset and size of the contiguous members of each clip."""
 
 
 @dataclass
 class DraftWriter:
-    """Writes drafts; called from several threads at once, each for another episode."""
+    """Write drafts; called from several threads at once, each for a different episode."""
 
     spec: DecodeSpec
     settings: ClipSettings
@@ -102,7 +102,7 @@ class DraftWriter:
 
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        """Robot actions and states of all rows, where the data has them."""
+        """Robot actions and states of all rows, if the data has them."""
         found = {
             "action": self.spec.source.column("action"),
             "state": self.spec.source.column("observation.state"),
@@ -112,15 +112,15 @@ class DraftWriter:
 
 @dataclass
 class _Scan:
-    """What a first pass over an episode finds."""
+    """Result of a first pass over an episode."""
 
     cuts: list[int]
-    """Frames that begin a scene, before resampling."""
+    """Frames that start a scene, before resampling."""
     still: list[Range]
     """First frame, and last + 1, of spans to drop, before resampling."""
     digest: str
     kept: np.ndarray
-    """Number, before resampling, of each frame."""
+    """Index of each frame before resampling."""
 
     @classmethod
     def of(cls, spec: DecodeSpec, settings: ClipSettings, number: int) -> _Scan | None:
@@ -170,7 +170,7 @@ class _Scan:
 
 
 def _still_spans(moving: list[bool], times: list[float], seconds: float) -> list[Range]:
-    """Return the frames to drop of each still span: all that equal the one before."""
+    """Return the frames of still spans to drop: all that equal the previous frame."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], ~np.array(moving, bool), [0]]).astype(np.int8)))
     spans = [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
     return [(begin, end) for begin, end in spans if times[end - 1] - times[begin - 1] >= seconds]
@@ -235,7 +235,7 @@ class _Clips:
         return text
 
     def _flush(self, held: list[tuple[float, int, np.ndarray]], scene: int, first: int, texts: Any) -> int:
-        """Write the frames that are held as a clip, and forget them; return their number."""
+        """Write the buffered frames as a clip and clear the buffer; return their number."""
         if not held:
             return 0
         times, indices, frames = zip(*held, strict=True)

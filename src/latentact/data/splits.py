@@ -1,4 +1,4 @@
-"""Which episodes are trained on, held out, and labeled."""
+"""Splits of the episodes: training, held out, labeled."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 def split_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the episodes to train on and of those held out, drawn by `seed`, each ascending.
+    """Return the indices of the training and held-out episodes, drawn by `seed`, each ascending.
 
     Args:
         store: the data.
-        held_out: fraction of episodes to hold out; at least one on either side where there are two or more.
-        seed: decides the draw.
+        held_out: fraction of episodes to hold out; at least one on either side if there are two or more.
+        seed: seed of the draw.
 
     Raises:
-        UserError: the fraction is not between 0 and 1.
+        UserError: the fraction is not in [0, 1).
     """
     total = store.num_episodes
     count = split_sizes(total, held_out)[1]
@@ -34,13 +34,13 @@ def split_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np
 
 
 def split_sizes(total: int, held_out: float) -> tuple[int, int]:
-    """Return how many of `total` episodes `split_episodes` trains on and how many it holds out.
+    """Return the numbers of training and held-out episodes in a split of `total` episodes.
 
     Raises:
-        UserError: the fraction is not between 0 and 1.
+        UserError: the fraction is not in [0, 1).
     """
     if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}; it must be at least 0 and less than 1.")
+        raise UserError(f"held_out must be at least 0 and less than 1, got {held_out}.")
     if total == 1:
         return 1, 1
     count = min(max(round(held_out * total), 1), total - 1)
@@ -48,12 +48,12 @@ def split_sizes(total: int, held_out: float) -> tuple[int, int]:
 
 
 def choose_labeled(train_episodes: Sequence[int] | np.ndarray, k: int | None, seed: int) -> np.ndarray:
-    """Return the k episodes whose actions may be seen, ascending; those for a smaller k are among them.
+    """Return the k labeled episodes, ascending; those for a smaller k are a subset.
 
     Args:
-        train_episodes: to choose from.
-        k: how many; None: all.
-        seed: decides the draw.
+        train_episodes: episodes to choose from.
+        k: number of episodes; None: all.
+        seed: seed of the draw.
 
     Raises:
         UserError: k is negative, or larger than the number of episodes.
@@ -63,7 +63,7 @@ def choose_labeled(train_episodes: Sequence[int] | np.ndarray, k: int | None, se
         return episodes
     if not 0 <= k <= len(episodes):
         raise UserError(
-            f"{k} labeled episodes are requested, but there are {len(episodes)} training episodes; give 0 to "
-            f"{len(episodes)}."
+            f"labeled episodes must be between 0 and {len(episodes)}, the number of training episodes, got "
+            f"{k}."
         )
     return np.sort(np.random.default_rng(seed).permutation(episodes)[:k])

@@ -1,4 +1,4 @@
-"""Stream the frames of a dataset episode by episode, from the cache if cached, else decoded on the fly.
+"""Stream the frames of a dataset episode by episode, from the cache if possible, else decoded on the fly.
 
 For single-pass work such as labeling, where neither memory nor disk should limit the size of the dataset.
 """
@@ -47,7 +47,7 @@ class FrameStream:
         self.fps = self._spec.fps or self.source.fps
         """Frames per second, after resampling."""
         self.resampled = bool(self._spec.fps)
-        """Whether frames are resampled by time, so that frames and table rows differ in number."""
+        """Whether frames are resampled by time, so that the numbers of frames and table rows differ."""
         ratio = self.fps / self.source.fps if self.source.fps else 1.0
         self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
         """Number of frames of each episode; an estimate if frames are resampled."""

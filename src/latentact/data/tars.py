@@ -1,8 +1,8 @@
-"""Shards: WebDataset tar files with clips of video, and the json file beside each with its byte ranges.
+"""Shards: WebDataset tar files with clips of video, and a JSON file with byte ranges next to each.
 
 `shard-000123.tar` holds clips. The members of a clip share the name up to the first dot: `KEY.json` (source,
-text, times), `KEY.0000.jpg`, `KEY.0001.jpg`, ... or `KEY.mp4`, and `KEY.action.npy`, `KEY.state.npy` where
-the data has them. `shard-000123.json` is written last: a shard without it is unfinished. Tars of other
+text, times), `KEY.0000.jpg`, `KEY.0001.jpg`, ... or `KEY.mp4`, and `KEY.action.npy`, `KEY.state.npy` if the
+data has them. `shard-000123.json` is written last: a shard without it is unfinished. Tars of other
 programs have no such file; their headers are read once. Nothing in a tar is unpickled or executed.
 """
 
@@ -52,11 +52,11 @@ class Clip(Record):
     source: str
     """Name of the video or episode."""
     episode: int = 0
-    """Number of the episode in its source data."""
+    """Index of the episode in its source data."""
     scene: int = 0
-    """Number of the scene in the episode."""
+    """Index of the scene in the episode."""
     first: int = 0
-    """Number of its first frame in the scene."""
+    """Index of its first frame in the scene."""
     start_s: float = 0.0
     """Time of the first frame in the episode, seconds."""
     fps: float = 0.0
@@ -77,7 +77,7 @@ class Clip(Record):
     action: Range | None = Field(default=None, strict=False)
     state: Range | None = Field(default=None, strict=False)
     single: bool = False
-    """Whether it is a sample with one image, whose arrays have no axis of frames."""
+    """Whether it is a sample with one image, whose arrays have no frame axis."""
 
     @model_validator(mode="after")
     def _check(self) -> Clip:
@@ -106,28 +106,28 @@ class Clip(Record):
 
 
 class Episode(Record):
-    """What became of one episode of the source data."""
+    """How one episode of the source data was sharded."""
 
     number: int
     name: str
     frames: int = 0
-    """Its frames, after resampling."""
+    """Number of frames after resampling."""
     cuts: tuple[int, ...] = Field(default=(), strict=False)
-    """Frames that begin a scene, without the first, before resampling."""
+    """Frames that start a scene, except the first, before resampling."""
     still: int = 0
-    """Frames of still spans that were dropped."""
+    """Number of dropped frames of still spans."""
     short: int = 0
-    """Frames of scenes that were dropped as too short."""
+    """Number of dropped frames of scenes that are too short."""
     duplicate: int = 0
-    """Frames that were dropped because an earlier episode has the same."""
+    """Number of frames dropped because an earlier episode has the same."""
     digest: str = ""
-    """Digest of its frames, where duplicates are dropped."""
+    """Digest of its frames, if duplicates are dropped."""
     unreadable: str = ""
-    """Why it cannot be read; empty: it can."""
+    """Reason why it cannot be read; empty if it can."""
 
 
 class Space(Record):
-    """Space of robot actions."""
+    """Robot action space."""
 
     kind: str
     size: int
@@ -135,33 +135,33 @@ class Space(Record):
 
 
 class Shard(Record):
-    """The json file beside a tar."""
+    """The JSON file next to a tar."""
 
     format: str
     version: int
     bytes: int
-    """Size of the tar."""
+    """Size of the tar in bytes."""
     sha256: str
-    """Hash of the tar."""
+    """SHA-256 of the tar."""
     camera: str = ""
     action_space: Space | None = None
     action_names: tuple[str, ...] = Field(default=(), strict=False)
     first: Range = Field(strict=False)
-    """Episode and clip with which it begins."""
+    """Episode and clip at its start."""
     next: Range = Field(strict=False)
-    """Episode and clip with which the next one begins."""
+    """Episode and clip at the start of the next shard."""
     episodes: tuple[Episode, ...] = Field(strict=False)
     """Episodes that end in this shard."""
     clips: tuple[Clip, ...] = Field(strict=False)
 
 
 def is_pattern(path: Path) -> bool:
-    """Return whether a path that does not exist is a pattern of several: `DIR/shard-{000000..000003}.tar`."""
+    """Return whether a path that does not exist is a pattern for tars: `DIR/shard-{000000..000003}.tar`."""
     return any(character in str(path) for character in "{*?") and not path.exists()
 
 
 def tar_files(path: Path) -> list[Path]:
-    """Return the tars of a folder or of a pattern with braces, `*` and `?`, or the one that is named."""
+    """Return the tars of a folder or of a pattern with braces, `*` and `?`, or a single tar."""
     if path.is_dir():
         return [file for file in files_below(path, (".tar",))[0] if WORK not in file.parts]
     if not is_pattern(path):
@@ -210,11 +210,11 @@ def write_record(file: Path, record: Record) -> None:
 
 
 TAR_END = bytes(2 * _BLOCK)
-"""What ends a tar."""
+"""End-of-archive marker of a tar."""
 
 
 def file_sha256(file: Path) -> str:
-    """Return the hash of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as opened:
         while block := opened.read(_CHUNK):
@@ -223,13 +223,12 @@ def file_sha256(file: Path) -> str:
 
 
 def scan_tar(file: Path) -> dict[str, Any]:
-    """Return the samples of a tar of another program as JSON values, or {"error": why it is unreadable}.
+    """Return the samples of another program's tar as JSON values, or {"error": reason why it is unreadable}.
 
     Returns:
-        samples: in order, each with its key, `images` [[field, offset, size]], and where they are there
-            `video`, `action` and `state` [offset, size], `count` and `fps` of a video or the `error` why
-            it cannot be read, `meta` (an object) and `text`; skipped: number of members that are not read,
-            by ending.
+        samples: in order, each with its key, `images` [[field, offset, size]], and if present `video`,
+            `action` and `state` [offset, size], `count` and `fps` of a video or the `error` of reading it,
+            `meta` (an object) and `text`; skipped: number of skipped members by suffix.
     """
     samples: list[dict[str, Any]] = []
     skipped: dict[str, int] = {}
@@ -249,9 +248,11 @@ def scan_tar(file: Path) -> dict[str, Any]:
                 return {"error": "it is truncated: the end of the archive is missing"}
     except tarfile.ReadError as error:
         compressed = file.suffix != ".tar" or _compressed(file)
-        return {"error": "it is compressed; unpack it" if compressed else f"it is no complete tar ({error})"}
+        return {
+            "error": "it is compressed; unpack it" if compressed else f"it is not a complete tar ({error})"
+        }
     except (OSError, tarfile.TarError, ValueError) as error:
-        return {"error": f"it is no complete tar ({error})"}
+        return {"error": f"it is not a complete tar ({error})"}
     return {
         "samples": [sample for sample in samples if len(sample) > 2 or sample["images"]],
         "skipped": skipped,
@@ -259,7 +260,7 @@ def scan_tar(file: Path) -> dict[str, Any]:
 
 
 def _add(sample: dict[str, Any], field: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> bool:
-    """Add a member to its sample; return whether it is one that is read."""
+    """Add a member to its sample; return whether it is used."""
     stem, _, ending = field.rpartition(".")
     place = [member.offset_data, member.size]
     if ending in IMAGES:
@@ -296,15 +297,15 @@ def _compressed(file: Path) -> bool:
 
 
 def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[Clip]:
-    """Return the clips of a tar of another program, or of one of ours without its json file.
+    """Return the clips of another program's tar, or of one of ours without its JSON file.
 
     Images of a sample whose names have numbers are its frames, in the order of these numbers. Otherwise each
-    is the frame of a camera, and following samples are the frames of an episode as long as their metadata
-    name one episode, or else as long as their keys differ by an increasing number at the end.
+    is the frame of a camera, and following samples are the frames of an episode as long as their metadata has
+    the same episode, or else as long as their keys differ only in an increasing number at the end.
 
     Args:
-        scan: of `scan_tar`.
-        tar: its name.
+        scan: result of `scan_tar`.
+        tar: name of the tar.
         camera: one of `foreign_cameras`.
     """
     clips: list[Clip] = []
@@ -348,7 +349,7 @@ def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[Clip]:
 
 
 def foreign_cameras(scan: dict[str, Any]) -> set[str]:
-    """Return the names of images without a number, of which a sample has one each."""
+    """Return the names of images without a number; a sample has one image per camera."""
     return {
         image[0] for sample in scan["samples"] for image in sample["images"] if not re.search(r"\d", image[0])
     }
@@ -359,7 +360,7 @@ def _ranges(images: Sequence[Sequence[Any]]) -> dict[str, Any]:
 
 
 def _group(key: str, meta: dict[str, Any], place: int) -> tuple[Any, int]:
-    """Return what the frames of an episode share, and a number that increases over them."""
+    """Return the key that the frames of an episode share, and a number that increases over them."""
     episode = next((str(meta[name]) for name in _EPISODES if name in meta), None)
     if episode is not None:
         return ("episode", episode), place
@@ -373,15 +374,15 @@ def _number(meta: dict[str, Any], names: Sequence[str]) -> float:
 
 
 def read_shard(file: Path, sha256: Callable[[], str]) -> Shard | None:
-    """Return the json file beside a tar, after checking the tar against it; None if there is none of ours.
+    """Return the JSON file next to a tar after checking the tar; None if it is missing or not ours.
 
     Args:
         file: the tar.
-        sha256: returns the hash of the tar as it is.
+        sha256: returns the current hash of the tar.
 
     Raises:
         Unreadable: the tar was truncated or altered.
-        UserError: the json file is damaged, or of a newer release.
+        UserError: the JSON file is damaged or from a newer release.
     """
     beside = file.with_suffix(".json")
     values = parse_json(read_text(beside), str(beside)) if beside.is_file() else None
@@ -397,5 +398,5 @@ def read_shard(file: Path, sha256: Callable[[], str]) -> Shard | None:
     if size != shard.bytes:
         raise Unreadable(f"it must have {shard.bytes} bytes, got {size}: it was truncated or altered")
     if sha256() != shard.sha256:
-        raise Unreadable("it was altered: its bytes are not those that its json file describes")
+        raise Unreadable("it was altered: its bytes do not match its JSON file")
     return shard

@@ -1,11 +1,11 @@
-"""The time base: times of frames, rows and transitions, and whether rates and gaps agree.
+"""Times of frames, rows and transitions, and agreement of rates and gaps.
 
-- A frame of a video has the presentation time of its container, edit lists applied. A frame without one
+- A video frame has the presentation time of its container, with edit lists applied. A frame without one
   follows the previous frame at the stream's rate; a video whose times decrease is unreadable.
 - A row of a LeRobot dataset has the frame nearest to `from_timestamp + timestamp`, as in LeRobot. Rows with
-  images have their own image at `timestamp`.
+  images have their own image, at `timestamp`.
 - A transition is valid if both of its frames are valid, differ, and are one frame gap apart.
-- Two gaps agree within `GAP_TOLERANCE`, two rates within `RATE_TOLERANCE`, everywhere.
+- Everywhere, two gaps agree within `GAP_TOLERANCE` and two rates within `RATE_TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATE_TOLERANCE = 0.01
 _JITTER = 0.25
 """Maximum difference between the times of a row and of its frame, in frames."""
 _UNEVEN = 0.1
-"""Maximum relative deviation from the median interval at a constant rate, besides rounding."""
+"""Maximum relative deviation from the median interval at a constant rate, apart from rounding."""
 
 
 def gaps_agree(seconds: float, reference: float) -> bool:
@@ -61,12 +61,12 @@ def frames_in_gap(seconds: float, fps: float, data: object, *, setting: str, rem
     Args:
         seconds: the gap, more than 0.
         fps: frames per second of the data.
-        data: name of the data for the message.
-        setting: name of the gap for the message.
-        remedy: advice of the message; empty: the nearest gap of the data.
+        data: name of the data, for messages.
+        setting: name of the gap, for messages.
+        remedy: advice for the message; empty: the nearest gap of the data.
 
     Raises:
-        UserError: that number of frames does not agree with the gap.
+        UserError: the gap is not close to a number of frames.
     """
     frames = max(1, round(seconds * fps))
     if not gaps_agree(frames / fps, seconds):
@@ -86,12 +86,12 @@ def lam_frame_gap(
     Args:
         spec: of the LAM.
         fps: frames per second of the data; 0: unknown.
-        data: name of the data for the message.
-        seconds: gap to use; 0: that of the LAM, in frames if it has none in seconds.
+        data: name of the data, for messages.
+        seconds: gap to use; 0: the LAM's own gap, in frames if it has none in seconds.
         remedy: as for `frames_in_gap`.
 
     Raises:
-        UserError: no number of frames of the data agrees with the gap.
+        UserError: the gap is not close to a number of frames of the data.
     """
     gap = seconds or spec.frame_gap_s
     if not gap or not fps:
@@ -140,7 +140,7 @@ class FrameRate:
     """Frame rate of a video."""
 
     fps: float
-    """Frames per second; for a variable rate, that of its longest intervals. 0: unknown."""
+    """Frames per second; for a variable rate, the rate of its longest intervals. 0: unknown."""
     fastest: float
     """Frames per second of its shortest intervals; equal to `fps` if the rate is constant."""
     uneven: bool
@@ -181,7 +181,8 @@ def clock_problem(timestamps: Float64[np.ndarray, " n"]) -> str:
 def image_times(timestamps: Float64[np.ndarray, " n"], fps: float) -> tuple[Float64[np.ndarray, " n"], str]:
     """Return the times of rows with images, relative to the first, and the problem of their timestamps.
 
-    Timestamps with a problem, or of another rate than the dataset, are replaced by row / fps, as in LeRobot.
+    Timestamps with a problem, or whose rate differs from the dataset's, are replaced by row / fps, as in
+    LeRobot.
     """
     problem = clock_problem(timestamps)
     if not problem and len(timestamps) > 1:
@@ -239,12 +240,12 @@ def nearest_frames[F](
 
 
 def lookup_span(times: Float64[np.ndarray, " n"], fps: float) -> tuple[float, float]:
-    """Return the first time, and the end, of the part of a video in which rows at these times have frames."""
+    """Return start and end, in seconds, of the part of a video with the frames of rows at these times."""
     return float(times[0] - 1 / fps), float(times[-1] + 1 / fps)
 
 
 def row_problem(shown: Float64[np.ndarray, " m"], times: Float64[np.ndarray, " n"], fps: float) -> str:
-    """Return why `nearest_frames` fails for rows of a video; empty if it does not.
+    """Return why `nearest_frames` fails for rows of a video; empty if it succeeds.
 
     Args:
         shown: presentation times of the video's frames, seconds, ascending.
@@ -345,10 +346,10 @@ def valid_transitions(
 
     Args:
         times: time of each frame, seconds.
-        episode: number of each frame's episode.
+        episode: index of each frame's episode.
         gap: frames.
         fps: frames per second; a transition spans `gap / fps` seconds.
-        resampled_from: frames per second before resampling, which moves a frame by up to half its duration;
+        resampled_from: frames per second before resampling, which shifts a frame by up to half its duration;
             0: not resampled.
     """
     valid = np.zeros(len(times), bool)

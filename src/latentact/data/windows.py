@@ -24,10 +24,10 @@ class Clips(Dataset[Clip]):
         store: the data.
         episodes: indices of the episodes with windows.
         frame_gap: rows between two frames of a window.
-        context: frames before the current one; before the episode's start its first frame is repeated, and is
-            not valid.
+        context: frames before the current one; before the episode's start its first frame is repeated and
+            marked as not valid.
         horizon: frames after the current one; all are within the episode, a gap apart in time.
-        labeled: episodes with robot actions; those of all others are hidden.
+        labeled: episodes with robot actions; the actions of all others are hidden.
         features: features of each row of the store ``[n, f]``.
         held_out: whether the episodes are held out, for messages.
 
@@ -60,7 +60,7 @@ class Clips(Dataset[Clip]):
             complete[len(complete) - shift :] = False
             complete[: len(complete) - shift] &= transition[shift:]
         self.rows: Int64[np.ndarray, " m"] = np.flatnonzero(complete)
-        """Every row whose next `horizon` frames, a gap apart, are within its episode."""
+        """Rows whose next `horizon` frames, a gap apart, are within the episode."""
         if not len(self.rows):
             kind, longest = "held-out " if held_out else "", int(store.lengths[chosen].max(initial=0))
             remedy = "a smaller gap or longer videos"
@@ -76,7 +76,7 @@ class Clips(Dataset[Clip]):
                 f"check-data."
             )
         self.order = Order(store, self.rows)
-        """Which windows a training step draws."""
+        """Windows of a training step."""
         self._frames = store.frames
         if isinstance(self._frames, np.memmap):  # which is a third slower to index
             self._frames = self._frames.view(np.ndarray)

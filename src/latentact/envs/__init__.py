@@ -1,1 +1,1 @@
-"""Environments, one file per suite: how to make them, what they are, and their scripted experts."""
+"""Environments, one file per suite: creation, specification and scripted experts."""

@@ -39,8 +39,8 @@ def import_gymnasium() -> Any:
 def env_errors(name: str, doing: str) -> Iterator[None]:
     """Raise an environment's exceptions as an EnvError with its name: `{name} failed {doing}: ...`.
 
-    This includes SystemExit, with which an environment would end the whole program. A working directory that
-    the environment changes is set back, so that relative paths stay what they were.
+    This includes SystemExit, with which an environment would end the whole program. If the environment
+    changes the working directory, it is restored, so that relative paths stay valid.
     """
     folder = ""
     with suppress(FileNotFoundError):  # it was removed
@@ -61,7 +61,7 @@ def env_errors(name: str, doing: str) -> Iterator[None]:
 
 
 def close(env: gym.Env, name: str) -> None:
-    """Close an environment; an exception is only logged, so that finished episodes are kept."""
+    """Close an environment; exceptions are only logged, so that finished episodes are kept."""
     try:
         with env_errors(name, "to close"):
             env.close()
@@ -93,7 +93,7 @@ def adapt(
         state: its observation -> floats `[s]`; None: the environment has no state.
         state_range: smallest and largest state, `[s]` each.
         task: returns the task text of the current episode.
-        floor: frame -> opacity of a distracting background `[h, w]`, 0 to 1; None: there are no distractors.
+        floor: frame -> opacity of the distracting background `[h, w]`, 0 to 1; None: no distractors.
         heading: action, before it is taken -> its direction `[2]`, about unit length; None: no distractors.
 
     Raises:
@@ -172,7 +172,7 @@ def _adapter() -> Callable[..., gym.Env]:
 
         def _unusable(self, expected: str, got: Any) -> EnvError:
             return EnvError(
-                f"{self._name} must return a {expected}, got {got} {self._where()}. Mend the environment, or "
+                f"{self._name} must return a {expected}, got {got} {self._where()}. Fix the environment, or "
                 "choose another."
             )
 
@@ -252,8 +252,8 @@ def to_bool(value: Any, source: str) -> bool:
     array = np.asarray(single)
     if array.dtype.kind not in "biuf" or array.size != 1 or array.item() not in (0, 1):
         raise EnvError(
-            f"{source} must be a boolean or the number 0 or 1, got {value!r}. Mend the environment, or "
-            "choose another."
+            f"{source} must be a boolean or the number 0 or 1, got {value!r}. Fix the environment, or choose "
+            "another."
         )
     return bool(array.item())
 

@@ -19,7 +19,7 @@ RANGES = {
     "max_steps": (0, 2**31 - 1),
     "seed": (0, 2**31 - 1),
 }
-"""Smallest and largest value of settings shared by commands."""
+"""Minimum and maximum of settings shared by commands."""
 
 
 def check_ranges(**settings: int) -> None:
@@ -40,10 +40,10 @@ def check_step_limit(env: EnvSpec, max_steps: int) -> None:
 
 
 def try_step(name: str, *, view: str, distract: Distraction, seed: int) -> None:
-    """Reset an environment and take a random action, so that what fails there fails before hours of training.
+    """Reset an environment and take a random action, so that failures show before hours of training.
 
     Raises:
-        UserError: it has no distractors.
+        UserError: distractors are requested and not supported.
         EnvError: it cannot be reset, stepped or rendered.
     """
     env = make_env(name, view=view, distract=distract)
@@ -67,16 +67,16 @@ def check_compatible(
     """Raise a UserError if a policy, or a policy trained on a dataset, cannot act in an environment.
 
     Every class of a discrete action must be an action of the environment. A policy may have fewer than the
-    environment, if `ActionSpace.values` lists them. If each side has one camera, they are matched whatever
-    their names, unless the name is that of the environment's other view.
+    environment, if `ActionSpace.values` lists them. If each side has one camera, they are matched regardless
+    of their names, unless the name is that of the environment's other view.
 
     Args:
         env: the environment.
         source: name of the policy or dataset, for the message.
         actions: its action space.
-        cameras: camera keys it needs; "" any.
-        channels: channels of the frames it needs.
-        state_size: dimensions of the robot state it needs; 0: none.
+        cameras: required camera keys; "": any.
+        channels: channels of the required frames.
+        state_size: dimensions of the required robot state; 0: none.
     """
     if not _same_actions(actions, env.action_space):
         raise UserError(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
 STEPS = 5
-"""Random actions that are taken in each episode."""
+"""Number of random actions in each episode."""
 
 
 def check_env(env: str | gym.Env, *, spec: EnvSpec | None = None, view: str = "agent", seed: int = 0) -> None:
@@ -23,7 +23,7 @@ def check_env(env: str | gym.Env, *, spec: EnvSpec | None = None, view: str = "a
 
     Args:
         env: name of an environment, or what a suite's `make` returns.
-        spec: what `Suite.spec` returns; None: by name, that of the environment, and else not checked.
+        spec: result of `Suite.spec`; None: that of an environment given by name, else not checked.
         view: as for `make_env`, for an environment given by name.
         seed: reset seed of two of the episodes; the third uses the next one.
 
@@ -45,16 +45,16 @@ def check_env(env: str | gym.Env, *, spec: EnvSpec | None = None, view: str = "a
     actions = [env.action_space.sample() for _ in range(STEPS)]
     first, again = (_run(env, seed, actions) for _ in range(2))
     _run(env, seed + 1, actions)
-    _require(len(first) == len(again), "the same seed must give the same episode, got another length")
+    _require(len(first) == len(again), "the same seed must give the same episode, got a different length")
     for t, (a, b) in enumerate(zip(first, again, strict=True)):
         for key, value in a.items():
             same = np.array_equal(value, b[key])
-            _require(same, f"the same seed must give the same episode, got another {key} at step {t}")
+            _require(same, f"the same seed must give the same episode, got a different {key} at step {t}")
 
 
 def _require(holds: bool, rule: str) -> None:
     if not holds:
-        raise EnvError(f"{rule}. Correct the environment.")
+        raise EnvError(f"{rule}. Fix the environment.")
 
 
 def _check_spaces(env: gym.Env) -> None:

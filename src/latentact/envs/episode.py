@@ -1,4 +1,4 @@
-"""The one environment loop: episodes side by side, with one batched action per step.
+"""The one environment loop: parallel episodes, with one batched action per step.
 
 It serves demonstrations (an expert acts), rollouts (an agent acts) and imitation (an agent follows a guide).
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
 Recorded = Literal["states", "actions", "nuisances", "infos"]
-"""What an episode records on request, besides frames, rewards and successes."""
+"""Further data that an episode can record, in addition to frames, rewards and successes."""
 
 
 class EpisodeEnd(StrEnum):
@@ -35,7 +35,7 @@ class EpisodeEnd(StrEnum):
 
 @runtime_checkable
 class Actor(Protocol):
-    """What acts in environments: an agent, an expert, or an agent that follows a guide."""
+    """The interface of what acts in environments: an agent, an expert, or an agent that follows a guide."""
 
     def reset(self, num_envs: int) -> None:
         """Clear all per-episode state; the environments of `num_envs` new episodes have just been reset."""
@@ -54,7 +54,7 @@ class Actor(Protocol):
 
 @runtime_checkable
 class FrameSink(Protocol):
-    """Where the frames of an episode go, such as a list."""
+    """Receives the frames of an episode, such as a list."""
 
     def append(self, frame: np.ndarray, /) -> None:
         """Add a frame, uint8 `[h, w, 3]`."""
@@ -119,7 +119,7 @@ def run_episodes(
     record: Collection[Recorded] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Episode]:
-    """Run one episode in each environment, side by side.
+    """Run one episode in each environment, in parallel.
 
     Where an environment fails, the episodes before it run to their end and those after it are dropped: the
     failed episode is the last one returned, and holds the error.
@@ -130,15 +130,15 @@ def run_episodes(
         seeds: reset seed of each.
         camera: key of the frames in the actor's observations.
         max_steps: steps after which an episode ends; 0: no limit but the environment's own.
-        frames: where the frames of the first episodes go; None: those of one are not recorded.
-        record: what is recorded besides.
+        frames: sinks for the frames of the first episodes; None: the frames of that episode are not recorded.
+        record: further data to record.
         on_step: called after each step of all environments.
 
     Returns:
         The episodes in the order of the environments.
 
     Raises:
-        UserError: an action cannot be used.
+        UserError: an action is invalid.
     """
     sinks = [*frames, *[None] * (len(envs) - len(frames))]
     episodes: list[Episode] = []
@@ -210,7 +210,7 @@ def to_observation(
     """Return observations of `make_env` as one batch with LeRobot's keys.
 
     Returns:
-        `camera` uint8 `[b, h, w, 3]`, `task` a list of b strings and, where the environment has a state,
+        `camera` uint8 `[b, h, w, 3]`, `task` a list of b strings and, if the environment has a state,
         `observation.state` float32 `[b, s]`.
     """
     batch: dict[str, Any] = {camera: np.stack([o["pixels"] for o in observations]), "task": list(tasks)}

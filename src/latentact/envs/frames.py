@@ -24,7 +24,7 @@ def to_rgb(value: Any, source: str, white: float | None = None) -> UInt8[np.ndar
         value: array, tensor or PIL image `[h, w]`, `[h, w, c]` or `[c, h, w]` with c = 1 (gray), 3 (RGB) or 4
             (RGBA, whose alpha is dropped); of a list or a fourth axis of frames, the last frame is used.
             Integers are 0..255, floats 0..1 or 0..255, booleans black and white.
-        source: where it comes from, for the message.
+        source: origin of the frame, for messages.
         white: value of white in floats, the upper bound of the observation space; None: 1, or 255 if a float
             is larger.
 

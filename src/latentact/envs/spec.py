@@ -1,4 +1,4 @@
-"""The contract of environments, and the functions that make one by name.
+"""The contract of environments, and functions that create one by name.
 
 A suite is added by one new file in `envs/suites` with a class registered in `ENVS` that has the methods of
 `Suite`. The name of an environment is the suite's name, or the suite's name, a slash and a level; every other
@@ -28,7 +28,7 @@ class EnvSpec:
     name: str
     """Name as in `make_env`: `babyai/GoToRedBall`, `pusht`, or a Gymnasium id."""
     fps: int
-    """Steps per second."""
+    """Environment steps per second."""
     camera: str
     """Key of its frames in a dataset."""
     action_space: ActionSpace
@@ -107,7 +107,7 @@ ALIASES = {
 def make_env(
     name: str, *, resolution: int = 0, view: str = "agent", distract: Distraction | None = None
 ) -> gym.Env:
-    """Return the environment called `name`.
+    """Create the environment `name`.
 
     Observations are dicts of `pixels` uint8 `[h, w, 3]` and, where the environment has a state, `agent_pos`
     float32 `[s]`. `info` holds `task` (text, may be empty) after `reset`, and `is_success` after every `step`
@@ -140,10 +140,10 @@ def make_env(
 
 
 def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
-    """Return the specification of the environment called `name`.
+    """Return the specification of the environment `name`.
 
     Raises:
-        UserError: as `make_env`.
+        UserError: as in `make_env`.
     """
     suite, name = _suite(name, view)
     return suite.spec(name, view)
@@ -155,7 +155,7 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
     Args:
         name: the environment's name.
         env: what `make_env` returned for it, after `reset`.
-        seed: of the expert's own choices.
+        seed: seed of the expert's own choices.
 
     Raises:
         UserError: the environment has no expert.

@@ -1,1 +1,1 @@
-"""How good a model is: probes, reconstruction, codebook use, rollouts, comparison, report."""
+"""Evaluation: probes, reconstruction, codebook usage, rollouts and comparisons."""

@@ -1,4 +1,4 @@
-"""Alignment of a guide with a control loop in time, and the agreement of a rollout with its guide."""
+"""Temporal alignment of a guide with a control loop, and agreement of a rollout with its guide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIME_BASES = ("hold", "resample")
 
 
 def align_to_rate(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarray, " m"]:
-    """Return the position in the guide of each control step, as a real index; whole numbers for `hold`.
+    """Return the position in the guide of each control step, as a fractional index; integers for `hold`.
 
     Args:
         guide: n latent actions.
@@ -44,11 +44,11 @@ def align_to_rate(guide: Guide, fps: float, time_base: str) -> Float64[np.ndarra
 
 
 def sample_tokens(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.ndarray, "m f"]:
-    """Return the guide's tokens at real indices, flat: vectors are interpolated, codes are the nearest.
+    """Return the guide's tokens at fractional indices, flattened: vectors interpolated, codes nearest.
 
     Args:
         guide: n latent actions.
-        position: what `align_to_rate` returned.
+        position: result of `align_to_rate`.
         kind: continuous, vectors or codes (as floats).
     """
     if kind == "codes" or (kind == "vectors" and guide.spec.codebook_size is not None):
@@ -77,8 +77,8 @@ def latent_agreement(guide: Guide, achieved: Guide, position: np.ndarray) -> dic
 
     Returns:
         `measure` (cosine, or fraction of equal codes), `steps` (one value each), their `mean`, and `chance`:
-        the mean agreement of these steps with all steps of the guide, which a rollout reaches that matches
-        the guide on average and ignores its order.
+        the mean agreement of these steps with all steps of the guide, the score of a rollout that matches the
+        guide on average and ignores its order.
     """
     count = min(len(achieved), len(position))
     nearest = np.floor(position[:count] + 0.5).astype(int)

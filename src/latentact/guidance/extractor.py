@@ -26,7 +26,7 @@ from latentact.progress import Progress
 
 
 class LatentActionExtractor:
-    """Extracts the guide of a demonstration with a frozen LAM of any kind.
+    """Extract the guide of a demonstration with a frozen LAM of any kind.
 
     Args:
         lam_model_path: folder, file or hub id of the LAM.
@@ -45,7 +45,7 @@ class LatentActionExtractor:
         self.model = load_lam(lam_model_path, device)
         self.resolution, self.device = lam_resolution, device
         self.loaded_fps: float | None = None
-        """Rate of the last loaded video, the default of `extract_from_frames`."""
+        """Frame rate of the last loaded video, the default of `extract_from_frames`."""
 
     def load_video(
         self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
@@ -59,7 +59,7 @@ class LatentActionExtractor:
             max_frames: maximum number of frames; None or 0: all.
 
         Raises:
-            UserError: it is not a video, is damaged, or has fewer frames per second than requested.
+            UserError: the file is not a video, is damaged, or has fewer frames per second than requested.
         """
         fps = self.video_fps(video_path, target_fps)
         frames = [*self._resized(video_frames(video_path, fps, max_frames))]
@@ -69,7 +69,7 @@ class LatentActionExtractor:
     def extract(
         self, video_path: str | Path, target_fps: float | None = None, max_frames: int | None = None
     ) -> Guide:
-        """Return the guide of a video without holding all its frames in memory; arguments as `load_video`."""
+        """Return the guide of a video with a bounded number of frames in memory; see `load_video`."""
         fps, info = self.video_fps(video_path, target_fps), _probe(Path(video_path))
         total = min(max_frames or sys.maxsize, round(info.frames * fps / info.fps))
         with Progress("extracting latent actions", total, "frames") as progress:
@@ -191,7 +191,7 @@ def video_frames(
     """Yield a video's frames at `fps`, starting with its first frame, upright and at their own size.
 
     Raises:
-        UserError: it is not a video, or is damaged.
+        UserError: the file is not a video or is damaged.
     """
     frames = decode(Path(path))
     try:
@@ -214,7 +214,7 @@ def _counted[T](items: Iterable[T], progress: Progress) -> Iterator[T]:
 def _probe(path: Path) -> VideoInfo:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"{path} must be a video file, got {found}. Give a video file.")
+        raise UserError(f"{path} must be a video file, got {found}. Check the path.")
     try:
         return probe(path)
     except Unreadable as error:

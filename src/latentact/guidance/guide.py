@@ -1,7 +1,7 @@
-"""A guide: the latent actions of one demonstration, and its files.
+"""A guide: the latent actions of one demonstration, and their files.
 
-It holds one latent action per frame of the demonstration (at `fps`), each for the transition to the frame one
-LAM gap later, as `latentact label` writes for a row. A control loop of another rate holds each latent action
+It holds one latent action per frame of the demonstration (at `fps`), for the transition to the frame one LAM
+gap later, as `latentact label` does for each row. A control loop at a different rate holds each latent action
 until the next one starts, or resamples them in time.
 """
 
@@ -34,7 +34,7 @@ class Guide(LatentSequence):
 
     @property
     def timestamps(self) -> Float64[np.ndarray, " n"]:
-        """Start of each transition in seconds; NaN if the rate is unknown."""
+        """Start time of each transition in seconds; NaN if the rate is unknown."""
         return np.arange(len(self)) / self.fps if self.fps else np.full(len(self), np.nan)
 
     def save(self, folder: str | Path) -> None:
@@ -52,10 +52,10 @@ class Guide(LatentSequence):
 
     @classmethod
     def load(cls, path: str | Path) -> Guide:
-        """Load what `save` wrote: the folder, or either file; no code in it is executed.
+        """Load a guide from the folder or either file of `save`; no code in it is executed.
 
         Raises:
-            UserError: it is missing, truncated or not a guide.
+            UserError: the guide is missing, truncated or invalid.
         """
         path = Path(path)
         path = path / "latents.safetensors" if path.is_dir() else path

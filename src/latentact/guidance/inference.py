@@ -20,7 +20,7 @@ from latentact.guidance.align import align_to_rate, sample_tokens
 from latentact.guidance.guide import Guide
 
 BATCH = 32
-"""Transitions encoded together; with their context they are all the frames held in memory at once."""
+"""Transitions encoded together; bounds the number of frames in memory."""
 TOKENS = "observation.lam_tokens"
 
 
@@ -75,7 +75,10 @@ class LatentGuidedInference:
         self.guide = Guide.load(guide) if isinstance(guide, (str, Path)) else guide
         spec, latent = self.agent.spec, self.agent.spec.latent
         if latent is None:
-            raise UserError("the policy is not conditioned on latent actions. Give one that is.")
+            raise UserError(
+                "the policy must be conditioned on latent actions, got one that is not. Give a guided or "
+                "grounded policy."
+            )
         check_policy_matches_guide(latent, self.guide)
         self.fps = fps or spec.fps or self.guide.fps
         same_rate = rates_agree(self.fps, spec.fps)
@@ -91,7 +94,7 @@ class LatentGuidedInference:
         self.reset()
 
     def __len__(self) -> int:
-        """Control steps of the guide."""
+        """Return the number of control steps of the guide."""
         return len(self._tokens)
 
     def reset(self, num_envs: int = 1) -> None:
@@ -111,15 +114,15 @@ class LatentGuidedInference:
         return torch.from_numpy(self._tokens[rows])
 
     def prepare_batch(self, observation: dict[str, Any], latent_action: Tensor) -> dict[str, Any]:
-        """Return the batch of one for an observation and the guide's tokens.
+        """Return a batch of size one from an observation and the guide's tokens.
 
         Args:
             observation: `observation.images.<camera>` uint8 `[h, w, 3]`, `observation.state` float32 `[s]`
                 and `task`, each if there is one.
-            latent_action: what `get_next_latent_action` returned.
+            latent_action: result of `get_next_latent_action`.
 
         Returns:
-            The observation as agents take it, and `observation.lam_tokens` float32 `[1, o, f]`.
+            The observation in the format of agents, and `observation.lam_tokens` float32 `[1, o, f]`.
         """
         batch: dict[str, Any] = {TASK: [str(observation.get(TASK, ""))]}
         batch |= {key: np.asarray(value)[None] for key, value in observation.items() if key != TASK}
@@ -137,7 +140,7 @@ class LatentGuidedInference:
         return np.asarray(self.agent.act(batch, batch.pop(TOKENS))[0])
 
     def act(self, observation: dict[str, Any]) -> list[np.ndarray | None]:
-        """Return the action for a batch of one, as an `Actor`; None at the end of the guide."""
+        """Return the action for a batch of size one, as an `Actor`; None at the end of the guide."""
         latent_action = self.get_next_latent_action()
         if latent_action is None:
             return [None]

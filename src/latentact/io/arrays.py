@@ -52,7 +52,7 @@ def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dic
     Args:
         path: file.
         remedy: advice at the end of error messages.
-        names: arrays to load, those absent from the file are ignored; None: all.
+        names: arrays to load, ignoring those absent from the file; None: all.
 
     Raises:
         UserError: the file is missing or damaged; its content is never executed.

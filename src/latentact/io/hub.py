@@ -38,20 +38,21 @@ def check_repo_id(repo_id: str) -> None:
 def upload_files(
     files: Mapping[str, Path | bytes], repo_id: str, *, dataset: bool, public: bool, tag: str = ""
 ) -> str:
-    """Upload files in one commit, create the repository where it is missing, and return its address.
+    """Upload files in one commit, create the repository where it is missing, and return its URL.
 
     Files that the repository already holds are not uploaded again, so an interrupted upload is resumed by
     calling this again.
 
     Args:
-        files: by path in the repository: a local file, or its content.
+        files: path in the repository -> local file or content.
         repo_id: hub id.
         dataset: whether it is a dataset; else it is a model.
-        public: whether everybody may read it; without, a public repository is refused.
+        public: whether everyone may read it; otherwise a public repository is rejected.
         tag: git tag of the new state; empty: none.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, or the repository is public without `public`.
+        UserError: the hub cannot be reached or rejects the upload, or the repository is public without
+            `public`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RevisionNotFoundError

@@ -1,7 +1,7 @@
 """Metadata files as typed records: JSON, JSON lines, YAML and parquet are validated once, here.
 
-A file that does not fit raises a `UserError` that names the file, the field, what it must be and what it is.
-A record is a pydantic model with the fields that are used; other fields are ignored.
+An invalid file raises a `UserError` with the file, the field, the expected and the actual value. A record is
+a pydantic model of the fields that are used; other fields are ignored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_record[R: Record](kind: type[R], file: Path) -> R:
     """Read a JSON file as a record.
 
     Raises:
-        UserError: the file cannot be read, is not JSON, or does not fit.
+        UserError: the file cannot be read, is not JSON, or is invalid.
     """
     return parse_record(kind, parse_json(read_text(file), str(file)), str(file))
 
@@ -60,7 +60,7 @@ def read_records[R: Record](kind: type[R], file: Path) -> list[R]:
     """Read the lines of a JSON lines file as records; empty lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, or a line is not JSON or does not fit.
+        UserError: the file cannot be read, or a line is not JSON or is invalid.
     """
     lines = [(n, line) for n, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
     return [
@@ -92,7 +92,7 @@ def parse_json(text: str, where: str) -> Any:
     """Parse JSON text.
 
     Raises:
-        UserError: it is not JSON, an object has two values for one key, or a text is not Unicode.
+        UserError: it is not JSON, an object has two values for one key, or a string is not Unicode.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -113,12 +113,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def _require_unicode(value: Any, text: str, where: str) -> Any:
-    """Return `value`, which was parsed from `text`, if its texts are Unicode.
+    """Return `value`, parsed from `text`, if its strings are valid Unicode.
 
-    An escape can write half of a character (a lone surrogate), which no file in UTF-8 can hold.
+    An escape can produce half of a character (a lone surrogate), which UTF-8 cannot encode.
 
     Raises:
-        UserError: a text is not.
+        UserError: a string is not valid Unicode.
     """
     left, seen = [value] if "\\u" in text.lower() else [], set()
     while left:
@@ -154,7 +154,7 @@ def read_yaml(file: Path) -> Any:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Prefix the message of a `UserError` with the name of the file that is read."""
+    """Prefix the message of a `UserError` with the name of the file."""
     try:
         yield
     except UserError as error:
@@ -162,7 +162,7 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
-    """Open a parquet file, whatever its name: pyarrow itself takes names in UTF-8 only."""
+    """Open a parquet file of any name; pyarrow itself only accepts UTF-8 names."""
     import pyarrow.parquet as pq
 
     name = os.fsencode(file)
@@ -170,7 +170,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table:
-    """Read a parquet file, or the named columns of it.
+    """Read a parquet file, or some of its columns.
 
     Raises:
         UserError: the file is missing, damaged, not parquet, or lacks a column.
@@ -189,7 +189,7 @@ def read_parquet(file: Path, columns: Collection[str] | None = None) -> pa.Table
             table = opened.read(columns=None if columns is None else list(columns))
             for column in table.columns:
                 if not pa.types.is_primitive(column.type):
-                    column.validate(full=True)  # finds texts that are not UTF-8
+                    column.validate(full=True)  # finds strings that are not UTF-8
             return table
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _not_parquet(file, error) from error
@@ -216,7 +216,7 @@ def _not_parquet(file: Path, error: Exception) -> UserError:
 
 
 def _first(error: ValidationError) -> str:
-    """Describe the first problem: the field, what it must be, what it is."""
+    """Describe the first problem: the field, the expected and the actual value."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(map(str, problem["loc"])) or "the content"
     if problem["type"] == "missing":

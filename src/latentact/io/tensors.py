@@ -54,7 +54,7 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
     Args:
         path: file.
-        names: tensors to load, those absent from the file are ignored; None: all.
+        names: tensors to load, ignoring those absent from the file; None: all.
 
     Raises:
         UserError: the file is missing, truncated or not a safetensors file; its content is never executed.
@@ -76,7 +76,7 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
 
 
 def load_about(path: Path) -> Any:
-    """Return the JSON metadata that a safetensors file has under `latentact`; None if it has none.
+    """Return the JSON metadata of a safetensors file under `latentact`; None if it has none.
 
     Raises:
         UserError: the metadata is not JSON.
@@ -175,5 +175,5 @@ def require_weights(module: Any, tensors: Mapping[str, Tensor], path: Path) -> N
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
-                f"{path} {problem} {names[0]!r}{more}; the weights do not match the settings beside them."
+                f"{path} {problem} {names[0]!r}{more}; the weights do not match the settings next to them."
             )

@@ -10,7 +10,7 @@ from latentact.errors import UserError
 
 
 class _Inert:
-    """Stand-in for an object of the program that wrote the pickle; discards its state."""
+    """Placeholder for an object of the program that wrote the pickle; discards its state."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return super().__new__(cls)
@@ -41,12 +41,12 @@ _INERT_NAMES: dict[str, Any] = {
 def read_pickled(path: Path) -> dict[str, Any]:
     """Read a dict written by `torch.save` without executing code.
 
-    Tensors, plain values and containers are restored; settings and loggers of the programs that trained the
-    published models become empty stand-ins.
+    Tensors, plain values and containers are restored; settings and loggers of the programs that trained
+    published models become empty placeholders.
 
     Raises:
-        UserError: the file is missing or damaged, is not a dict, or names a class or function that is not on
-            the allow-list.
+        UserError: the file is missing or damaged, is not a dict, or references a class or function that is
+            not on the allow-list.
     """
     import pickle
     import zipfile

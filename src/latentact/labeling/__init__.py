@@ -1,1 +1,1 @@
-"""Latent actions of whole datasets and streams."""
+"""Labeling: latent actions of whole datasets and streams."""

@@ -1,7 +1,7 @@
 """The latent actions of every row of a dataset, computed once and cached.
 
-Work is split into units, each written as one file: a killed run resumes with what is missing, and an engine
-(`latentact.labeling.engines`) divides the units among processes. Then the files are joined. Results are
+Work is split into units, each written as one file: a killed run resumes with the missing units, and an engine
+(`latentact.labeling.engines`) distributes units over processes. Then the files are joined. Results are
 cached under a key of frames, weights and gap.
 """
 
@@ -52,7 +52,7 @@ class DatasetLatents(LatentSequence):
     key: str
     """Content key of the frames."""
     frame_indices: Int64[np.ndarray, " n"]
-    """Row of the frame within its episode in the data."""
+    """Row of each frame within its episode in the data."""
     episodes: Int64[np.ndarray, " e"]
     """Index of each episode in the data."""
     lengths: Int64[np.ndarray, " e"]
@@ -65,7 +65,7 @@ class DatasetLatents(LatentSequence):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How a dataset is encoded; changes speed, not results beyond rounding.
+    """Options of encoding; they affect speed, and results only within rounding.
 
     Raises:
         UserError: a value is unknown or too small.
@@ -76,7 +76,7 @@ class EncodeOptions:
     device: str = "cpu"
     """cpu, cuda or mps."""
     precision: str = "fp32"
-    """fp32; bf16, faster, with other last digits; int8, fastest and coarsest; or auto: the fastest that the
+    """fp32; bf16 (faster, rounding differences); int8 (fastest, coarsest); or auto: the fastest that the
     device supports natively and that preserves 99 % of the codes of the data's first transitions."""
     workers: int = 0
     """Decoding threads; 0: one per core."""
@@ -114,10 +114,11 @@ def encode_dataset(
         stream: the data.
         gap: frames between the two frames of a transition.
         options: how to encode.
-        engine: what encodes the units; None: this process, or with several ranks each of them its own.
+        engine: engine that encodes the units; None: this process, or with several ranks each its own units.
 
     Returns:
-        None in all but the first of several processes; that one waits for the others and joins the files.
+        The latent actions in the first process, which waits for the others and joins the files; None in the
+        others.
 
     Raises:
         UserError: no episode is long enough for a transition, none can be read, the disk is full, or another
@@ -138,7 +139,7 @@ def encode_dataset(
     engine = engine or (torchrun.encode if shard.world > 1 else local.encode)
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / stream.fps, fps=stream.fps)
-    settings = to_dict(model.config)  # some, like a window, change the results of the weights
+    settings = to_dict(model.config)  # some, like a window, change results for the same weights
     identity = [_VERSION, stream.key, spec.weights, settings, gap, options.precision]
     if not stream.usable.all():
         identity.append(blake2b(np.packbits(stream.usable).tobytes()))
@@ -193,7 +194,7 @@ def encode_dataset(
 
 
 def _report(frames: int, fps: float, seconds: float) -> None:
-    """Log what the encoded video has cost."""
+    """Log the time spent per hour of encoded video."""
     hours = frames / fps / 3600
     if hours:
         cost = seconds / hours
@@ -254,11 +255,11 @@ def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndar
     try:
         meta = read_record(_Meta, entry / "meta.json")
         arrays = {
-            name: load_npy(entry / f"{name}.npy", "it is made again") for name in ("lengths", "episodes")
+            name: load_npy(entry / f"{name}.npy", "it is computed again") for name in ("lengths", "episodes")
         }
         expected = {name: (dtype, (meta.rows, *shape)) for name, (dtype, shape) in _kinds(spec).items()}
         for name, (dtype, shape) in expected.items():
-            arrays[name] = load_npy(entry / f"{name}.npy", "it is made again")
+            arrays[name] = load_npy(entry / f"{name}.npy", "it is computed again")
             if arrays[name].dtype != dtype or arrays[name].shape != shape:
                 raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}")
         episodes, lengths = arrays["episodes"], arrays["lengths"]

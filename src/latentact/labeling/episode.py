@@ -1,4 +1,4 @@
-"""Encode streamed frames of episodes in batches of clips, and write the results as one part on disk."""
+"""Encode streamed frames of episodes in batches of clips, and write the results as one file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def encode_clip(
 def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Yield a pool of encoding threads, and the maximum number of queued batches.
 
-    On a CPU each core encodes a batch of its own. If cores shared a batch, the last bits of the results would
+    On a CPU each core encodes its own batch. If cores shared a batch, the last bits of the results would
     depend on the number of cores.
     """
     threads = torch.get_num_threads()
@@ -65,8 +65,8 @@ class EpisodeEncoder:
     A clip has `transitions_per_window` transitions, each one gap after the previous.
 
     Index spaces: a position counts the frames of all episodes of the part, damaged ones included; `_base` is
-    the position of the first kept frame, `_end` that after the last, `_next` that of the next transition to
-    queue. A row of `_clips` is (position of the first transition, start and end of the known frames of its
+    the position of the first kept frame, `_end` is one past the last, `_next` is that of the next transition
+    to queue. A row of `_clips` is (position of the first transition, start and end of the known frames of its
     episode).
     """
 

@@ -1,6 +1,6 @@
-"""Features of every frame under a frozen vision backbone of timm or transformers, computed once and kept.
+"""Features of every frame under a frozen vision backbone of timm or transformers, computed once and cached.
 
-They are cached beside the decoded frames, under a key of frames, backbone and its weights. A killed run
+They are cached next to the decoded frames, under a key of frames, backbone and weights. A killed run
 resumes with the next batch.
 """
 
@@ -41,7 +41,7 @@ def with_features(
 ) -> tuple[Any, Float16[np.ndarray, "n f"] | None]:
     """Return a LAM's settings with the size of its target, and the features of every row of the store.
 
-    Settings with another target are returned unchanged, with None.
+    Settings with a different target are returned unchanged, with None.
 
     Raises:
         UserError: the backbone or its package is missing, or the disk is full.
@@ -115,14 +115,14 @@ def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 
         device: cpu, cuda or mps.
 
     Raises:
-        UserError: it cannot be loaded, or its package is not installed.
+        UserError: the backbone cannot be loaded, or its package is not installed.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         load = _timm if name.startswith("timm/") else _transformers
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # parts missing in a checkpoint, such as an unused pooler, are random
+            torch.manual_seed(0)  # parts missing from a checkpoint, such as an unused pooler, are random
             model, maps, size, colors = load(name.removeprefix("timm/"))
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         first = str(error).strip().partition("\n")[0]

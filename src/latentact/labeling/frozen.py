@@ -16,7 +16,7 @@ class FrozenLam:
         where: folder or hub id.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the LAM cannot be loaded.
     """
 
     def __init__(self, where: str) -> None:
@@ -45,10 +45,10 @@ class FrozenLam:
             states: robot states of the frames, for a LAM that uses them.
 
         Raises:
-            UserError: the LAM uses states, and they are missing or of another size.
+            UserError: the LAM uses states, and they are missing or have a different size.
         """
         model = self._model.to(frames.device)
-        with torch.autocast(frames.device.type, enabled=False):  # fp32 under a policy's autocast, too
+        with torch.autocast(frames.device.type, enabled=False):  # fp32 also under a policy's autocast
             actions = model.encode(frames, last=transitions == 1, states=states)
         tokens = actions.vectors if quantized else actions.continuous
         return tokens[:, -transitions:].flatten(2).float()

@@ -1,4 +1,4 @@
-"""Precisions of a LAM, and the fastest that preserves the codes of given data."""
+"""Precisions of a LAM, and selection of the fastest that preserves the codes of given data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from latentact.types import LatentActions
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "int8", "auto")
-_TRIED, _KEPT = 32, 0.99  # transitions for the trial, and the share of codes to preserve
+_TRIED, _KEPT = 32, 0.99  # transitions of the trial, and the fraction of codes to preserve
 type States = Callable[[int, Sequence[int]], np.ndarray]
 """Function from episode and rows within it to robot states ``[n, s]``."""
 
@@ -78,7 +78,7 @@ def select_precision(
 
 
 def _agreement(exact: LatentActions, quick: LatentActions) -> float:
-    """Return the share of equal codes, or without codes that of the preserved variance."""
+    """Return the fraction of equal codes, or without codes that of preserved variance."""
     if exact.codes is not None and quick.codes is not None:
         return (exact.codes == quick.codes).float().mean().item()
     x, y = exact.vectors.flatten(0, 1), quick.vectors.flatten(0, 1)

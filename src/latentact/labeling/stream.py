@@ -1,7 +1,7 @@
 """LAM tokens of a streamed dataset, computed at the first use of an item and cached for later ones.
 
-A stream cannot be encoded beforehand, and its items come in any order. Each therefore carries the frames, and
-for some LAMs the robot states, that the LAM needs, which LeRobot's `delta_timestamps` provide::
+A stream cannot be encoded beforehand, and its items come in any order. Each item therefore holds the frames,
+and for some LAMs the robot states, that the LAM needs; LeRobot's `delta_timestamps` provide them::
 
     deltas = camera_deltas(model, gap_s=0.5)
     items = StreamingLeRobotDataset("owner/name", delta_timestamps={"observation.images.top": deltas})
@@ -53,15 +53,15 @@ def _window(model: LatentActionModel, gap_s: float) -> list[float]:
 
 
 class TokenStream(IterableDataset):
-    """The items of a dataset, each with its LAM tokens.
+    """Items of a dataset, each with its LAM tokens.
 
     An item gets `observation.lam_tokens`, `observation.lam_codes` where the LAM has codes, and
     `observation.lam_valid`, as `latentact precompute` writes them; frames, and states of a LAM that uses
     them, are reduced to those of `observed`.
 
     Args:
-        items: `StreamingLeRobotDataset`, which is read with the frames of `LeRobotDataset`, or anything that
-            yields its items: `episode_index`, `frame_index`, the camera's frames at `camera_deltas(...)`
+        items: `StreamingLeRobotDataset`, which yields the frames of `LeRobotDataset`, or any iterable of such
+            items: `episode_index`, `frame_index`, the camera's frames at `camera_deltas(...)`
             ([t, c, h, w], uint8 or float 0..1), `<camera>_is_pad`, and for a LAM that uses states
             `observation.state` [t, s] at the same times.
         model: the LAM, in evaluation mode.
@@ -102,7 +102,7 @@ class TokenStream(IterableDataset):
         """Meaning of the tokens."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the items in their order."""
+        """Yield the items in order."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "meta.json", {"spec": asdict(self.spec), "camera": self.camera, "rows": 0})
         with sqlite3.connect(self.folder / "tokens.sqlite", timeout=60) as cache:

@@ -1,7 +1,7 @@
 """The units of work of labeling: episodes that are encoded together and written as one file.
 
 A unit is one shard of the data where its format has shards, else one episode, or as many short ones as fill
-a batch. It depends on nothing but the data and the batch size, and batches never span two units, so that
+a batch. It depends only on the data and the batch size, and batches never span two units, so that
 results do not depend on the engine, the process or the number of processes that encode it.
 """
 
@@ -39,10 +39,10 @@ class Shard:
         """Return the shard of torchrun's environment variables; a single process without them.
 
         Args:
-            launched: whether a launcher is required, which may then be srun, too.
+            launched: whether a launcher is required, torchrun or srun.
 
         Raises:
-            UserError: a variable is not a whole number, the rank is not less than the number of processes, or
+            UserError: a variable is not an integer, the rank is not less than the number of processes, or
                 a required launcher is missing.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -58,7 +58,7 @@ class Shard:
                 int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True)
             )
         except ValueError as error:
-            raise UserError(f"{', '.join(names)} must be whole numbers. Use torchrun or srun.") from error
+            raise UserError(f"{', '.join(names)} must be integers. Use torchrun or srun.") from error
         if not 0 <= rank < world:
             raise UserError(
                 f"{names[0]} must be between 0 and {names[1]} - 1 = {world - 1}, got {rank}. Use torchrun."
@@ -76,10 +76,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The encoding of a dataset, unit by unit."""
+    """Encoding of a dataset, unit by unit."""
 
     model: LatentActionModel
-    """In evaluation mode, on the device, in the precision."""
+    """Model in evaluation mode, on the device, in the precision."""
     stream: FrameStream
     gap: int
     """Frames between the two frames of a transition."""
@@ -91,7 +91,7 @@ class Job:
     """Decoding threads; 0: one per core."""
     states: States | None
     parts: Path
-    """Folder of the files of finished units."""
+    """Folder with the files of finished units."""
     units: Sequence[Sequence[int]]
     """Episodes of each unit."""
 
@@ -110,10 +110,10 @@ class Job:
 
 
 type Engine = Callable[[Job, Shard], None]
-"""Writes the missing files of a job that are this process's; in the first one, returns when all are there.
+"""Writes this process's missing files of a job; in the first process, returns when all exist.
 
 Raises:
-    UserError: files are missing that no process is going to write.
+    UserError: files are missing that no process will write.
 """
 
 
@@ -123,7 +123,7 @@ def units_of(lengths: Sequence[int], groups: Sequence[tuple[int, int]], batch_si
     Args:
         lengths: frames of each episode.
         groups: first episode, and last + 1, of each shard; empty for data that is not in shards.
-        batch_size: frames of a unit of short episodes.
+        batch_size: maximum number of frames in a unit of several episodes.
     """
     if groups:
         return [[*range(first, stop)] for first, stop in groups]

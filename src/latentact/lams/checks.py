@@ -1,4 +1,4 @@
-"""`check_lam`: does a latent action model keep its contract? As Gymnasium's `check_env` for environments."""
+"""`check_lam`: does a latent action model keep its contract? The counterpart of Gymnasium's `check_env`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def check_lam(model: LatentActionModel, clip: Clip | None = None) -> None:
 
     Args:
         model: built from a registered config, on the CPU.
-        clip: a batch of at least 4 clips of `context + 1 + horizon` frames, with what the model's loss needs;
-            None: random color frames, states and actions.
+        clip: a batch of at least 4 clips of `context + 1 + horizon` frames, with all inputs of the model's
+            loss; None: random color frames, states and actions.
 
     Raises:
         UserError: a rule is broken; the message names it.

@@ -1,4 +1,4 @@
-"""The contract of latent action models, and how a checkpoint is loaded."""
+"""The contract of latent action models, and loading of checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LamConfig(Protocol):
 
     A config that reads published checkpoints has a classmethod
     ``read_published(path, *, keyword=default, ...) -> LatentActionModel | None`` for `load_lam`: None for a
-    file or folder of another format, a UserError for a damaged one.
+    file or folder in another format, a UserError for a damaged one.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class LatentActionModel(nn.Module, ABC):
     """A latent action model: `encode` is inverse dynamics, `predict` forward dynamics.
 
     Attributes:
-        spec: meaning of its latent actions.
+        spec: spec of its latent actions.
         context: frames before a transition that `encode` uses.
         transitions_per_window: n if a clip of n + 1 frames costs about as much as a single transition; long
             videos are then cut into such clips, which overlap by a frame and have no context.
@@ -111,8 +111,8 @@ class LatentActionModel(nn.Module, ABC):
             Latent actions ``[b, t - 1, k, d]``; a single frame has no transition.
 
         Raises:
-            UserError: frames have another type or number of channels, or states are missing or of another
-                size.
+            UserError: frames have the wrong type or number of channels, or states are missing or have the
+                wrong size.
         """
 
     @abstractmethod
@@ -179,12 +179,12 @@ class LatentActionModel(nn.Module, ABC):
         write_json(folder / "config.json", {"lam": to_dict(self.config), "actions": actions})
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
-        """Upload the checkpoint to the Hugging Face hub and return its address."""
+        """Upload the checkpoint to the Hugging Face hub and return its URL."""
         return push_folder(self.write, repo_id, private)
 
     @classmethod
     def from_pretrained(cls, where: str | Path) -> LatentActionModel:
-        """Load a model that `save_pretrained` wrote; see `load_lam`."""
+        """Load a checkpoint of `save_pretrained`; see `load_lam`."""
         return load_lam(where)
 
 
@@ -201,11 +201,11 @@ def load_lam(where: str | Path, device: str = "cpu", **keywords: Any) -> LatentA
     Args:
         where: folder, file or hub id of a `save_pretrained` checkpoint, or of one of villa-X, LAPO or LAPA.
         device: cpu, cuda or mps.
-        keywords: settings that override those of the checkpoint (`window="chunked"`), or that it does not
-            hold (`image_size=256`).
+        keywords: settings that override those of the checkpoint (`window="chunked"`), or that it lacks
+            (`image_size=256`).
 
     Raises:
-        UserError: the checkpoint is missing, truncated, of another model or not a checkpoint; nothing in it
+        UserError: the checkpoint is missing, truncated, from another model or not a checkpoint; nothing in it
             is executed.
     """
     require_device(device)
@@ -221,7 +221,7 @@ def load_lam(where: str | Path, device: str = "cpu", **keywords: Any) -> LatentA
 
 
 def _rename_weights(model: LatentActionModel, tensors: dict[str, Tensor], prefix: str = "", *_: Any) -> None:
-    """Replace the weight names of older releases by current ones, in place."""
+    """Replace weight names of older releases with current ones, in place."""
     for old, new in model.renamed_weights.items():
         for name in [name for name in tensors if name.startswith(prefix + old)]:
             tensors[prefix + new + name.removeprefix(prefix + old)] = tensors.pop(name)
@@ -264,12 +264,13 @@ def _published(path: Path, keywords: dict[str, Any]) -> LatentActionModel:
             continue
         if unknown := sorted(keywords.keys() - takes):
             raise UserError(
-                f"load_lam got {unknown[0]!r} for a published {name}{did_you_mean(unknown[0], takes)}"
+                f"load_lam has no setting {unknown[0]!r} for a published "
+                f"{name}{did_you_mean(unknown[0], takes)}"
             )
         model.spec = replace(model.spec, weights=save_tensors(None, model.state_dict()))
         return model
     if unknown := sorted(keywords.keys() - known):
-        raise UserError(f"load_lam got an unknown setting {unknown[0]!r}{did_you_mean(unknown[0], known)}")
+        raise UserError(f"unknown setting {unknown[0]!r} of load_lam{did_you_mean(unknown[0], known)}")
     what = "is a file" if path.is_file() else "holds no config.json"
     raise UserError(
         f"{path} {what} and is not a published villa-X, LAPO or LAPA checkpoint. Give the folder of a "
@@ -283,7 +284,7 @@ def batched(
     """Return clips as a batch (one clip becomes a batch of one) and which frames are valid (default: all).
 
     Raises:
-        UserError: frames have another type or shape, or `last` is set and there is no transition.
+        UserError: frames have the wrong type or shape, or `last` is set and there is no transition.
     """
     if frames.dtype != torch.uint8 or frames.ndim not in (4, 5) or frames.shape[-3] != channels:
         raise UserError(
@@ -305,7 +306,7 @@ def require_states(
     """Return robot states as a batch; None if the model does not use them.
 
     Raises:
-        UserError: the model uses states, and they are missing or of another size.
+        UserError: the model uses states, and they are missing or have the wrong size.
     """
     if not model.state_size:
         return None
@@ -316,7 +317,7 @@ def require_states(
 
 
 def states_message(spec: LatentActionSpec, expected: int, got: int, source: str = "the frames") -> str:
-    """Return the message for data whose robot state is missing (size 0) or of another size."""
+    """Return the message for data whose robot state is missing (size 0) or has the wrong size."""
     found = f"{got} values" if got else "none"
     return (
         f"observation.state of {source} must have the {expected} values that the LAM {spec.model} uses, got "

@@ -1,7 +1,8 @@
 """Prediction targets of forward dynamics: pixels, averaged features of the encoder, or frozen features.
 
-ema_features: a moving average of the model's own encoder (LAOM, 2502.00379). frozen_features: those of any
-vision backbone of timm or transformers, as in UniVLA (2505.06111), computed once by `frozen_features.py`.
+ema_features: features of a moving average of the model's own encoder (LAOM, 2502.00379). frozen_features:
+features of any vision backbone of timm or transformers, as in UniVLA (2505.06111), computed once by
+`frozen_features.py`.
 """
 
 from __future__ import annotations
@@ -74,13 +75,13 @@ def frame_encoder(
     Args:
         backbone: impala or patch.
         in_channels: channels of the image.
-        size: its height and width in pixels.
+        size: height and width of the image in pixels.
         scale: impala: multiplier of the channels (16, 32, 32).
         patch: patch: side of a patch.
         channels: patch: channels of the levels.
         features: length of the vector.
-        precise: whether the vector has full precision under autocast too. Half precision would hide how
-            consecutive frames differ in what all frames share.
+        precise: whether the vector has full precision under autocast too. Half precision would drown the
+            differences between consecutive frames in their common part.
 
     Raises:
         UserError: the backbone is unknown.

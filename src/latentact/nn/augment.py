@@ -14,19 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 SHIFT = 14 / 64
-"""Largest shift, as a share of the side."""
+"""Maximum shift, as a fraction of the side."""
 ANGLE = math.pi / 2
-"""Largest rotation either way."""
+"""Maximum rotation in either direction."""
 DISTORTION = 0.5
-"""Largest inward displacement of a corner, as a share of half the padded side."""
+"""Maximum inward displacement of a corner, as a fraction of half the padded side."""
 MARGIN = 1 + 2 * 30 / 64
-"""Side of the padded image whose corners are displaced, in sides of the image."""
+"""Side of the padded image whose corners are displaced, relative to the image's side."""
 DRAWS = ((), ("shift",), ("rotate",), ("perspective",), ("shift", "rotate"), ("rotate", "shift"),
          ("rotate", "perspective"), ("perspective", "rotate"))  # fmt: skip
 
 
 def augment(frames: Float[Tensor, "b t c h w"]) -> Float[Tensor, "b t c h w"]:
-    """Return clips, each with a random transform that all of its frames share."""
+    """Apply one random transform to all frames of each clip."""
     b, t, c, h, w = frames.shape
     warp = draw_warps(b, frames.device)
     with torch.autocast(frames.device.type, enabled=False):

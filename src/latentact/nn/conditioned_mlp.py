@@ -1,4 +1,4 @@
-"""A residual MLP with its condition as an input of every block (LAOM, 2502.00379)."""
+"""A residual MLP whose condition is an input of every block (LAOM, 2502.00379)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 class ConditionedMlp(nn.Module):
-    """Vector and condition to a vector: three residual blocks of ReLU6, each followed by layer normalization.
+    """Map a vector and a condition to a vector: three residual ReLU6 blocks with layer normalization.
 
     Args:
         in_features: length of the vector.
         condition: length of the condition.
-        hidden: width of the blocks; they expand it four times inside.
-        out_features: length of the result.
+        hidden: width of the blocks, expanded fourfold inside.
+        out_features: length of the output vector.
     """
 
     def __init__(self, in_features: int, condition: int, hidden: int, out_features: int) -> None:

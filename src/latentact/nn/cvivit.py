@@ -5,11 +5,11 @@ small CNN reduces each frame's tokens to a few cells; the latent action is the s
 first's. The decoder is a spatial transformer over the first frame's patches that attends to the latent
 action.
 
-Module names are those of LAPA's checkpoints (but `dsconv.weight` loses its dimension of size 1). Some of the
-published code is kept only with `compat`: keys and values of self-attention come from unnormalized tokens;
-the temporal transformer's positional convolution mixes positions and times, and that of the spatial one
-leaks the first frame into the second; the decoder's codes are mixed with each other; and pixels are
-normalized within their patch, which removes its brightness.
+Module names are those of LAPA's checkpoints (but `dsconv.weight` loses its dimension of size 1). Some
+behavior of the published code is kept only with `compat`: keys and values of self-attention come from
+unnormalized tokens; the positional convolution of the temporal transformer mixes positions and times, and
+that of the spatial transformer leaks the first frame into the second; the decoder's codes are mixed with each
+other; and pixels are normalized within their patch, which removes its brightness.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ CELLS = {
 
 
 def reduction(grid: int, cells: int) -> tuple | None:
-    """Return the convolutions that reduce grid x grid tokens to this many cells; None if there are none.
+    """Return the convolutions that reduce grid x grid tokens to this many cells; None if that is impossible.
 
-    They are the published ones, after as many that halve the grid as a larger grid needs.
+    They are the published ones, preceded by convolutions that halve a larger grid.
     """
     for halvings in range(8):
         layers = (_HALVE,) * halvings + CELLS[cells]
@@ -69,7 +69,7 @@ class Norm(nn.Module):
 class PositionBias(nn.Module):
     """Attention bias from the offset between two positions of the grid (arXiv 2111.09883).
 
-    Computed once for each distinct offset; there are far fewer of them than pairs of positions.
+    Computed once per distinct offset, of which there are far fewer than pairs of positions.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         depth: layers.
         heads: attention heads.
         head_dim: width of a head.
-        axis: whether tokens attend to each other within a frame or, place by place, between frames.
+        axis: whether tokens attend within a frame or, per position, across frames.
         cross: whether it attends to a context.
         compat: whether to reproduce the deviations of the published code.
     """
@@ -221,9 +221,7 @@ class Transformer(nn.Module):
         x = rearrange(x, rows)
         for conv, attend, cross, feed in self.layers:  # type: ignore[misc]
             if self.axis == "time" and self.compat:
-                x = x + conv(x.reshape(grid)).reshape(
-                    x.shape
-                )  # neither places nor times stay where they were
+                x = x + conv(x.reshape(grid)).reshape(x.shape)  # positions and times are both shuffled
             else:
                 x = x + rearrange(conv(rearrange(x, back, **sizes)), rows)
             x = x + attend(x, bias)
@@ -234,7 +232,7 @@ class Transformer(nn.Module):
 
 
 class DeltaHead(nn.Module):
-    """Reduces a frame's tokens to cells, whose difference is the latent action, and back to tokens.
+    """Reduce a frame's tokens to cells, whose difference is the latent action, and map it back to tokens.
 
     Args:
         dim: width of a token.
@@ -278,7 +276,7 @@ class CViViT(nn.Module):
         heads: attention heads.
         head_dim: width of a head.
         spatial_depth: layers of the spatial transformers.
-        temporal_depth: layers of the temporal one.
+        temporal_depth: layers of the temporal transformer.
         patch: side of a patch in pixels.
         cells: cells of the latent action.
         layers: convolutions that reduce a frame's tokens to cells.

@@ -12,11 +12,11 @@ from latentact.nn.patch import Residual
 
 
 class GridEmbedding(nn.Module):
-    """Integer cells to channels: one embedding table per feature, their outputs stacked.
+    """Embed integer cells: one table per feature, with stacked outputs.
 
     Args:
         features: integers per cell.
-        values: number of values of an integer.
+        values: number of values per integer.
         dim: channels per feature.
     """
 
@@ -32,14 +32,14 @@ class GridEmbedding(nn.Module):
 
 
 class GridEncoder(nn.Module):
-    """Frames of integer cells to a feature vector.
+    """Encode frames of integer cells as a feature vector.
 
     Args:
         frames: number of stacked frames.
         features: integers per cell.
         size: height and width in cells.
-        values: number of values of an integer.
-        channels: channels inside.
+        values: number of values per integer.
+        channels: hidden channels.
         out_features: length of the feature vector.
     """
 
@@ -59,14 +59,14 @@ class GridEncoder(nn.Module):
 
 
 class GridDecoder(nn.Module):
-    """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
+    """Map frames of integer cells and a latent vector to logits of the cell values of the next frame.
 
     Args:
         frames: number of stacked frames.
         features: integers per cell.
-        values: number of values of an integer.
+        values: number of values per integer.
         latent_dim: length of the latent vector.
-        channels: channels inside.
+        channels: hidden channels.
     """
 
     def __init__(self, frames: int, features: int, values: int, latent_dim: int, channels: int) -> None:

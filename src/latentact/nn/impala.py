@@ -30,7 +30,7 @@ class _Stage(nn.Module):
 
 
 class Impala(nn.Module):
-    """Image to feature vector: stages that halve the resolution (rounding up), a linear layer and a ReLU.
+    """Encode an image: stages that halve the resolution (rounding up), a linear layer and a ReLU.
 
     Args:
         in_channels: channels of the input.

@@ -1,7 +1,7 @@
-"""Layers that multiply 8-bit integers, for inference on a CPU with VNNI: about twice as fast as bf16 there.
+"""Layers with 8-bit integer products, for inference on CPUs with VNNI: about twice as fast as bf16.
 
 Weights have a scale per output channel. Scales of activations are computed per batch for convolutions, and
-per row for linear layers, since tokens of a transformer differ much in magnitude.
+per row for linear layers, since tokens of a transformer differ greatly in magnitude.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from latentact.device import supports_int8
 from latentact.errors import UserError
 
-_SMALLEST = 1 << 14  # weights of the smallest layer that gains from int8
+_SMALLEST = 1 << 14  # number of weights from which a layer gains from int8
 
 
 def int8[M: nn.Module](model: M) -> M:
     """Return the model with its larger convolutions and linear layers in int8 wherever autocast is on.
 
     Args:
-        model: on the CPU, for inference. It is not changed; both share their weights.
+        model: model on the CPU, for inference. It is not changed; both models share the weights.
 
     Raises:
         UserError: the model is on another device, or the CPU has no VNNI.
@@ -59,7 +59,7 @@ def _levels(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 class _Packed:
-    """Has `packed`, its weights in the layout of oneDNN, made at the first use and never copied."""
+    """Mixin with `packed`, the weights in oneDNN's layout, created on first use and never copied."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "packed"}
@@ -97,7 +97,7 @@ class _Int8Linear(_Packed, nn.Linear):
             return super().forward(input)
         packed, scale = self.packed
         step = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True)).clamp(min=1e-12)
-        step = (step / 126).bfloat16()  # 126 leaves room for its own rounding
+        step = (step / 126).bfloat16()  # 126 leaves room for the rounding of the scale
         y = torch.ops.onednn.qlinear_pointwise(
             _levels(input.float() / step, 1.0, 128), 1.0, 128, packed, scale,
             torch.zeros_like(scale, dtype=torch.int32), None, 1.0, 0, torch.bfloat16, "none", [], "",

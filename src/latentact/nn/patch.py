@@ -1,7 +1,7 @@
 """Convolutional networks with a patch stem: cheap versions of IMPALA and the U-Net.
 
-A patch stem (stride = patch size, pixel shuffle on the way out) does all work at low resolution, where a
-training step costs a fraction of the published networks' full-resolution layers.
+A patch stem (stride = patch size, pixel shuffle on the way out) keeps all computation at low resolution,
+where a training step costs a fraction of that of the published full-resolution networks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` plus its change, same shape."""
+        """Return `x` plus the residual, same shape."""
         return x + self.conv1(F.relu(self.conv0(F.relu(x))))
 
 
 class PatchEncoder(nn.Module):
-    """Image to feature vector: the first level embeds patches, later levels may halve the resolution.
+    """Encode an image: the first level embeds patches, later levels may halve the resolution.
 
     Args:
         in_channels: channels of the input.
@@ -73,14 +73,14 @@ class PatchEncoder(nn.Module):
 
 
 class PatchUNet(nn.Module):
-    """Frames and a latent vector to the change of the current frame; the latent enters at every block.
+    """Map frames and a latent vector to the change of the current frame; every block receives the latent.
 
     Args:
         in_channels: channels of all input frames together, the current frame last.
         latent_dim: length of the latent vector.
         out_channels: channels of a frame.
         patch: side of a patch in pixels.
-        channels: channels of the levels, the first at patch resolution, each further one at half of it.
+        channels: channels of the levels; the first is at patch resolution, each further one halves it.
     """
 
     def __init__(

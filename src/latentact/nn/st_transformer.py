@@ -20,7 +20,7 @@ def sincos(dim: int, positions: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
 
 
 def sincos_grid(dim: int, side: int) -> Float[Tensor, "n d"]:
-    """Return position embeddings of a square grid, row by row: half of the dims for x, half for y."""
+    """Return position embeddings of a square grid, row by row: half of the dimensions for x, half for y."""
     y, x = torch.meshgrid(torch.arange(side).float(), torch.arange(side).float(), indexing="ij")
     return torch.cat([sincos(dim // 2, x.flatten()), sincos(dim // 2, y.flatten())], dim=1)
 
@@ -70,7 +70,7 @@ class SwishGlu(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image to one token per patch, row by row."""
+    """Embed an image as one token per patch, row by row."""
 
     def __init__(self, patch: int, dim: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
         return linear(out, self.proj.weight, self.proj.bias)
 
     def _split(self, x: Float[Tensor, "w t n d"], keep: int) -> list[Float[Tensor, "w t2 n h e"]]:
-        """Return queries of the last `keep` frames, keys and values; three products save copies."""
+        """Return queries of the last `keep` frames, keys and values; three separate products avoid copies."""
         inputs = (x[:, -keep:], x, x)
         weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
         norms = (self.q_norm, self.k_norm, nn.Identity())
@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Tokens to a few latents: learned queries, attention and MLP, each followed by its norm."""
+    """Pool tokens into a few latents: learned queries, attention and MLP, each followed by a norm."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, latents: int, out_dim: int) -> None:
         super().__init__()
@@ -236,12 +236,12 @@ class DecoderBlock(nn.Module):
 
 
 class StEncoder(nn.Module):
-    """Windows of frames to latents of their transitions.
+    """Encode windows of frames as latents of their transitions.
 
     Args:
         size: height and width of a frame in pixels.
         patch: side of a patch in pixels.
-        frames: longest window.
+        frames: maximum length of a window.
         dim: width of a token.
         depth: blocks.
         heads: attention heads of the blocks.
@@ -249,7 +249,7 @@ class StEncoder(nn.Module):
         qk_norm: whether queries and keys of the blocks are normalized.
         pool_heads: attention heads of the pooling.
         latents: latents per transition.
-        out_dim: dims per latent.
+        out_dim: dimensions per latent.
     """
 
     pe_spatial: Tensor
@@ -296,7 +296,7 @@ class StEncoder(nn.Module):
 
 
 class StDecoder(nn.Module):
-    """One frame and a latent action to the patches of the next frame; arguments as in `StEncoder`."""
+    """Map one frame and a latent action to the patches of the next frame; arguments as in `StEncoder`."""
 
     pe: Tensor
 

@@ -11,17 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 SMALLEST_SHARE = 0.01
-"""Smallest standard deviation, as a share of the largest, so that constant dims are not amplified."""
+"""Minimum standard deviation relative to the largest, so that constant dimensions are not amplified."""
 
 
 class TokenProjection(nn.Module):
-    """Projects the tokens of a few transitions to one vector.
+    """Project the tokens of a few transitions to one vector.
 
     Args:
-        steps: transitions.
-        token_dim: dims per transition.
-        width: dims of the output.
-        dropout: share of training samples that get the learned vector for "no guide" instead.
+        steps: number of transitions.
+        token_dim: dimensions per transition.
+        width: dimensions of the output.
+        dropout: fraction of training samples that get the learned "no guide" vector instead.
         stats: `mean` and `std` of the tokens, each ``[token_dim]``; None: tokens are not standardized.
     """
 
@@ -45,7 +45,7 @@ class TokenProjection(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b n d"], valid: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b w"]:
-        """Return the condition; transitions that are not valid get the mean token."""
+        """Return the condition; invalid transitions get the mean token."""
         x = (tokens - self.mean) / self.std
         if valid is not None:
             x = x * valid[..., None]

@@ -85,13 +85,13 @@ def _flattened(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """Frames and a latent vector to the next frame.
+    """Map frames and a latent vector to the next frame.
 
     Args:
         in_channels: channels of all input frames together.
         latent_dim: length of the latent vector.
         out_channels: channels of the predicted frame.
-        base: channels of the widest-resolution level; deeper levels double it.
+        base: channels of the highest-resolution level; deeper levels double it.
         size: height and width in pixels, a multiple of 32.
     """
 

@@ -1,6 +1,6 @@
 """Behavior cloning of robot actions on labeled steps: the baseline that a latent policy must beat.
 
-On the labels of an inverse dynamics model it learns from its actions instead (VPT, arXiv 2206.11795).
+With the labels of an inverse dynamics model it learns from the pseudo-actions (VPT, arXiv 2206.11795).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BcConfig:
         return Targets(column="action", target=robot_action_target(actions, self.kind))
 
     def behavior_cloning(self) -> BcConfig:
-        """Return itself."""
+        """Return this config."""
         return self
 
     def build(self, spec: PolicySpec, latent: LatentActionSpec | None = None) -> NetworkPolicy:

@@ -22,14 +22,14 @@ def check_policy(policy: Policy) -> None:
 
     Outputs, features and actions must have the right shapes and types. Evaluation must be deterministic, and
     the samples of a batch independent. The loss must be finite, ignore masked targets and reach every
-    trainable parameter. Frames of any size must be accepted, a missing state refused, and a guide of NaN must
-    be the same as no guide. A saved policy must load bit-equal.
+    trainable parameter. Frames of any size must be accepted, a missing state rejected, and a guide of NaN
+    treated as no guide. A saved policy must load bit-equal.
 
     Args:
-        policy: from `config.build(spec, latent)` of a config that is registered in `POLICIES`.
+        policy: result of `config.build(spec, latent)` of a config that is registered in `POLICIES`.
 
     Raises:
-        UserError: the first rule that is broken.
+        UserError: a rule is broken; the message names the first one.
     """
     training = policy.training
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +46,7 @@ def check_policy(policy: Policy) -> None:
 
 
 def random_batch(policy: Policy, batch_size: int = 4, seed: int = 0) -> PolicyBatch:
-    """Return random observations and targets of the shapes that a policy is trained on."""
+    """Return random observations and targets in the shapes of the policy's training data."""
     rng, network, spec = np.random.default_rng(seed), policy.config.network, policy.spec
     size, width = (spec.resolution,) * 2, spec.target.num_tokens
     if spec.target.kind == "continuous":
@@ -102,7 +102,7 @@ def _check_outputs(policy: Policy) -> None:
     )
     _require(
         torch.equal(out, _outputs(policy, batch)),
-        "forward must be deterministic in evaluation mode, got other outputs for the same batch.",
+        "forward must be deterministic in evaluation mode, got different outputs for the same batch.",
     )
     order = torch.arange(size - 1, -1, -1)
     present = {key: value for key, value in vars(batch).items() if value is not None}
@@ -126,16 +126,17 @@ def _check_outputs(policy: Policy) -> None:
         except UserError:
             pass
         else:
-            raise UserError("forward must refuse a missing state (see normal_state), got outputs without it.")
+            raise UserError("forward must reject a missing state (see normal_state), got outputs without it.")
     if batch.guide is not None:
         without = _outputs(policy, replace(batch, guide=None))
         hidden = _outputs(policy, replace(batch, guide=torch.full_like(batch.guide, float("nan"))))
         _require(
             torch.equal(without, hidden),
-            "forward must treat a guide of NaN as no guide (see normal_guide), got other outputs.",
+            "forward must treat a guide of NaN as no guide (see normal_guide), got different outputs.",
         )
         _require(
-            not torch.equal(without, out), "forward must depend on the guide, got the same outputs without."
+            not torch.equal(without, out),
+            "forward must depend on the guide, got the same outputs without it.",
         )
 
 
@@ -199,8 +200,8 @@ def _check_checkpoint(policy: Policy) -> None:
     _require(
         (loaded.config, loaded.spec, loaded.latent) == (policy.config, policy.spec, policy.latent)
         and torch.equal(_outputs(loaded, batch), _outputs(policy, batch)),
-        "a saved policy must load bit-equal, got other outputs. Keep all state in parameters and buffers, "
-        "and all settings in the config.",
+        "a saved policy must load bit-equal, got different outputs. Keep all state in parameters and "
+        "buffers, and all settings in the config.",
     )
 
 

@@ -1,6 +1,6 @@
-"""The contract of policies: observations in, a chunk of targets out, robot actions in the end.
+"""The contract of policies: from observations to a chunk of targets, and finally to robot actions.
 
-A policy is added by one file with three things: a config registered in `POLICIES`, what it learns from
+A policy is added by one file with three things: a config registered in `POLICIES`, its training targets
 (`targets`), and its module, a `Policy` with `features` and `forward`. Everything else is here: normalization,
 loss, actions, grounding and checkpoints. `check_policy` checks a module against this contract.
 """
@@ -43,7 +43,7 @@ from latentact.types import ActionSpace, LatentActionSpec
 
 @runtime_checkable
 class NetworkSettings(Protocol):
-    """What every policy's network has; further fields are its own."""
+    """Settings of the network that every policy has; a policy may add fields."""
 
     @property
     def n_obs_steps(self) -> int:
@@ -84,11 +84,11 @@ class PolicyConfig(Protocol):
         """Return what the policy learns from.
 
         Args:
-            latent: what the latent actions of the labels mean; None without labels.
-            actions: robot actions of the data; None where it has none.
+            latent: spec of the labels' latent actions; None without labels.
+            actions: robot action space of the data; None if it has none.
 
         Raises:
-            UserError: the policy needs what is missing.
+            UserError: the data lacks what the policy learns from.
         """
         ...
 
@@ -100,8 +100,8 @@ class PolicyConfig(Protocol):
         """Return the module with random weights.
 
         Args:
-            spec: what it is trained for.
-            latent: what its latent actions mean, for targets or guides that are latent actions.
+            spec: inputs and outputs of the policy.
+            latent: spec of the latent actions, if targets or guides are latent actions.
         """
         ...
 
@@ -110,19 +110,19 @@ POLICIES: Registry[type[PolicyConfig]] = Registry("policy", "latentact.policies"
 
 
 class Policy(nn.Module, ABC):
-    """A network from observations to a chunk of targets; with latent targets, once grounded, also a decoder.
+    """A network from observations to a chunk of targets; a grounded latent policy also has a decoder.
 
-    A subclass implements `features` and `forward`; where its loss or its sampling is its own (as in
-    diffusion), it overrides `loss`, too.
+    A subclass implements `features` and `forward`, and overrides `loss` if it has its own loss or sampling
+    (as in diffusion).
 
     Args:
         config: settings.
-        spec: what it is trained for.
-        latent: what its latent actions mean, for targets or guides that are latent actions.
+        spec: inputs and outputs of the policy.
+        latent: spec of the latent actions, if targets or guides are latent actions.
 
     Attributes:
-        decoder: from latent to robot actions; None for policies that predict robot actions, and before
-            grounding.
+        decoder: decoder from latent to robot actions; None for policies that predict robot actions, and
+            before grounding.
     """
 
     mean: Tensor
@@ -147,19 +147,19 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:
-        """Return one vector per observation: what the last layers predict targets from.
+        """Return one feature vector per observation ``[b, d]``, the input of the last layers.
 
         Args:
             frames: uint8 ``[b, n_obs_steps, c, h, w]``, latest last; any height and width.
             state: float32 ``[b, s]`` in the dataset's units (see `normal_state`), or None.
-            words: float32 ``[b, v]``, how often each word of `spec.words` occurs in the task text.
+            words: float32 ``[b, v]``, count of each word of `spec.words` in the task text.
         """
 
     @abstractmethod
     def forward(
         self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
     ) -> Float[Tensor, "b l f"]:
-        """Return the outputs: normalized numbers, or the logits of all classes of all tokens.
+        """Return normalized values, or logits of all classes of all tokens.
 
         Args:
             frames: as in `features`.
@@ -182,7 +182,7 @@ class Policy(nn.Module, ABC):
         return self.config.network.use_state or (self.decoder is not None and self.decoder.config.use_state)
 
     def add_decoder(self, config: DecoderConfig) -> None:
-        """Put a decoder with random weights behind the network."""
+        """Append a decoder with random weights to the network."""
         assert self.spec.action_space is not None
         state = self.spec.state_size if config.use_state else 0
         self.decoder = ActionDecoder(
@@ -190,7 +190,7 @@ class Policy(nn.Module, ABC):
         )
 
     def ground(self, config: DecoderConfig, actions: ActionSpace) -> Policy:
-        """Return a copy of this policy with a new decoder to robot actions behind its network."""
+        """Return a copy of this policy with a new decoder from latent to robot actions."""
         grounded = self.config.build(replace(self.spec, action_space=actions), self.latent)
         grounded.add_decoder(config)
         own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
@@ -200,11 +200,11 @@ class Policy(nn.Module, ABC):
     def set_action_stats(
         self, target: np.ndarray, state: np.ndarray | None, guide: np.ndarray | None = None
     ) -> None:
-        """Set means and deviations from training data, ``[n, f]`` each: targets, states, guide tokens."""
+        """Set means and standard deviations of targets, states and guide tokens, ``[n, f]`` each."""
         if self.spec.target.kind == "continuous":
             self.mean.copy_(torch.from_numpy(target.mean(0)))
             std = torch.from_numpy(target.std(0))
-            # Latent numbers share a unit: one that hardly varies is not scaled up to the size of the others.
+            # Latent dimensions share a unit: one that hardly varies is not scaled up to the others.
             self.std.copy_(std.clamp(min=max(1e-4, 1e-2 * std.max().item() if self.latent else 0.0)))
         if state is not None:
             self.state_mean.copy_(torch.from_numpy(state.mean(0)))
@@ -226,18 +226,18 @@ class Policy(nn.Module, ABC):
         """Return the state at zero mean and unit variance.
 
         Raises:
-            UserError: it has another size.
+            UserError: the state has the wrong size.
         """
         if state is None or state.shape[1] != self.spec.state_size:
             got = "none" if state is None else str(state.shape[1])
             raise UserError(
-                f"observation.state must have {self.spec.state_size} numbers, got {got}. Give the state that "
+                f"observation.state must have {self.spec.state_size} values, got {got}. Give the state that "
                 f"the policy was trained on."
             )
         return (state - self.state_mean) / self.state_std
 
     def normal_guide(self, guide: Tensor | None, batch_size: int) -> Float[Tensor, "b g"]:
-        """Return normalized tokens and a 1, or zeros without a guide and where dropout hides it."""
+        """Return normalized tokens followed by 1, or zeros without a guide or where dropout hides it."""
         assert self.spec.guide is not None
         if guide is None:
             width = self.spec.guide.size * len(self.spec.guide.offsets) + 1
@@ -249,13 +249,13 @@ class Policy(nn.Module, ABC):
         return torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) * present[:, None]
 
     def normal_latent(self, latent: Shaped[Tensor, "b f"]) -> Float[Tensor, "b f2"]:
-        """Return given latent actions as the decoder takes them: normalized numbers, or one-hot codes."""
+        """Return latent actions as input of the decoder: normalized values, or one-hot codes."""
         if self.spec.target.kind == "continuous":
             return (latent - self.mean) / self.std
         return F.one_hot(latent.long(), self.spec.target.size).flatten(1).float()
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss over unmasked targets: cross-entropy, or squared error of normalized numbers."""
+        """Return the loss over unmasked targets: cross-entropy, or squared error of normalized values."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.spec.target.kind == "classes":
             logits = out.unflatten(2, (self.spec.target.num_tokens, self.spec.target.size))
@@ -269,10 +269,11 @@ class Policy(nn.Module, ABC):
         return loss, {}
 
     def action_loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of robot actions, through the decoder where there is one.
+        """Return the loss of robot actions, through the decoder if there is one.
 
         Args:
-            batch: its targets are the robot actions of every environment step, ``[b, l * stride, a]``.
+            batch: batch whose targets are the robot actions of every environment step, ``[b, l * stride,
+                a]``.
         """
         if self.decoder is None:
             return self.loss(batch)
@@ -280,14 +281,14 @@ class Policy(nn.Module, ABC):
         return self.decoder.action_loss(self.action_scores(batch), actions, batch.mask), {}
 
     def decoder_input(self, out: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
-        """Return outputs as the decoder takes them: normalized vectors, or the probability of every class."""
+        """Return outputs as input of the decoder: normalized vectors, or the probability of every class."""
         if self.spec.target.kind == "continuous":
             return out
         logits = out.unflatten(-1, (self.spec.target.num_tokens, self.spec.target.size))
         return logits.softmax(-1).flatten(-2)
 
     def action_scores(self, batch: PolicyBatch) -> Float[Tensor, "b l a"]:
-        """Return logits of discrete actions or normalized continuous ones, a row per environment step."""
+        """Return logits of discrete or normalized continuous actions, one row per environment step."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
         if self.decoder is None:
             return out
@@ -296,10 +297,10 @@ class Policy(nn.Module, ABC):
 
     @torch.no_grad()
     def actions(self, batch: PolicyBatch, choose: Choose = greedy) -> np.ndarray:
-        """Return robot actions: classes that `choose` takes, int64 ``[b, l]``, or float32 ``[b, l, a]``.
+        """Return robot actions: classes selected by `choose`, int64 ``[b, l]``, or float32 ``[b, l, a]``.
 
         Raises:
-            UserError: it is not grounded, or its outputs are not finite.
+            UserError: the policy is not grounded, or its outputs are not finite.
         """
         space = self.spec.action_space
         if space is None:
@@ -317,7 +318,7 @@ class Policy(nn.Module, ABC):
         return (scores * self.std + self.mean).float().numpy(force=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the checkpoint atomically; a policy of robot actions is also a LeRobot pretrained policy."""
+        """Write the checkpoint atomically; with robot actions it is also a LeRobot pretrained policy."""
         with atomic_dir(Path(folder)) as partial:
             self.write(partial)
 
@@ -348,7 +349,7 @@ class Policy(nn.Module, ABC):
         return entries
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
-        """Upload the checkpoint to the Hugging Face hub and return its address."""
+        """Upload the checkpoint to the Hugging Face hub and return its URL."""
         return push_folder(self.write, repo_id, private)
 
     @classmethod
@@ -356,7 +357,7 @@ class Policy(nn.Module, ABC):
         """Load a policy of any kind from a folder or a hub id, in evaluation mode.
 
         Raises:
-            UserError: it is missing, truncated or not a policy; nothing in it is executed.
+            UserError: the checkpoint is missing, truncated or not a policy; nothing in it is executed.
         """
         folder = resolve_folder(where)
         values = read_json(folder / "config.json")
@@ -379,7 +380,7 @@ class Policy(nn.Module, ABC):
             return policy
 
         with settings_of(folder):
-            with torch.device("meta"):  # sizes that the file does not hold are refused before memory is taken
+            with torch.device("meta"):  # sizes that do not fit the file fail before memory is allocated
                 require_weights(build(), tensors, folder / WEIGHTS)
             policy = build()
         load_weights(policy, tensors, folder / WEIGHTS)

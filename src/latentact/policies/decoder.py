@@ -20,26 +20,24 @@ class DecoderConfig:
     """Settings of the decoder from latent to robot actions."""
 
     hidden: tuple[int, ...] = (128, 128)
-    """Widths of the hidden layers; none makes it linear."""
+    """Widths of the hidden layers; empty: a linear decoder."""
     use_state: bool = False
-    """Whether it takes the robot state, for latent actions whose robot action depends on the state."""
+    """Whether the decoder takes the robot state, if robot actions depend on it."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
         if any(width < 1 for width in self.hidden):
-            raise UserError(
-                f"decoder.hidden must be widths of at least 1, or empty, got {list(self.hidden)}."
-            )
+            raise UserError(f"decoder.hidden must be empty or widths of at least 1, got {list(self.hidden)}.")
 
 
 class ActionDecoder(nn.Module):
-    """Latent action (normalized vector or class probabilities) to the robot actions of its environment steps.
+    """Map a latent action (normalized vector or class probabilities) to robot actions of its steps.
 
     Args:
         config: settings.
-        latent_size: numbers of the latent action.
-        state_size: numbers of the robot state that it takes.
-        space: robot action.
+        latent_size: dimensions of the latent action.
+        state_size: dimensions of the robot state; 0: not used.
+        space: robot action space.
         steps: environment steps per latent action.
     """
 
@@ -61,7 +59,7 @@ class ActionDecoder(nn.Module):
         self.register_buffer("std", torch.ones(numbers))
 
     def set_action_stats(self, actions: np.ndarray) -> None:
-        """Set mean and deviation of continuous actions from the labeled steps, ``[n, a]``."""
+        """Set mean and standard deviation of continuous actions from the labeled steps, ``[n, a]``."""
         if not self.space.discrete:
             self.mean.copy_(torch.from_numpy(actions.mean(0)))
             self.std.copy_(torch.from_numpy(actions.std(0)).clamp(min=1e-4))
@@ -79,7 +77,7 @@ class ActionDecoder(nn.Module):
         return actions * self.std + self.mean
 
     def action_loss(self, scores: Float[Tensor, "b l a"], actions: Tensor, mask: Tensor) -> Tensor:
-        """Cross-entropy or squared error of normalized actions over the labeled steps.
+        """Return the cross-entropy, or squared error of normalized actions, over the labeled steps.
 
         Args:
             scores: output of `forward`.

@@ -1,7 +1,7 @@
 """Guided behavior cloning: robot actions from the observation and the LAM tokens of a demonstration.
 
-In training the guide is the episode's own video; at test time it is any demonstration video. The tokens tell
-what changes next, the observation where things are. Hiding the guide in some samples (as in classifier-free
+In training the guide is the episode's own video; at test time it is any demonstration video. The tokens give
+the next change, the observation the current scene. Hiding the guide in some samples (as in classifier-free
 guidance, arXiv 2207.12598) lets one network act with and without it.
 """
 
@@ -39,7 +39,7 @@ class GuidedConfig:
         if self.tokens not in ("continuous", "vectors"):
             raise UserError(f"policy.tokens must be continuous or vectors, got {self.tokens!r}.")
         if not self.offsets or min(self.offsets) < 0:
-            raise UserError(f"policy.offsets must be steps ahead, 0 or more, got {list(self.offsets)}.")
+            raise UserError(f"policy.offsets must be at least 0, got {list(self.offsets)}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"policy.dropout must be at least 0 and less than 1, got {self.dropout}.")
 

@@ -1,7 +1,7 @@
 """Latent behavior cloning: predicts latent actions of unlabeled video (LAPO stage 2, arXiv 2312.10812).
 
-Needs `ground` to act. LAPO regresses the vector before the quantizer; LAPA (2410.11758) predicts codes by
-cross-entropy, which keeps apart what an average would blur.
+Needs `ground` to act. LAPO regresses the vector before the quantizer; LAPA (2410.11758) predicts codes with
+cross-entropy, which can represent several modes instead of their average.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""LeRobot's files of a policy folder, which make it a pretrained policy of type `latentact`.
+"""LeRobot files of a policy folder, which make it a pretrained policy of type `latentact`.
 
-They are plain JSON, written without LeRobot: `config.json` gets LeRobot's keys beside our own, and the two
+They are plain JSON, written without LeRobot: `config.json` gets LeRobot's keys alongside our own, and the two
 processor files hold LeRobot's standard steps. Normalization is the identity: the statistics are in the
 policy's weights.
 """
@@ -13,11 +13,11 @@ from typing import Any
 from latentact.types import ActionSpace, LatentActionSpec
 
 TYPE = "latentact"
-"""LeRobot's name of the policy type; the plugin `lerobot_policy_latentact` registers it."""
+"""LeRobot policy type of our policies, registered by the plugin `lerobot_policy_latentact`."""
 VLA_TYPE = "lam_vla"
-"""The same of vision-language-action models."""
+"""LeRobot policy type of our vision-language-action models."""
 SINGLE_CAMERA = "observation.image"
-"""LeRobot's key of the only camera, for policies whose data does not name one."""
+"""LeRobot's key of a single camera, for policies whose data has no camera key."""
 NORMALIZATION = {"VISUAL": "IDENTITY", "STATE": "IDENTITY", "ACTION": "IDENTITY"}
 
 
@@ -37,11 +37,11 @@ def config_entries(
         camera: key of the camera; empty: `observation.image`.
         resolution: height and width of the frames in pixels.
         channels: channels of a frame.
-        state_size: numbers of the robot state that the policy uses; 0: none.
-        actions: robot action; None: the policy outputs none. A discrete one is a float32 feature of shape
-            (1,) that holds the environment's integer.
+        state_size: dimensions of the robot state that the policy uses; 0: none.
+        actions: robot action space; None: the policy outputs no robot actions. A discrete one is a float32
+            feature of shape (1,) that holds the environment's integer.
         n_obs_steps: observed frames.
-        latent: what the policy's latent actions mean.
+        latent: spec of the policy's latent actions.
     """
     inputs = {camera or SINGLE_CAMERA: {"type": "VISUAL", "shape": [channels, resolution, resolution]}}
     if state_size:

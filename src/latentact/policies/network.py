@@ -1,4 +1,4 @@
-"""The network that the built-in policies share: frames, state and task words to a chunk of targets."""
+"""The network of the built-in policies: frames, state and task words to a chunk of targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latentact.types import LatentActionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Settings of the network; methods that are compared share them."""
+    """Settings of the network, shared by the methods of a comparison."""
 
     RENAMED: ClassVar = {"frames": "n_obs_steps", "chunk": "chunk_size", "execute": "n_action_steps"}
 
@@ -61,8 +61,8 @@ class NetworkPolicy(Policy):
     Args:
         config: settings of the policy.
         network: settings of its network.
-        spec: what it is trained for.
-        latent: what its latent actions mean.
+        spec: inputs and outputs of the policy.
+        latent: spec of the latent actions.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class NetworkPolicy(Policy):
             )
 
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
-        """Return 256 numbers per observation."""
+        """Return 256 features per observation, ``[b, 256]``."""
         features = self.encoder(torch.cat(self.normal_frames(frames).unbind(1), dim=1))
         if self.extra is not None:
             parts = [self.normal_state(state)] if self.config.network.use_state else []

@@ -1,7 +1,7 @@
-"""How an action is chosen among classes: the most likely one, or one drawn by its probability.
+"""Selection of discrete actions: the most likely class, or a class drawn from the predicted distribution.
 
-A policy without memory that always takes the most likely action can repeat itself forever, as turning left
-and right in front of a wall; drawn actions leave such loops.
+A policy without memory that always takes the most likely action can repeat itself forever, such as turning
+left and right in front of a wall; sampled actions leave such loops.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def greedy(scores: Tensor) -> Tensor:
 
 
 def selector(selection: str, temperature: float) -> Choose:
-    """Return the function for greedy, or for sample with a temperature of the softmax.
+    """Return the selector for `greedy`, or for `sample` with a softmax temperature.
 
-    Draws come from PyTorch's random numbers of the CPU, so `torch.manual_seed` makes them repeatable.
+    Draws use PyTorch's CPU generator, so `torch.manual_seed` makes them reproducible.
     """
 
     def sample(scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a policy predicts, what it learns from, and what it was trained for."""
+"""Specs of a policy: its targets, training data, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from latentact.types import ActionSpace, LatentActionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a policy predicts per step: `num_tokens` choices among `size` classes, or `size` numbers."""
+    """Target of a policy per step: `num_tokens` choices among `size` classes, or `size` continuous values."""
 
     RENAMED: ClassVar = {"groups": "num_tokens"}
 
     kind: Literal["classes", "continuous"]
     """classes or continuous."""
     size: int
-    """Classes per choice, or numbers."""
+    """Classes per choice, or number of continuous values."""
     num_tokens: int = 1
     """Choices per step; 1 for continuous targets."""
 
     @property
     def outputs(self) -> int:
-        """Outputs of the network per step."""
+        """Number of network outputs per step."""
         return self.size * self.num_tokens
 
 
@@ -35,7 +35,7 @@ class GuideSpec:
     offsets: tuple[int, ...]
     """Steps ahead whose tokens are given; 0 is the transition that starts now."""
     size: int
-    """Numbers of one step's tokens, k x d."""
+    """Values of one step's tokens, k x d."""
     tokens: Literal["continuous", "vectors"] = "continuous"
     """continuous: before the quantizer; vectors: after it."""
     dropout: float = 0.0
@@ -44,12 +44,12 @@ class GuideSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What a policy learns from."""
+    """Training targets of a policy."""
 
     column: Literal["action", "continuous", "vectors", "codes"]
-    """`action`: robot actions, or an inverse dynamics model's; others: that form of the latent actions."""
+    """`action`: robot actions, or those of an inverse dynamics model; else a form of latent actions."""
     target: Target
-    """What the network predicts."""
+    """Target of the network."""
     guide: GuideSpec | None = None
     """LAM tokens that the policy is conditioned on; None: not conditioned."""
 
@@ -63,7 +63,7 @@ def robot_action_target(actions: ActionSpace | None, kind: str) -> Target:
     """Return the target of a policy that predicts robot actions.
 
     Raises:
-        UserError: the data has none.
+        UserError: the data has no robot actions.
     """
     if actions is None:
         raise UserError(
@@ -77,12 +77,12 @@ def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str
     """Return the target of a policy that predicts latent actions.
 
     Args:
-        latent: what the latent actions mean; None without labels.
+        latent: spec of the latent actions; None without labels.
         column: continuous, vectors or codes.
         kind: registered name of the policy, for messages.
 
     Raises:
-        UserError: there are no labels, or they have no codes.
+        UserError: there are no labels, or `column` is codes and they have none.
     """
     if latent is None:
         raise UserError(f"policy={kind} learns from latent actions; give labels=DIR.")
@@ -90,25 +90,26 @@ def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str
         return Target(kind="continuous", size=latent.tokens * latent.token_dim)
     if latent.codebook_size is None:
         raise UserError(
-            f"policy.target is codes, but the labels of {latent.model} have none; use policy.target=vectors."
+            f"policy.target must not be codes for labels of {latent.model}, which have none; use "
+            f"policy.target=vectors."
         )
     return Target(kind="classes", size=latent.codebook_size, num_tokens=latent.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
-    """What a policy was trained for; saved with it."""
+    """Inputs and outputs of a policy; saved with it."""
 
     resolution: int
     """Height and width in pixels."""
     channels: int = 3
     """Channels of a frame."""
     state_size: int = 0
-    """Numbers of the robot state, 0 where there is none."""
+    """Dimensions of the robot state; 0 without one."""
     words: tuple[str, ...] = ()
     """Vocabulary of the task text."""
     target: Target
-    """What the network predicts."""
+    """Target of the network."""
     action_space: ActionSpace | None = None
     """Robot actions that the policy outputs; None before grounding."""
     stride: int = 1

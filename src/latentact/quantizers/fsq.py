@@ -18,19 +18,19 @@ from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantiz
 @QUANTIZERS.register("fsq")
 @dataclass(frozen=True, kw_only=True)
 class FsqConfig(BottleneckConfig):
-    """Settings of FSQ; a latent action has positions x len(levels) dims."""
+    """Settings of FSQ; a latent action has positions x len(levels) dimensions."""
 
     kind: str = "fsq"
     """Registered name."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
-    """Values per dim of a token."""
+    """Values per dimension of a token."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
         super().__post_init__()
         if min(self.levels, default=0) < 2 or math.prod(self.levels) > 1 << 30:
             raise UserError(
-                f"bottleneck.levels must be at least 2 per dim and give at most {1 << 30} codes, got "
+                f"bottleneck.levels must be at least 2 per dimension and give at most {1 << 30} codes, got "
                 f"{list(self.levels)}."
             )
 
@@ -46,14 +46,14 @@ class Fsq(Quantizer):
         super().__init__()
         with torch.device("cpu"):  # its constructor computes, which needs a real device
             self.fsq = FSQ(list(config.levels), preserve_symmetry=2 in config.levels)
-        # Features of an untrained network are so small that all would round to one code.
+        # Features of an untrained network are so small that all would round to the same code.
         self.norm = nn.BatchNorm1d(config.positions * len(config.levels), affine=False)
         self.tokens, self.token_dim = config.positions, len(config.levels)
         self.in_features = self.tokens * self.token_dim
         self.codebook_size = math.prod(config.levels)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
-        """Round each dim to its levels, with a straight-through gradient."""
+        """Round each dimension to its levels, with a straight-through gradient."""
         with torch.autocast(x.device.type, enabled=False):
             x = self.norm(x.float())
             tokens = rearrange(x, "b (k d) -> b k d", k=self.tokens)

@@ -19,7 +19,7 @@ class KlConfig(BottleneckConfig):
     kind: str = "kl"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
     weight: float = 1e-3
     """Weight of the divergence from a unit Gaussian."""
 
@@ -29,7 +29,7 @@ class KlConfig(BottleneckConfig):
 
 
 class Kl(Quantizer):
-    """Returns a sample from mean and log-variance in training, the mean in evaluation."""
+    """Return a sample from mean and log-variance in training, the mean in evaluation."""
 
     def __init__(self, config: KlConfig) -> None:
         super().__init__()

@@ -20,12 +20,12 @@ from latentact.quantizers.usage import usage
 @QUANTIZERS.register("lfq")
 @dataclass(frozen=True, kw_only=True)
 class LfqConfig(BottleneckConfig):
-    """Settings of LFQ; a latent action has positions x log2(codebook_size) dims."""
+    """Settings of LFQ; a latent action has positions x log2(codebook_size) dimensions."""
 
     kind: str = "lfq"
     """Registered name."""
     codebook_size: Size = 64
-    """Codes, a power of two."""
+    """Number of codes, a power of two."""
     entropy: float = 0.1
     """Weight of the entropy loss."""
 

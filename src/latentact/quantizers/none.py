@@ -1,7 +1,7 @@
-"""No quantizer: continuous features, whitened per dim so that they cannot collapse to a constant.
+"""No quantizer: continuous features, whitened per dimension so that they cannot collapse to a constant.
 
 LAOM (arXiv 2502.00379) and CLAM (arXiv 2505.04999) report that quantization hurts continuous control; the
-batch normalization without affine parameters is ours and keeps each dim at zero mean and unit variance.
+batch normalization without affine parameters is ours and keeps each dimension at zero mean and unit variance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WhitenedConfig(BottleneckConfig):
     kind: str = "none"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
 
     def build(self) -> Whitened:
         """Return the bottleneck."""

@@ -4,8 +4,7 @@ In training the quantized vector is the feature plus noise as large as its dista
 gradient reaches features and codebook without further losses. In evaluation it is the entry itself.
 Rarely used entries are replaced by used ones on LAPA's schedule; unlike its code, all processes of a
 distributed run share counts and codebook, and counts are saved. With `guard`, entries are restarted from
-features
-instead: copies as close to an entry as the published ones are never selected.
+features instead: the published replacements are so close to an entry that they are never selected.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class NsvqConfig(BottleneckConfig):
     kind: str = "nsvq"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
     codebook_size: Size = 64
-    """Entries of the codebook."""
+    """Number of codebook entries."""
     guard: bool = False
     """Whether unused codes restart from current features."""
 

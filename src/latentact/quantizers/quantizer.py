@@ -28,7 +28,7 @@ class BottleneckConfig(ABC):
     kind: str
     """Registered name: vq_ema, vq, nsvq, residual_vq, fsq, lfq, kl or none (whitened, no codes)."""
     positions: Size = 4
-    """Vectors that share a codebook (kl, none: no effect); laq reduces a frame to as many cells."""
+    """Vectors that share a codebook (kl, none: no effect); laq reduces a frame to that many cells."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""

@@ -1,8 +1,7 @@
 """Residual vector quantization (arXiv 2107.03312), by vector-quantize-pytorch: codebooks refine each other.
 
-The latent action is the sum of the entries. It is split into as many tokens as there are codes only to fit
-the
-contract: no token belongs to a single code.
+The latent action is the sum of the entries. It is split into as many tokens as codes only to fit the
+contract: no token corresponds to a single code.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ class ResidualVqConfig(BottleneckConfig):
     kind: str = "residual_vq"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
     codebooks: Size = 2
-    """Codebooks that refine each other."""
+    """Number of codebooks that refine each other."""
     codebook_size: Size = 64
-    """Entries of a codebook."""
+    """Entries per codebook."""
     beta: float = 0.25
     """Weight of the commitment loss."""
     decay: Fraction = 0.999

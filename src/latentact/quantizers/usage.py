@@ -17,7 +17,7 @@ DEAD = 0.01  # of the mean usage
 
 
 def across_ranks(counts: Tensor) -> Tensor:
-    """Return the sum over all processes that train together."""
+    """Return the sum over all training processes."""
     if _together():
         counts = counts.clone()
         torch.distributed.all_reduce(counts)
@@ -38,10 +38,10 @@ def _together() -> bool:
 
 
 def usage(used: Float[Tensor, "n m"]) -> dict[str, Tensor]:
-    """Return perplexity and share of used codes of a batch, mean over codebooks.
+    """Return perplexity and fraction of used codes of a batch, averaged over codebooks.
 
     Args:
-        used: uses of each code of each codebook.
+        used: number of uses of each code of each codebook.
     """
     share = used / used.sum(-1, keepdim=True).clamp(min=1)
     entropy = -(share * torch.log(share + 1e-10)).sum(-1)
@@ -49,11 +49,11 @@ def usage(used: Float[Tensor, "n m"]) -> dict[str, Tensor]:
 
 
 class UsageGuard(nn.Module):
-    """Finds dead codes and their replacements.
+    """Find dead codes and their replacements.
 
     Args:
         codebooks: number of codebooks.
-        size: entries of each.
+        size: entries per codebook.
     """
 
     step: Tensor
@@ -73,7 +73,7 @@ class UsageGuard(nn.Module):
         """Return a mask of the entries to replace, and their replacements.
 
         Args:
-            used: uses of each code in this step, in this process.
+            used: number of uses of each code in this step and process.
             features: the quantized features.
         """
         self.step += 1

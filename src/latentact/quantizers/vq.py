@@ -1,4 +1,4 @@
-"""Vector quantizer whose codebook learns by gradient (arXiv 1711.00937), as in villa-X and before in taming.
+"""Vector quantizer with a codebook trained by gradient (arXiv 1711.00937), as in villa-X.
 
 One codebook for all tokens; the loss moves features to their entries with weight `beta` and entries to their
 features with weight 1.
@@ -26,9 +26,9 @@ class VqConfig(BottleneckConfig):
     kind: str = "vq"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
     codebook_size: Size = 64
-    """Entries of the codebook."""
+    """Number of codebook entries."""
     beta: float = 0.25
     """Weight of the commitment loss."""
     guard: bool = False

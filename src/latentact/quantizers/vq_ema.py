@@ -30,11 +30,11 @@ class VqEmaConfig(BottleneckConfig):
     kind: str = "vq_ema"
     """Registered name."""
     dim: Size = 128
-    """Dims of a latent action."""
+    """Dimensions of a latent action."""
     codebooks: Size = 2
-    """Separate codebooks, each with its share of the dims."""
+    """Number of codebooks; each quantizes an equal part of the dimensions."""
     codebook_size: Size = 64
-    """Entries of a codebook."""
+    """Entries per codebook."""
     commitment: float = 0.05
     """Weight of the commitment loss."""
     decay: Fraction = 0.999

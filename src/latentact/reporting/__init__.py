@@ -1,1 +1,1 @@
-"""Pages, sections and charts of reports."""
+"""Reports: pages, sections and charts."""

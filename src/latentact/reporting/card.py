@@ -1,4 +1,4 @@
-"""README.md of a hub repository: YAML metadata and tables, with every number from the run's json files."""
+"""README.md of a hub repository: YAML metadata and tables, with every number from the run's JSON files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PROBES = {
     "state_only": "baseline: MLP probe of the state alone",
     "shuffled_future": "control: the same LAM on shuffled futures",
 }
-NO_RESULTS = "No evaluation results were found beside this {what}."
+NO_RESULTS = "No evaluation results were found next to this {what}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardInfo:
-    """What the user provides about a repository."""
+    """Information about a repository from the user."""
 
     repo_id: str
     """Hub id."""
@@ -43,13 +43,13 @@ def policy_card(
     """Return the card of a policy or of a vision-language-action model.
 
     Args:
-        info: what the user provides.
+        info: information from the user.
         config: content of `config.json`.
-        numbers: contents of the files of numbers beside it, by name: `policy.json`, `ground.json`,
+        numbers: contents of the result files next to it, by name: `policy.json`, `ground.json`,
             `vla.json`, `finetune_vla.json`.
         rollouts: contents of `rollout.json` files of this policy.
-        comparison: content of the `comparison.json` that the policy is part of.
-        run: the policy's rollout in the comparison, as in its rows.
+        comparison: content of the `comparison.json` with this policy.
+        run: folder of the policy's rollout, as in the rows of the comparison.
     """
     spec, vla = config["spec"], config.get("vla")
     kind = "vision-language-action" if vla else config["policy"]["kind"]
@@ -118,7 +118,7 @@ def lam_card(info: CardInfo, spec: Mapping[str, Any], evaluation: Mapping[str, A
     """Return the card of a latent action model.
 
     Args:
-        info: what the user provides.
+        info: information from the user.
         spec: content of `spec.json`.
         evaluation: content of `lam.json`.
     """
@@ -184,7 +184,7 @@ def dataset_card(
     """Return the card of a LeRobot dataset.
 
     Args:
-        info: what the user provides.
+        info: information from the user.
         meta: content of `meta/info.json`.
         collected: content of `meta/collect.json`.
         tokens: content of `meta/lam_tokens.json`.
@@ -260,7 +260,7 @@ def _mean(value: float | Sequence[float]) -> float:
 
 
 def _code_table(numbers: Mapping[str, Any]) -> list[str]:
-    """Return the scores of `vla.json` beside baselines and controls."""
+    """Return a table of the scores of `vla.json` with baselines and controls."""
     if "score" not in numbers:
         return []
     rows = [("the model", numbers["score"])]

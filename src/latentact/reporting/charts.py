@@ -18,13 +18,13 @@ PALETTE = (
     *("#0d8a72", "#d9730d", "#2f7fd8", "#8b5cf6", "#c2417c", "#7a8b1e", "#b4532a", "#1f9bb5"),
     *("#a37fd1", "#6b7280"),
 )
-MOST_POINTS = 1500  # of the latent map: more only hide each other
-MOST_STEPS = 300  # of a learning curve
-MOST_DIMS = 8  # of an action, by which the map can be colored
+MOST_POINTS = 1500  # points of the latent map: more would only overlap
+MOST_STEPS = 300  # points of a learning curve
+MOST_DIMS = 8  # action dimensions by which the map can be colored
 
 
 def curve_panels(curves: Curves) -> dict[str, dict[str, Any]]:
-    """Return one figure per metric; training and validation of a metric share one, and so do all probes."""
+    """Return one figure per metric; training and validation of a metric share a figure, as do all probes."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for name, points in curves.series.items():
         head, _, tail = name.partition("/")
@@ -65,7 +65,7 @@ def _curve_figure(traces: dict[str, tuple[list[float], list[float]]]) -> dict[st
 
 
 def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """Return the two widest directions of latent space, colored by action; `share` is their variance."""
+    """Return a scatter plot of two principal components, colored by action; `share`: explained variance."""
     vectors = arrays["vectors"]
     flat = principal_components(vectors, vectors, dims=2)
     share = float(np.square(flat).sum() / max(np.square(vectors - vectors.mean(0)).sum(), 1e-12))
@@ -108,7 +108,7 @@ def latent_map(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, Any
 
 
 def codebook_usage(codes: Int[np.ndarray, "m k"], size: int) -> dict[str, Any]:
-    """Return how often each code occurs, the most frequent first."""
+    """Return a bar chart of code frequencies, the most frequent first."""
     counts = np.bincount(codes.reshape(-1), minlength=size)
     order = np.argsort(-counts, kind="stable")
     return {

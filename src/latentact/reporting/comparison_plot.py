@@ -1,7 +1,7 @@
-"""The plot of a comparison as one small SVG: methods with interval bars, over k where there are several.
+"""The plot of a comparison as one small SVG: methods with interval bars, over k if there are several.
 
-Colors are CSS variables with a light fallback: the same SVG is a file of its own and follows the report's
-dark mode.
+Colors are CSS variables with a light fallback: the SVG works as a separate file and follows the report's dark
+mode.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Length = int | float  # pixels
 
 
 def color(method: str) -> str:
-    """Return the color of a method; its variants share it."""
+    """Return the color of a method and its variants."""
     base = max((name for name in COLORS if method.startswith(name)), key=len, default="oracle")
     return COLORS[base]
 
@@ -68,7 +68,7 @@ def comparison_svg(results: Sequence[Result], *, title: str) -> str:
 def _scale(
     results: Sequence[Result], start: Length, end: Length
 ) -> tuple[Callable[[Length], float], list[float]]:
-    """Return score -> pixels, and ticks: 0..1 for success, round numbers around the intervals for returns."""
+    """Return a function from score to pixels, and ticks: 0..1 for success, round numbers for returns."""
     if all(r.success is not None for r in results):
         low, high, step = 0.0, 1.0, 0.25
     else:
@@ -95,7 +95,7 @@ def _dot(x: Length, y: Length, radius: Length, fill: str, more: str = "") -> str
 
 
 def _one_k(results: Sequence[Result], oracle: Result | None) -> tuple[str, int]:
-    """One line per method: name and number above, interval below; a hollow dot is before fine-tuning."""
+    """Draw one line per method: name and score above, interval below; hollow dots: before fine-tuning."""
     place, ticks = _scale(results, 16, WIDTH - 16)
     row, top = 52, 12
     bottom = top + row * len(results)
@@ -127,7 +127,7 @@ def _one_k(results: Sequence[Result], oracle: Result | None) -> tuple[str, int]:
 
 
 def _over_k(results: Sequence[Result], oracle: Result | None, ks: Sequence[int]) -> tuple[str, int]:
-    """One line per method over k, side by side at every k so that no interval hides another."""
+    """Draw one line per method over k, offset at every k so that no interval hides another."""
     methods = list(dict.fromkeys(r.method for r in results))
     legend = 24 * math.ceil((len(methods) + (oracle is not None)) / 2)
     top, bottom, left, right = legend + 24, legend + 284, 44, WIDTH - 16
@@ -171,7 +171,7 @@ COLUMNS = (
 )
 
 
-_DRAWN = " Discrete actions were drawn by their probability (temperature {:g})."
+_DRAWN = " Discrete actions were sampled (temperature {:g})."
 
 
 def write_comparison(
@@ -182,9 +182,9 @@ def write_comparison(
     Args:
         folder: run folder.
         env: environment.
-        rows: what was measured.
+        rows: rollouts of all methods.
         distract: distractors in the frames.
-        temperature: at which discrete actions were drawn; None: the most likely ones were taken.
+        temperature: temperature at which discrete actions were sampled; None: greedy actions.
     """
     content = {
         "env": env,

@@ -1,4 +1,4 @@
-"""The pieces of HTML a report is built from; everything that comes from a file goes through `text`."""
+"""HTML elements of reports; all content from files is escaped by `text`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Section:
     title: str
     """Its heading."""
     what: str
-    """One or two plain sentences: what it shows and how to read it."""
+    """One or two sentences: what it shows and how to read it."""
     body: str
     """HTML."""
 
@@ -51,15 +51,15 @@ def page(
     numbers: Sequence[tuple[str, str, str]],
     sections: Sequence[Section],
 ) -> str:
-    """Return a whole page, which needs no network.
+    """Return a complete page that works offline.
 
     Args:
-        command: that made it.
-        name: of what it is about.
+        command: command that wrote the page.
+        name: name of its subject.
         headline: the result in one sentence.
-        lead: HTML below it.
-        numbers: the most telling ones: what, how much, a remark.
-        sections: in order.
+        lead: HTML below the headline.
+        numbers: key figures: name, value, remark.
+        sections: sections in order.
 
     Raises:
         UserError: plotly is missing.
@@ -94,7 +94,7 @@ def figure(body: str, caption: str) -> str:
 
 
 def chart(content: dict[str, Any], *, label: str, height: int = 320) -> str:
-    """Return a Plotly chart that the page's script draws; `label` describes it to those who cannot see it."""
+    """Return a Plotly chart that the page's script draws; `label` is the text for screen readers."""
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<div class="chart" role="img" aria-label="{text(label)}" style="height:{height}px"></div>'
@@ -116,7 +116,7 @@ def image(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> str:
 
 
 def video(path: Path, label: str) -> str:
-    """Return a video with its bytes in the page, which plays silently over and over and can be stopped."""
+    """Return an embedded video that loops silently, with controls."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<video controls autoplay muted loop playsinline aria-label="{text(label)}" '
@@ -125,7 +125,7 @@ def video(path: Path, label: str) -> str:
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Return numbers that stand out, from (what, number, beside what); empty without items."""
+    """Return tiles of key figures, from (name, value, remark); empty without items."""
     cells = [
         f"<div><dt>{text(what)}</dt><dd>{text(number)}<small>{text(beside)}</small></dd></div>"
         for what, number, beside in items
@@ -137,7 +137,7 @@ def bars(items: Iterable[tuple[str, str, float, tuple[float, float], bool]]) -> 
     """Return horizontal bars on a 0..1 scale with 95 % intervals.
 
     Args:
-        items: name, explanation, score, interval, and whether it is a control rather than a result.
+        items: name, explanation, score, interval, and whether it is a control.
     """
     rows = []
     for name, why, score, (low, high), control in items:
@@ -154,12 +154,12 @@ def bars(items: Iterable[tuple[str, str, float, tuple[float, float], bool]]) -> 
 
 
 def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str], bool]], label: str) -> str:
-    """Return a table of numbers that scrolls sideways where the screen is narrow.
+    """Return a table that scrolls sideways on narrow screens.
 
     Args:
-        head: column names; the first is that of the row's name.
-        rows: name, cells and whether the row stands out; name and cells are HTML.
-        label: what the table holds.
+        head: column names; the first is for the names of rows.
+        rows: name, cells and whether the row is highlighted; name and cells are HTML.
+        label: description of the table.
     """
     top = "".join(
         f'<th scope="col"{" class=n" if i else ""}>{text(name)}</th>' for i, name in enumerate(head)
@@ -173,10 +173,10 @@ def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str], bool]], 
 
 
 def scroll(body: str, label: str) -> str:
-    """Return a part that scrolls sideways by itself where the screen is narrow, by keyboard too."""
+    """Return an element that scrolls sideways on narrow screens, also by keyboard."""
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}">{body}</div>'
 
 
 def fold(summary: str, body: str, *, unfolded: bool = False) -> str:
-    """Return a part that opens on demand."""
+    """Return a collapsible element."""
     return f"<details{' open' if unfolded else ''}><summary>{text(summary)}</summary>{body}</details>"

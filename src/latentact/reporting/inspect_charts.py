@@ -84,13 +84,13 @@ def control(delta: list[float]) -> dict[str, Any]:
 
 
 def maps(arrays: dict[str, np.ndarray], names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return PCA and, where there is one, UMAP, each with colors by action, episode and time to choose."""
+    """Return PCA and, if available, UMAP, each with a choice of colors: action, episode or time."""
     shown, vectors = arrays["shown"], arrays["vectors"]
     flat = principal_components(vectors, vectors, dims=2)
     flat = np.pad(flat, ((0, 0), (0, max(0, 2 - flat.shape[1]))))
     spread = np.square(vectors - vectors.mean(0)).sum()
     share = f"{np.square(flat).sum() / spread:.0%}" if spread > 0 else "none"
-    places = {f"PCA: the two widest directions, {share} of the spread": flat[shown]}
+    places = {f"PCA: the first two components, {share} of the variance": flat[shown]}
     if "umap" in arrays:
         places["UMAP: neighbors stay neighbors, distances mean little"] = arrays["umap"]
     action, colors = arrays.get("action"), {}
@@ -144,7 +144,7 @@ def _line(name: str, x: list[Any], y: list[float | None], color: str) -> dict[st
 
 
 def _range(values: list[float]) -> list[float]:
-    """An axis that shows 0 and 1 but no abyss: very bad scores are cut off."""
+    """Return an axis range that includes 0 and 1 and cuts off very bad scores."""
     return [max(min(*values, 0.0), -1.0) - 0.05, max(*values, 1.0) + 0.05]
 
 

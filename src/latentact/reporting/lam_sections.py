@@ -1,4 +1,4 @@
-"""The sections of a report on a latent action model: each returns its part of the page, or why not."""
+"""Sections of a report on a latent action model: each returns its part of the page, or why it is missing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 PROBES = {
-    "latent_linear": ("Latent action, linear probe", "What a straight line through the latents tells."),
-    "latent_mlp": ("Latent action, small network", "The same with a curved line: two hidden layers."),
+    "latent_linear": ("Latent action, linear probe", "Read by a linear model."),
+    "latent_mlp": ("Latent action, small network", "Read by an MLP with two hidden layers."),
     "state_only": (
         "Floor: the present alone",
-        "No latent: only the state, or the frame now. What an expert does next can often be guessed from it.",
+        "Without a latent: only the state, or the current frame. What an expert does next can often be "
+        "guessed from it.",
     ),
     "shuffled_future": (
         "Control: shuffled future",
-        "Latents of the same timestep with a wrong next frame: information not about the change.",
+        "Latents of the same timestep with a wrong next frame: information other than the change.",
     ),
-    "state_change": ("Latent action to displacement", "How far the robot's state moves, by a straight line."),
+    "state_change": (
+        "Latent action to displacement",
+        "Displacement of the robot's state, read by a linear model.",
+    ),
     "state_change_state_only": (
         "Floor: present to displacement",
-        "The same, guessed from the present alone.",
+        "The same without a latent.",
     ),
 }
 CONTROLS = ("state_only", "shuffled_future", "state_change_state_only")
@@ -34,7 +38,7 @@ FIRST = ' class="first"'
 
 
 def lam_section(lam: LamRun) -> Section:
-    """How good the latent action model is, in numbers."""
+    """Return the section with the metrics of the latent action model."""
     recon, copy, shuffled = (lam.numbers[f"{name}_mse"] for name in ("recon", "copy", "shuffled"))
     items = [("Error of the predicted frame", f"{recon:.2g}", "mean squared, pixels from 0 to 1")]
     if copy > 0:
@@ -58,7 +62,7 @@ def lam_section(lam: LamRun) -> Section:
 
 
 def probe_section(lam: LamRun) -> Section | str:
-    """Probes of actions from latents, beside their floors and controls."""
+    """Return the section with probes of actions from latents, their floors and controls."""
     probes = lam.numbers.get("probes") or {}
     if not probes:
         return "Probes need actions or enough held-out episodes, and there were none."
@@ -81,7 +85,7 @@ def probe_section(lam: LamRun) -> Section | str:
 
 
 def prediction_section(lam: LamRun) -> Section | str:
-    """Predicted frames beside the real ones."""
+    """Return the section with predicted and real frames."""
     if "predicted" not in lam.arrays:
         return "There are no images of predictions."
     names = ("now", "next", "predicted")
@@ -95,8 +99,8 @@ def prediction_section(lam: LamRun) -> Section | str:
         cells.append(f'<div class="triple">{triple}</div>')
     return Section(
         anchor="predictions",
-        title="Prediction beside reality",
-        what="From what it has seen so far and the latent action, the model draws the next frame.",
+        title="Prediction and reality",
+        what="From past frames and the latent action, the model predicts the next frame.",
         body=figure(
             f'<div class="examples">{"".join(cells)}</div>',
             "Timesteps with visible motion. A good prediction moves what "
@@ -106,14 +110,14 @@ def prediction_section(lam: LamRun) -> Section | str:
 
 
 def transfer_section(lam: LamRun) -> Section | str:
-    """The same latent applied in other episodes."""
+    """Return the section that applies latents in other episodes."""
     if "transfer_grid" not in lam.arrays:
         return "There is no transfer grid."
     return Section(
         anchor="transfer",
         title="One latent, many places",
-        what="Each row takes the latent action of one change (left) and applies it where other "
-        "episodes are (top).",
+        what="Each row takes the latent action of one change (left) and applies it to frames of other "
+        "episodes (top).",
         body=figure(
             scroll(_transfer_table(lam.arrays), "Transfer grid"),
             "Read along a row: where the latent is an action, the same thing happens everywhere. Where a "
@@ -156,33 +160,33 @@ def _numbered(episodes: np.ndarray | None, count: int) -> list[str]:
 
 
 def map_section(lam: LamRun) -> Section | str:
-    """Latent space in two dimensions."""
+    """Return the section with a two-dimensional map of latents."""
     if not len(lam.arrays.get("vectors", ())):
-        return "There are no latents to draw a map of."
+        return "There are no latents for a map."
     names = [str(name) for name in lam.numbers.get("action_names", [])]
     content = latent_map(lam.arrays, names)
     by = "action" if "action" in lam.arrays else "time"
     caption = (
-        f"The two widest directions of latent space (PCA), which hold {content['share']:.0%} of its spread, "
-        f"colored by {by}. Where colors form islands, a latent means an action. Point at a dot for "
-        "episode and time."
+        f"The first two principal components of latents, which hold {content['share']:.0%} of the variance, "
+        f"colored by {by}. If colors form clusters, latents encode actions. Hover over a dot for episode and "
+        "time."
     )
     return Section(
         anchor="map",
         title="Map of latent actions",
-        what="Every point is one transition; close points changed the video alike.",
+        what="Every point is one transition; nearby points changed the video in similar ways.",
         body=figure(chart(content, label=f"Scatter plot of latents, colored by {by}", height=460), caption),
     )
 
 
 def codebook_section(lam: LamRun) -> Section | str:
-    """How evenly codes are used."""
+    """Return the section on code usage."""
     health = lam.numbers.get("codebook")
     if not health or "codes" not in lam.arrays:
         return "The model has no codebook, so there is no code usage."
     summary = (
         f"{health['used']} of {health['size']} codes are used, {health['dead']} never. The perplexity, "
-        f"the number of codes that are really in play, is {health['perplexity']:.1f}."
+        f"the effective number of codes, is {health['perplexity']:.1f}."
     )
     usage = codebook_usage(lam.arrays["codes"], health["size"])
     return Section(
@@ -191,14 +195,13 @@ def codebook_section(lam: LamRun) -> Section | str:
         what=summary,
         body=figure(
             chart(usage, label=f"Bar chart of code usage. {summary}", height=260),
-            "Share of each code. One tall bar with nothing beside it would mean that the "
-            "codes have collapsed.",
+            "Share of each code. A single tall bar would mean that the codes have collapsed.",
         ),
     )
 
 
 def other_lams_section(lams: Sequence[LamRun]) -> Section:
-    """The numbers of all latent action models, when there are several."""
+    """Return the section with all latent action models, if there are several."""
     rows = []
     for lam in lams:
         probe = (lam.numbers.get("probes") or {}).get("latent_linear")

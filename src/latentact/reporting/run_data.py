@@ -133,7 +133,7 @@ class LamRun:
     numbers: dict[str, Any]
     """`lam.json`."""
     arrays: dict[str, np.ndarray]
-    """`lam.npz`; empty where there is none."""
+    """Arrays of `lam.npz`; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +143,11 @@ class Comparison:
     path: str
     """Its folder, relative to the run folder."""
     env: str
-    """What the methods were rolled out in."""
+    """Environment of the rollouts."""
     content: list[dict[str, Any]]
     """The rows of `comparison.json`."""
     rows: list[Row]
-    """The same, read."""
+    """The same as records."""
     verdict: str
     """Who wins."""
 
@@ -159,7 +159,7 @@ class Curves:
     path: str
     """Its folder, relative to the run folder."""
     series: dict[str, tuple[list[float], list[float]]]
-    """Metric -> steps and values, where it was measured."""
+    """Metric -> steps at which it was measured, and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ class Rollout:
     numbers: dict[str, Any]
     """`rollout.json`."""
     videos: list[Path]
-    """One per filmed episode, in order."""
+    """One per recorded episode, in order."""
 
 
 @dataclass(kw_only=True)
@@ -179,7 +179,7 @@ class Findings:
     """Everything below a run folder that a report can show."""
 
     name: str
-    """Of the run folder."""
+    """Name of the run folder."""
     lams: list[LamRun] = field(default_factory=list)
     """The least nested first."""
     comparisons: list[Comparison] = field(default_factory=list)
@@ -201,7 +201,7 @@ class Findings:
 
 
 def find(run_dir: Path) -> Findings:
-    """Read what lies below `run_dir`; hidden folders are left out.
+    """Read the results below `run_dir`, except in hidden folders.
 
     Raises:
         UserError: the folder is missing, holds nothing to report, or a file in it is damaged.
@@ -249,12 +249,12 @@ def find(run_dir: Path) -> Findings:
 def _mapping(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not a json object; run the command that writes it again.")
+        raise UserError(f"{path} must hold a JSON object; re-run the command that writes it.")
     return values
 
 
 def _lam(path: Path, folder: str) -> LamRun | None:
-    """A LAM run; None for one that predicts no frames."""
+    """Return a LAM run; None for a model that predicts no frames."""
     numbers = _mapping(path)
     if not parse_record(_Generative, numbers, str(path)).generative:
         return None
@@ -309,7 +309,7 @@ ARRAYS = {
     "transfer_source_episode": ("i", "i"),
     "transfer_start_episode": ("i", "j"),
 }
-"""Arrays of `lam.npz` that a report shows -> kinds of numbers, and axes; actions may be classes."""
+"""Arrays of `lam.npz` in a report -> dtype kinds and axes; actions may be classes."""
 TOGETHER = (
     {"vectors", "episode", "time"},
     {"now", "next", "predicted"},
@@ -328,7 +328,7 @@ def _comparison(path: Path, folder: str) -> Comparison:
 
 
 def _curves(path: Path, folder: str) -> Curves:
-    """Numbers by column, without cells that are empty or not finite, or a line cut short by a kill."""
+    """Return the values of each column, without empty and non-finite cells and a truncated last line."""
     series: dict[str, tuple[list[float], list[float]]] = {}
     with path.open(newline="", errors="replace") as file:
         for line in _lines(file, path):

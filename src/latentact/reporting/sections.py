@@ -1,4 +1,4 @@
-"""The sections of a report on policies and runs: each returns its part of the page, or why not."""
+"""Sections of a report on policies and runs: each returns its part of the page, or why it is missing."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from latentact.reporting.comparison_plot import color, comparison_svg
 from latentact.reporting.html import Section, chart, figure, fold, table, text, video
 from latentact.reporting.run_data import Comparison, Curves, Findings, Rollout
 
-VIDEOS_EACH = 4  # per policy
-VIDEO_BYTES = 32_000_000  # of the whole page
-UNFOLDED = 6  # policies whose videos show without a click
-UNKNOWN = 99  # place of a rollout that no comparison lists
+VIDEOS_EACH = 4  # maximum videos per policy
+VIDEO_BYTES = 32_000_000  # maximum videos per page
+UNFOLDED = 6  # policies whose videos are shown without a click
+UNKNOWN = 99  # sort key of a rollout that is not part of a comparison
 ABSENT = "-"
 
 
 def comparison_section(comparison: Comparison, number: int) -> Section:
-    """Who reaches what with the same labels."""
+    """Return the section that compares methods with the same labels."""
     results = aggregate(comparison.rows)
     body = _comparison_table(results) + figure(
         f'<div class="plot">{comparison_svg(results, title=comparison.env)}</div>',
         "Bars are 95 % intervals over the episodes of all seeds: where two do not touch, the difference "
-        "is not due to chance. The dashed line is the oracle, which is trained on every label.",
+        "is not due to chance. The dashed line is the oracle, which is trained on all labels.",
     )
     return Section(
         anchor=f"comparison{number or ''}",
         title=f"Every method on {comparison.env}",
         what="Same network, training steps, labeled episodes and evaluation seeds in every row; k is "
         "the number of labeled episodes. BC on k labels does not use the other videos. IDM on k labels "
-        "learns actions from the k episodes and guesses those of all others. Latent policies are then "
-        "fine-tuned for some steps more, by their configuration; decoder only is before that. Rows of a VLA "
-        "share a network of their own, a vision-language model.",
+        "learns actions from the k episodes and predicts those of all others. Latent policies are then "
+        "fine-tuned for some more steps, as configured; decoder only is the result before that. VLA rows "
+        "share their own network, a vision-language model.",
         body=body,
     )
 
@@ -61,14 +61,14 @@ def _comparison_table(results: Sequence[Result]) -> str:
 
 
 def rollout_section(found: Findings) -> Section | str:
-    """Policies at work: of every method and k the first seed that was filmed."""
+    """Return the section with videos of policies: for every method and k, the first recorded seed."""
     titles = _rollout_titles(found)
     shown: dict[tuple[int, str], Rollout] = {}
     for rollout in found.rollouts:
         if rollout.videos:
             shown.setdefault(titles.get(rollout.path, (UNKNOWN, rollout.path)), rollout)
     if not shown:
-        return "No rollout was filmed."
+        return "No rollout was recorded."
     budget = VIDEO_BYTES
     parts = []
     for i, ((_, title), rollout) in enumerate(sorted(shown.items(), key=lambda item: item[0])):
@@ -86,13 +86,13 @@ def rollout_section(found: Findings) -> Section | str:
     return Section(
         anchor="rollouts",
         title="Watch the policies act",
-        what="The first filmed episodes of every policy, not the best ones.",
+        what="The first recorded episodes of every policy, not the best ones.",
         body="".join(parts),
     )
 
 
 def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
-    """Folder of a rollout -> place and title, for those that a comparison lists."""
+    """Return folder -> sort key and title, for the rollouts of comparisons."""
     titles = {}
     for comparison in found.comparisons:
         results = {(r.method, r.k): (i, r.label) for i, r in enumerate(aggregate(comparison.rows))}
@@ -123,7 +123,7 @@ def _episode(stem: str, numbers: dict[str, Any]) -> str:
 
 
 def vla_section(found: Findings) -> Section:
-    """How well vision-language-action models predict latent actions, beside what needs no model."""
+    """Return the section on latent actions predicted by vision-language-action models, with baselines."""
     parts = []
     for run in found.vlas:
         numbers = run.numbers
@@ -136,15 +136,15 @@ def vla_section(found: Findings) -> Section:
     return Section(
         anchor="vla",
         title="Latent actions from image and text",
-        what="On held-out episodes. Majority, majority of task and previous need no model: a model that "
-        "does not beat them has learned nothing of use. With shuffled images or a blank prompt a model that "
-        "looks and reads gets worse.",
+        what="On held-out episodes. Majority, majority of task and previous need no model: a model that does "
+        "not beat them has learned nothing useful. With shuffled images or a blank prompt, a model that uses "
+        "the image and the text gets worse.",
         body="".join(parts),
     )
 
 
 def curve_section(found: Findings) -> Section | str:
-    """Every metrics file, by run folder."""
+    """Return the section with the learning curves of every run folder."""
     runs = [curves for curves in found.curves if curves.series]
     if not runs:
         return "There are no learning curves."
@@ -152,7 +152,7 @@ def curve_section(found: Findings) -> Section | str:
     return Section(
         anchor="curves",
         title="Learning curves",
-        what="One fold per training run. Dotted lines are from held-out episodes; scales are logarithmic "
+        what="One panel per training run. Dotted lines are from held-out episodes; scales are logarithmic "
         "where values span more than a factor of twenty.",
         body="".join(
             fold(found.name if c.path == "." else c.path, _panels(c), unfolded=not i)
@@ -171,13 +171,13 @@ def _panels(curves: Curves) -> str:
 
 
 def config_section(found: Findings) -> Section | str:
-    """The settings of every run."""
+    """Return the section with the settings of every run."""
     if not found.configs:
         return "There are no configurations."
     return Section(
         anchor="configs",
         title="Configurations",
-        what="The complete settings of every run, as they were.",
+        what="The complete settings of every run.",
         body="".join(
             fold(found.name if path == "." else path, f"<pre><code>{text(content)}</code></pre>")
             for path, content in found.configs.items()

@@ -1,1 +1,1 @@
-"""Robots: setup from a file, the connection, the safety layer, and the fixed-rate control loop."""
+"""Robots: setup from a file, connection, safety layer and fixed-rate control loop."""

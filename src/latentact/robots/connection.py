@@ -1,4 +1,4 @@
-"""The connection to a robot: every driver call on a thread of its own, with a time limit."""
+"""The connection to a robot: every driver call runs on a separate thread, with a time limit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from latentact.errors import UserError
 DISCONNECT_S = 5.0
 """Time limit for disconnecting, in seconds."""
 CONNECT_S = 120.0
-"""Time limit for connecting, in seconds; some robots calibrate meanwhile."""
+"""Time limit for connecting, in seconds; some robots calibrate while connecting."""
 
 
 @runtime_checkable
 class Robot(Protocol):
-    """The part of LeRobot's `Robot` that is used."""
+    """The part of LeRobot's `Robot` interface that is used."""
 
     name: str
 
@@ -72,7 +72,7 @@ class RobotError(Exception):
     """A call to the robot failed.
 
     Args:
-        fault: how.
+        fault: kind of failure.
         message: details for the user.
     """
 
@@ -103,7 +103,7 @@ class RobotConnection:
         self._last: Future | None = None
         self._reading: tuple[float, Future] | None = None
         self.requested_at = 0.0
-        """When the last observation was requested, on the monotonic clock."""
+        """Time of the last request for an observation, on the monotonic clock."""
         self.closed = False
         """Whether it was disconnected."""
         threading.Thread(target=self._work, name="robot", daemon=True).start()
@@ -139,7 +139,7 @@ class RobotConnection:
         """Connect.
 
         Raises:
-            UserError: it cannot be connected.
+            UserError: the robot cannot be connected.
         """
         try:
             self._result(self._submit(self.robot.connect), CONNECT_S, "connecting")
@@ -150,7 +150,7 @@ class RobotConnection:
         """Return a complete, finite observation that was requested less than `stale_s` ago.
 
         Raises:
-            RobotError: there is none.
+            RobotError: no such observation is available.
         """
         if self._reading is None:
             self._reading = time.monotonic(), self._submit(self.robot.get_observation)
@@ -185,7 +185,7 @@ class RobotConnection:
         """Send a command of the safety layer.
 
         Raises:
-            RobotError: it was not sent.
+            RobotError: the command was not sent.
         """
         if self.busy:
             raise RobotTimeoutError("no response")

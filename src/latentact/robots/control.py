@@ -1,6 +1,6 @@
-"""The fixed-rate control loop of a robot, which no driver call can block.
+"""The fixed-rate control loop of a robot, which driver calls cannot block.
 
-All driver calls run one after another on a thread of their own. When a call does not return in time, the loop
+All driver calls run one after another on a separate thread. When a call does not return in time, the loop
 holds the robot still, then stops, and always disconnects.
 """
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class ControlEnd(StrEnum):
-    """Why control ended, in words."""
+    """Why control ended."""
 
     NOT_STARTED = "not started"
     GUIDE_END = "the guide ended"
@@ -38,7 +38,7 @@ class ControlEnd(StrEnum):
 
 @dataclass(kw_only=True)
 class ControlLog:
-    """What control does; up to date at every step, also when it ends with an error."""
+    """Log of control; up to date at every step, also when control ends with an error."""
 
     fps: float
     """Requested steps per second."""
@@ -47,19 +47,19 @@ class ControlLog:
     error: str = ""
     """Message of the error that ended it."""
     steps: int = 0
-    """Steps, including those in which the robot is held still."""
+    """Number of steps, including those in which the robot is held still."""
     commands: int = 0
-    """Actions of the policy that were sent."""
+    """Number of policy actions sent."""
     missed_deadlines: int = 0
-    """Steps that took longer than a period."""
+    """Number of steps that took longer than a period."""
     latest_s: float = 0.0
     """Largest delay of a step, in seconds."""
     seconds: float = 0.0
-    """Wall-clock duration from the first step to the last."""
+    """Wall-clock duration from the first step to the last, in seconds."""
     holds: Counter[str] = field(default_factory=Counter)
-    """Steps in which the robot is held still, by `RobotFault` or `UnsafeReason`."""
+    """Number of steps in which the robot is held still, by `RobotFault` or `UnsafeReason`."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """Ranges of steps with something other than a plain command: kind, message, from_step, to_step."""
+    """Ranges of steps with unusual events: kind, message, from_step, to_step."""
     disconnected: bool = False
     """Whether the robot was disconnected at the end."""
 
@@ -79,7 +79,7 @@ class ControlLog:
         self.event(kind, message)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entries of `metrics.json`; `ended` is the reason in words."""
+        """Return the entries of `metrics.json`; `ended` is the reason as text."""
         values = {**vars(self), "end": self.end.name.lower(), "holds": dict(self.holds)}
         return values | {"ended": self.error or str(self.end)}
 
@@ -93,9 +93,9 @@ def control(
     max_steps: int,
     on_observation: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> None:
-    """Connect a robot, drive it at `record.fps`, and disconnect it, however control ends.
+    """Connect a robot, control it at `record.fps`, and disconnect it however control ends.
 
-    `act` is only called with an observation: while there is none, the guide waits.
+    `act` is only called with an observation; without one, the guide waits.
 
     Args:
         robot: any LeRobot robot, not connected.
@@ -103,7 +103,7 @@ def control(
         safety: clips or rejects every action.
         record: updated at every step.
         max_steps: commands after which control ends.
-        on_observation: called with every observation that was acted on.
+        on_observation: called with every observation used for an action.
 
     Raises:
         UserError: the robot cannot be connected, does not respond, or was held still for too long.
@@ -173,7 +173,7 @@ def _run(
             raise UserError(
                 f"the robot {connection.robot.name} was held still for {now - last_command:.1f} s "
                 f"({record.events[-1]['message']}), so control stopped. Check the robot and the policy, then "
-                "run the command again."
+                "re-run the command."
             )
         due += period
         if now > due:

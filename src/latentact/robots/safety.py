@@ -1,8 +1,8 @@
 """The safety layer between a policy and a robot; no action bypasses it.
 
-Non-finite actions and actions of another shape are rejected. Others are clipped to the limits of each joint,
-and then to the largest change per step from the last command (at first: from the robot's position). Because
-the robot must start inside the limits, both hold for every command sent.
+Non-finite actions and actions of the wrong shape are rejected. Others are clipped to the limits of each
+joint, and then to the maximum change per step from the last command (at first: from the robot's position).
+Because the robot must start inside the limits, both hold for every command sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from latentact.errors import UserError, did_you_mean
 
 VELOCITY = ".vel"
-"""Suffix of velocities in LeRobot's names: to hold still, they are commanded to 0."""
+"""Suffix of velocities in LeRobot's names; to hold still, they are set to 0."""
 
 
 class UnsafeReason(StrEnum):
@@ -34,7 +34,7 @@ class UnsafeActionError(Exception):
     """An action was rejected.
 
     Args:
-        reason: why.
+        reason: kind of violation.
         detail: values for the message.
     """
 
@@ -48,13 +48,13 @@ class SafetyConfig:
     """Limits of a robot; joints by the robot's names, with or without their suffix (`x.pos` or `x`)."""
 
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Smallest and largest command of a joint, in its units."""
+    """Minimum and maximum command of a joint, in its units."""
     max_step: dict[str, float] = field(default_factory=dict)
-    """Largest change of a joint's command from one step to the next."""
+    """Maximum change of a joint's command from one step to the next."""
     stale_s: float = 0.5
-    """Age in seconds above which an observation is not acted on and the robot is held still."""
+    """Maximum age of an observation in seconds; with an older one the robot is held still."""
     stop_after_s: float = 2.0
-    """Seconds of holding still after which control stops."""
+    """Duration of holding still, in seconds, after which control stops."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -98,7 +98,7 @@ class SafetyConfig:
 
 
 class Safety:
-    """Clips or rejects the actions of one run.
+    """Clip or reject the actions of one run.
 
     Args:
         joints: names of the robot's action, in order.
@@ -138,10 +138,11 @@ class Safety:
         return found[0]
 
     def start(self, observation: Mapping[str, Any]) -> None:
-        """Take the robot's position as the one from which the first step is limited.
+        """Set the robot's position, relative to which the first step is limited.
 
         Raises:
-            UserError: it is outside the limits, or a joint with a largest step has no observed position.
+            UserError: the position is outside the limits, or a joint with a maximum step has no observed
+                position.
         """
         at = np.array([self._position(joint, observation) for joint in self.joints])
         for i, joint in enumerate(self.joints):
@@ -165,13 +166,13 @@ class Safety:
         return float(value) if _is_number(value) else math.nan
 
     def clip_or_reject(self, action: Any) -> dict[str, float]:
-        """Return the command for an action, clipped to limits and largest steps.
+        """Return the command for an action, clipped to limits and maximum steps.
 
         Args:
             action: a value per joint.
 
         Raises:
-            UnsafeActionError: it is rejected.
+            UnsafeActionError: the action is rejected.
         """
         try:
             target = np.asarray(action, np.float64)

@@ -1,6 +1,6 @@
 """A robot from a YAML file: the LeRobot robot, its limits and its cameras.
 
-robot: {type: so101_follower, port: /dev/ttyACM0, cameras: {...}}   # as LeRobot's own command line takes it
+robot: {type: so101_follower, port: /dev/ttyACM0, cameras: {...}}   # as on LeRobot's command line
 cameras: {front: observation.images.top}                            # robot's name -> policy's key
 safety:
   limits: {shoulder_pan: [-90, 90]}
@@ -30,7 +30,7 @@ KEYS = ("robot", "safety", "cameras")
 
 @dataclass(frozen=True, kw_only=True)
 class RobotSetup:
-    """Content of a robot's file."""
+    """Content of a robot's YAML file."""
 
     robot: dict[str, Any]
     """LeRobot's settings; `type` is its registered name."""
@@ -44,7 +44,7 @@ class RobotSetup:
         """Read a YAML file.
 
         Raises:
-            UserError: it is missing, is not YAML, or has other settings.
+            UserError: the file is missing, is not YAML, or has unknown settings.
         """
         import yaml
 
@@ -83,9 +83,9 @@ def make_robot(settings: Mapping[str, Any]) -> Robot:
         from lerobot.utils.import_utils import register_third_party_plugins
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "lerobot", "lerobot") from error
-    for package in (lerobot.robots, lerobot.cameras):  # each registers its types when it is imported
+    for package in (lerobot.robots, lerobot.cameras):  # plugins register their types when imported
         for module in pkgutil.iter_modules(package.__path__):
-            with suppress(ImportError):  # a driver's own package is missing; its type stays unknown
+            with suppress(ImportError):  # a driver's package is missing; its type stays unknown
                 importlib.import_module(f"{package.__name__}.{module.name}")
     register_third_party_plugins()
     kind, known = str(settings.get("type")), lerobot.robots.RobotConfig.get_known_choices()
@@ -109,7 +109,7 @@ def _root(error: BaseException) -> BaseException:
 
 
 class RobotView:
-    """Maps a robot's observations to those of policies.
+    """Map a robot's observations to those of policies.
 
     Args:
         robot: the robot.
@@ -141,7 +141,7 @@ class RobotView:
         return {**images, **dict.fromkeys(self.state_names, 0.0)}
 
     def check_compatible(self, *, cameras: Sequence[str], state_size: int, action_size: int) -> None:
-        """Raise a UserError if a policy needs other images, states or actions than the robot has."""
+        """Raise a UserError if a policy needs images, states or actions that the robot does not have."""
         keys = list(self.cameras.values())
         missing = [key for key in cameras if key not in keys]
         if missing and not (len(cameras) == len(keys) == 1):
@@ -152,11 +152,11 @@ class RobotView:
         if state_size not in (0, len(self.state_names)):
             raise UserError(
                 f"the policy needs a state of {state_size} dimensions, but the robot observes "
-                f"{len(self.state_names)} ({', '.join(self.state_names)}). Give the robot that it was "
-                "trained for."
+                f"{len(self.state_names)} ({', '.join(self.state_names)}). Use the robot that it was trained "
+                "for."
             )
         if action_size != len(self.joints):
             raise UserError(
                 f"the policy returns {action_size} values, but the robot has {len(self.joints)} joints "
-                f"({', '.join(self.joints)}). Give the robot that it was trained for."
+                f"({', '.join(self.joints)}). Use the robot that it was trained for."
             )

@@ -34,7 +34,7 @@ class AdaptPolicyConfig:
     policy: str
     """Folder or hub id of a LeRobot policy, or the output folder of its training."""
     data: str
-    """LeRobot v3 dataset with robot actions, on which it will be fine-tuned."""
+    """LeRobot v3 dataset with robot actions for fine-tuning."""
     out: str
     """Folder to write, for `lerobot-train --policy.path`."""
     seed: Annotated[int, Between(0, LARGEST)] = 0
@@ -43,7 +43,7 @@ class AdaptPolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """The folder, and what was done."""
+    """Result of `adapt-policy`."""
 
     path: Path
     """Folder of the policy."""
@@ -51,7 +51,7 @@ class Adapted:
     """Content of `adapted.json`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the folder and what was done."""
+        """Return the folder and the changes."""
         return {"path": str(self.path), **self.numbers}
 
 
@@ -62,7 +62,9 @@ def run(config: AdaptPolicyConfig) -> Adapted:
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         done = read_object(out / SIDECAR) if (out / SIDECAR).is_file() else {}
         if done.get("asked") != asked:
-            raise UserError(f"{out} exists and holds something else. Give another --out.")
+            raise UserError(
+                f"{out} must be empty or hold this policy, got other files or settings. Give another --out."
+            )
         log.info("%s is already finished", out)
         return Adapted(path=out, numbers=done)
     require_lerobot()
@@ -70,11 +72,13 @@ def run(config: AdaptPolicyConfig) -> Adapted:
     kind = read_object(policy / "config.json").get("type", TYPE)
     if kind in (TYPE, VLA_TYPE):
         raise UserError(
-            f"{config.policy} must be a policy of LeRobot, got one of latentact. Use latentact "
+            f"{config.policy} must be a LeRobot policy, got one of latentact. Use latentact "
             f"{'ground' if kind == TYPE else 'finetune-vla'}."
         )
     if not lerobot_version(data).startswith("v3"):
-        raise UserError(f"{config.data} must be a LeRobot v3 dataset. Convert it first.")
+        raise UserError(
+            f"{config.data} must be a LeRobot v3 dataset, got another format. Convert it with LeRobot."
+        )
     clear_drafts(out)
     with atomic_dir(out) as folder:
         numbers = {"asked": asked, **adapt(policy, data, folder, config.seed)}

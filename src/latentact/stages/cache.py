@@ -23,7 +23,7 @@ _UNFINISHED, _REMOVED = ".partial", ".removed"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """One set of decoded frames, or the LAM tokens of one."""
+    """Decoded frames of a dataset, or their LAM tokens."""
 
     key: str
     """Name of its folder."""
@@ -42,7 +42,7 @@ class CacheEntry:
     finished: bool
     """Whether the entry is complete; the next run resumes an interrupted build."""
     folder: Path
-    """Parent of its folder."""
+    """Parent folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,16 @@ class CacheReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Show the cache, fill it or clear it."""
+    """Show, fill or clear the cache."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
     """Data to decode; empty path: none. Its `cache_dir` is the cache."""
     clear: str = ""
-    """Entries to remove: "all", or a key or its beginning; empty: none."""
+    """Entries to remove: "all", or a key or its prefix; empty: none."""
 
 
 def run(config: CacheConfig) -> CacheReport:
-    """Decode the data, remove the entries to clear, and return what is in the cache.
+    """Decode the data, remove the entries to clear, and return the content of the cache.
 
     Raises:
         UserError: the data cannot be read, `clear` does not match exactly one entry, or that entry is being
@@ -95,7 +95,7 @@ def entries(folder: Path) -> tuple[CacheEntry, ...]:
     """Return the entries of a cache folder, last used first."""
     found = []
     for path in sorted([*folder.glob("*"), *folder.glob("tokens/*")]):
-        if path.suffix == _REMOVED:  # a clearing was interrupted
+        if path.suffix == _REMOVED:  # a removal was interrupted
             shutil.rmtree(path, ignore_errors=True)
         elif (path / "meta.json").is_file() or path.suffix == _UNFINISHED:
             found.append(_entry(path))
@@ -171,7 +171,7 @@ def _remove(entry: CacheEntry) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise UserError(f"{entry.key} is being built by another process; clear it after that.") from error
+        raise UserError(f"{entry.key} is being built by another process; clear it afterwards.") from error
     path = folder / (entry.key if entry.finished else f"{entry.key}{_UNFINISHED}")
     gone = folder / f"{entry.key}{_REMOVED}"
     path.replace(gone)

@@ -30,7 +30,7 @@ class CheckDataConfig:
 
 
 def run(config: CheckDataConfig) -> DataCheck:
-    """Check the dataset, and write the page if `html` names one."""
+    """Check the dataset, and write the page if `html` is set."""
     check, sheets = check_data(resolve_dataset(config.path), config.camera, config.max_frames)
     if config.html:
         write_page(Path(config.html), check, sheets)

@@ -1,8 +1,8 @@
 """Check whether a policy follows its guide: `latentact check-guidance --policy-path P --lam-model-path L`.
 
-From the starts of expert demonstrations that no training uses, the policy is rolled out with the
-demonstration's own video as its guide, with another one's, and with none. A policy that follows its guide
-stays near the demonstration in the first case only.
+From the start states of new expert demonstrations, the policy is rolled out with the demonstration's video as
+its guide, with another demonstration's, and without a guide. A policy that follows its guide stays near the
+demonstration only in the first case.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CheckGuidanceConfig:
 
 
 def run(config: CheckGuidanceConfig) -> dict[str, Any]:
-    """Measure, write `guidance.json` and return its content.
+    """Roll out, write `guidance.json` and return its content.
 
     Raises:
         UserError: policy, LAM and environment do not match, or the expert fails too often.
@@ -71,7 +71,7 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
         )
     agent = load_agent(config.policy, config.device, guided=True)
     extractor = LatentActionExtractor(config.lam, device=config.device)
-    extractor.resolution = extractor.model.spec.resolution  # as labels were made
+    extractor.resolution = extractor.model.spec.resolution  # as in labeling
     _check_one_step(config, spec, agent, extractor)
     demos: list[tuple[int, EpisodeTrace]] = []
     guides: list[Guide] = []
@@ -103,7 +103,7 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
 def _check_one_step(
     config: CheckGuidanceConfig, spec: EnvSpec, agent: Agent, extractor: LatentActionExtractor
 ) -> None:
-    """Predict one action with a guide of still frames, so that what does not match fails at once."""
+    """Predict one action with a guide of still frames, so that mismatches fail at once."""
     check_compatible(
         spec,
         config.policy,
@@ -122,7 +122,7 @@ def _check_one_step(
 
 
 def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeTrace]]:
-    """Yield seeds and the trajectories of a successful expert from them."""
+    """Yield seeds and the trajectories of successful expert episodes."""
     spec, env, found = env_spec(config.env), make_env(config.env), 0
     attempts = 20 * config.demos + 100
     for seed in range(config.seed, config.seed + attempts):
@@ -140,7 +140,7 @@ def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeT
 
 
 class _LastActionHold:
-    """Follows a guide and repeats its last action after the guide's end."""
+    """Follow a guide, and repeat the last action after its end."""
 
     def __init__(self, inference: LatentGuidedInference) -> None:
         self._inference = inference

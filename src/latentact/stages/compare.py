@@ -4,11 +4,11 @@ For every seed and k, every row gets the same k labeled episodes, network and ev
 policy, the latent policy whose LAM had an action head on the k episodes, BC on k, BC on the pseudo-labels of
 an inverse dynamics model trained on k (IDM-k), and BC on all labels (oracle). Latent policies are fine-tuned,
 so the baselines have rows with as many updates: BC-k with self-training or fine-tuning, IDM-k and the oracle
-with fine-tuning. Rows of a vision-language-action model (VLA) are made where `methods` names them:
-pretrained on the latent actions of the LAM, fine-tuned without that, and trained on all labels for as many
-updates as both. Two rows that observe nothing are always there: uniformly random actions, and those of random
-steps of the demonstrations. Every row is a chain of stages through artifacts on disk; re-run the command to
-resume.
+with fine-tuning. Rows of a vision-language-action model (VLA) are included if `methods` lists them:
+pretrained on the latent actions of the LAM, fine-tuned without pretraining, and trained on all labels for the
+same total number of updates. Two rows that ignore observations are always included: uniformly random actions,
+and those of random steps of the demonstrations. Every row is a chain of stages through artifacts on disk;
+re-run the command to resume.
 """
 
 from __future__ import annotations
@@ -93,17 +93,17 @@ class CompareConfig:
     env: str
     """Environment in which success is measured."""
     view: str = "agent"
-    """View of the environment, as the data was collected: agent or full."""
+    """View of the environment in which the data was collected: agent or full."""
     distract: str = ""
     """Distractors in the environment, as for `collect`: background=0.5,shake=0.3,correlation=0.8."""
     methods: tuple[str, ...] = METHODS
-    """Rows; vla, vla_scratch and vla_oracle are further ones. Left out are those that the settings make equal
-    to another: `*_finetuned` and `bc_k_self_training` without finetune_steps; with self_training,
+    """Rows; vla, vla_scratch and vla_oracle are also available. Rows that would equal another one are left
+    out: `*_finetuned` and `bc_k_self_training` without finetune_steps; with self_training,
     `bc_k_finetuned`; without it, `latent_finetuned` and `bc_k_self_training`."""
     ks: tuple[int, ...] = (5,)
     """Numbers of labeled episodes."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of weights, batches, and of which episodes are labeled and held out."""
+    """Seeds of weights, batches, and the choice of labeled and held-out episodes."""
     episodes: int = 200
     """Evaluation episodes per row."""
     eval_seed: int = 100_000
@@ -111,7 +111,7 @@ class CompareConfig:
     max_steps: int = 0
     """Steps after which an evaluation episode ends; 0: the environment's own limit, where it has one."""
     action_selection: Selection = "greedy"
-    """Discrete actions: greedy takes the most likely one, sample draws one by its probability."""
+    """Discrete actions: greedy takes the most likely one, sample draws from the predicted distribution."""
     temperature: Temperature = 1.0
     """sample: temperature of the softmax; below 1, likely actions are drawn more often."""
     record: int = 2
@@ -119,41 +119,41 @@ class CompareConfig:
     frame_gap_s: float = 0.0
     """Seconds between the two frames of a transition; 0: neighboring frames."""
     held_out: float = 0.1
-    """Fraction of the episodes that no training uses."""
+    """Fraction of held-out episodes."""
     lam: Any = choice(LAMS, "lapo")
     """The latent action model."""
     lam_training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How it is trained."""
+    """Its training."""
     joint_action_weight: float = 1.0
     """Weight of the action head in the row latent_joint."""
     idm: IdmConfig = field(default_factory=IdmConfig)
     """The inverse dynamics model of the row idm_k."""
     idm_training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=500, eval_every=0))
-    """How it is trained."""
+    """Its training."""
     policy: Any = choice(POLICIES, "latent")
     """The latent policy; its network serves every row."""
     policy_training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=60_000, lr=2e-4))
-    """How every policy is trained."""
+    """Training of every policy."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    """From latent to robot actions."""
+    """The decoder from latent to robot actions."""
     decoder_training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
-    """How it is trained."""
+    """Its training."""
     finetune_steps: int = 200
-    """Steps in which policies are then fine-tuned end to end; 0: none."""
+    """Steps of the subsequent end-to-end fine-tuning; 0: none."""
     finetune_lr: float = 1e-4
     """Peak learning rate of those steps."""
     self_training: bool = False
-    """Whether fine-tuning of `latent` and `latent_joint` learns from all training episodes, as in ground."""
+    """Whether fine-tuning of `latent` and `latent_joint` uses all training episodes, as in ground."""
     vla: train_vla.TrainVlaRecipe = field(default_factory=train_vla.TrainVlaRecipe)
-    """The vision-language-action model of the rows vla, which learns the latent actions first, vla_scratch,
-    which does not, and vla_oracle, on all labels."""
+    """The vision-language-action model of the rows vla (latent actions first), vla_scratch (without them) and
+    vla_oracle (all labels)."""
     vla_finetuning: finetune_vla.FinetuneVlaRecipe = field(default_factory=finetune_vla.FinetuneVlaRecipe)
-    """How it learns robot actions; vla_scratch and vla_oracle learn from labeled episodes only, the latter
-    with the updates of both together."""
+    """Its fine-tuning to robot actions; vla_scratch and vla_oracle use labeled episodes only, vla_oracle with
+    the updates of both stages."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs; in one process."""
+    """Where to run it; in one process."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -177,7 +177,7 @@ class CompareConfig:
 
 
 def run(config: CompareConfig, out: Path) -> dict[str, Any]:
-    """Run every method and seed, write the comparison and return it."""
+    """Run every method and seed, and write and return the comparison."""
     env = env_spec(config.env, view=config.view)
     check_step_limit(env, config.max_steps)
     store = open_store(config.data)
@@ -206,7 +206,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         others = ",".join(method for method in config.methods if method != "latent_joint")
         raise UserError(
             f"lam must support an action head for the row latent_joint, got lam={config.lam.kind} with "
-            f"settings that do not. Set methods=[{others}], or a LAM with one, such as lapo with "
+            f"settings without one. Set methods=[{others}], or a LAM with one, such as lapo with "
             f"lam.bottleneck.kind=none."
         )
     if not finished(out, config, "comparison.json"):
@@ -244,7 +244,7 @@ def _rows(config: CompareConfig) -> Iterator[tuple[str, int | None]]:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: where its artifacts lie and the stages that make them."""
+    """One row: the folders of its artifacts and the stages that create them."""
 
     config: CompareConfig
     out: Path
@@ -254,11 +254,11 @@ class _Row:
 
     @property
     def base(self) -> str:
-        """The row whose policy this one fine-tunes; itself for others."""
+        """The row whose policy this one fine-tunes, or the row itself."""
         return FINETUNED.get(self.method, self.method)
 
     def make(self) -> Row:
-        """Run the row's stages, those that are not finished, and return its numbers."""
+        """Run the unfinished stages of the row and return its results."""
         c = self.config
         more: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
         more["updates"] = c.policy_training.steps
@@ -364,7 +364,7 @@ class _Row:
         )
 
     def _finetune(self, policy: Path) -> finetune.FinetuneConfig:
-        """Return what grounding gives the latent policy, for a baseline."""
+        """Return the folder of a baseline after the training that a latent policy gets in `ground`."""
         c = self.config
         training = replace(c.decoder_training, seed=self.seed)
         return finetune.FinetuneConfig(
@@ -379,7 +379,7 @@ class _Row:
         )
 
     def _vla(self) -> tuple[Path, int]:
-        """Return the folder of a vision-language-action model that acts, and its updates."""
+        """Return the folder of a fine-tuned vision-language-action model, and its number of updates."""
         c, labels = self.config, str(self._labels(self._latent_lam()))
         pretraining = replace(c.vla.training, seed=self.seed)
         training = replace(c.vla_finetuning.training, seed=self.seed)
@@ -412,7 +412,7 @@ class _Row:
         return folder, both if self.method == "vla" else training.steps
 
     def _blind(self) -> dict[str, Any]:
-        """Roll out an agent that observes nothing but has the actions of the training episodes."""
+        """Roll out an agent that draws from the actions of the training episodes without observing."""
         store = open_store(self.config.data)
         train, _ = split_episodes(store, held_out=self.config.held_out, seed=self.seed)
         actions = store.actions(train)

@@ -25,7 +25,7 @@ class ConvertLamConfig:
     window: Annotated[str, OneOf(("sliding", "chunked"))] = ""
     """villa-X: windows of frames; empty: sliding."""
     image_size: Pixels = 0
-    """LAPA: height and width in pixels of the frames that it was trained on; 0: 256."""
+    """LAPA: height and width of the training frames in pixels; 0: 256."""
     code_seq_len: Annotated[int, Between(0, 1 << 20)] = 0
     """LAPA: codes per transition; 0: 4."""
 
@@ -35,14 +35,14 @@ class ConvertLamConfig:
 
 
 def run(config: ConvertLamConfig) -> Path:
-    """Load a model of villa-X, LAPO or LAPA and save it; returns its folder.
+    """Convert a model of villa-X, LAPO or LAPA; return its folder.
 
     Raises:
         UserError: the folder is not empty, or the model cannot be read.
     """
     folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{config.out} must not exist or be empty. Give another --out.")
+        raise UserError(f"{config.out} must be a new or empty folder. Give another --out.")
     settings = {name: getattr(config, name) for name in ("window", "image_size", "code_seq_len")}
     model = load_lam(config.where, **{name: value for name, value in settings.items() if value})
     model.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The whole pipeline in one command: `latentact demo`, which `make demo` runs.
 
-Collects demonstrations, throws their actions away but for k episodes, and compares the policy that learned
-from the videos with the plain baselines. Stages meet through artifacts on disk, so a killed demo resumes.
+Collects demonstrations, hides their actions except those of k episodes, and compares the policy learned from
+video with plain baselines. Stages exchange artifacts on disk, so a killed demo resumes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class DemoConfig:
     out: str = "runs/demo"
     """Run folder; re-run the same command to resume."""
     experiment: str = "babyai"
-    """Experiment of `compare` that names environment, models and training."""
+    """Experiment of `compare` with environment, models and training."""
     episodes: Count = 1500
     """Demonstrations to collect."""
     k: Count = 5
     """Labeled episodes."""
     seed: Seed = 0
-    """Seed of everything."""
+    """Seed of collection and comparison."""
     overrides: tuple[str, ...] = ()
     """Further settings of `compare`, as on its command line."""
 
 
 def run(config: DemoConfig) -> report.ReportResult:
-    """Run every stage that is not finished and return the report."""
+    """Run all unfinished stages and return the report."""
     out, begun = Path(config.out), time.monotonic()
     spent = read_record(DemoRecord, out / "demo.json").wall_s if (out / "demo.json").exists() else 0.0
     data = out / "data"

@@ -1,8 +1,8 @@
-"""Check the machine and what is installed: `latentact doctor`.
+"""Check the machine and the installation: `latentact doctor`.
 
-Each check covers one thing and reports ok, warning or error, and what to do. An error is something that is
-installed, or asked for by what is installed, and does not work. Libraries are imported inside the checks, so
-that a broken one is a line of the result.
+Each check reports ok, warning or error, and a remedy. An error means that something that is installed, or
+required by something installed, does not work. Libraries are imported inside the checks, so that a broken one
+becomes a line of the result.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Check:
     """One line of the result."""
 
     name: str
-    """What was looked at."""
+    """Subject of the check."""
     status: str
     """ok, warning or error."""
     found: str
-    """What was found."""
+    """Finding."""
     advice: str = ""
-    """What to do; empty where nothing is to be done."""
+    """Remedy; empty if none is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Diagnosis:
     ok: bool
     """Whether there is no error."""
     checks: tuple[Check, ...]
-    """In the order of looking."""
+    """Checks in order."""
 
 
 def run(config: DoctorConfig) -> Diagnosis:
@@ -63,11 +63,11 @@ def run(config: DoctorConfig) -> Diagnosis:
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Run a check; an exception is reported as an error of what it checks."""
+    """Run a check; an exception is reported as its error."""
     try:
         return [*check()]
     except Exception as error:  # a broken library may raise anything
-        return [Check(name=name, status="error", found=_first_line(error), advice="Install it again.")]
+        return [Check(name=name, status="error", found=_first_line(error), advice="Reinstall it.")]
 
 
 def _first_line(error: BaseException) -> str:
@@ -115,7 +115,7 @@ def _torch() -> Iterator[Check]:
     elif not cuda:
         mps = torch.backends.mps.is_available()
         yield Check(
-            name="gpu", status="ok", found="Apple's mps" if mps else "none; training is for small models"
+            name="gpu", status="ok", found="Apple's mps" if mps else "none; only small models can be trained"
         )
     missing = cuda and "nccl" not in backends
     yield Check(
@@ -206,7 +206,7 @@ def _extras() -> Iterator[Check]:
         ]
         if missing and name != "latentact":
             found = f"not installed (without {', '.join(missing)})"
-            yield Check(name=label, status="ok", found=found, advice=f"To have it: pip install '{label}'")
+            yield Check(name=label, status="ok", found=found, advice=f"Install it: pip install '{label}'")
             continue
         broken = [text for module in _modules(name) if (text := _import_error(module))]
         problems = [*(f"{each} is missing" for each in missing), *wrong, *broken]
@@ -214,7 +214,7 @@ def _extras() -> Iterator[Check]:
             name=label,
             status="error" if problems else "ok",
             found="; ".join(problems) or ", ".join(f"{each.name} {_version(each.name)}" for each in needed),
-            advice=f"Install it again: pip install --upgrade '{label}'" if problems else "",
+            advice=f"Reinstall it: pip install --upgrade '{label}'" if problems else "",
         )
 
 
@@ -237,7 +237,9 @@ def _plugins() -> Iterator[Check]:
             name="LeRobot plugins",
             status="warning" if missing else "ok",
             found=f"without {', '.join(missing)}" if missing else ", ".join(LEROBOT_PLUGINS),
-            advice=f"For lerobot-train and the like: pip install plugins/{missing[0]}" if missing else "",
+            advice=f"Install for lerobot-train and similar commands: pip install plugins/{missing[0]}"
+            if missing
+            else "",
         )
     for point in importlib.metadata.entry_points():
         if not point.group.startswith("latentact."):
@@ -293,7 +295,7 @@ def _cache() -> Iterator[Check]:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system that holds a path; empty if it is not known."""
+    """Return the file system type of a path; empty if unknown."""
     mounts = Path("/proc/mounts")
     lines = [line.split() for line in mounts.read_text().splitlines()] if mounts.exists() else []
     holding = [(len(line[1]), line[2]) for line in lines if path.resolve().is_relative_to(line[1])]
@@ -316,7 +318,7 @@ def _hub() -> Iterator[Check]:
             name="hub",
             status="warning",
             found=f"{constants.ENDPOINT} cannot be reached ({_first_line(error)}); {home}",
-            advice="Give local folders as data and models, and set HF_HUB_OFFLINE=1 to save the waiting.",
+            advice="Give local folders as data and models, and set HF_HUB_OFFLINE=1 to avoid waiting.",
         )
 
 
@@ -335,7 +337,7 @@ def _slurm() -> Iterator[Check]:
         found=done.stderr.strip().rpartition("\n")[2]
         if done.returncode
         else "; ".join(done.stdout.split("\n")[:4]),
-        advice="cluster=slurm needs a controller that answers; see sinfo." if done.returncode else "",
+        advice="cluster=slurm needs a controller that responds; see sinfo." if done.returncode else "",
     )
 
 
@@ -343,13 +345,13 @@ def _asked(*words: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(words, 1, "", f"{words[0]} does not answer")
+        return subprocess.CompletedProcess(words, 1, "", f"{words[0]} does not respond")
 
 
 def _tools() -> Iterator[Check]:
     yield Check(name="Ray", status="ok", found=_version("ray") or "not installed")
     found = [name for name in ("apptainer", "enroot", "docker", "podman") if shutil.which(name)]
-    yield Check(name="containers", status="ok", found=", ".join(found) or "no runtime here")
+    yield Check(name="containers", status="ok", found=", ".join(found) or "no runtime found")
 
 
 CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
@@ -369,7 +371,7 @@ CHECKS: dict[str, Callable[[], Iterator[Check]]] = {
 
 
 def summary(result: Diagnosis) -> str:
-    """Return the result for people: a line per check."""
+    """Return the result as text, one line per check."""
     width = max(len(check.name) for check in result.checks)
     lines = [
         f"{check.status:8s} {check.name:{width}s}  {check.found}"

@@ -1,9 +1,9 @@
-"""Robot actions for video that has none, with how sure each is: `latentact export`.
+"""Robot actions for video without any, each with an uncertainty: `latentact export`.
 
 Example: `latentact export --policy runs/ground --labels data/labels --labeled-episodes 5 --out data/pseudo`.
 A head reads the action from the latent action of the step together with the policy's features of the frame;
-an inverse dynamics model's labels are actions already. Labeled episodes that the prediction has not learned
-from calibrate it: by cross-fitting among the labeled episodes, or on further ones.
+an inverse dynamics model's labels are actions already. Predictions are calibrated on labeled episodes that
+they were not trained on: by cross-fitting among the labeled episodes, or on further ones.
 """
 
 from __future__ import annotations
@@ -50,30 +50,30 @@ class ExportConfig:
     """Write robot actions for every frame of labeled video, with intervals and a mask of trusted frames."""
 
     labels: str
-    """Folder of `label`: the frames that get robot actions."""
+    """Labels folder of the frames that get robot actions."""
     out: str
     """Folder to write."""
     policy: str = ""
     """Folder of a latent policy, grounded or not; empty: the labels are an inverse dynamics model's."""
     calibration: str = ""
-    """Folder of `label` of data with robot actions, by the same LAM; empty: `labels`."""
+    """Labels folder of data with robot actions, by the same LAM; empty: `labels`."""
     format: Annotated[str, OneOf(FORMATS)] = "lerobot"
     """lerobot: a LeRobot v3 dataset; robomimic: HDF5; zarr: Diffusion Policy's ReplayBuffer; lapa-jsonl:
     LAPA's lines, and images."""
     labeled_episodes: Annotated[int, Between(2, LARGEST)] = 5
-    """k: episodes of `calibration` whose robot actions are learned from; for an inverse dynamics model those
-    that it has learned from."""
+    """k: episodes of `calibration` whose robot actions are used; for an inverse dynamics model, its training
+    episodes."""
     calibration_episodes: Annotated[int, Between(0, LARGEST)] = 0
     """Further labeled episodes, for calibration only; 0: cross-fitting among the labeled ones."""
     level: Annotated[float, Between(0.5, 0.999)] = 0.9
-    """Probability with which an interval or set covers the true action."""
+    """Probability that an interval or set covers the true action."""
     max_uncertainty: Annotated[float, Between(0, 1000)] = 0.5
-    """Largest uncertainty of a trusted frame: 1 - probability of the class, or half-width of the interval as
+    """Maximum uncertainty of a trusted frame: 1 - probability of the class, or half-width of the interval as
     a multiple of the actions' standard deviation."""
     only_trusted: bool = False
-    """Whether to leave out other frames; each run of trusted ones becomes an episode."""
+    """Whether to leave out other frames; each contiguous run of trusted frames becomes an episode."""
     resolution: Annotated[int, Between(0, 4096)] = 0
-    """Height and width of the frames, for other formats than lerobot; 0: the data's own."""
+    """Height and width of the frames, for formats other than lerobot; 0: the data's own."""
     steps: Annotated[int, Between(1, 10**6)] = 1000
     """Training steps of each head."""
     held_out: Annotated[float, Between(0, 0.999)] = 0.1
@@ -88,7 +88,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The folder, and how good its actions are."""
+    """Result of `export`: the folder and the scores of its actions."""
 
     path: Path
     """The folder."""
@@ -96,17 +96,19 @@ class Exported:
     """Content of `export.json`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the folder and the numbers."""
+        """Return the folder and the scores."""
         return {"path": str(self.path), **self.numbers}
 
 
 def run(config: ExportConfig) -> Exported:
-    """Write the actions and return how good they are."""
+    """Write the actions and return their scores."""
     out = Path(config.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         done = read_object(out / SIDECAR) if (out / SIDECAR).is_file() else {}
         if done.get("asked") != to_dict(config):
-            raise UserError(f"{out} exists and holds something else. Give another --out.")
+            raise UserError(
+                f"{out} must be empty or hold this export, got other files or settings. Give another --out."
+            )
         log.info("%s is already finished", out)
         return Exported(path=out, numbers=done)
     labels, store = read_labels(config.labels)
@@ -116,7 +118,7 @@ def run(config: ExportConfig) -> Exported:
     if space is None:
         raise UserError(
             f"{labeled_store.path} has no robot actions to learn from. Give --calibration with labels of "
-            f"data that has some."
+            f"data with robot actions."
         )
     if space.discrete and config.format in ("robomimic", "zarr"):
         raise UserError(
@@ -173,7 +175,8 @@ def _policy(config: ExportConfig, labels: Labels) -> Policy | None:
         if not config.calibration_episodes:
             raise UserError(
                 "--calibration-episodes must be at least 1 for labels of an inverse dynamics model, which "
-                "has learned from the labeled episodes, got 0. Give labeled episodes that it has not seen."
+                "was trained on the labeled episodes, got 0. Give labeled episodes that it was not trained "
+                "on."
             )
         return None
     if not config.policy:
@@ -198,7 +201,7 @@ def _stream(config: ExportConfig, labels: Labels) -> FrameStream:
 
 
 def _inputs(policy: Policy | None, labels: Labels, store: FrameStore) -> Tensor:
-    """Return what actions are predicted from, ``[n, f]``; the latent action comes first."""
+    """Return the inputs of action prediction, ``[n, f]``; the latent action comes first."""
     if policy is None:
         return torch.from_numpy(labels.vectors.reshape(len(labels.vectors), -1))
     column = getattr(labels, policy.targets.column)
@@ -212,11 +215,11 @@ def _inputs(policy: Policy | None, labels: Labels, store: FrameStore) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _Predictor:
-    """Actions from inputs, and how uncertain they are."""
+    """Predict actions and their uncertainties."""
 
     space: ActionSpace
     heads: list[Any]
-    """Empty: the inputs are actions."""
+    """Action heads; empty: the inputs are actions."""
     calibration: ClassCalibration | IntervalCalibration
     spread: np.ndarray
     """Standard deviation of the labeled actions, or 1 for classes."""
@@ -235,16 +238,16 @@ class _Predictor:
         extra: np.ndarray,
         unlabeled: np.ndarray,
     ) -> _Predictor:
-        """Learn from the labeled episodes, and calibrate on steps that a head has not learned from.
+        """Train on the labeled episodes, and calibrate on steps that a head was not trained on.
 
         Args:
             config: settings.
             learns: whether heads are trained; else the inputs are actions.
-            inputs: of every row of the store.
-            labels: of the store.
+            inputs: inputs of every row of the store.
+            labels: labels of the store.
             store: the data.
-            labeled: episodes to learn from.
-            extra: further labeled episodes to calibrate on; none: cross-fitting.
+            labeled: training episodes.
+            extra: further labeled episodes for calibration; empty: cross-fitting.
             unlabeled: episodes whose frames may be used for self-training.
         """
         space = store.action_space
@@ -253,7 +256,9 @@ class _Predictor:
         number = np.unique(store.episode[rows], return_inverse=True)[1]
         folds = number % MOST_FOLDS
         if learns and not folds.any():
-            raise UserError("at least 2 labeled episodes must hold latent actions, got 1. Label more.")
+            raise UserError(
+                "at least 2 labeled episodes must have latent actions, got 1. Label more episodes."
+            )
         targets = torch.from_numpy(actions)
         others = np.setdiff1d(unlabeled, [*labeled, *extra])
         heads = [
@@ -292,7 +297,7 @@ class _Predictor:
         )
 
     def columns(self, inputs: Tensor, valid: np.ndarray) -> dict[str, np.ndarray]:
-        """Return action, interval or set, and uncertainty of every row; infinite where not valid."""
+        """Return action, interval or set, and uncertainty of every row (infinite where not valid)."""
         predicted = _mean(self.heads, inputs[valid])
         if isinstance(self.calibration, ClassCalibration):
             raw = predicted.double().numpy()
@@ -321,7 +326,7 @@ class _Predictor:
     def evaluate(
         self, inputs: Tensor, labels: Labels, store: FrameStore, episodes: np.ndarray
     ) -> dict[str, Any] | None:
-        """Return scores on held-out episodes; None without any step."""
+        """Return scores on held-out episodes; None without steps."""
         rows, truth = _labeled_rows(labels, store, episodes)
         if not len(rows):
             return None
@@ -345,7 +350,7 @@ class _Predictor:
 
 
 def _mean(heads: list[Any], inputs: Tensor) -> Tensor:
-    """Return the mean of what the heads predict; without heads the inputs are the prediction."""
+    """Return the mean prediction of the heads; without heads, the inputs."""
     if not heads:
         return inputs
     with torch.no_grad():
@@ -357,7 +362,7 @@ def _labeled_rows(labels: Labels, store: FrameStore, episodes: np.ndarray) -> tu
     actions = store.actions(episodes)
     rows = np.flatnonzero(known_rows(actions) & labels.valid)
     if not len(rows) and len(episodes):
-        raise UserError("the labeled episodes hold no latent action. Give more of them.")
+        raise UserError("the labeled episodes must have latent actions, got none. Label more episodes.")
     return rows, np.ma.getdata(actions)[rows]
 
 
@@ -391,7 +396,7 @@ def _write(
 
 
 def _spans(store: FrameStore, kept: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yield (episode, first row, last row + 1) of each run of kept rows; the row after it ends it."""
+    """Yield (episode, first row, last row + 1) of each run of kept rows; the next row ends the episode."""
     for episode, (start, length) in enumerate(zip(store.starts, store.lengths, strict=True)):
         rows = start + np.flatnonzero(kept[start : start + length - 1])
         breaks = (np.diff(rows) != 1) | (np.diff(store.source_rows[rows]) != 1)

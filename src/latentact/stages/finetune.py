@@ -1,7 +1,7 @@
 """Fine-tune a policy end to end on robot actions of few labeled episodes, with self-training if configured.
 
-`ground` does it to grounded policies; `compare` does it to the baselines as well, so that every method gets
-the same number of updates.
+`ground` fine-tunes grounded policies; `compare` also fine-tunes the baselines, so that every method gets the
+same number of updates.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class FinetuneConfig:
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=500, batch_size=64, lr=1e-4, eval_every=0)
     )
-    """How it is trained."""
+    """Its training."""
     self_training: bool = False
-    """Whether to learn from all training episodes, with the actions of a teacher where they are hidden."""
+    """Whether to use all training episodes, with the actions of a teacher where they are hidden."""
     teacher_training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
-    """How the teacher is trained."""
+    """Training of the teacher."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses; as in train-policy."""
+    """Fraction of held-out episodes; as in train-policy."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes; as in train-policy."""
 
@@ -97,13 +97,13 @@ def finetune(
     """Train a copy of a policy from observations to robot actions and write it into `out`.
 
     Args:
-        policy: outputs robot actions.
+        policy: policy that outputs robot actions.
         store: the data.
         train: training episodes.
-        labeled: those among them whose actions are used.
-        training: how the policy is trained.
-        teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
-        out: folder.
+        labeled: training episodes whose actions are used.
+        training: settings of training.
+        teacher: training settings of the teacher of self-training; None: use the labeled episodes only.
+        out: output folder.
     """
     tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
     if teacher:
@@ -135,10 +135,10 @@ def _pseudo_actions(
     training: TrainingConfig,
     out: Path,
 ) -> np.ndarray:
-    """Return robot actions for every training step: the known ones, and a teacher's where they are hidden.
+    """Return robot actions of every training step: known ones, or predictions of a teacher.
 
-    The teacher is a head on the policy's frozen features. A latent policy learned them from the latent
-    actions of every step, so few labels suffice to read the action from them.
+    The teacher is a head on the policy's frozen features. A latent policy learned these from the latent
+    actions of every step, so few labels suffice to predict actions from them.
     """
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
@@ -156,18 +156,18 @@ def fill_actions(
     training: TrainingConfig,
     out: Path,
 ) -> np.ndarray:
-    """Return the actions of a dataset, those that are hidden at `rows` predicted by a teacher.
+    """Return the actions of a dataset, where those hidden at `rows` are predicted by a teacher.
 
-    The teacher is a small network from features; it is trained on the rows whose actions are known.
+    The teacher is a small network on features, trained on the rows with known actions.
 
     Args:
         features: one vector per entry of `rows`.
-        actions: of every row of the dataset, masked where they are hidden.
+        actions: actions of every row of the dataset, masked where hidden.
         rows: rows of the dataset.
-        unlearned: rows whose known action the teacher does not learn, as the last of an episode.
+        unlearned: rows whose known action the teacher ignores, such as the last row of an episode.
         space: robot action.
-        training: how the teacher is trained.
-        out: folder of that training.
+        training: training settings of the teacher.
+        out: folder of the teacher's training.
     """
     hidden = ~known_rows(actions)[rows]
     known, labeled = np.ma.getdata(actions), torch.from_numpy(~hidden & ~np.isin(rows, unlearned))
@@ -185,7 +185,7 @@ def fill_actions(
 
 
 class _EndToEnd(nn.Module):
-    """Trains network and decoder from observations to robot actions."""
+    """Train network and decoder from observations to robot actions."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()

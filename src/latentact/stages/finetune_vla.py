@@ -1,7 +1,7 @@
 """Fine-tune a vision-language-action model to robot actions of few labeled episodes, LAPA's stage 3.
 
 An action head on query tokens is new; the loss of latent actions stays as an auxiliary, on the video of all
-training episodes, so that few labels do not overwrite what the model has learned. The labeled episodes are
+training episodes, so that few labels do not overwrite the pretraining. The labeled episodes are
 those of `ground` and `compare` with the same `split_seed`.
 """
 
@@ -38,19 +38,19 @@ _BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneVlaRecipe:
-    """What is fine-tuned and how, in `finetune-vla` and in rows of `compare`."""
+    """Fine-tuning settings of `finetune-vla` and of rows of `compare`."""
 
     head: ActionHeadConfig = field(default_factory=ActionHeadConfig)
     """The action head."""
     latent_weight: Annotated[float, Between(0, 1e6)] = 0.1
     """Weight of the loss of latent actions, on all training episodes; robot actions have weight 1."""
     pseudo_labels: bool = False
-    """Whether to learn from all training episodes, with actions decoded from their latent actions where they
-    are hidden; the decoder is trained on the labeled episodes."""
+    """Whether to use all training episodes, with actions decoded from latent actions where they are hidden;
+    the decoder is trained on the labeled episodes."""
     decoder_training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
-    """pseudo_labels: how the decoder is trained."""
+    """pseudo_labels: training of the decoder."""
     lora_rank: Annotated[int, Between(0, 4096)] = 0
     """Rank of low-rank adapters on the language model; 0: all its weights are trained."""
     training: TrainingConfig = field(
@@ -73,27 +73,27 @@ class FinetuneVlaRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneVlaConfig(FinetuneVlaRecipe):
-    """Fine-tune a vision-language-action model to robot actions; the result acts in `rollout`."""
+    """Fine-tune a vision-language-action model to robot actions; run the result with `rollout`."""
 
     out: str = "runs/finetune_vla"
     """Run folder; re-run the same command to resume."""
     vla: str
     """Folder of the train-vla run."""
     labels: str
-    """Folder of the labels it was trained on, of data with robot actions."""
+    """Folder of the labels that it was trained on; their data must have robot actions."""
     labeled_episodes: int | None = 5
     """k: training episodes whose actions are used; empty: all."""
     scratch: bool = False
-    """Whether to start from the vision-language model, without the result of train-vla, and to learn from the
-    labeled episodes only: the baseline."""
+    """Whether to start from the vision-language model, without the result of train-vla, and use the labeled
+    episodes only (baseline)."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs."""
+    """Where to run it."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses; as in train-vla."""
+    """Fraction of held-out episodes; as in train-vla."""
     split_seed: Seed = 0
     """Seed of the choice of held-out and labeled episodes; as in train-vla."""
     eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
-    """Held-out steps of the evaluation."""
+    """Number of held-out steps in the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,9 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
     base.latent.check_compatible(labels.spec, "the model", "the labels")
     space = store.action_space
     if space is None:
-        raise UserError(f"{store.path} has no robot actions to learn; give labels of data that has some.")
+        raise UserError(
+            f"{store.path} has no robot actions to learn; give labels of data with robot actions."
+        )
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
     torch.manual_seed(config.training.seed)
@@ -136,7 +138,7 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
         model.set_stats(latent[rows], None if store.state is None else store.state[rows])
     unseen = _samples(store, model, latent, valid, held_out)
     if config.pseudo_labels or (config.latent_weight and not config.scratch):
-        # half of a batch has labeled steps, half any of the video
+        # half of a batch are labeled steps, half any steps of the video
         every = np.flatnonzero(valid & np.isin(store.episode, train))
         samples.rows = np.concatenate([np.resize(rows, max(len(rows), len(every))), every])
     log.info("%d labeled steps of %d episodes", len(rows), len(labeled))
@@ -196,7 +198,7 @@ def _decode_actions(
 
 
 def _errors(model: Vla, samples: VlaSamples, known: np.ndarray, most: int) -> dict[str, Any]:
-    """Return accuracy beside the majority class, or L1 by dimension beside the mean action's, held out."""
+    """Return held-out accuracy, or L1 by dimension, with that of the majority class or mean action."""
     rows = samples.rows[:: max(1, len(samples.rows) // most)]
     assert samples.actions is not None
     truth = samples.actions[rows]

@@ -1,7 +1,7 @@
 """Learn latent action -> robot action from few labeled episodes: `latentact ground policy=DIR labels=DIR`.
 
-The folder holds the policy with the decoder behind it; with `finetune_steps`, its subfolder `finetuned` holds
-the same policy fine-tuned end to end.
+The folder holds the policy with its decoder; with `finetune_steps`, the subfolder `finetuned` holds the same
+policy after end-to-end fine-tuning.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GroundConfig:
     policy: str
     """Folder of the latent policy."""
     labels: str
-    """Folder of the labels it was trained on, of data with robot actions."""
+    """Folder of the labels that it was trained on; their data must have robot actions."""
     labeled_episodes: int = 5
     """k: training episodes whose actions are used."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -54,18 +54,18 @@ class GroundConfig:
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=1000, batch_size=64, lr=1e-3, eval_every=0)
     )
-    """How the decoder is trained."""
+    """Training of the decoder."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs; in one process."""
+    """Where to run it; in one process."""
     finetune_steps: int = 0
-    """Steps in which policy and decoder are then fine-tuned end to end; 0: none."""
+    """Steps of the subsequent end-to-end fine-tuning; 0: none."""
     finetune_lr: float = 1e-4
     """Peak learning rate of those steps."""
     self_training: bool = False
-    """Whether fine-tuning learns from all training episodes: episodes without labels get the actions of a
+    """Whether fine-tuning uses all training episodes: episodes without labels get the actions of a
     small head on the latent policy's frozen features, trained on the labeled episodes."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses; as in train-lam and train-policy."""
+    """Fraction of held-out episodes; as in train-lam and train-policy."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes; as in train-lam and train-policy."""
 
@@ -83,12 +83,12 @@ def run(config: GroundConfig, out: Path) -> Path:
     latent = Policy.from_pretrained(config.policy)
     labels, store = read_labels(config.labels)
     if latent.latent is None or not latent.targets.latent:
-        raise UserError(
-            f"{config.policy} predicts robot actions already; ground takes a policy of latent actions."
-        )
+        raise UserError(f"{config.policy} predicts robot actions already; give a policy of latent actions.")
     latent.latent.check_compatible(labels.spec, "the policy", "the labels")
     if store.action_space is None:
-        raise UserError(f"{store.path} has no robot actions to ground in; give labels of data that has some.")
+        raise UserError(
+            f"{store.path} has no robot actions to ground in; give labels of data with robot actions."
+        )
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
@@ -96,9 +96,7 @@ def run(config: GroundConfig, out: Path) -> Path:
     policy = latent.ground(config.decoder, store.action_space)
     steps = _labeled_steps(store, labels, labeled)
     if not len(steps):
-        raise UserError(
-            f"{len(labeled)} labeled episodes hold no latent action; give a larger labeled_episodes."
-        )
+        raise UserError(f"{len(labeled)} labeled episodes have no latent action; increase labeled_episodes.")
     assert policy.decoder is not None
     policy.decoder.set_action_stats(np.ma.getdata(store.actions(labeled))[steps])
     pairs = _latent_actions(policy, store, labels, steps, labeled)
@@ -126,7 +124,7 @@ def _labeled_steps(store: FrameStore, labels: Labels, episodes: np.ndarray) -> n
 def _latent_actions(
     policy: Policy, store: FrameStore, labels: Labels, rows: np.ndarray, episodes: np.ndarray
 ) -> LabeledRows:
-    """Return latent actions as the decoder takes them, and the robot actions of their frame gap."""
+    """Return latent actions as inputs of the decoder, and the robot actions of their frame gap."""
     column = getattr(labels, policy.targets.column)
     latents = policy.normal_latent(torch.from_numpy(column[rows]).flatten(1))
     ahead = rows[:, None] + np.arange(policy.spec.stride)
@@ -148,7 +146,7 @@ def _score(decoder: ActionDecoder, data: LabeledRows) -> float | None:
 
 
 class _DecoderTraining(nn.Module):
-    """Trains the decoder alone."""
+    """Train the decoder only."""
 
     def __init__(self, decoder: ActionDecoder) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Imitate one demonstration video: `latentact imitate --video-path V --policy-path P ...`.
 
 The output folder holds the guide (`latents.safetensors`, `latents.pt`) and, if a policy acted,
-`metrics.json`, the video `imitation.mp4` (demonstration beside rollout) and the page `report.html`.
+`metrics.json`, the video `imitation.mp4` (demonstration and rollout side by side) and the page `report.html`.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class ImitateConfig:
     """Imitate one demonstration video with a policy, in simulation or on a robot."""
 
     output_dir: str
-    """Output folder; an older result in it is replaced."""
+    """Output folder; an older result is replaced."""
     video_path: str = ""
     """The demonstration."""
     latents_path: str = ""
-    """Its latent actions, written by an earlier run, instead of the video."""
+    """Guide of an earlier run, instead of the video."""
     policy_path: str = ""
     """Folder or hub id of a policy that is conditioned on latent actions."""
     lam_model_path: str = ""
@@ -66,12 +66,12 @@ class ImitateConfig:
     max_frames: Limit = 0
     """Maximum number of video frames; 0: all."""
     lam_resolution: Pixels = 224
-    """Height and width to which frames are resized before the LAM; 0: as they are."""
+    """Height and width to which frames are resized before the LAM; 0: unchanged."""
     mode: Annotated[str, OneOf(MODES)] = "simulation"
     """extract_only, simulation or robot."""
     env_name: Annotated[str, OneOf(ENVS)] = "PushT-v0"
-    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id, also PACKAGE:ID and PACKAGE/NAME. It needs no
-    time limit, since the guide ends."""
+    """simulation: PushT-v0, babyai/LEVEL, or any Gymnasium id, also PACKAGE:ID and PACKAGE/NAME. A time limit
+    is not needed, since the guide ends."""
     seed: Seed = 0
     """simulation: reset seed of the environment."""
     robot_config: str = ""
@@ -83,7 +83,7 @@ class ImitateConfig:
     fps: Rate = 0.0
     """Control steps per second; 0: the environment's, on a robot the policy's, or else the guide's."""
     time_base: Annotated[str, OneOf(TIME_BASES)] = "hold"
-    """How a guide of another rate is aligned with control: hold each latent action, or resample in time."""
+    """Alignment of a guide with a different rate: hold each latent action, or resample in time."""
     render: bool = True
     """Whether the page and the video show frames of the run."""
     save_video: bool = True
@@ -95,11 +95,11 @@ class ImitateConfig:
         if bool(self.video_path) == bool(self.latents_path):
             raise UserError("give either --video-path of the demonstration or --latents-path of its guide.")
         if self.video_path and not self.lam_model_path:
-            raise UserError("give --lam-model-path of the LAM that extracts the guide from the video.")
+            raise UserError("--lam-model-path must be given, got none. Give the LAM that extracts the guide.")
         if self.mode != "extract_only" and not self.policy_path:
-            raise UserError("give --policy-path of the policy that follows the guide.")
+            raise UserError("--policy-path must be given, got none. Give the policy that follows the guide.")
         if self.mode == "robot" and not self.robot_config:
-            raise UserError("give --robot-config, the YAML file of the robot.")
+            raise UserError("--robot-config must be given, got none. Give the YAML file of the robot.")
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = f"--{name.replace('_', '-')}"
@@ -111,7 +111,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     """Extract the guide, run the policy and return the content of `metrics.json`.
 
     Raises:
-        UserError: video, LAM, policy and environment or robot do not match, or one of them fails.
+        UserError: video, LAM, policy, environment or robot do not match, or one of them fails.
     """
     require_device(config.device)
     out = Path(config.output_dir)
@@ -177,7 +177,7 @@ def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
 
 
 class FrameSpool:
-    """Frames of one run in a temporary file, so that a long run does not fill the memory."""
+    """Frames of one run in a temporary file, so that long runs do not fill the memory."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the spool)
@@ -185,7 +185,7 @@ class FrameSpool:
         self._count = 0
 
     def append(self, frame: UInt8[np.ndarray, "h w 3"], /) -> None:
-        """Add a frame of the same size as those before."""
+        """Add a frame of the same size as the previous ones."""
         self._shape, self._count = frame.shape, self._count + 1
         self._file.write(frame.tobytes())
 
@@ -207,20 +207,20 @@ class Result:
     metrics: dict[str, Any]
     """Entries of `metrics.json`."""
     frames: FrameSpool
-    """Frames of the LAM's camera before each action and, in simulation, after the last."""
+    """Frames of the LAM's camera before each action and, in simulation, after the last action."""
     fps: float
     """Control steps per second."""
     position: np.ndarray
     """Position in the guide of each control step."""
     error: BaseException | None = None
-    """What ended it early."""
+    """Error that ended the run early."""
 
 
 def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     """Follow the guide in an environment.
 
     Raises:
-        UserError: an action cannot be used, or the environment fails before its first step.
+        UserError: an action is invalid, or the environment fails before its first step.
     """
     name = config.env_name
     inference = LatentGuidedInference(
@@ -275,7 +275,7 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
 
 
 def _ending(episode: Episode, guide_steps: int) -> str:
-    """Return why an episode ended, in words."""
+    """Return the reason why an episode ended, as text."""
     if episode.end is EpisodeEnd.ENV_ERROR:
         return str(episode.error)
     if episode.end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
@@ -302,7 +302,9 @@ def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot:
     if safety.unlimited:
         log.warning("no safety.limits for %s: commands are not clipped", ", ".join(safety.unlimited))
     camera = _camera(view, agent.cameras, guide)
-    inference.predict_action(view(view.blank()))  # the first call is slow, and fails if the two do not match
+    inference.predict_action(
+        view(view.blank())
+    )  # the first call is slow, and fails if policy and robot do not match
     inference.reset()
     error: BaseException | None = None
     steps = _steps(config, inference)
@@ -341,25 +343,25 @@ def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot:
 
 
 def _camera(view: RobotView, cameras: tuple[str, ...], guide: Guide) -> str:
-    """Return the key of the image for the LAM: its own camera, or the policy's first."""
+    """Return the image key for the LAM: its own camera, or the policy's first."""
     keys = list(view.cameras.values())
     preferred = [key for key in (guide.spec.camera, *cameras) if key in keys]
     return next(iter(preferred or keys), "")
 
 
 def _steps(config: ImitateConfig, inference: LatentGuidedInference) -> int:
-    """Return the number of control steps: the least of the guide's, the maximum steps and the time."""
+    """Return the number of control steps: the minimum of guide, maximum steps and time limit."""
     limits = [len(inference), config.max_steps, int(config.control_time_s * inference.fps + 1e-6)]
     if config.control_time_s and not limits[2]:
         raise UserError(
-            f"--control-time-s must be at least a step of {1 / inference.fps:g} s, got "
+            f"--control-time-s must be at least one step of {1 / inference.fps:g} s, got "
             f"{config.control_time_s:g}. Give more."
         )
     return min(limit for limit in limits if limit)
 
 
 def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -> dict[str, Any]:
-    """Compare the latent actions of the run with the guide; without a measure, `why` gives the reason."""
+    """Compare the latent actions of the run with the guide; if that is impossible, `why` gives the reason."""
     try:
         achieved = extractor.extract_from_frames(result.frames.frames, result.fps)
     except UserError as error:
@@ -379,7 +381,7 @@ def _compose(config: ImitateConfig, guide: Guide, result: Result) -> UInt8[np.nd
 
 
 def _demonstration(config: ImitateConfig, guide: Guide, result: Result) -> Iterator[np.ndarray]:
-    """Yield the demonstration's frame at each control step, then its next frame forever."""
+    """Yield the demonstration's frame at each control step, then repeat the next one forever."""
     frames = enumerate(video_frames(config.video_path, guide.fps, config.max_frames))
     number, frame = next(frames)
     for position in result.position:

@@ -1,6 +1,6 @@
 """Evaluate a latent action model: `latentact inspect LAM --data DIR`.
 
-Uses episodes that it was not trained on: those that its run folder held out, or all of them for other models.
+Uses the episodes held out by its run, or all episodes for other models.
 Writes `inspect.json` and `inspect.html`.
 """
 
@@ -46,7 +46,7 @@ class InspectConfig:
     frame_gap_s: Seconds = 0.0
     """Seconds between the two frames of a transition; 0: the LAM's own."""
     held_out: Annotated[float | None, Between(0, 1)] = None
-    """Share of the episodes to evaluate on; 1: all. None: those held out by the LAM's training, else all."""
+    """Fraction of the episodes to evaluate on; 1: all. None: those held out in training, else all."""
     seed: Annotated[int | None, Between(0, LARGEST)] = None
     """Seed of the split and of all random draws. None: that of the LAM's training, else 0."""
     device: str = "cpu"
@@ -54,7 +54,7 @@ class InspectConfig:
     max_transitions: Count = 2048
     """Maximum number of transitions, sampled at random."""
     drop_nonfinite: bool = False
-    """Whether rows whose state or action is missing, NaN or infinite are left out."""
+    """Whether to drop rows whose state or action is missing, NaN or infinite."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -71,7 +71,7 @@ class InspectResult:
     """Files of the report card and its verdict."""
 
     verdict: str
-    """Go or no-go, in one sentence."""
+    """Verdict in one sentence: go or no-go."""
     cautions: tuple[str, ...]
     """Caveats that do not rule out its use."""
     recommendation: str
@@ -79,7 +79,7 @@ class InspectResult:
     html: Path
     """The page."""
     json: Path
-    """The results as JSON."""
+    """File with the results as JSON."""
 
 
 def run(config: InspectConfig) -> InspectResult:
@@ -165,7 +165,7 @@ def _training(config: InspectConfig, store: FrameStore) -> _Training | None:
 
 
 def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:
-    """Return the episodes to evaluate on, the seed, and notes about the choice."""
+    """Return the episodes to evaluate on, the seed, and notes on the choice."""
     share, seed, notes = config.held_out, config.seed, []
     if settings := _training(config, store):
         share = settings.held_out if share is None else share

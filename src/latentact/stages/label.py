@@ -29,7 +29,7 @@ ENGINES = ("local", "torchrun", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """Write latent actions for every frame of a dataset with a successor at the LAM's frame gap."""
+    """Write the latent action of every frame of a dataset that has another frame one frame gap later."""
 
     lam: str
     """Folder or hub id of the latent action model."""
@@ -46,11 +46,11 @@ class LabelConfig:
     device: str = "cpu"
     """cpu, cuda or mps."""
     precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
-    """fp32, bf16 (faster, other last digits), int8 (fastest, coarsest), or auto: the fastest that the device
+    """fp32, bf16 (faster, less exact), int8 (fastest, coarsest), or auto: the fastest that the device
     supports natively and that preserves 99 % of the codes."""
     engine: Annotated[str, OneOf(ENGINES)] = "local"
     """local: this process; torchrun: the processes that torchrun or srun has started; ray: actors of a Ray
-    cluster. All write the same bytes, and one resumes what another has begun."""
+    cluster. All write the same bytes, and each resumes the work of another."""
     ray_address: str = ""
     """Address of a running Ray cluster, or auto; empty: start one on this machine."""
     ray_actors: Workers = 0
@@ -75,7 +75,7 @@ def run(config: LabelConfig) -> Path:
         shard=shard,
     )
     require_gap(config.frame_gap_s)
-    # With Ray only actors encode; the trial of `auto` is done here.
+    # With Ray only actors encode; the trial of `auto` runs here.
     device = "cpu" if config.engine == "ray" and config.precision != "auto" else options.device
     require_device(device)
     model = load_lam(config.lam, device)
@@ -92,13 +92,13 @@ def run(config: LabelConfig) -> Path:
     if (out / MANIFEST).is_file():
         asked = read_record(Manifest, out / MANIFEST).asked
         kinds = {"model": type(model.config), "data": DataConfig}  # newer settings get their defaults
-        asked |= {"lam": config.lam}  # its weights and settings decide, its folder may have moved
+        asked |= {"lam": config.lam}  # weights and settings identify it; its folder may have moved
         if asked | {name: updated(kind, asked.get(name)) for name, kind in kinds.items()} != requested:
             raise UserError(f"{out} holds other labels. Give another --out, or delete the folder.")
         log.info("%s is already finished", out)
         return out
     if out.exists():
-        raise UserError(f"{out} exists and holds no labels. Give another --out.")
+        raise UserError(f"{out} must be a folder of labels or not exist. Give another --out.")
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, stream.path, config.frame_gap_s)
     engine = None

@@ -1,9 +1,9 @@
-"""LAM tokens of a dataset, once, for every later run: `latentact precompute`.
+"""LAM tokens of a dataset, computed once for all later runs: `latentact precompute`.
 
 Example: `latentact precompute --dataset-root data/pusht --lam-model-path runs/lam --output-dir data/tokens`.
 The tokens become columns of a LeRobot v3 dataset (videos are hard-linked), files, or both; with `--as action`
-they become its actions, so that any LeRobot policy pretrains on them. They are cached, so that another output
-is not computed again.
+they become its actions, so that any LeRobot policy can be pretrained on them. They are cached, so that other
+outputs reuse them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PrecomputeConfig:
     lam_model_path: str
     """Folder or hub id of the latent action model."""
     output_dir: str
-    """Folder to write."""
+    """Output folder."""
     dataset_repo_id: str = ""
     """Hub id of a LeRobot dataset; empty: `dataset_root` is the dataset."""
     dataset_root: str = ""
@@ -71,14 +71,14 @@ class PrecomputeConfig:
     frame_gap_s: Seconds = 0.0
     """Seconds between the two frames of a transition; 0: the LAM's own."""
     output: Annotated[str, OneOf(OUTPUTS)] = "column"
-    """column: a LeRobot v3 dataset; file: lam_tokens.safetensors and lam_tokens.pt; both: those inside it."""
+    """column: a LeRobot v3 dataset; file: lam_tokens.safetensors and .pt; both: files inside the dataset."""
     role: Annotated[str, OneOf(ROLES)] = "tokens"
-    """tokens: the columns observation.lam_*, beside the robot's actions; action: the column `action`, instead
-    of them, so that any LeRobot policy pretrains on it. Rows without a latent action are then left out: each
-    run of rows with one becomes an episode."""
+    """tokens: the columns observation.lam_*, alongside the robot's actions; action: the column `action`,
+    replacing them, for pretraining any LeRobot policy. Rows without a latent action are then left out: each
+    contiguous run of the others becomes an episode."""
     state_size: Annotated[int, Between(1, 1024)] = 1
-    """With `--as action` and data without observation.state: numbers of the constant state that rows get,
-    because LeRobot's policies cannot do without; the size of the robot's state, if it is known."""
+    """With `--as action` and data without observation.state: size of the constant state that rows get,
+    because LeRobot's policies require one; use the size of the robot's state, if known."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """float32 or float16."""
     precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
@@ -87,9 +87,9 @@ class PrecomputeConfig:
     num_workers: Workers = 0
     """Decoding threads; 0: one per core."""
     drop_nonfinite: bool = False
-    """Whether rows whose state or action is missing, NaN or infinite get no tokens."""
+    """Whether rows whose state or action is missing, NaN or infinite get no tokens; else an error."""
     overwrite: bool = False
-    """Whether to compute again and replace existing output."""
+    """Whether to recompute and replace existing output."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -179,13 +179,13 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, la
     """Return whether an earlier run has written the requested tokens.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     sidecar = next((file for file in (out / "meta" / SIDECAR, out / SIDECAR) if file.is_file()), None)
     if sidecar is None:
-        raise UserError(f"{out} exists and holds no LAM tokens. Give another --output-dir.")
+        raise UserError(f"{out} must be a folder of LAM tokens or not exist. Give another --output-dir.")
     if config.overwrite:
         return False
     asked = read_object(sidecar).get("asked")
@@ -196,7 +196,7 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, la
 
 
 def _remedy(config: PrecomputeConfig) -> str:
-    """Return what to do where data cannot become a LeRobot dataset."""
+    """Return the advice for data that cannot become a LeRobot dataset."""
     return (
         "use --output file" if config.role == "tokens" else "use latentact shard, and train-vla on the shards"
     )
@@ -221,7 +221,7 @@ def require_rows(stream: FrameStream, remedy: str) -> None:
         if stream.source.absent and lerobot_version(stream.path).startswith("v3"):
             raise UserError(
                 f"{stream.path} must hold the files of all episodes for LeRobot v3, got "
-                f"{stream.source.absent} episodes without. Copy them too, or {remedy}."
+                f"{stream.source.absent} episodes without files. Copy them too, or {remedy}."
             )
         require_openable(stream.path, stream.source)
         indices = range(len(stream.source.episodes))
@@ -302,7 +302,7 @@ def _write(
 
 
 def _pieces(config: PrecomputeConfig, encoded: DatasetLatents) -> list[Piece]:
-    """Return the runs of rows with a latent action; LeRobot masks chunks beyond an episode."""
+    """Return the contiguous runs of rows with a latent action; LeRobot masks chunks beyond an episode."""
     tokens = getattr(encoded, KINDS[config.tokens])
     ends, pieces = encoded.lengths.cumsum(), []
     for number, begin, end in zip(encoded.episodes, ends - encoded.lengths, ends, strict=True):
@@ -331,7 +331,7 @@ class _Rows(NamedTuple):
 
 
 def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
-    """Return the rows of the files of a LeRobot dataset; for other data, all frames."""
+    """Return the table rows of a LeRobot dataset; for other data, all frames."""
     if not isinstance(source, LeRobotSource):
         return _episode_rows(encoded, encoded.episodes.tolist())
     place = np.full(source.tables.rows, -1)

@@ -25,7 +25,7 @@ DATASET_FOLDERS = ("meta", "data", "videos", "images")
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Upload a LAM, policy or dataset to the Hugging Face hub, with a card made from its json files."""
+    """Upload a LAM, policy or dataset to the Hugging Face hub, with a card generated from its JSON files."""
 
     folder: str
     """Folder of a LAM, of a policy that outputs robot actions, of a vision-language-action model, or of a
@@ -33,38 +33,39 @@ class PushConfig:
     repo: str
     """Hub id, OWNER/NAME."""
     results: tuple[str, ...] = ()
-    """Folders of `rollout` runs of the policy, whose numbers the card gets."""
+    """Folders of `rollout` runs of the policy, whose results the card shows."""
     dataset: tuple[str, ...] = ()
     """Hub ids of the training data."""
     license: str = ""
     """License id such as apache-2.0; empty: not stated."""
     public: bool = False
-    """Whether everybody may read the repository."""
+    """Whether everyone may read the repository."""
     dry_run: bool = False
     """Whether to show the card and the files without uploading."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What is uploaded."""
+    """Files of an upload."""
 
     files: dict[str, Path | bytes]
-    """By path in the repository: a local file, or its content."""
+    """Path in the repository -> local file or content."""
     card: str
     """Content of README.md."""
     address: str = ""
-    """Address of the repository; empty: not uploaded."""
+    """URL of the repository; empty: not uploaded."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the names of the files, the card and the address."""
+        """Return the names of the files, the card and the URL."""
         return {"files": sorted(self.files), "card": self.card, "address": self.address}
 
 
 def run(config: PushConfig) -> Upload:
-    """Upload a folder and return what was uploaded; without uploading for a dry run.
+    """Upload a folder and return the files; a dry run uploads nothing.
 
     Raises:
-        UserError: the folder is none of these kinds, results are of another policy, or the hub refuses.
+        UserError: the folder is of none of these kinds, results belong to another policy, or the hub rejects
+            the upload.
     """
     check_repo_id(config.repo)
     folder = Path(config.folder)
@@ -90,7 +91,7 @@ def run(config: PushConfig) -> Upload:
 
 
 def _is_policy(folder: Path) -> bool:
-    """Whether a folder is a policy or VLA of ours; a UserError where it is no checkpoint at all."""
+    """Return whether a folder is one of our policies or VLAs; raise a UserError if it is not a checkpoint."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"FOLDER must hold config.json (a LAM or policy) or meta/info.json (a dataset), got {folder}. "
@@ -101,7 +102,7 @@ def _is_policy(folder: Path) -> bool:
 
 
 def _policy_files(folder: Path) -> dict[str, Path | bytes]:
-    """Return the files of a policy, written anew in the present format."""
+    """Return the files of a policy, rewritten in the current format."""
     policy = Policy.from_pretrained(folder)
     if policy.spec.action_space is None:
         raise UserError(
@@ -114,7 +115,7 @@ def _policy_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _vla_files(folder: Path) -> dict[str, Path | bytes]:
-    """Return the files of a vision-language-action model as they are, without paths of this machine."""
+    """Return the unchanged files of a vision-language-action model, without local paths."""
     config = read_object(folder / "config.json")
     base = Path(str(config["vla"]["vlm"]))
     if base.is_absolute() or base.exists():
@@ -132,7 +133,7 @@ def _vla_files(folder: Path) -> dict[str, Path | bytes]:
 def _policy(
     folder: Path, info: CardInfo, files: dict[str, Path | bytes], results: tuple[str, ...]
 ) -> tuple[dict[str, Path | bytes], str]:
-    """Return files and card of a policy or VLA, with what lies beside it."""
+    """Return files and card of a policy or VLA, with the results next to it."""
     found = {}
     for name in ("policy.json", "ground.json", "vla.json", "finetune_vla.json"):
         places = [folder, folder.resolve().parent] if folder.name == "finetuned" else [folder]
@@ -159,7 +160,7 @@ def _policy(
 
 
 def _rollout(result: Path, folder: Path) -> dict[str, Any]:
-    """Return a `rollout.json` of the policy without the paths in its settings."""
+    """Return a `rollout.json` of the policy, without paths in its settings."""
     path = result / "rollout.json" if result.is_dir() else result
     content = read_object(path)
     rolled_out = content.pop("config", {}).get("policy", "")
@@ -172,9 +173,9 @@ def _rollout(result: Path, folder: Path) -> dict[str, Any]:
 
 
 def _comparison(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return the comparison that a policy is part of, and the policy's rollout in its rows.
+    """Return the comparison with a policy, and the policy's rollout in its rows.
 
-    A row's policy lies beside its rollout: the last one that was trained there, fine-tuned where it was.
+    A row's policy is next to its rollout: the last one trained there, after fine-tuning if any.
     """
     for root in folder.parents:
         if not (root / "comparison.json").is_file():

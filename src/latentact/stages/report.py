@@ -21,12 +21,12 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportResult:
-    """Files of a report, and its verdict."""
+    """Files and verdict of a report."""
 
     html: Path
     """The page."""
     json: Path
-    """The numbers of the page."""
+    """File with the data of the page."""
     verdict: str
     """First line of the page."""
 

@@ -33,14 +33,14 @@ class RolloutConfig:
     env: Annotated[str, OneOf(ENVS)]
     """Environment: `babyai/<Level>`, `pusht`, or a Gymnasium id, also `PACKAGE:ID` and `PACKAGE/NAME`."""
     out: str
-    """Output folder for `rollout.json` and the videos; if the environment fails, the episodes before that are
-    in `partial.json`."""
+    """Output folder for `rollout.json` and the videos; if the environment fails, `partial.json` has the
+    episodes before that."""
     episodes: Count = 100
-    """Episodes; episode i starts from reset seed `seed + i`."""
+    """Number of episodes; episode i starts from reset seed `seed + i`."""
     seed: Seed = 100_000
     """Reset seed of the first episode."""
     view: Annotated[str, OneOf(VIEWS)] = "agent"
-    """"agent" or "full", as the policy's data was collected."""
+    """"agent" or "full"; the view in which the policy's data was collected."""
     distract: str = ""
     """Distractors in the frames, as for `collect`."""
     max_steps: Limit = 0
@@ -49,8 +49,8 @@ class RolloutConfig:
     record: Limit = 3
     """Number of episodes whose video is written."""
     action_selection: Selection = "greedy"
-    """Discrete actions of our policies: greedy takes the most likely one, sample draws one by its
-    probability."""
+    """Discrete actions of our policies: greedy takes the most likely one, sample draws from the predicted
+    distribution."""
     temperature: Temperature = 1.0
     """sample: temperature of the softmax; below 1, likely actions are drawn more often."""
     device: str = "cpu"
@@ -68,7 +68,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
 
     Args:
         config: settings.
-        agent: acts instead of the policy of `config`, which is then its name.
+        agent: agent that replaces the policy of `config`, which is then only its name.
 
     Raises:
         UserError: the policy cannot act in the environment, or the environment failed.
@@ -80,7 +80,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     if (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")
         if _with_defaults(found.get("config")) != settings:
-            raise UserError(f"{out} holds another rollout. Give another --out, or delete the folder.")
+            raise UserError(f"{out} holds a different rollout. Give another --out, or delete the folder.")
         return found
     require_device(config.device)
     choose = selector(config.action_selection, config.temperature)
@@ -95,7 +95,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
         channels=agent.spec.channels,
         state_size=agent.spec.state_size,
     )
-    torch.manual_seed(config.seed)  # diffusion policies and action_selection=sample draw numbers
+    torch.manual_seed(config.seed)  # diffusion policies and action_selection=sample draw random numbers
     try:
         result = rollout(
             agent,
@@ -120,7 +120,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
 
 
 def _with_defaults(settings: Any) -> Any:
-    """Return the settings of a rollout, those that an earlier release did not have at their defaults."""
+    """Return the settings of a rollout; settings missing from earlier releases have their defaults."""
     if not isinstance(settings, dict):
         return settings
     return {f.name: f.default for f in fields(RolloutConfig) if f.default is not MISSING} | settings

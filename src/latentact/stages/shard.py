@@ -1,7 +1,7 @@
 """Write a dataset as WebDataset shards: `latentact shard --data DIR --out DIR`.
 
-Threads turn episodes into drafts in any order; the drafts are put together in the order of the data. A shard
-is finished when its json file has its name, so that neither a kill nor the number of workers changes a byte.
+Threads turn episodes into drafts in any order; the drafts are concatenated in the order of the data. A shard
+is finished when its JSON file exists, so that neither a kill nor the number of workers changes a byte.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class ShardConfig:
     quality: Annotated[int, Between(1, 100)] = 90
     """Quality of JPEG."""
     shard_size_mb: Annotated[float, Between(0.001, 10**6)] = 512.0
-    """Size at which the next shard starts, in 10^6 bytes; a scene is split only if it is larger by itself."""
+    """Size at which a new shard starts, in 10^6 bytes; a scene is split only if it is larger by itself."""
     resolution: Pixels = 0
     """Height and width in pixels to which frames are resized; 0: keep the size."""
     clip_frames: Annotated[int, Between(2, 9999)] = 64
-    """Most frames of a clip, the sample of a WebDataset reader; our reader joins the clips of a scene."""
+    """Maximum frames per clip (a sample of a WebDataset reader); our reader joins the clips of a scene."""
     min_frames: Annotated[int, Between(1, 9999)] = 2
     """Scenes with fewer frames are dropped."""
     cuts: Annotated[str, OneOf(CUTS)] = "auto"
@@ -79,7 +79,7 @@ class ShardConfig:
     workers: Workers = 0
     """Threads; 0: one per core. Does not affect the shards."""
     verify: bool = False
-    """Check the hashes of finished shards, and write those again that were altered."""
+    """Check the hashes of finished shards, and rewrite altered ones."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -106,8 +106,8 @@ def run(config: ShardConfig) -> ShardResult:
     """Write the shards that are missing.
 
     Raises:
-        UserError: the data cannot be read or is no video, an episode is unreadable and `strict` is set,
-            nothing is left to write, the folder holds something else or is in use, or the disk is full.
+        UserError: the data cannot be read or is not video, an episode is unreadable and `strict` is set,
+            nothing is left to write, the folder holds other files or is in use, or the disk is full.
     """
     out = Path(config.out)
     spec, key, memo = resolve_source(replace(config.data, resolution=config.resolution))
@@ -203,7 +203,7 @@ def _finished(tar: Path, verify: bool) -> Shard | None:
 
 
 def _write_or_clear(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path) -> list[Shard]:
-    """Return all shards; leave nothing behind if the data permits none."""
+    """Return all shards; leave nothing behind if the data yields none."""
     try:
         return _write_shards(spec, settings, config, out)
     except UserError:
@@ -251,7 +251,7 @@ def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig,
 
 
 def _light(shard: Shard) -> Shard:
-    """Return a shard without its byte ranges, which take memory."""
+    """Return a shard without its byte ranges, to save memory."""
     ranges = {"offsets": (), "sizes": ()}
     return shard.model_copy(update={"clips": tuple(clip.model_copy(update=ranges) for clip in shard.clips)})
 
@@ -282,7 +282,7 @@ def _drafts(writer: DraftWriter, numbers: range, workers: int) -> Generator[Draf
 
 
 class _Assembly:
-    """Puts drafts together, in order, into shards."""
+    """Concatenate drafts, in order, into shards."""
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ class _Assembly:
         """Finish the open shard; the next one begins with this episode and clip.
 
         Raises:
-            UserError: there is nothing to write at all.
+            UserError: there is nothing to write.
         """
         if not self._clips:
             raise UserError(
@@ -411,7 +411,7 @@ def _losses(episodes: list[Episode]) -> str:
 
 
 def _manifest(spec: DecodeSpec, identity: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
-    """Return what the shards hold, what was dropped, and from what they were made."""
+    """Return the content of the shards, what was dropped, and their provenance."""
     source, episodes = spec.source, [episode for shard in shards for episode in shard.episodes]
     scenes = {(clip.episode, clip.scene) for shard in shards for clip in shard.clips}
     unreadable = {**source.unreadable, **{e.name: e.unreadable for e in episodes if e.unreadable}}

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainLamConfig:
-    """Learn a latent action model (LAM) from video; actions are seen of the labeled episodes only."""
+    """Learn a latent action model (LAM) from video; only the actions of labeled episodes are used."""
 
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes", "labelled_share": "labeled_share"}
 
@@ -48,19 +48,19 @@ class TrainLamConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs."""
+    """Where to run it."""
     frame_gap_s: float = 0.0
     """Seconds between the two frames of a transition; 0: neighboring frames."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses; probes are evaluated on them."""
+    """Fraction of held-out episodes, on which probes are evaluated."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int = 0
     """k: training episodes whose actions the model may learn from."""
     labeled_share: float = 0.25
-    """Share of every batch that is drawn from the labeled episodes, where there are any."""
+    """Fraction of every batch drawn from the labeled episodes, if there are any."""
     probe_transitions: int = 1024
-    """Held-out transitions used by evaluations during training."""
+    """Number of held-out transitions in evaluations during training."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -168,10 +168,10 @@ def _built(lam: Any, actions: ActionSpace | None, device: str) -> LatentActionMo
 
 
 def _or_refuse[T](work: Callable[[], T], kind: str) -> T:
-    """Do what settings of a model may make impossible.
+    """Run the body; convert errors caused by the settings of a model.
 
     Raises:
-        UserError: they do.
+        UserError: the settings are invalid.
     """
     try:
         return work()
@@ -181,13 +181,13 @@ def _or_refuse[T](work: Callable[[], T], kind: str) -> T:
 
 
 def _try(model: LatentActionModel, data: Any) -> None:
-    """Take the loss of two clips by a copy of the model, before anything is written."""
+    """Compute the loss of two clips with a copy of the model, before anything is written."""
     with torch.no_grad():
         copy.deepcopy(model).train().loss(data.__getitems__([0, len(data) - 1]))
 
 
 def _scalars(evaluation: LamEvaluation) -> dict[str, float]:
-    """What of a judgment goes into metrics.csv."""
+    """Return the scalars of an evaluation for metrics.csv."""
     numbers = evaluation.numbers
     flat = {f"val/{k}": v for k, v in numbers.items() if k.endswith("_mse")}
     flat |= {f"probe/{name}": probe["score"] for name, probe in numbers["probes"].items()}

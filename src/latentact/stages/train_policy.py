@@ -45,9 +45,9 @@ class TrainPolicyConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=60_000, lr=2e-4))
     """How it is trained."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs."""
+    """Where to run it."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses."""
+    """Fraction of held-out episodes."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int | None = None

@@ -1,4 +1,4 @@
-"""LAPA's stage 2, a vision-language-action model from latent labels: `latentact train-vla labels=DIR`."""
+"""Train a vision-language-action model on latent labels, LAPA's stage 2: `latentact train-vla labels=DIR`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVlaRecipe:
-    """What is trained and how, in `train-vla` and in rows of `compare`."""
+    """Training settings of `train-vla` and of rows of `compare`."""
 
     resolution: Pixels = 0
     """Height and width of the images for the model; 0: as labeled."""
@@ -57,13 +57,13 @@ class TrainVlaConfig(TrainVlaRecipe):
     labels: str = ""
     """Folder that `latentact label` wrote; its data is used."""
     cluster: Any = choice(CLUSTERS, "local")
-    """Where it runs."""
+    """Where to run it."""
     held_out: float = 0.1
-    """Fraction of the episodes that training never uses."""
+    """Fraction of held-out episodes."""
     split_seed: Seed = 0
     """Seed of the choice of held-out episodes."""
     eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
-    """Held-out steps of an evaluation."""
+    """Number of held-out steps in an evaluation."""
     dry_run: bool = False
     """Print parameters, memory, tokens, FLOPs and hours, and train nothing; --dry-run is the same."""
     tflops: Annotated[float, Between(1e-3, 1e6)] = 400.0
@@ -81,7 +81,7 @@ class TrainVlaResult:
 
 
 def run(config: TrainVlaConfig, out: Path) -> TrainVlaResult | Plan:
-    """Train and save a model; with `dry_run` only plan it."""
+    """Train and save a model; with `dry_run`, only return the plan."""
     if config.dry_run:
         return _plan(config)
     if not config.labels:
@@ -99,7 +99,9 @@ def run(config: TrainVlaConfig, out: Path) -> TrainVlaResult | Plan:
     }
     samples = VlaSamples(store, model.ask, rows["train"], latent=latent, valid=exists)
     model.set_stats(latent[rows["train"]], None if store.state is None else store.state[rows["train"]])
-    samples.batch(rows["train"][:1], tasks=[max(store.task_texts, key=len)])  # too long a prompt is refused
+    samples.batch(
+        rows["train"][:1], tasks=[max(store.task_texts, key=len)]
+    )  # raises for a prompt that is too long
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     log.info(
@@ -123,7 +125,7 @@ def run(config: TrainVlaConfig, out: Path) -> TrainVlaResult | Plan:
     with run_folder(out, config):
         fit(model, samples, config.training, out, evaluate)
         model.cpu()
-        if not numbers:  # all steps were done already
+        if not numbers:  # all steps were already done
             evaluate(True)
         model.write(out)
         write_json(out / "vla.json", {"samples": len(samples), "episodes": len(train), **numbers})
@@ -134,7 +136,7 @@ def read_frames(labels: str, resolution: int) -> tuple[Labels, FrameStore]:
     """Return labels and their data, with images of `resolution` pixels; 0: as labeled.
 
     Raises:
-        UserError: they cannot be read, or frames are not images.
+        UserError: the labels cannot be read, or frames are not images.
     """
     read, store = read_labels(labels)
     if resolution and resolution != store.frames.shape[1]:
@@ -148,10 +150,10 @@ def read_frames(labels: str, resolution: int) -> tuple[Labels, FrameStore]:
 
 
 def vla_spec(store: FrameStore, use_state: bool) -> VlaSpec:
-    """Return what a model of this data is trained for.
+    """Return the inputs and outputs of a model for this data.
 
     Raises:
-        UserError: it is to use a state, and there is none.
+        UserError: the model uses the state, and the data has none.
     """
     if use_state and store.state is None:
         raise UserError(f"{store.path} has no observation.state; set model.use_state=false.")
@@ -164,13 +166,13 @@ def vla_spec(store: FrameStore, use_state: bool) -> VlaSpec:
 
 
 def latent_targets(labels: Labels, store: FrameStore) -> tuple[np.ndarray, np.ndarray]:
-    """Return what to predict at each row, codes or else numbers before the quantizer; and where it exists."""
+    """Return the target of each row, codes or else continuous latent actions, and a mask of valid rows."""
     latent = labels.continuous if labels.codes is None else labels.codes
     return latent, labels.valid & store.usable
 
 
 def scalars(numbers: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of an evaluation for `metrics.csv`."""
+    """Return the scalars of an evaluation for `metrics.csv`."""
     row = {f"val/{numbers['metric']}": numbers["score"]}
     row |= {f"val/{name}": numbers[name] for name in ("exact", "nats") if name in numbers}
     for group in ("baselines", "controls"):
@@ -183,7 +185,7 @@ def _result(out: Path) -> TrainVlaResult:
 
 
 def _plan(config: TrainVlaConfig) -> Plan:
-    """Return the plan of a training; without labels, of latent actions like LAPA's."""
+    """Return the plan of a training; without labels, for latent actions like LAPA's."""
     latent, resolution, task = LAPA, config.resolution or 224, ""
     if config.labels:
         labels, store = read_frames(config.labels, config.resolution)

@@ -1,7 +1,7 @@
 """Train `lam_diffusion` or `lam_act` without LeRobot's command line: `latentact train-with-tokens`.
 
-The training is lerobot-train's, step by step, made of its parts. In addition, tokens may be in a file
-beside the dataset, lengths are epochs, and a killed run resumes from its last epoch.
+Training equals that of lerobot-train step by step and uses its parts. In addition, tokens may be in a
+separate file, the length is in epochs, and a killed run resumes from its last epoch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TrainWithTokensConfig:
     dataset_repo_id: str = ""
     """LeRobot v3 dataset: hub id, or any name where `dataset_root` is given."""
     dataset_root: str = ""
-    """Its folder; empty: LeRobot's own place for it, or the hub."""
+    """Its folder; empty: LeRobot's download folder, or the hub."""
     lam_tokens_path: str = ""
     """Token file of `latentact precompute --output file`; empty: the dataset has the column."""
     policy: Annotated[str, OneOf(POLICIES)] = "lam_diffusion"
@@ -62,7 +62,7 @@ class TrainWithTokensConfig:
     seed: Seed = 1000
     """Seed of weights, order and noise."""
     num_workers: Workers = 0
-    """Processes that load data; 0: none besides this one."""
+    """Data loader processes; 0: load in the main process."""
     overrides: tuple[str, ...] = ()
     """Settings of the policy, as KEY=VALUE."""
 
@@ -78,7 +78,7 @@ class TrainWithTokensConfig:
 
 
 def run(config: TrainWithTokensConfig) -> Path:
-    """Train; returns the folder of the last checkpoint's policy."""
+    """Train; return the policy folder of the last checkpoint."""
     out = Path(config.out)
     require_device(config.device)
     last = out / "checkpoints" / "last" / "pretrained_model"

@@ -1,4 +1,4 @@
-"""A small head from frozen features to robot actions, for few labels: in self-training and `export`."""
+"""A small head from frozen features to robot actions, for few labels; used by self-training and `export`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ActionHead(nn.Module):
     """Robot actions from standardized features; dropout regularizes it on few labels.
 
     Args:
-        features: what standardizes the features, ``[n, d]``.
-        actions: of the labeled steps.
-        space: robot action.
+        features: features that give the standardization, ``[n, d]``.
+        actions: actions of the labeled steps.
+        space: robot action space.
     """
 
     mean: Tensor
@@ -67,16 +67,16 @@ class ActionHead(nn.Module):
 def fit_head(
     features: Tensor, actions: Tensor, space: ActionSpace, steps: int, seed: int, unlabeled: Tensor
 ) -> ActionHead:
-    """Return a head that was trained in memory; of classes with one round of self-training.
+    """Train a head in memory and return it; for classes with one round of self-training.
 
     Args:
-        features: of the labeled steps, ``[n, d]``.
-        actions: of the labeled steps.
-        space: robot action.
-        steps: training steps.
-        seed: of weights and batches.
-        unlabeled: features of other steps, ``[m, d]``: they standardize the features, too, and of classes a
-            second head learns from the half that the first is surer of.
+        features: features of the labeled steps, ``[n, d]``.
+        actions: actions of the labeled steps.
+        space: robot action space.
+        steps: number of training steps.
+        seed: seed of weights and batches.
+        unlabeled: features of other steps, ``[m, d]``: they also contribute to the standardization, and for
+            classes a second head learns from the half on which the first is most confident.
     """
     pool = torch.cat([features, unlabeled])
     head = _trained(ActionHead(pool, actions, space), features, actions, steps, seed)

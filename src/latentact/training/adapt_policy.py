@@ -1,6 +1,6 @@
-"""A LeRobot policy for the actions of another dataset: its weights, with new projections where sizes differ.
+"""Adapt a LeRobot policy to another dataset: keep its weights, with new projections where sizes differ.
 
-The policy is built anew from its changed configuration, so that every new tensor has the policy's own
+The policy is rebuilt from its changed configuration, so that every new tensor has the policy's own
 initialization; then each tensor whose name and shape agree is copied. Nothing depends on the policy type.
 """
 
@@ -19,7 +19,7 @@ from latentact.io.tensors import WEIGHTS, load_tensors
 
 ACTION, STATE = "action", "observation.state"
 _DOWNLOADS = {"pretrained_backbone_weights": None, "load_vlm_weights": False}
-"""Settings with which a policy is built without weights that the checkpoint replaces anyway."""
+"""Settings that skip loading weights which the checkpoint replaces anyway."""
 
 
 def adapt(policy: Path, dataset: Path, out: Path, seed: int) -> dict[str, Any]:
@@ -33,10 +33,10 @@ def adapt(policy: Path, dataset: Path, out: Path, seed: int) -> dict[str, Any]:
 
     Returns:
         `copied`, the number of copied tensors; `initialized`, the names of those with new weights; `dropped`,
-        the names of those that are not used any more; action and state sizes before and after.
+        the names of those that are no longer used; action and state sizes before and after.
 
     Raises:
-        UserError: the two do not fit together.
+        UserError: policy and dataset are incompatible.
     """
     config = read_policy_config(policy)
     if not (policy / WEIGHTS).is_file():
@@ -98,7 +98,7 @@ def _set_features(config: Any, meta: Any, policy: Path, dataset: Path) -> None:
     cameras = [key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL]
     present = [key for key, feature in features.items() if feature.type is FeatureType.VISUAL]
     if len(cameras) == len(present) == 1:
-        cameras = present  # the only one, whatever its name
+        cameras = present  # the only one, under any name
     if missing := sorted(set(cameras) - set(present)):
         raise UserError(
             f"{dataset} must have the cameras {', '.join(sorted(cameras))} of {policy}, got "
@@ -140,9 +140,9 @@ def _build(config: Any, meta: Any, seed: int, policy: Path) -> Any:
 
 
 def _shaped_by_actions(config: Any, meta: Any, values: dict[str, Tensor], policy: Path) -> set[str]:
-    """Return the names of the tensors whose shape follows from the number of actions.
+    """Return the names of the tensors whose shape depends on the number of actions.
 
-    Where two datasets have equally many actions, these tensors fit in shape and still mean others.
+    If two datasets have the same number of actions, the shapes of these tensors match, but not their meaning.
     """
     from lerobot.configs import PolicyFeature
 

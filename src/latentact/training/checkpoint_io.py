@@ -18,7 +18,7 @@ from latentact.io.tensors import load_tensors, save_tensors, weights_hash
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Saves the tensors of a checkpoint as `state.safetensors` and its structure as `state.json`."""
+    """Save the tensors of a checkpoint as `state.safetensors` and its structure as `state.json`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint atomically."""
@@ -35,7 +35,7 @@ class FolderCheckpointIO(CheckpointIO):
         """Read a checkpoint onto the CPU.
 
         Raises:
-            UserError: it is damaged, or not a training checkpoint.
+            UserError: the checkpoint is damaged or not a training checkpoint.
         """
         folder = Path(path)
         tensors = load_tensors(folder / "state.safetensors")
@@ -70,11 +70,11 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         return {kind: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"training state {name} must be tensors, numbers or text, got {type(value).__name__}")
+    raise TypeError(f"training state {name} must be tensors, numbers or strings, got {type(value).__name__}")
 
 
 def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Return the value that `pack` was given."""
+    """Return the value from the output of `pack`."""
     if not isinstance(value, dict):
         return value
     (kind, content), *_ = value.items()

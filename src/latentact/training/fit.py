@@ -26,7 +26,7 @@ class Trainable(Protocol):
 
 
 class ParameterGroup(TypedDict):
-    """Parameters with a learning rate or weight decay of their own."""
+    """Parameters with their own learning rate or weight decay."""
 
     params: list[nn.Parameter]
     lr_factor: NotRequired[float]
@@ -44,16 +44,16 @@ def fit(
 ) -> None:
     """Train `model` in place; resume from the newest checkpoint in `out`, if there is one.
 
-    With several processes, it returns in the first one only.
+    With several processes, it returns only in the first one.
 
     Args:
         model: a module with `loss(batch)` (`Trainable`).
         data: dataset with `__getitems__(positions) -> batch` and a length. Where it has `order(seed, step,
-            batch_size) -> positions`, that chooses the samples of a step, else they are drawn uniformly.
+            batch_size) -> positions`, it chooses the samples of a step; otherwise they are drawn uniformly.
         config: settings of training.
         out: run folder for `metrics.csv`, `tensorboard/` and `checkpoints/`.
-        evaluate: called with the model in evaluation mode and whether it is the last call; returns scalars to
-            log.
+        evaluate: called with the model in evaluation mode and whether this is the last call; returns scalars
+            to log.
     """
     from latentact.training.loop import train  # Lightning takes seconds to import
 

@@ -28,7 +28,7 @@ PLUGIN = "lerobot_policy_latentact"
 
 
 def require_plugin() -> None:
-    """Import the policies, or raise an error with the command that installs them."""
+    """Import the policy plugin, or raise an error with the command that installs it."""
     require_lerobot()
     try:
         importlib.import_module(PLUGIN)
@@ -36,17 +36,17 @@ def require_plugin() -> None:
         if error.name != PLUGIN:
             raise
         raise UserError(
-            f"{PLUGIN} is not installed; in latentact's repository do: pip install plugins/{PLUGIN}."
+            f"{PLUGIN} is not installed; in latentact's repository, run: pip install plugins/{PLUGIN}."
         ) from error
 
 
 def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
-    """Return LeRobot's training configuration; the shape of the tokens is filled in from their metadata.
+    """Return LeRobot's training configuration; the shape of the tokens comes from their metadata.
 
     Args:
         config: the stage's `TrainWithTokensConfig`.
         root: LeRobot dataset.
-        tokens: token file, where the tokens are not a column of the dataset.
+        tokens: token file, if the tokens are not a column of the dataset.
     """
     import draccus
     from lerobot.configs import PreTrainedConfig
@@ -71,10 +71,10 @@ def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
         )
     except (ArgumentError, draccus.utils.DraccusException, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{config.policy} does not take these settings: {reason}.") from error
+        raise UserError(f"{config.policy} does not accept these settings: {reason}.") from error
     if tokens is not None and not (policy.use_lam_conditioning and policy.use_precomputed_lam_tokens):
         raise UserError(
-            "--lam-tokens-path is given and the policy is set to use no precomputed tokens; drop one of both."
+            "--lam-tokens-path must not be given with use_precomputed_lam_tokens=false; drop one of them."
         )
     repo_id = config.dataset_repo_id.partition("@")[0] or root.name
     data = DatasetConfig(repo_id, root=str(root), video_backend="pyav")
@@ -107,15 +107,15 @@ def seed_everything(seed: int) -> None:
 
 
 def open_dataset(train: Any, tokens: TokenFile | None) -> Any:
-    """Open the dataset as lerobot-train does, with the token file's tokens where there is one."""
+    """Open the dataset as lerobot-train does, with the tokens of the token file, if any."""
     from lerobot.datasets.factory import make_dataset
 
     root, policy = Path(train.dataset.root), train.policy
     version = lerobot_version(root)
     if not version.startswith("v3"):
         raise UserError(
-            f"{root} is {f'a LeRobot dataset of {version}' if version else 'no LeRobot dataset'}; make a v3 "
-            f"dataset of it with latentact precompute --output column."
+            f"{root} is {f'a LeRobot dataset of {version}' if version else 'not a LeRobot dataset'}; "
+            f"convert it to v3 with latentact precompute --output column."
         )
     dataset: Any = make_dataset(train)
     for column in ("action", "observation.state"):
@@ -130,7 +130,7 @@ def open_dataset(train: Any, tokens: TokenFile | None) -> Any:
 
 
 def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
-    """Refuse tokens of a dataset with as many rows but other frames."""
+    """Raise a UserError for tokens of a dataset with the same number of rows but other frames."""
     camera = str(tokens.metadata.get("camera", ""))
     data = DataConfig(path=str(root), camera=camera, resolution=tokens.spec.resolution)
     if FrameStream(data).key != tokens.digest:
@@ -141,12 +141,12 @@ def _refuse_other_frames(tokens: TokenFile, root: Path) -> None:
 
 
 class LeRobotTrainee:
-    """Policy, optimizer, schedule and data, made and stepped as lerobot-train does.
+    """Policy, optimizer, schedule and data, created and stepped as in lerobot-train.
 
     Args:
-        train: LeRobot's settings; the number of steps is filled in.
-        dataset: what to train on.
-        epochs: how often.
+        train: LeRobot's settings; the number of steps is set here.
+        dataset: training data.
+        epochs: passes over the dataset.
     """
 
     def __init__(self, train: Any, dataset: Any, epochs: int) -> None:
@@ -182,7 +182,7 @@ class LeRobotTrainee:
         )
 
     def epoch(self, progress: Progress) -> None:
-        """Make one pass over the data; `loss` is then its mean."""
+        """Run one pass over the data and set `loss` to its mean."""
         from lerobot.scripts.lerobot_train import update_policy
         from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 
@@ -225,7 +225,7 @@ class LeRobotTrainee:
         update_last_checkpoint(folder)
 
     def load(self, folder: Path) -> int:
-        """Go back to where a checkpoint was written; returns the steps done."""
+        """Load a checkpoint; return its number of steps."""
         from lerobot.common.train_utils import load_training_state
 
         load_model(self._policy, folder / "pretrained_model" / "model.safetensors")

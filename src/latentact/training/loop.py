@@ -42,7 +42,7 @@ _STEPS_PER_QUESTION = 8
 for _name in (
     "lightning.pytorch",
     "lightning.fabric",
-):  # greetings; errors and progress are raised and logged here
+):  # startup messages; errors and progress are raised and logged here
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
@@ -101,7 +101,7 @@ def train(
             if trainer.is_global_zero:
                 for leftover in checkpoints.glob(".*.partial"):
                     shutil.rmtree(leftover)
-            trainer.fit(module, loader, ckpt_path=newest)  # loads it also when all steps are done
+            trainer.fit(module, loader, ckpt_path=newest)  # also loads it when all steps are done
             if not progress.preempted:
                 module.finish(model)
     except Timeout as error:
@@ -118,10 +118,10 @@ def train(
 
 @runtime_checkable
 class HasParameterGroups(Protocol):
-    """A module with learning rates or weight decays of its own."""
+    """A module with its own learning rates or weight decays."""
 
     def parameter_groups(self) -> list[Any]:
-        """Return `training.fit.ParameterGroup`s."""
+        """Return the parameter groups."""
         ...
 
 
@@ -146,7 +146,7 @@ class _Module(pl.LightningModule):
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
         self.slices: list[dict[str, Tensor]] = []
-        """Loss and metrics of each slice of the present step."""
+        """Loss and metrics of each slice of the current step."""
 
     def on_train_start(self) -> None:
         # A fused optimizer reads its state in the memory layout of the parameters; a checkpoint has lost it.
@@ -158,7 +158,7 @@ class _Module(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.config.accumulate == 0:
             self.slices.clear()
-            # The first process has the noise of a run in one process.
+            # The first process has the same noise as a single-process run.
             torch.manual_seed(self.config.seed * 1_000_003 + self.global_step + (self.global_rank << 40))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class _Module(pl.LightningModule):
         return {"loss": loss}
 
     def step_metrics(self) -> dict[str, float]:
-        """Return loss and metrics of the present step, averaged over its slices and all processes."""
+        """Return loss and metrics of the current step, averaged over its slices and all processes."""
         values = [[float(values[name]) for name in self.slices[0]] for values in self.slices]
         means = torch.tensor(values, dtype=torch.float64).mean(0)
         if self.trainer.world_size > 1:
@@ -175,10 +175,10 @@ class _Module(pl.LightningModule):
         return dict(zip(self.slices[0], means.tolist(), strict=True))
 
     def gather(self, model: nn.Module) -> None:
-        """Bring `model` up to date; it is the trained module itself."""
+        """Update `model`; it is the trained module itself."""
 
     def finish(self, model: nn.Module) -> None:
-        """Bring `model` up to date after training."""
+        """Update `model` after training."""
         self.gather(model)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -191,7 +191,7 @@ class _Module(pl.LightningModule):
             ends = [0, min(c.warmup_steps, c.steps - 1), c.steps + 1]
             return float(np.interp(step, ends, [0.1, 1.0, c.final_lr_factor]))
 
-        fused = c.precision != "16-mixed"  # whose loss scale a fused step undoes only after clipping
+        fused = c.precision != "16-mixed"  # whose loss scale a fused step removes only after clipping
         groups = _parameter_groups(self.trained, c)
         optimizer = torch.optim.AdamW(groups, c.lr, c.betas, weight_decay=c.weight_decay, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -200,7 +200,7 @@ class _Module(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        # Lightning's own refuses fused optimizers, for the sake of loss scaling.
+        # Lightning's own rejects fused optimizers because of loss scaling.
         if gradient_clip_val:
             nn.utils.clip_grad_norm_(self.trained.parameters(), gradient_clip_val)
 
@@ -278,7 +278,7 @@ def _uniform(length: int, seed: int, step: int, size: int) -> np.ndarray:
 
 
 class _Progress(pl.Callback):
-    """Metrics rows, plain progress lines, evaluations and checkpoints at their steps."""
+    """Metrics rows, progress lines, evaluations and checkpoints at their steps."""
 
     def __init__(
         self,
@@ -306,7 +306,7 @@ class _Progress(pl.Callback):
             if not np.isfinite(row["train/loss"]):
                 raise UserError(
                     f"the loss must be finite, got {row['train/loss']} at step {step}; lower training.lr and "
-                    f"run again."
+                    f"re-run the command."
                 )
         if not last and self._is_preempted(trainer, step):
             self.preempted = trainer.should_stop = True
@@ -331,10 +331,10 @@ class _Progress(pl.Callback):
                     shutil.rmtree(path, ignore_errors=True)
 
     def _is_preempted(self, trainer: pl.Trainer, step: int) -> bool:
-        """Return whether any process has got the signal to stop; the same in all processes."""
+        """Return whether any process received the signal to stop; the same in all processes."""
         if trainer.world_size == 1:
             return preemption.requested()
-        asks = step % _STEPS_PER_QUESTION == 0  # the answer waits for the device
+        asks = step % _STEPS_PER_QUESTION == 0  # the result waits for the device
         return asks and trainer.strategy.reduce_boolean_decision(preemption.requested(), all=False)
 
     def _report(self, trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
@@ -353,8 +353,8 @@ def _require_finite(model: nn.Module, step: int) -> None:
         shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if shard.is_floating_point() and not shard.isfinite().all():
             raise UserError(
-                f"the weights must be finite, got others in {name!r} at step {step}; lower training.lr and "
-                f"run again."
+                f"the weights must be finite, got NaN or infinity in {name!r} at step {step}; lower "
+                f"training.lr and re-run the command."
             )
 
 

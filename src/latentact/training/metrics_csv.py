@@ -14,7 +14,7 @@ from latentact.io.atomic import atomic_write
 
 
 class MetricsCsv(Logger):
-    """Writes `metrics.csv` into a run folder; a resumed run keeps the rows up to its first step.
+    """Write `metrics.csv` into a run folder; a resumed run keeps the rows up to its first step.
 
     Args:
         out: run folder.
@@ -39,10 +39,10 @@ class MetricsCsv(Logger):
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Ignore them: `config.yaml` holds them."""
+        """Do nothing: `config.yaml` has the hyperparameters."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add numbers to the row of a step and rewrite the file."""
+        """Add values to the row of a step and rewrite the file."""
         assert step is not None
         self.rows.setdefault(step, {"step": step}).update({k: f"{v:.6g}" for k, v in metrics.items()})
         columns = dict.fromkeys(k for row in self.rows.values() for k in row)
@@ -59,5 +59,5 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
         return {int(row["step"]): row for row in rows}
     except (OSError, ValueError, LookupError, csv.Error) as error:
         raise UserError(
-            f"{path} is not the table of the run so far ({error}); delete the file, and the run resumes."
+            f"{path} cannot be read as the table of this run ({error}); delete the file, and the run resumes."
         ) from error

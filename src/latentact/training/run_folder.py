@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 _PLACES = {"out", "cluster", "devices", "num_nodes"}
-"""Settings of where a run is executed; another value resumes the same run."""
+"""Settings of where a run is executed; with other values it still resumes."""
 
 
 class Busy(UserError):
@@ -42,7 +42,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
 
 
 def check_settings(out: Path, config: Any) -> None:
-    """Raise a UserError if the run folder holds a run with other settings, or is no folder."""
+    """Raise a UserError if the run folder holds a run with other settings, or is not a folder."""
     path = out / "config.yaml"
     if path.exists():
         found = read_yaml(path)
@@ -60,7 +60,7 @@ def check_settings(out: Path, config: Any) -> None:
 
 
 def begin_run(out: Path, config: Any) -> None:
-    """Write `config.yaml`; call it when everything that the config names has been checked."""
+    """Write `config.yaml`; call it after all inputs of the config have been checked."""
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 
@@ -69,8 +69,8 @@ def begin_run(out: Path, config: Any) -> None:
 def run_folder(out: Path, config: Any) -> Iterator[None]:
     """Begin a run; the body trains and writes the results.
 
-    If the run raises a UserError before its first checkpoint, as with a learning rate at which it diverges,
-    the folders that it made are removed.
+    If the run raises a UserError before its first checkpoint, for example because it diverges, the folders
+    that it created are removed.
     """
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -94,7 +94,7 @@ def _requested(config: Any) -> dict[str, Any]:
 
 
 def _with_defaults(cls: type, found: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run folder; settings that are newer than the run have their defaults."""
+    """Return the settings of a run folder; settings newer than the run have their defaults."""
     place = {"out": ""} if "out" in {field.name for field in dataclasses.fields(cls)} else {}
     try:
         values = to_dict(from_dict(cls, {**found, **place}))

@@ -32,18 +32,18 @@ RANGES = {
     "num_nodes": (1, 4096),
     "num_workers": (0, 1024),
 }
-"""Smallest and largest value of each number."""
+"""Minimum and maximum of each number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long and how a model is trained."""
+    """Settings of training."""
 
     FOLLOWS: ClassVar = {
         "devices": "cluster.compute.gpus_per_node",
         "num_nodes": "cluster.compute.num_nodes",
     }
-    """Setting -> the setting of the stage that is its default on the command line."""
+    """Setting -> setting of the stage that gives its default on the command line."""
 
     steps: int = 50_000
     """Optimizer steps."""
@@ -59,11 +59,11 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """AdamW's weight decay."""
     grad_clip: float = 2.0
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0: no clipping."""
     warmup_steps: int = 50
-    """Steps in which the learning rate grows from 0.1 of its peak; it then falls, both linearly."""
+    """Steps of linear warmup from 0.1 of the peak learning rate; linear decay follows."""
     final_lr_factor: float = 0.01
-    """Learning rate at the end as a factor of its peak; 1: constant."""
+    """Final learning rate as a fraction of the peak; 1: constant."""
     precision: str = "auto"
     """auto: bf16 where the hardware supports it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
     seed: int = 0
@@ -88,7 +88,7 @@ class TrainingConfig:
     compile: bool = False
     """Whether to run the loss through torch.compile."""
     wandb: bool = False
-    """Whether to log to Weights & Biases beside TensorBoard and metrics.csv."""
+    """Whether to log to Weights & Biases in addition to TensorBoard and metrics.csv."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -117,11 +117,11 @@ _BYTES_PER_PARAMETER = {"cpu": 28, "cuda": 16}
 
 
 def require_trainable_size(build: Callable[[], nn.Module], name: str, device: str) -> None:
-    """Raise a UserError if a model is too large for the memory to train it in, before any is allocated.
+    """Raise a UserError if a model is too large to train in memory, before any memory is allocated.
 
     Args:
-        build: makes the model; called with torch's meta device as the default.
-        name: its name in messages.
+        build: builds the model; called with torch's meta device as the default.
+        name: name of the model, for messages.
         device: device to train it on; auto: torch's choice.
     """
     with torch.device("meta"):
@@ -136,7 +136,7 @@ def require_trainable_size(build: Callable[[], nn.Module], name: str, device: st
 
 
 def get_precision(config: TrainingConfig) -> str:
-    """Return the training precision, by Lightning's name."""
+    """Return the training precision under Lightning's name."""
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if supports_bf16(config.device) else "32-true"

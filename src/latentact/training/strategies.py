@@ -1,8 +1,8 @@
-"""How training is spread over processes: `training.strategy=auto|ddp|fsdp`.
+"""Distribution of training over processes: `training.strategy=auto|ddp|fsdp`.
 
 `ddp` keeps the whole model on every device. `fsdp` (PyTorch's FSDP2) shards weights, gradients and optimizer
-state; a module names the classes to shard one by one in `_no_split_modules`, as in transformers, and the rest
-is one more shard group. Each process writes its shard of a checkpoint as safetensors; another number of
+state; a module lists the classes to shard individually in `_no_split_modules`, as in transformers, and the
+rest forms one more shard group. Each process writes its shard of a checkpoint as safetensors; any number of
 processes can load it.
 """
 
@@ -60,12 +60,12 @@ def build_strategy(config: TrainingConfig) -> Strategy | str:
 
 
 def build_environment(config: TrainingConfig) -> list[SLURMEnvironment]:
-    """Return how the processes of a SLURM job find each other; Lightning detects other launchers.
+    """Return the cluster environment of a SLURM job; Lightning detects other launchers.
 
     Raises:
-        UserError: the job has another number of tasks.
+        UserError: the job has the wrong number of tasks.
     """
-    warnings.filterwarnings("ignore", message=r".*`srun` command is available")  # also far from any job
+    warnings.filterwarnings("ignore", message=r".*`srun` command is available")  # also outside of any job
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return []
     tasks, processes = int(os.environ["SLURM_NTASKS"]), config.num_nodes * config.devices
@@ -82,7 +82,7 @@ def build_environment(config: TrainingConfig) -> list[SLURMEnvironment]:
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Starts the other processes of this node with the command line of this one."""
+    """Start the other processes of this node with the command line of this one."""
 
     def _call_children_scripts(self) -> None:
         self._check_can_spawn_children()
@@ -127,7 +127,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write the shards of every process and the loop's state; the folder appears complete."""
+        """Write the shards of every process and the loop's state; the folder appears atomically."""
         path = Path(self.broadcast(str(filepath)))
         partial = path.parent / f".{path.name}.partial"
         if self.is_global_zero:
@@ -146,7 +146,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the weights and optimizer state of this process and return the loop's state.
 
-        The checkpoint may be of another number of processes.
+        The checkpoint may be from a different number of processes.
 
         Raises:
             UserError: a shard is missing or damaged.
@@ -184,11 +184,10 @@ class ShardedStrategy(ModelParallelStrategy):
 class ShardedLoss(nn.Module):
     """A sharded copy of a model, whose forward pass is the loss.
 
-    The model itself stays a plain module, which evaluation and checkpoints of the model use: `gather` brings
-    it up to date.
+    The model itself stays a plain module, which evaluation and checkpoints use; `gather` updates it.
 
     Args:
-        model: has `loss(batch)`.
+        model: model with `loss(batch)`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Settings of `lam_diffusion` and `lam_act`: those of the host policy, and where its LAM tokens come from.
+"""Settings of `lam_diffusion` and `lam_act`: those of the host policy, and the source of the LAM tokens.
 
-To the host the tokens are the state of the environment, a slot that both policies have: `env_state_feature`
-says how wide it is, and the host sizes its networks by it.
+The host receives the tokens as environment state, an input that both policies have: `env_state_feature` gives
+its width, from which the host derives the size of its networks.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ if TYPE_CHECKING:
     from latentact.labeling.frozen import FrozenLam
 
 Host: Any = object
-"""Stands for the host, which comes next among the bases of a config; were it LeRobot's base class, its
-defaults would come before the host's."""
+"""Placeholder for the host, the next base class of a config; with LeRobot's base class here, its defaults
+would override the host's."""
 
 LAM_FRAMES = "observation.lam_frames"
 """Batch key of the camera's raw uint8 frames, which the preprocessor sets aside for the LAM."""
 LAM_STATES = "observation.lam_states"
 """Batch key of the raw robot states, which the preprocessor sets aside for a LAM that uses them."""
 LAM_VALID = "observation.lam_valid"
-"""Column that is false where a row has no LAM token, because its episode ends before the frame gap."""
+"""Column that is false where a row has no LAM token because the episode ends within the frame gap."""
 PROVENANCE = "lam_tokens.json"
-"""File in a dataset's `meta` that says which LAM made its tokens."""
+"""File in a dataset's `meta` that records which LAM produced the tokens."""
 
 
 @dataclass
 class LamConfig(Host):
-    """What both policies add to their host's settings."""
+    """Settings that both policies add to those of the host."""
 
     use_lam_conditioning: bool = True
-    """Whether LAM tokens condition the policy; without, it is the host, bit for bit."""
+    """Whether the policy is conditioned on LAM tokens; if not, it equals the host bit for bit."""
     use_precomputed_lam_tokens: bool = True
-    """Whether training reads tokens from the dataset; if not, the frozen LAM makes them from the images."""
+    """Whether training reads tokens from the dataset; else the frozen LAM computes them from the images."""
     lam_tokens_key: str = "observation.lam_tokens"
-    """Column, and batch key, of the tokens: k * d numbers per row."""
+    """Column and batch key of the tokens, k * d values per row."""
     lam_model_path: str = ""
-    """Folder or hub id of the LAM; needed where tokens are not precomputed."""
+    """Folder or hub id of the LAM; required if tokens are not precomputed."""
     lam_camera_key: str = ""
-    """Camera of the LAM's frames; empty: the only one there is."""
+    """Camera of the LAM's frames; empty: the only camera."""
     lam_num_learned_tokens: int = 2
     """k: tokens per transition."""
     lam_action_latent_dim: int = 32
-    """d: numbers per token."""
+    """d: dimensions per token."""
     lam_temporal_aggregation: Literal["latest", "concat"] = "latest"
-    """latest: the current transition's tokens; concat: those of every observation step."""
+    """latest: tokens of the current transition; concat: tokens of every observation step."""
     lam_use_vq_tokens: bool = False
     """Whether tokens are taken after the LAM's quantizer, if it has one, or before."""
     lam_projection_dim: int = 32
-    """Numbers to which the tokens are projected before they enter the host."""
+    """Width of the projection of the tokens, the input of the host."""
     lam_dropout: float = 0.0
-    """Share of training samples whose guide is hidden; above 0 the policy also works without one."""
+    """Fraction of training samples whose guide is hidden; above 0 the policy also works without a guide."""
     lam_frame_gap: int = 0
-    """Rows between the two frames of a transition made on the fly; 0: the LAM's own frame gap."""
+    """Rows between the two frames of a transition computed on the fly; 0: the LAM's own frame gap."""
     lam_frame_gap_s: float = 0.0
-    """Seconds that a token spans; filled in when the LAM is known."""
+    """Seconds that a token spans; set when the LAM is known."""
     lam_fps: float = 0.0
-    """Rows per second of the training data; filled in when the dataset is known."""
+    """Rows per second of the training data; set when the dataset is known."""
     lam_weights: str = ""
-    """Hash of the LAM that the policy was trained with; filled in, and verified, when the LAM is known."""
+    """Weights hash of the LAM that the policy was trained with; set, then verified, when the LAM is known."""
 
     def __post_init__(self) -> None:
         """Validate the configuration.
@@ -103,12 +103,12 @@ class LamConfig(Host):
 
     @property
     def lam_on_the_fly(self) -> bool:
-        """Whether the policy's own frozen LAM makes the tokens."""
+        """Whether the policy's own frozen LAM computes the tokens."""
         return self.use_lam_conditioning and not self.use_precomputed_lam_tokens
 
     @property
     def token_dim(self) -> int:
-        """Numbers per transition."""
+        """Values per transition, k * d."""
         return self.lam_num_learned_tokens * self.lam_action_latent_dim
 
     @property
@@ -116,7 +116,7 @@ class LamConfig(Host):
         """Transitions whose tokens condition one prediction.
 
         A window of n observations holds n transitions of the dataset's column, which start at its rows, but
-        only n - 1 between its frames. ACT's single observation gets the frame before it for the LAM's sake.
+        only n - 1 between its frames. ACT's single observation gets the preceding frame as input of the LAM.
         """
         if self.lam_temporal_aggregation == "latest":
             return 1
@@ -124,17 +124,17 @@ class LamConfig(Host):
 
     @property
     def conditioning_dim(self) -> int:
-        """Numbers that enter the projection."""
+        """Input width of the projection."""
         return self.lam_transitions * self.token_dim
 
     @property
     def real_env_state_feature(self) -> PolicyFeature | None:
-        """The environment state that the data itself has."""
+        """Environment state of the data itself, without tokens."""
         return super().env_state_feature
 
     @property
     def env_state_feature(self) -> PolicyFeature | None:
-        """What the host takes for the environment's state: projected tokens, then the real one."""
+        """Environment state of the host: projected tokens, then the data's own environment state."""
         real = self.real_env_state_feature
         if not self.use_lam_conditioning:
             return real
@@ -147,7 +147,7 @@ class LamConfig(Host):
         """Key of the camera of the LAM's frames.
 
         Raises:
-            UserError: it does not exist, or there are several and none is chosen.
+            UserError: the camera does not exist, or there are several and none is chosen.
         """
         there = [*self.image_features]
         if self.lam_camera_key in there:
@@ -158,10 +158,11 @@ class LamConfig(Host):
 
     @cached_property
     def lam(self) -> FrozenLam:
-        """The frozen LAM, loaded on first use; it is part of neither the policy's modules nor its files.
+        """The frozen LAM, loaded on first use; not part of the policy's modules or files.
 
         Raises:
-            UserError: it is missing, of another size, or not the one that the policy was trained with.
+            UserError: the LAM is missing, has a different size, or is not the one that the policy was trained
+                with.
         """
         from latentact.labeling.frozen import FrozenLam
 
@@ -176,7 +177,7 @@ class LamConfig(Host):
 
     @property
     def host_delta_indices(self) -> list[int] | None:
-        """Rows of the host's observations; None: the current one, without an axis of time."""
+        """Rows of the host's observations; None: the current one, without a time axis."""
         return super().observation_delta_indices
 
     @property
@@ -186,21 +187,21 @@ class LamConfig(Host):
         return sorted({*(host or [0]), *self.lam_delta_indices}) if self.lam_on_the_fly else host
 
     def check_tokens(self, spec: dict[str, Any], source: str, tokens_kind: str = "") -> None:
-        """Check that tokens fit the settings, and remember whose they are.
+        """Check that tokens fit the settings, and record the LAM that produced them.
 
         Args:
             spec: fields of a `LatentActionSpec`.
-            source: what has them, for the message.
-            tokens_kind: "vq" after the quantizer, "continuous" before it; empty: either can be had.
+            source: name of the dataset or LAM, for messages.
+            tokens_kind: "vq" after the quantizer, "continuous" before it; empty: both are available.
 
         Raises:
-            UserError: they do not fit.
+            UserError: the tokens do not fit.
         """
         k, d = spec["tokens"], spec["token_dim"]
         if (k, d) != (self.lam_num_learned_tokens, self.lam_action_latent_dim):
             raise UserError(
                 f"{source} must have {self.lam_num_learned_tokens} tokens of {self.lam_action_latent_dim} "
-                f"numbers, got {k} of {d}. Set lam_num_learned_tokens={k} and "
+                f"values, got {k} of {d}. Set lam_num_learned_tokens={k} and "
                 f"lam_action_latent_dim={d}."
             )
         if tokens_kind and (tokens_kind == "vq") != self.lam_use_vq_tokens:
@@ -218,13 +219,13 @@ class LamConfig(Host):
         self.lam_frame_gap_s = self.lam_frame_gap_s or spec["frame_gap_s"]
 
     def check_dataset(self, meta: Any) -> None:
-        """Check that a dataset has the tokens, or that the LAM's time base fits it.
+        """Check that a dataset has the tokens, or that the LAM's frame gap fits its rate.
 
         Args:
             meta: LeRobot's `LeRobotDatasetMetadata`.
 
         Raises:
-            UserError: it does not.
+            UserError: the column is missing or does not fit, or the frame gap does not fit the rate.
         """
         self.lam_fps = float(meta.fps)
         if self.lam_on_the_fly:
@@ -244,7 +245,7 @@ class LamConfig(Host):
         if width != self.token_dim:
             raise UserError(
                 f"{self.lam_tokens_key} of {meta.repo_id} must have lam_num_learned_tokens * "
-                f"lam_action_latent_dim = {self.token_dim} numbers per row, got {width}. Set both to those "
+                f"lam_action_latent_dim = {self.token_dim} values per row, got {width}. Set both to those "
                 "of the LAM."
             )
 

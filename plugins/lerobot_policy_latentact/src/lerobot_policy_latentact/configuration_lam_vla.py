@@ -1,7 +1,7 @@
 """Settings of `lam_vla`: a folder of `latentact train-vla` or `latentact finetune-vla`, or a new model.
 
-`config.json` of such a folder holds LeRobot's settings beside latentact's own (`vla`, `spec`, `head`), which
-say what the model is.
+`config.json` of such a folder holds LeRobot's settings alongside latentact's own (`vla`, `spec`, `head`),
+which describe the model.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lerobot_policy_latentact.configuration_latentact import StandardConfig
 @PreTrainedConfig.register_subclass(VLA_TYPE)
 @dataclass
 class LamVlaConfig(StandardConfig):
-    """Settings of a vision-language-action model of latentact."""
+    """Settings of a latentact vision-language-action model."""
 
     vla: VlaConfig = field(default_factory=VlaConfig)
     """Settings of the model."""
     head: ActionHeadConfig | None = None
-    """Settings of its action head; none: it learns latent actions only. A head that is given for a model
-    without one is new."""
+    """Settings of the action head; None: the model learns latent actions only. A head set for a model without
+    one is created."""
     spec: dict[str, Any] = field(default_factory=dict)
-    """Its inputs and outputs; a new model takes them from the dataset."""
+    """Inputs and outputs; a new model takes them from the dataset."""
     latent: dict[str, Any] | None = None
-    """Meaning of its latent actions."""
+    """Spec of the latent actions."""
     latent_weight: float = 0.1
-    """Weight of the loss of latent actions beside that of robot actions, where the dataset has the columns of
+    """Loss weight of latent actions relative to robot actions, if the dataset has the columns of
     `precompute`."""
     resolution: int = 0
     """Height and width of the images of a new model in pixels; 0: those of the latent actions."""
@@ -42,13 +42,13 @@ class LamVlaConfig(StandardConfig):
     optimizer_weight_decay: float = 0.0
     """Weight decay of AdamW."""
     optimizer_grad_clip_norm: float = 1.0
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
 
     def validate_features(self) -> None:
         """Validate the configuration.
 
         Raises:
-            UserError: it has adapters, or no image.
+            UserError: the model has adapters, or the data has no image.
         """
         if self.vla.lora_rank:
             raise UserError(
@@ -56,7 +56,7 @@ class LamVlaConfig(StandardConfig):
                 "latentact train-vla or finetune-vla."
             )
         if not self.image_features:
-            raise UserError("lam_vla must have an image, got a dataset without. Give one with a camera.")
+            raise UserError("lam_vla must have an image, got a dataset without a camera. Give another one.")
 
     @property
     def observation_delta_indices(self) -> None:

@@ -1,9 +1,9 @@
-"""Settings of `latentact`: a policy folder of `latentact train-policy` or `latentact ground`, as it is.
+"""Settings of `latentact`: a policy folder of `latentact train-policy` or `latentact ground`, unchanged.
 
-`StandardConfig` is what they share with `lam_vla`.
+`StandardConfig` holds the settings shared with `lam_vla`.
 
-`config.json` of such a folder holds LeRobot's settings beside latentact's own (`policy`, `spec`, `decoder`,
-`latent`), which say what the network is.
+`config.json` of such a folder holds LeRobot's settings alongside latentact's own (`policy`, `spec`,
+`decoder`, `latent`), which describe the network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StandardConfig(PreTrainedConfig):
-    """LeRobot's settings of policies that normalize by themselves and train with AdamW at a constant rate."""
+    """LeRobot settings of policies that normalize internally and train with AdamW at a constant rate."""
 
     push_to_hub: bool = False  # type: ignore[assignment]
     """Whether lerobot-train uploads the policy."""
@@ -38,7 +38,7 @@ class StandardConfig(PreTrainedConfig):
     optimizer_weight_decay: float = 0.01
     """Weight decay of AdamW."""
     optimizer_grad_clip_norm: float = 2.0
-    """Largest gradient norm."""
+    """Maximum gradient norm."""
 
     @property
     def reward_delta_indices(self) -> None:
@@ -61,23 +61,23 @@ class StandardConfig(PreTrainedConfig):
 @PreTrainedConfig.register_subclass(TYPE)
 @dataclass
 class LatentactConfig(StandardConfig):
-    """Settings of a policy of latentact that outputs robot actions."""
+    """Settings of a latentact policy that outputs robot actions."""
 
     policy: dict[str, Any] = field(default_factory=dict)
-    """Settings of the policy, of its registered kind."""
+    """Settings of the policy; `kind` is its registered name."""
     spec: dict[str, Any] = field(default_factory=dict)
     """Inputs and outputs of the policy."""
     decoder: dict[str, Any] | None = None
     """Settings of the decoder from latent to robot actions, of a grounded policy."""
     latent: dict[str, Any] | None = None
-    """Meaning of its latent actions."""
+    """Spec of the latent actions."""
 
     @cached_property
     def untrained(self) -> Policy:
-        """The policy with initial weights, built on no device: what the settings describe.
+        """Policy with initial weights on the meta device.
 
         Raises:
-            UserError: the settings are not those of a policy.
+            UserError: the settings do not describe a policy.
         """
         import torch
 
@@ -93,7 +93,7 @@ class LatentactConfig(StandardConfig):
         """Return the policy with initial weights.
 
         Raises:
-            UserError: the settings are not those of a policy.
+            UserError: the settings do not describe a policy.
         """
         from latentact.config import from_dict
         from latentact.policies.contract import POLICIES
@@ -115,7 +115,7 @@ class LatentactConfig(StandardConfig):
         """Validate the configuration.
 
         Raises:
-            UserError: it does not come from a policy folder.
+            UserError: the settings do not come from a policy folder.
         """
         if not self.policy or not self.spec:
             raise UserError(

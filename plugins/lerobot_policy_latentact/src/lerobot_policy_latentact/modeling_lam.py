@@ -1,7 +1,7 @@
 """`lam_diffusion` and `lam_act`: LeRobot's policies with projected LAM tokens as their environment state.
 
-No code of the hosts is copied. The projection is attached inside the host's network, so that it is optimized,
-saved and moved with it; the LAM is not, so that no checkpoint holds it.
+No code of the hosts is copied. The projection is a submodule of the host's network, so that it is optimized,
+saved and moved with it; the LAM is not, so that checkpoints do not contain it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lerobot_policy_latentact.configuration_lam import (
 )
 
 Host: Any = object
-"""Stands for the host, which comes next among the bases of a policy."""
+"""Placeholder for the host, the next base class of a policy."""
 
 
 class LamPolicy(Host):
-    """What both policies add to their host.
+    """Methods that both policies add to the host.
 
     While acting, tokens come from the batch (a guide), else on the fly from the frames seen since `reset`,
-    else from nowhere: the learned "no guide" of a policy trained with `lam_dropout`.
+    else the learned "no guide" condition replaces them (policies trained with `lam_dropout`).
     """
 
     config: Any
@@ -54,7 +54,7 @@ class LamPolicy(Host):
         """Build the host, then attach the projection.
 
         Raises:
-            UserError: dataset, LAM and settings do not fit each other.
+            UserError: dataset, LAM and settings are incompatible.
         """
         if config.use_lam_conditioning and dataset_meta is not None:
             config.check_dataset(dataset_meta)
@@ -87,7 +87,7 @@ class LamPolicy(Host):
         return super().forward(batch, *args, **kwargs)
 
     def select_action(self, batch: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the action for the current observation, which enters the history."""
+        """Return the action for the current observation, and add the observation to the history."""
         if self.config.use_lam_conditioning:
             self._remember(batch)
         return super().select_action(batch, *args, **kwargs)
@@ -99,7 +99,7 @@ class LamPolicy(Host):
         return super().predict_action_chunk(batch, *args, **kwargs)
 
     def _with_lam(self, batch: dict[str, Tensor], *, learning: bool) -> dict[str, Tensor]:
-        """Return the batch as the host wants it, with the projection first in the environment's state."""
+        """Return the batch for the host, with the projection first in the environment state."""
         projected = self._projected(batch, learning=learning)
         batch = self._host_rows(batch)
         return {**batch, OBS_ENV_STATE: self._env_state(batch, projected, learning=learning)}
@@ -109,7 +109,7 @@ class LamPolicy(Host):
         return torch.cat([projected, *real], dim=-1)
 
     def _host_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a batch without the rows of the window that are there for the LAM alone."""
+        """Return a batch without the rows of the window that only the LAM needs."""
         config = self.config
         if LAM_FRAMES not in batch or batch[LAM_FRAMES].ndim == 4:
             return batch
@@ -185,7 +185,7 @@ class LamDiffusionPolicy(LamPolicy, DiffusionPolicy):
     inside = "diffusion"
 
     def _env_state(self, batch: dict[str, Tensor], projected: Tensor, *, learning: bool) -> Tensor:
-        """Repeat the projection for every observation step, also for those in the host's queues."""
+        """Repeat the projection for every observation step, including those in the host's queues."""
         steps, queues = self.config.n_obs_steps, self._queues
         if learning or not queues or not queues[OBS_STATE]:
             return super()._env_state(batch, projected[:, None].expand(-1, steps, -1), learning=learning)

@@ -1,8 +1,8 @@
-"""`lam_vla`: a vision-language-action model of latentact behind LeRobot's interface, with the same files.
+"""`lam_vla`: a latentact vision-language-action model behind LeRobot's interface, with the same files.
 
 A folder of `latentact train-vla` or `finetune-vla` is a checkpoint of this policy, and a checkpoint of
 `lerobot-train` is such a folder. A new model learns the latent actions that `precompute` wrote into the
-dataset; with an action head it learns robot actions, too.
+dataset; with an action head it also learns robot actions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NO_TOKENS = (
 
 
 class LamVlaPolicy(PreTrainedPolicy):
-    """A vision-language-action model of latentact.
+    """A latentact vision-language-action model.
 
     A discrete action is the environment's integer as float32 ``[b, 1]``.
 
@@ -51,7 +51,7 @@ class LamVlaPolicy(PreTrainedPolicy):
         config: settings.
         model: the model; None: a new one.
         dataset_meta: LeRobot's metadata of the dataset, which a new model or action head needs.
-        kwargs: LeRobot's statistics of the dataset, which are not used.
+        kwargs: LeRobot's dataset statistics, which are ignored.
 
     Raises:
         UserError: the settings or the dataset cannot be used.
@@ -91,7 +91,7 @@ class LamVlaPolicy(PreTrainedPolicy):
         """Load a folder or hub id, in evaluation mode.
 
         Raises:
-            UserError: it is missing, damaged or something else.
+            UserError: the checkpoint is missing, damaged or of another type.
         """
         config = config or PreTrainedConfig.from_pretrained(pretrained_name_or_path)
         assert isinstance(config, LamVlaConfig)
@@ -167,7 +167,7 @@ class LamVlaPolicy(PreTrainedPolicy):
         return inputs, batch[OBS_STATE].float().to(device) if self.model.config.use_state else None
 
     def _latent(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the latent actions of a batch and which exist; none where the dataset has no such column."""
+        """Return the latent actions of a batch and which exist; None if the dataset has no such column."""
         latent, size, device = self.model.latent, len(like), like.device
         codes = latent.codebook_size is not None
         shape = (size, latent.tokens) if codes else (size, latent.tokens, latent.token_dim)
@@ -186,13 +186,13 @@ class LamVlaPolicy(PreTrainedPolicy):
 
 
 class _Dataset:
-    """A LeRobot dataset as a model needs it.
+    """Metadata and columns of a LeRobot dataset that a model needs.
 
     Args:
         meta: LeRobot's metadata.
 
     Raises:
-        UserError: its latent actions cannot be used.
+        UserError: the latent actions of the dataset are invalid.
     """
 
     def __init__(self, meta: Any) -> None:
@@ -211,18 +211,18 @@ class _Dataset:
 
     @cached_property
     def source(self) -> Source:
-        """Its tables."""
+        """Tables of the dataset."""
         camera = self.camera or next(iter(self.meta.camera_keys), "")
         return open_source(self.root, camera, Memo(cache_folder() / "memo", self.root))
 
     def column(self, name: str) -> np.ndarray | None:
-        """Return the rows of a column ``[n, a]`` without NaN; None if there is none."""
+        """Return the rows of a column ``[n, a]`` without NaN; None if the column does not exist."""
         values = self.source.column(name)
         values = None if values is None else values.reshape(len(values), -1)
         return None if values is None else values[np.isfinite(values).all(1)]
 
     def new_model(self, config: LamVlaConfig) -> Vla:
-        """Return a model that is to learn the latent actions of the dataset; it is in `config`, too."""
+        """Return a new model for the latent actions of the dataset, and record its settings in `config`."""
         if self.latent is None:
             raise UserError(_NO_TOKENS.format(self.name))
         if "{task}" not in config.vla.prompt:  # YAML reads unquoted braces as a mapping
@@ -253,10 +253,10 @@ class _Dataset:
         return model
 
     def with_actions(self, model: Vla, config: LamVlaConfig) -> Vla:
-        """Return the model with a new action head that has the statistics of the dataset."""
+        """Return the model with a new action head, initialized with the statistics of the dataset."""
         space, actions = self.source.action_space, self.column(ACTION)
         if space is None or actions is None:
-            raise UserError(f"{self.name} has no robot actions to learn; give one that has some.")
+            raise UserError(f"{self.name} has no robot actions to learn; give a dataset with robot actions.")
         assert config.head is not None
         model = model.with_actions(config.vla, space, config.head, config.latent_weight)
         assert model.own.actions is not None
@@ -265,7 +265,7 @@ class _Dataset:
 
 
 def _with_settings(model: Vla, config: LamVlaConfig) -> Vla:
-    """Return a model with settings that were changed for this run, such as `policy.head.n_action_steps`."""
+    """Return a model with the settings changed for this run, such as `policy.head.n_action_steps`."""
     if (config.vla, config.head) == (model.config, model.head):
         return model
     model._hook.remove()

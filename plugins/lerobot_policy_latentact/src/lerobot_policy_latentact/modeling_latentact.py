@@ -1,4 +1,4 @@
-"""`latentact`: a policy of latentact behind LeRobot's interface, with the same weights, numbers and files.
+"""`latentact`: a latentact policy behind LeRobot's interface, with the same weights, outputs and files.
 
 LeRobot gives images as float32 in [0, 1]; the policy was trained on uint8, and `round(255 * x)` restores it
 exactly. The tensors of `model.safetensors` keep latentact's names, so one folder serves both libraries.
@@ -23,7 +23,7 @@ from lerobot_policy_latentact.configuration_lam import LAM_VALID
 from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 
 LAM_TOKENS = "observation.lam_tokens"
-"""Batch key of the guide's tokens: the dataset's column in training, ``[b, offsets * k * d]`` in acting."""
+"""Batch key of the guide's tokens: a dataset column in training, ``[b, offsets * k * d]`` at inference."""
 MODEL = "model."
 """Prefix of the names of the policy's tensors in this module."""
 
@@ -34,10 +34,10 @@ def as_uint8(frames: Tensor) -> Tensor:
 
 
 def action_targets(space: ActionSpace, actions: Tensor) -> Tensor:
-    """Return actions of a dataset as float32 ``[b, l, a]``, or as classes, int64 ``[b, l, 1]``.
+    """Return dataset actions as float32 ``[b, l, a]``, or as classes, int64 ``[b, l, 1]``.
 
     Raises:
-        UserError: a discrete action is not one of the action space.
+        UserError: a discrete action is not in the action space.
     """
     actions = actions.reshape(*actions.shape[:2], -1)
     if not space.discrete:
@@ -58,8 +58,8 @@ class LatentactPolicy(PreTrainedPolicy):
     A discrete action is the environment's integer as float32 ``[b, 1]``.
 
     Args:
-        config: settings; they come from a policy folder.
-        kwargs: LeRobot's statistics and metadata of a dataset, which are not used.
+        config: settings from a policy folder.
+        kwargs: LeRobot's dataset statistics and metadata, which are ignored.
     """
 
     config_class = LatentactConfig  # type: ignore[assignment]
@@ -110,8 +110,8 @@ class LatentactPolicy(PreTrainedPolicy):
         """Return the next action, float32 ``[b, a]``; a new chunk is predicted when none is pending.
 
         Args:
-            batch: the current observation, without an axis of time.
-            kwargs: not used.
+            batch: the current observation, without a time axis.
+            kwargs: ignored.
         """
         frame = as_uint8(batch[self._camera])
         self._frames.extend([frame] * (self._frames.maxlen or 1) if not self._frames else [frame])
@@ -127,9 +127,9 @@ class LatentactPolicy(PreTrainedPolicy):
         """Return the next actions, float32 ``[b, l, a]``.
 
         Args:
-            batch: the current observation; frames ``[b, n_obs_steps, c, h, w]``, or ``[b, c, h, w]``, which
-                stands for an episode's first frame.
-            kwargs: not used.
+            batch: the current observation; frames ``[b, n_obs_steps, c, h, w]``, or ``[b, c, h, w]``, the
+                first frame of an episode.
+            kwargs: ignored.
 
         Raises:
             UserError: a guide is missing, or an action is not finite.
@@ -160,7 +160,7 @@ class LatentactPolicy(PreTrainedPolicy):
         target: Tensor,
         mask: Tensor,
     ) -> PolicyBatch:
-        """Return the batch of latentact on the policy's device."""
+        """Return the inputs of the latentact policy, on its device."""
         # Channels last, as latentact's own frames are, so that resizing and convolutions round equally.
         frames = as_uint8(frames).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         words = self.model.spec.words
@@ -178,7 +178,7 @@ class LatentactPolicy(PreTrainedPolicy):
         return inputs.to(next(self.model.parameters()).device)
 
     def _guide(self, batch: dict[str, Any], size: int) -> Tensor | None:
-        """Return the guide's tokens for acting, ``[b, offsets, k * d]``; None: there is no guide."""
+        """Return the guide's tokens at inference, ``[b, offsets, k * d]``; None without a guide."""
         guide = self.model.spec.guide
         if guide is None:
             return None
@@ -187,9 +187,9 @@ class LatentactPolicy(PreTrainedPolicy):
         return torch.as_tensor(batch[LAM_TOKENS]).float().reshape(size, len(guide.offsets), guide.size)
 
     def _tokens_ahead(self, batch: dict[str, Any]) -> Tensor | None:
-        """Return the guide's tokens for training, ``[b, offsets, k * d]``; None: there is no guide.
+        """Return the guide's tokens for training, ``[b, offsets, k * d]``; None without a guide.
 
-        Where an episode has no token at an offset, the last valid one of the window stands for it, else NaN.
+        If an episode has no token at an offset, the last valid token of the window replaces it, else NaN.
         Index spaces: `now` is the current row's position in the window; `places` and `offsets` count from it.
         """
         guide = self.model.spec.guide
@@ -229,7 +229,7 @@ class LatentactPolicy(PreTrainedPolicy):
         """Load the weights of a policy folder; names and shapes must match.
 
         Raises:
-            UserError: they do not, or the file is damaged.
+            UserError: names or shapes do not match, or the file is damaged.
         """
         load_weights(model.model, load_tensors(Path(model_file)), Path(model_file))
         return model

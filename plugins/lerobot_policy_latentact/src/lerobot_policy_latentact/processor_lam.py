@@ -1,7 +1,7 @@
-"""What happens to a batch before the policy: LeRobot's own steps, and one that prepares the LAM's inputs.
+"""Processors of `lam_diffusion` and `lam_act`: LeRobot's own steps, and one that prepares the LAM's inputs.
 
-Tokens are left as they are, whatever LeRobot's normalization of states is (the projection has their mean and
-deviation), and the LAM gets the camera's raw pixels, not normalized ones.
+Tokens are not normalized here, whatever LeRobot's normalization of states (the projection holds their mean
+and standard deviation), and the LAM gets the camera's raw pixels.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lerobot_policy_latentact.configuration_lam import LAM_FRAMES, LAM_STATES, L
 @ProcessorStepRegistry.register("latentact_lam_inputs")
 @dataclass
 class LamInputsStep(ObservationProcessorStep):
-    """Gives a guide's tokens a batch dimension and sets raw frames aside for the LAM."""
+    """Add a batch dimension to a guide's tokens and keep raw frames for the LAM."""
 
     tokens_key: str
     """Key of the tokens."""
     camera: str = ""
-    """Camera whose frames are set aside as uint8; empty: none."""
+    """Camera whose frames are kept as uint8; empty: none."""
     state: str = ""
-    """Key of the robot state that is set aside as it is; empty: none."""
+    """Key of the robot state that is kept unnormalized; empty: none."""
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Return the observation with what the policy needs."""
+        """Return the observation with the LAM's inputs added."""
         found = dict(observation)
         if self.tokens_key in found:
             tokens = torch.as_tensor(found[self.tokens_key])
@@ -45,7 +45,7 @@ class LamInputsStep(ObservationProcessorStep):
         return found
 
     def get_config(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the settings that a checkpoint stores."""
         return {"tokens_key": self.tokens_key, "camera": self.camera, "state": self.state}
 
     def transform_features(self, features: Any) -> Any:
@@ -56,7 +56,7 @@ class LamInputsStep(ObservationProcessorStep):
 def make_lam_pre_post_processors(
     config: Any, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
 ) -> tuple[Any, Any]:
-    """Return the pipelines before and after the policy."""
+    """Return the pre- and post-processor pipelines."""
     steps = make_default_policy_processor_steps(config, dataset_stats)
     steps.normalize.normalize_observation_keys = _normalized(config)
     uses_state = config.lam_on_the_fly and config.lam.state_size > 0

@@ -1,4 +1,4 @@
-"""Processors of `latentact`: LeRobot's standard steps; the policy converts and normalizes by itself."""
+"""Processors of `latentact`: LeRobot's standard steps; the policy converts and normalizes internally."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from lerobot_policy_latentact.configuration_latentact import LatentactConfig
 def make_latentact_pre_post_processors(
     config: LatentactConfig, dataset_stats: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Any, Any]:
-    """Return the pipelines before and after the policy; normalization is the identity."""
+    """Return the pre- and post-processor pipelines; normalization is the identity."""
     return make_default_pre_post_processors(config)

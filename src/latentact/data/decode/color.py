@@ -2,8 +2,8 @@
 
 Video frames equal those of the FFmpeg command line: color matrix and range of the stream (BT.601 if
 unspecified, at any size), bicubic chroma, no alpha, and the display matrix applied, including mirroring.
-Images in tables equal those of LeRobot: decoded by Pillow, with the EXIF orientation applied; 16-bit gray
-becomes 8 bits as in a video.
+Images in tables equal those of LeRobot: decoded by Pillow, with the EXIF orientation applied. 16-bit gray is
+reduced to 8 bits, as in a video.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from latentact.data.format import Unreadable
 _BT601, _BT709 = 5, 1
 _BT601_NAMES = (5, 6)  # 625 and 525 lines
 _BICUBIC = int(Interpolation.BICUBIC)
-_MATRICES = (1, 4, 5, 6, 7, 9, 10)  # AVColorSpace values that swscale has coefficients for
+_MATRICES = (1, 4, 5, 6, 7, 9, 10)  # AVColorSpace values for which swscale has coefficients
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of 16-bit gray."""
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -108,7 +108,7 @@ def image_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     Of 16-bit gray, such as depth in millimeters, the upper 8 bits are kept, as in a gray16 video.
 
     Raises:
-        Unreadable: the image holds numbers of 32 bits, whose range the file does not tell.
+        Unreadable: the image has 32-bit values, whose range the file does not give.
     """
     if image.mode in SIXTEEN_BITS:
         gray = np.asarray(ImageOps.exif_transpose(image)).astype("<u2")

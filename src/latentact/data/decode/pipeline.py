@@ -46,7 +46,7 @@ class Chunk:
 
     frames: UInt8[np.ndarray, "n h w c"]
     times: list[float]
-    """Time of each frame in seconds since the first frame of the episode."""
+    """Time of each frame, in seconds since the first frame of the episode."""
     frame_indices: list[int]
     """Index of each frame in the episode before resampling."""
 

@@ -53,7 +53,7 @@ class VideoInfo:
     """Number and rate of the frames of a video file."""
 
     frames: int
-    """Number of displayed frames, from the packets; decoding a few codecs yields fewer."""
+    """Number of displayed frames, from the packets; a few codecs decode to fewer."""
     rate: FrameRate
     """Frame rate and its variation."""
 
@@ -80,7 +80,7 @@ class VideoProperties:
     streams: int
     """Number of video streams in the file."""
     first: bool
-    """Whether the one that FFmpeg chooses, which is read, is the first of them."""
+    """Whether FFmpeg chooses the first of them; the chosen stream is read."""
 
 
 def probe(path: Path | bytes) -> VideoInfo:
@@ -179,7 +179,7 @@ def _open(path: Path | bytes, **options: str) -> InputContainer:
         return av.open(io.BytesIO(path), "r", options=options)
     try:
         name = str(path).encode().decode()
-    except UnicodeEncodeError:  # PyAV accepts UTF-8 names only
+    except UnicodeEncodeError:  # PyAV accepts only UTF-8 names
         return av.open(path.open("rb"), "r", options=options)
     return av.open(name if name.startswith("/") else f"./{name}", "r", options=options)
 
@@ -210,7 +210,7 @@ def _probe(container: InputContainer, path: Path | bytes) -> VideoInfo:
     if len(container.streams) == 1 and container.duration and rate.fps:  # Matroska stores no frame count
         last = max(shown, key=lambda p: p.pts or p.dts or 0)
         end = times[-1] + (float((last.duration or 0) * base) or 1 / rate.fps) if len(times) else math.inf
-        duration = container.duration / av.time_base  # from 0, wherever the first frame lies
+        duration = container.duration / av.time_base  # from 0, whatever the time of the first frame
         if end < duration - max(0.5, 3 / rate.fps):
             raise Unreadable(f"it is truncated: {end:.1f} of {duration:.1f} seconds are present")
     return VideoInfo(frames=len(shown), rate=rate)

@@ -1,11 +1,10 @@
 """Episodes in npz files: `obs` uint8 [n, h, w, c]; optional `action` (or `ta`), `states`, `done` and `fps`.
 
-Reads the chunks of expert play that LAPO publishes (https://github.com/schmidtdominik/LAPO), and grids of
-integer features such as XLand's 5x5x2. A file is one stream of n steps. `done` marks the last frame of an
-episode or, as in the rollout buffers of CleanRL and LAPO, the first one; the frames decide, because they
-change most between episodes. Unlike in LAPO's own loader, no window crosses such an end.
-`observations` [e, n, h, w, c] holds e episodes of n steps, and the other arrays then start with the axes
-[e, n], too.
+Reads the expert data published by LAPO (https://github.com/schmidtdominik/LAPO), and grids of integer
+features such as XLand's 5x5x2. A file is one stream of n steps. `done` marks the last frame of an episode or,
+as in the rollout buffers of CleanRL and LAPO, the first one; the frames decide, because they change most
+between episodes. Unlike in LAPO's own loader, no window crosses such an end. `observations` [e, n, h, w, c]
+holds e episodes of n steps, and the other arrays then also start with the axes [e, n].
 
 Integer actions [n] are classes, floating-point actions [n, a] are continuous. An array whose type or shape
 does not fit its frames makes the file unreadable; `_scan` decides.
@@ -37,9 +36,9 @@ _SUFFIXES = (".npz",)
 _ACTIONS = ("action", "ta")
 _FRAMES = ("obs", "observations")
 _CLEAR = 1.5
-"""Ratio of the frame changes before and after `done` from which on it is clear which of them is the cut."""
+"""Ratio of the frame changes before and after `done` above which the larger one is taken as the cut."""
 _KINDS = {"b": "integer", "i": "integer", "u": "integer", "f": "float"}
-"""Type of a column by numpy's kind."""
+"""numpy's kind -> type of a column."""
 
 
 @FORMATS.register("npz")
@@ -62,12 +61,10 @@ class Npz:
         """Return the episodes of every file, in the order of the file names.
 
         Raises:
-            UserError: a camera is named.
+            UserError: a camera is given.
         """
         if camera:
-            raise UserError(
-                f"{path} is a set of arrays, which has no camera {camera!r}; leave `camera` empty."
-            )
+            raise UserError(f"{path} has no camera {camera!r}: it is a set of arrays; leave `camera` empty.")
         return NpzSource(path, memo)
 
 
@@ -76,7 +73,7 @@ class NpzSource:
 
     Args:
         path: a file or a folder.
-        memo: cache of the scan of each file.
+        memo: cache of file scans.
     """
 
     camera = ""
@@ -128,7 +125,7 @@ class NpzSource:
         self.resizable = all(scan["image"] for scan in scans.values())
         self.fps = float(next(iter(scans.values()))["fps"]) if scans else 1.0
         if not all(scan["timed"] for scan in scans.values()):
-            self.notes.append("the arrays name no fps: steps count as a second each")
+            self.notes.append("the arrays have no fps: each step counts as one second")
         shapes = {tuple(scan["shape"]): name for name, scan in scans.items()}
         if len(shapes) > 1:
             different = ", ".join(f"{list(shape)} in {name}" for shape, name in [*shapes.items()][:3])
@@ -136,7 +133,7 @@ class NpzSource:
         for shape, name in shapes.items():
             if min(shape[:2]) >= _SMALLEST_IMAGE and shape[2] not in (1, 3):
                 self.notes.append(
-                    f"frames of {shape[2]} channels, such as in {name}, are grids of features and no images"
+                    f"frames of {shape[2]} channels, such as in {name}, are grids of features, not images"
                 )
         self._columns = self._common_columns(path, scans)
         self.action_space = _space(path, [scan["classes"] for scan in scans.values()], self._columns)
@@ -165,13 +162,13 @@ class NpzSource:
             raise UserError(f"{self._path}: {error}; repair the array or remove it.") from error
 
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
-        """Return -1 for each step: arrays have no task."""
+        """Return -1 for each step: arrays have no tasks."""
         return np.full(self.episodes[number].frames, -1)
 
     def _done_starts(self, scans: dict[str, dict[str, Any]]) -> bool:
         """Return whether `done` marks first frames, where frames change more than those after them.
 
-        If the changes are alike, a mark in the first row decides: no episode ends there.
+        If the changes are similar, a mark in the first row decides: no episode ends there.
         """
         into, out = (sum(scan["done_changes"][i] for scan in scans.values()) for i in (0, 1))
         if into * _CLEAR < out or not any(scan["done"] for scan in scans.values()):
@@ -181,7 +178,7 @@ class NpzSource:
             self.notes.append("`done` marks the first frame of an episode, not the last")
         elif into:
             self.notes.append(
-                "`done` is taken as the last frame of an episode, though the frames do not show it"
+                "`done` is taken as the last frame of an episode, although the frames are inconclusive"
             )
         return starts
 
@@ -280,11 +277,11 @@ def _column(
 
     Args:
         arrays: the file.
-        name: of the array; `action`: classes int64 `[n]` or float32 `[n, a]`, whatever its name.
-        axes: of the frames before height, width and channels: (n,) or (episodes, steps).
+        name: name of the array; `action`: classes int64 `[n]` or float32 `[n, a]`, whatever its name.
+        axes: axes of the frames before height, width and channels: (n,) or (episodes, steps).
 
     Raises:
-        Unreadable: its type or shape does not fit the frames.
+        Unreadable: the type or shape does not fit the frames.
     """
     stored = next(key for key in _ACTIONS if key in arrays) if name == "action" else name
     values = arrays[stored]
@@ -313,10 +310,10 @@ def _column(
 
 
 def _done(arrays: np.lib.npyio.NpzFile, axes: tuple[int, ...]) -> Bool[np.ndarray, " n"]:
-    """Return at which frames an episode ends.
+    """Return the mask of the last frames of episodes.
 
     Raises:
-        Unreadable: `done` is something else.
+        Unreadable: `done` is not one boolean per frame.
     """
     values = _column(arrays, "done", axes)
     if values.size != len(values):
@@ -332,7 +329,7 @@ def _fps(arrays: np.lib.npyio.NpzFile) -> float:
     """Return the frames per second.
 
     Raises:
-        Unreadable: `fps` is something else.
+        Unreadable: `fps` is not a number in the allowed range.
     """
     values = arrays["fps"]
     if values.dtype.kind not in "iuf" or values.size != 1 or not SLOWEST <= values.item() <= FASTEST:
@@ -345,7 +342,7 @@ def _obs_shape(arrays: np.lib.npyio.NpzFile) -> tuple[int, ...]:
     """Return the shape of the frames.
 
     Raises:
-        Unreadable: they are something else than uint8 images or grids with their channels last.
+        Unreadable: they are not uint8 images or grids with channels last.
     """
     name = _frames(arrays)
     obs = arrays[name]
@@ -359,13 +356,13 @@ def _obs_shape(arrays: np.lib.npyio.NpzFile) -> tuple[int, ...]:
 
 
 def _scan(file: Path) -> dict[str, Any]:
-    """Return what a file holds, as plain JSON values, or {"error": why it is unreadable}.
+    """Return the contents of a file as plain JSON values, or {"error": reason why it is unreadable}.
 
     Returns:
-        digest; rows; done: rows that it marks; done_changes: those of the frames into and out of them;
-        axes: those before height, width and channels; shape: of a frame; image: whether frames are images;
-        columns: name -> [kind, shape of a row]; classes of a discrete action; fps; timed: whether the file
-        names its fps.
+        digest; rows; done: rows where it is set; done_changes: changes of the frames into and out of these
+        rows; axes: those before height, width and channels; shape: of a frame; image: whether frames are
+        images; columns: name -> [kind, shape of a row]; classes of a discrete action; fps; timed: whether the
+        file has an fps.
     """
     try:
         arrays = _load(file)

@@ -1,7 +1,7 @@
 """Shards of `latentact shard`, and WebDataset tars of other programs: a folder, a pattern or one tar.
 
-The clips of a scene are one episode. Frames that are images are read by their byte ranges in any order, so
-that nothing but the index is held in memory and no cache is needed (`data.access`).
+The clips of a scene are one episode. Frames stored as images are read by byte range in any order, so that
+only the index is held in memory and no cache is needed (`data.access`).
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Shards:
 
     @staticmethod
     def open(path: Path, camera: str, memo: Memo) -> ShardSource:
-        """Read the json file beside each tar, or else the headers of the tar.
+        """Read the JSON file next to each tar, or else the headers of the tar.
 
         Raises:
-            UserError: a json file is damaged, or the camera is unknown or must be named.
+            UserError: a JSON file is damaged, or the camera is unknown or must be given.
         """
         return ShardSource(path, camera, memo)
 
@@ -75,7 +75,7 @@ class ShardSource:
     Args:
         path: folder, pattern or tar.
         camera: camera key; empty: the only one.
-        memo: cache of hashes and of the headers of tars without a json file.
+        memo: cache of hashes, and of the headers of tars without a JSON file.
     """
 
     resizable = True
@@ -113,7 +113,7 @@ class ShardSource:
         self._describe_actions([index for index in indices if isinstance(index, Shard)])
 
     def _read_index(self, file: Path, root: Path, memo: Memo) -> Shard | dict[str, Any]:
-        """Return the json file beside a tar, or else the samples in it; empty for a damaged tar."""
+        """Return the JSON file next to a tar, or else the samples in it; empty for a damaged tar."""
         name = printable(file.relative_to(root))
         try:
             if not file.is_file():
@@ -132,7 +132,7 @@ class ShardSource:
         return scan
 
     def _compact(self, file: Path, clips: Sequence[Clip]) -> tuple[Clip, ...]:
-        """Move the byte ranges of a tar's clips into arrays, which take a sixth of the memory."""
+        """Move the byte ranges of a tar's clips into arrays, which need a sixth of the memory."""
         none = [0] * max((clip.count for clip in clips if clip.video), default=0)
         ranges = [(clip.offsets or none[: clip.count], clip.sizes or none[: clip.count]) for clip in clips]
         self._ranges[file] = (
@@ -147,7 +147,7 @@ class ShardSource:
 
     @property
     def random_access(self) -> bool:
-        """Whether every frame is an image of its own, so that `frame` reads it."""
+        """Whether every frame is a separate image that `frame` can read."""
         return bool(self.episodes) and bool((self._sizes > 0).all())
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
@@ -172,15 +172,15 @@ class ShardSource:
             index += clip.count
 
     def times(self, number: int) -> Float64[np.ndarray, " n"]:
-        """Return the seconds of each frame of an episode since its first."""
+        """Return the time of each frame of an episode, in seconds since its first frame."""
         clips = self._episodes[number][1]
         return np.concatenate([clip.seconds() for clip in clips]) - clips[0].start_s
 
     def frame(self, number: int, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Return frame `index` of an episode; only with `random_access`.
+        """Return frame `index` of an episode; requires `random_access`.
 
         Raises:
-            Unreadable: it is truncated or is no image.
+            Unreadable: the frame is truncated or not an image.
         """
         row = self.first_rows[number] + index
         data = self._read(self._episodes[number][0], int(self._offsets[row]), int(self._sizes[row]))
@@ -200,7 +200,7 @@ class ShardSource:
             ]
             some = any(place for *_, place in places)
             if some and not all(place for *_, place in places):
-                self.notes.append(f"column {name} is missing from some clips and left out")
+                self.notes.append(f"column {name} is missing from some clips and is left out")
                 some = False
             rows = [self._rows(*each, name) for each in places] if some else []
             if len(shapes := {each.shape[1:] for each in rows}) > 1:
@@ -217,7 +217,7 @@ class ShardSource:
         return np.repeat([self._task[clip.text] for clip in clips], [clip.count for clip in clips])
 
     def _find_missing(self, files: list[Path]) -> None:
-        """Note shards that the manifest counts and the folder lacks, and unfinished folders."""
+        """Report unfinished folders, and shards that the manifest lists and the folder lacks."""
         path = self._path
         if path.is_dir() and (path / WORK).is_dir():
             self.notes.append("the folder is unfinished: re-run latentact shard to complete it")
@@ -227,7 +227,7 @@ class ShardSource:
         count = read_object(path / MANIFEST).get("shards")
         for index in range(count if isinstance(count, int) else 0):
             if (name := f"shard-{index:06d}.tar") not in names:
-                self.damaged[name] = f"it is missing, and {MANIFEST} counts it"
+                self.damaged[name] = f"it is missing, although {MANIFEST} lists it"
 
     def _join(self, clips: list[tuple[Clip, ...]], digests: list[str]) -> None:
         """Join the clips of each scene into an episode."""
@@ -273,20 +273,20 @@ class ShardSource:
         """Width and height of the frames, where they are known."""
 
     def _set_rates(self) -> None:
-        """Set the frames per second; clips without take those of the slowest."""
+        """Set the frame rate; clips without one get the slowest."""
         rates = {clip.fps for _, scene in self._episodes for clip in scene}
         known = [rate for rate in rates if rate]
         self.uneven = len(known) > 1 and not rates_agree(max(known), min(known))
         self.fps = min(known, default=1.0)
         if 0.0 in rates:
-            self.notes.append(f"some clips name no fps: they count as {self.fps:g} frames per second")
+            self.notes.append(f"some clips have no fps and count as {self.fps:g} frames per second")
             self._episodes = [
                 (tar, [clip if clip.fps else clip.at_rate(self.fps) for clip in scene])
                 for tar, scene in self._episodes
             ]
 
     def _describe_actions(self, shards: list[Shard]) -> None:
-        """Set the action space: that of the json files, or else of the values."""
+        """Set the action space: that of the JSON files, or else that of the values."""
         self.action_space, self.action_names = None, ()
         spaces = [(shard.action_space, shard.action_names) for shard in shards]
         if any(space != spaces[0] for space in spaces):
@@ -310,7 +310,7 @@ class ShardSource:
         try:
             rows = np.load(io.BytesIO(self._read(tar, *place)), allow_pickle=False)
         except DAMAGED as error:
-            raise UserError(f"{where} is no plain array ({error}); make the tar again.") from error
+            raise UserError(f"{where} is not a plain array ({error}); make the tar again.") from error
         rows = rows[None] if clip.single and rows.ndim < 2 else rows
         if rows.dtype.kind not in "biuf" or rows.ndim == 0 or len(rows) != clip.count:
             raise UserError(
@@ -320,7 +320,7 @@ class ShardSource:
         return rows
 
     def _read(self, tar: int, offset: int, size: int) -> bytes:
-        file = self._open_tar(self._tars[tar])  # held while it is read, as the cache may let go of it
+        file = self._open_tar(self._tars[tar])  # held while it is read, as the cache may drop it
         data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
             raise Unreadable(f"it is truncated: bytes {offset} to {offset + size} are missing")

@@ -30,7 +30,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl")
 
 @FORMATS.register("video_folder")
 class VideoFolder:
-    """Files with a video's ending (`decode.video.SUFFIXES`); hidden files and folders are skipped."""
+    """Files with a video suffix (`decode.video.SUFFIXES`); hidden files and folders are skipped."""
 
     @staticmethod
     def detect(path: Path) -> bool:
@@ -42,10 +42,10 @@ class VideoFolder:
         """Return the readable videos, sorted by name.
 
         Raises:
-            UserError: a camera is named, or the metadata is broken.
+            UserError: a camera is given, or the metadata is invalid.
         """
         if camera:
-            raise UserError(f"{path} is plain video, which has no camera {camera!r}; leave `camera` empty.")
+            raise UserError(f"{path} has no camera {camera!r}: it is plain video; leave `camera` empty.")
         return VideoFolderSource(path, memo)
 
 
@@ -102,9 +102,9 @@ class VideoFolderSource:
             more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
             self.notes.append(f"{first}{more}: the frame rate varies ({rate})")
         if lost := [name for name in texts if name not in {_key(e.name) for e in self.episodes}]:
-            self.notes.append(f"the metadata names {len(lost)} files that are not read, such as {lost[0]}")
+            self.notes.append(f"the metadata lists {len(lost)} files that are not read, such as {lost[0]}")
         if metadata is not None and not any(texts.values()):
-            self.notes.append("the metadata names no task")
+            self.notes.append("the metadata has no task")
         lengths = [episode.frames for episode in self.episodes]
         self.first_rows = (np.cumsum(lengths) - lengths).tolist() if lengths else []
         self.tasks = sorted({episode.task for episode in self.episodes if episode.task})
@@ -217,8 +217,8 @@ def _csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
         for row in reader:
             if any(cell.strip() for cell in row.pop(None, None) or ()):
                 raise UserError(
-                    f"{file}, line {reader.line_num} has more cells than the header; put texts with "
-                    f"{delimiter!r} into quotes."
+                    f"{file}, line {reader.line_num} has more cells than the header; quote texts that "
+                    f"contain {delimiter!r}."
                 )
             if any(cell and cell.strip() for cell in row.values()):
                 rows.append((reader.line_num, row))

@@ -47,7 +47,7 @@ class Column:
 
 
 def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:
-    """Copy a LeRobot v3 dataset with additional columns; existing columns of the same name are replaced.
+    """Copy a LeRobot v3 dataset and add columns; existing columns of the same name are replaced.
 
     Args:
         source: folder of the dataset; not modified.

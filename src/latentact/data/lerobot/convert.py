@@ -1,8 +1,8 @@
 """Write a LeRobot v3 dataset whose videos are hard links to existing files.
 
-Video files stay as they are, which v3 allows: an episode names its file and its place in it. The converter of
-lerobot requires every listed episode and files of statistics; this one uses the available episodes, renumbers
-them and computes the statistics. The output has the same frames as the rows of the input that are kept.
+Video files stay unchanged, which v3 allows: an episode records its file and its position in it. The converter
+of lerobot requires every listed episode and files of statistics; this one uses the available episodes,
+renumbers them and computes the statistics. The output has the same frames as the kept rows of the input.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class EpisodeData:
     columns: Callable[[], dict[str, Any]]
     """Returns the numeric, text and image columns."""
     starts: dict[str, float] = field(default_factory=dict)
-    """Camera -> seconds in its video at time 0 of the rows, where that is not 0."""
+    """Camera -> time in its video, in seconds, at time 0 of the rows, if not 0."""
     rows: slice = field(default_factory=lambda: slice(None))
     """Rows to write."""
 
@@ -130,7 +130,7 @@ def write_episodes(
 
 
 def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:
-    """Check that frame i of a video is at i / fps, where LeRobot looks it up."""
+    """Check that frame i of a video is at i / fps, as LeRobot expects."""
     off = np.abs(times - np.arange(len(times)) / fps)
     if len(times) and off.max() > LEROBOT_TOLERANCE_S:
         frame = int(np.argmax(off > LEROBOT_TOLERANCE_S))
@@ -170,7 +170,7 @@ def _link_video(meta: Any, key: str, file: Path, number: int, start: float, stop
 def _video_statistics(
     file: Path, label: str, times: np.ndarray, shape: tuple[int, ...], fps: int
 ) -> dict[str, np.ndarray]:
-    """Return the statistics of a video from the rows that lerobot samples; decodes and checks all rows."""
+    """Return the statistics of a video from the rows that lerobot samples; decode and check all rows."""
     chosen, counts = set(_sampled(len(times))), []
     try:
         frames = decode(file, *lookup_span(times, float(fps)))

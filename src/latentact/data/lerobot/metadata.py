@@ -38,7 +38,7 @@ class Feature(Record):
 
     @property
     def numeric(self) -> bool:
-        """Whether it holds numbers."""
+        """Whether it is numeric."""
         return not self.visual and self.dtype not in ("string", "language")
 
     @property
@@ -102,8 +102,8 @@ class Info(Record):
 
         Args:
             path: the dataset.
-            template: name of the field that holds the template.
-            values: its placeholders.
+            template: name of the template field.
+            values: values of the placeholders.
 
         Raises:
             UserError: the template is missing, or has other placeholders.
@@ -124,7 +124,7 @@ def read_info(path: Path) -> Info:
     """Return `meta/info.json` of a dataset.
 
     Raises:
-        UserError: it cannot be read or does not fit.
+        UserError: the file cannot be read or is invalid.
     """
     return read_record(Info, path / "meta/info.json")
 
@@ -138,7 +138,7 @@ def choose_lerobot_camera(features: Mapping[str, Feature], camera: str, path: Pa
     """Return `camera`, or the only camera if it is empty.
 
     Raises:
-        UserError: no camera has this name, it is a depth map, or several exist and none is named.
+        UserError: no camera has this name, it is a depth map, or several exist and none is given.
     """
     known = cameras(features)
     maps = [key for key, feature in features.items() if feature.visual and feature.depth]
@@ -175,7 +175,7 @@ class EpisodeLine(Record):
 
     @property
     def texts(self) -> list[str]:
-        """Its task texts."""
+        """Task texts of the episode."""
         return [task for task in self.tasks if task]
 
 
@@ -183,7 +183,7 @@ def read_episode_lines(path: Path) -> list[EpisodeLine]:
     """Return the episodes of a version 2 dataset.
 
     Raises:
-        UserError: `meta/episodes.jsonl` cannot be read or does not fit.
+        UserError: `meta/episodes.jsonl` cannot be read or is invalid.
     """
     return read_records(EpisodeLine, path / "meta/episodes.jsonl")
 
@@ -194,17 +194,17 @@ class Tasks(NamedTuple):
     texts: dict[int, str]
     """Text of each `task_index` of the data's rows; in version 3 also of negative ones."""
     notes: list[str]
-    """Sentences about inconsistencies."""
+    """Notes about inconsistencies."""
 
 
 def read_tasks(path: Path) -> Tasks:
-    """Return the table of tasks; without texts where the dataset has none.
+    """Return the table of tasks, which may be empty.
 
     As in LeRobot, a `task_index` of version 2 is looked up in the column of this name of `tasks.jsonl`, and
     one of version 3 is the number of a row of `tasks.parquet`, from the end if negative: -1 is the last.
 
     Raises:
-        UserError: the table cannot be read, does not fit or contradicts itself.
+        UserError: the table cannot be read, is invalid or contradicts itself.
     """
     lines, table = path / "meta/tasks.jsonl", path / "meta/tasks.parquet"
     if lines.is_file():
@@ -241,14 +241,14 @@ def read_tasks(path: Path) -> Tasks:
 
 
 def read_episode_table(path: Path, camera: str) -> pa.Table:
-    """Return the columns of `meta/episodes` of a version 3 dataset that locate its episodes.
+    """Return the columns of `meta/episodes` of a version 3 dataset that give the location of its episodes.
 
     Args:
         path: the dataset.
         camera: key of the video whose location is read; empty: none.
 
     Raises:
-        UserError: the table is missing or damaged, or a column that is needed is missing or not numeric.
+        UserError: the table is missing or damaged, or a required column is missing or not numeric.
     """
     needed = (
         [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
@@ -263,11 +263,11 @@ def read_episodes(path: Path, needed: Sequence[str], optional: Sequence[str] = (
 
     Args:
         path: the dataset.
-        needed: columns of finite numbers; those of an index are whole.
+        needed: required columns of finite numbers; index columns hold integers.
         optional: other columns, which may be missing.
 
     Raises:
-        UserError: the table is missing or damaged, or a column that is needed is missing or not numeric.
+        UserError: the table is missing or damaged, or a required column is missing or not numeric.
     """
     files = sorted((path / "meta/episodes").glob("*/*.parquet"))
     if not files:
@@ -287,7 +287,7 @@ def read_episodes(path: Path, needed: Sequence[str], optional: Sequence[str] = (
 
 
 def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:
-    """Check that columns hold a finite number in every row, and those of an index whole ones."""
+    """Check that columns hold a finite number in every row, and index columns an integer."""
     for name in names if len(table) else ():
         kind = table[name].type
         number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
@@ -300,7 +300,7 @@ def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:
         wrong = np.flatnonzero((values < 0) | (values != np.floor(values)))
         if name.endswith("_index") and len(wrong):
             raise UserError(
-                f"{file}: column {name} must hold whole numbers of at least 0, got {values[wrong[0]]:g} in "
+                f"{file}: column {name} must hold integers of at least 0, got {values[wrong[0]]:g} in "
                 f"row {wrong[0]}; copy the dataset again."
             )
 
@@ -311,7 +311,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def flat_names(names: Any) -> list[str]:
-    """Return the names of a feature's numbers, however they are nested."""
+    """Return the names of a feature's dimensions, flattened."""
     if isinstance(names, str):
         return [names]
     if isinstance(names, Mapping):
@@ -320,7 +320,7 @@ def flat_names(names: Any) -> list[str]:
 
 
 def task_list(value: Any) -> list[str]:
-    """Return the task texts of a cell: a list of texts, a text, or nothing."""
+    """Return the task texts of a cell that holds a list of strings, a string, or nothing."""
     values = (
         [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, np.ndarray)) else []
     )

@@ -1,6 +1,6 @@
-"""Why LeRobot cannot open a dataset: `check-data` reports these problems and `precompute` refuses them.
+"""Problems that keep LeRobot from opening a dataset: `check-data` reports them and `precompute` rejects them.
 
-The rules read the files alone, without LeRobot; `verify.py` opens written datasets with LeRobot itself.
+The rules only read files and do not use LeRobot; `verify.py` opens written datasets with LeRobot.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _COUNTED = ("length", "dataset_from_index", "dataset_to_index")
 
 
 def require_openable(path: Path, source: LeRobotSource) -> None:
-    """Check that LeRobot can open a dataset, or version 3 of it.
+    """Check that LeRobot can open a dataset, or its conversion to version 3.
 
     Raises:
-        UserError: it cannot.
+        UserError: LeRobot cannot open it.
     """
     for problem in problems(path, source):
         raise UserError(f"{path}: {problem}; repair the dataset, or use --output file.")
 
 
 def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
-    """Yield why LeRobot cannot open a dataset, or version 3 of it: file, field, what it must be and is."""
+    """Yield problems that keep LeRobot from opening a dataset or its conversion to version 3."""
     yield from _feature_problems(source)
     yield from _value_problems(source)
     yield from _image_problems(source)
@@ -62,7 +62,7 @@ def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
 
 
 def total_problems(source: LeRobotSource) -> Iterator[str]:
-    """Yield which totals of `meta/info.json` contradict the tables; version 3 needs all of them."""
+    """Yield the totals of `meta/info.json` that contradict the tables; version 3 needs all of them."""
     needed = source.info.codebase_version.startswith("v3")
     counted = {"total_frames": source.tables.rows, "total_episodes": len(source.tables.spans)}
     for name, count in counted.items():
@@ -80,11 +80,11 @@ def _feature_problems(source: LeRobotSource) -> Iterator[str]:
         try:
             np.dtype(feature.dtype)
         except TypeError:
-            yield f"meta/info.json: features.{name}.dtype must be a type of numbers, got {feature.dtype!r}"
+            yield f"meta/info.json: features.{name}.dtype must be a numeric type, got {feature.dtype!r}"
 
 
 def _value_problems(source: LeRobotSource) -> Iterator[str]:
-    """Find missing values in columns that have no NaN for them; LeRobot cannot put a null into a batch."""
+    """Find missing values in columns whose type has no NaN; LeRobot cannot batch nulls."""
     rewritten = () if source.info.codebase_version.startswith("v3") else BOOKKEEPING
     for name, feature in source.tables.features.items():
         exact = not feature.dtype.startswith("float") and name not in rewritten
@@ -118,7 +118,7 @@ def _image_problems(source: LeRobotSource) -> Iterator[str]:
 
 
 def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
-    """Compare `meta/episodes`, in which LeRobot finds an episode by its row, with the tables."""
+    """Compare `meta/episodes`, where LeRobot looks up episodes by row, with the tables."""
     info, spans = source.info, source.tables.spans
     videos = [key for key, feature in info.features.items() if feature.dtype == "video"]
     files = {key: [f"videos/{key}/{name}" for name in _PLACE] for key in videos}
@@ -146,14 +146,14 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
         yield f"{where}: episode_index must be the row's number, got {listed[row]} in row {row}"
         return
     if unlisted := sorted(spans.keys() - set(listed)):
-        yield f"{where} must list every episode of the tables, and lacks episode {unlisted[0]}"
+        yield f"{where} must list every episode of the tables, got no episode {unlisted[0]}"
     order = sorted(spans, key=lambda episode: spans[episode].begin)
     if order != sorted(order):
         yield f"data: rows must be in the order of episode_index, got episodes {str(order[:8])[1:-1]}"
     columns = table.to_pydict()
     for episode in listed:
         if episode not in spans:
-            yield f"{where} lists episode {episode}, of which the tables have no row"
+            yield f"{where} lists episode {episode}, which has no rows in the tables"
             break
         span = spans[episode]
         rows = span.end - span.begin
@@ -181,7 +181,7 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
 
 
 def _old_time_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
-    """Find rows of version 2 that have no frame where LeRobot looks it up after a conversion."""
+    """Find rows of version 2 data without a frame where LeRobot looks it up after conversion."""
     info, fps = source.info, source.fps
     for key in (k for k in cameras(info.features) if info.features[k].dtype == "video"):
         by_file = {}
@@ -209,8 +209,8 @@ def _time_problems(path: Path, by_file: Mapping[str, Sequence[tuple[int, np.ndar
             rows = lerobot_misses(shown, times)
             if len(rows):
                 yield (
-                    f"{file}: rows lie more than LeRobot's tolerance of {LEROBOT_TOLERANCE_S:g} s from their "
-                    f"frames, such as row {rows[0]} of episode {episode} at {times[rows[0]]:.6g} s"
+                    f"{file}: rows must be within LeRobot's tolerance of {LEROBOT_TOLERANCE_S:g} s of their "
+                    f"frames, got row {rows[0]} of episode {episode} at {times[rows[0]]:.6g} s"
                 )
                 return
 
@@ -220,7 +220,7 @@ def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list
 
     Args:
         path: the dataset.
-        source: likewise.
+        source: the opened dataset.
         files: camera key, or "data" -> chunk index and file index of each episode.
     """
     info = source.info
@@ -233,7 +233,7 @@ def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list
                 yield str(error).rstrip(".").replace(str(path / "meta/info.json"), "meta/info.json")
                 break
             if not (path / file).is_file():
-                yield f"meta/episodes names the file {file}, which is missing"
+                yield f"meta/episodes lists the file {file}, which is missing"
                 break
             if key == "data" or info.features[key].depth:
                 continue

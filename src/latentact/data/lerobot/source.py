@@ -112,7 +112,7 @@ class LeRobotSource:
             )
         if unlisted := sorted(tables.spans.keys() - {r.episode for r in recordings}):
             self.notes.append(
-                f"rows of {len(unlisted)} episodes, such as episode {unlisted[0]}, are in the tables and not "
+                f"rows of {len(unlisted)} episodes, such as episode {unlisted[0]}, are in the tables but not "
                 f"in the list of episodes: they are left out"
             )
         self._set_tasks(present, texts)
@@ -194,12 +194,12 @@ class LeRobotSource:
         self.tasks = list(known)
         if unnamed:
             self.notes.append(
-                f"column task_index: {unnamed[0]} is not in the table of tasks; its episodes have tasks of "
-                f"the list of episodes"
+                f"column task_index: {unnamed[0]} is not in the table of tasks; its episodes have the tasks "
+                f"of the list of episodes"
             )
 
     def _lost(self, recordings: Sequence[Recording], memo: Memo) -> dict[int, str]:
-        """Return the episodes with a row that is at no time, or has no frame of its own, with the reason."""
+        """Return the episodes in which a row has no valid time or no frame of its own, with the reason."""
         found: dict[int, str] = {}
         by_video: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for recording in (r for r in recordings if r.video):

@@ -1,8 +1,8 @@
-"""LeRobot's streamed datasets with the frames that `LeRobotDataset` shows.
+"""Streamed LeRobot datasets with the same frames as `LeRobotDataset`.
 
 LeRobot 0.6.1 looks up streamed frames at `index / fps`, a time since the start of the dataset and not of the
-video file (huggingface/lerobot#4524), and takes the first frame of the next episode for the one after the
-last, without marking it as padding; at the end of a file, where that frame does not exist, it fails.
+video file (huggingface/lerobot#4524), and returns the first frame of the next episode after the last one,
+without marking it as padding; at the end of a file, where that frame does not exist, it fails.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 
 def with_right_frames(items: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Return a copy of a `StreamingLeRobotDataset` with the frames of `LeRobotDataset`; else the items.
+    """Return a `StreamingLeRobotDataset` with the frames of `LeRobotDataset`; other items unchanged.
 
     A frame is at `from_timestamp + timestamp` of its row. Frames before the first and after the last row of
-    the episode repeat that row's; `<camera>_is_pad` marks them.
+    the episode repeat the frame of that row; `<camera>_is_pad` marks them.
     """
     module = sys.modules.get("lerobot.datasets.streaming_dataset")
     if module is None or not isinstance(items, module.StreamingLeRobotDataset):
@@ -28,7 +28,7 @@ def with_right_frames(items: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any
 
 
 class _FileTimes:
-    """Replaces the methods of `StreamingLeRobotDataset` that compute the times of frames."""
+    """Overrides the methods of `StreamingLeRobotDataset` that compute frame times."""
 
     meta: Any
     fps: float
@@ -47,7 +47,7 @@ class _FileTimes:
     def _make_timestamps_from_indices(
         self, start_ts: float, indices: dict[str, list[int]] | None = None
     ) -> dict[str, list[float]]:
-        """Return the times of the frames in their video files, in seconds, even outside of the episode."""
+        """Return the times of the frames in their video files, in seconds, also outside the episode."""
         return {
             key: [now + offset / self.fps for offset in (indices or {}).get(key, [0])]
             for key, now in self._times.items()
@@ -59,7 +59,7 @@ class _FileTimes:
         query_indices: dict[str, list[int]] | None = None,
         episode_boundaries_ts: dict[str, tuple[float, float]] | None = None,
     ) -> dict[str, list[float]]:
-        """Return the times of the frames that are decoded, all of them inside the episode."""
+        """Return the times of the frames to decode, clipped to the episode."""
         first, last = self._rows
         inside = {
             key: [min(max(offset, first), last) for offset in offsets]

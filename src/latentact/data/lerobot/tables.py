@@ -1,6 +1,6 @@
 """The parquet tables of a LeRobot dataset: numeric columns, images and the action space.
 
-Shared by all versions of LeRobot datasets, which differ in file layout and not in the columns of the tables.
+Shared by all versions of LeRobot datasets, which differ in file layout but not in table columns.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from latentact.io.records import open_parquet, parquet_columns, read_parquet
 from latentact.types import ActionSpace
 
 _COUNTERS = ("frame_index", "index", "task_index")
-"""Columns of indices, besides `episode_index`."""
+"""Index columns other than `episode_index`."""
 _EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
-"""Tag of the orientation, and its values that swap height and width."""
+"""EXIF tag of the orientation, and its values that swap height and width."""
 _DAMAGED_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are not an image."""
+"""Exceptions of Pillow for bytes that are not an image."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of one episode, counted over all files; files may end inside."""
+    """Rows of one episode, counted over all files; an episode may span files."""
 
     begin: int
     """First row."""
@@ -59,7 +59,7 @@ class Tables:
     """
 
     def __init__(self, path: Path, features: Mapping[str, Feature], files: Sequence[Path]) -> None:
-        """Read which rows belong to which episode."""
+        """Read the rows of each episode."""
         self.path = path
         self.files = list(files)
         self.spans: dict[int, Span] = {}
@@ -86,20 +86,20 @@ class Tables:
             span, episode = Span(int(begin), int(end)), int(episodes[begin])
             if episode in self.spans:
                 raise UserError(
-                    f"{self.file(span)} holds rows of episode {episode} apart from its others; rewrite the "
-                    f"data."
+                    f"{self.file(span)} must hold the rows of episode {episode} together, got other rows "
+                    f"between them; rewrite the data."
                 )
             self.spans[episode] = span
         self.empty = [file for file, rows in zip(self.files, owners[1:], strict=True) if not len(rows)]
         """Files without rows."""
         self.rows = len(episodes)
-        """Rows of all files."""
+        """Number of rows in all files."""
         self.missing = [
             k for k, f in features.items() if f.dtype != "video" and not all(k in s for s in stored)
         ]
-        """Features that `meta/info.json` names and a table lacks; they are left out."""
+        """Features of `meta/info.json` that a table lacks; they are left out."""
         self.unlisted = sorted({n for s in stored for n in s} - features.keys() - {*BOOKKEEPING})
-        """Columns of the tables that `meta/info.json` does not name; they are left out."""
+        """Columns of the tables that `meta/info.json` lacks; they are left out."""
         self.features = {k: f for k, f in features.items() if k not in self.missing}
 
     def timestamps(self, episode: int) -> Float64[np.ndarray, " n"]:
@@ -121,10 +121,10 @@ class Tables:
     def column(self, name: str) -> Shaped[np.ndarray, " rows *shape"] | None:
         """Return a numeric column over all files: float32, integer or bool; None if it does not exist.
 
-        Where a row has no value it is NaN, and a column of integers float64.
+        Missing values are NaN, which turns a column of integers into float64.
 
         Raises:
-            UserError: a row has another number of values than the feature's shape.
+            UserError: the number of values in a row does not fit the feature's shape.
         """
         feature = self.features.get(name)
         if feature is None or not feature.numeric:
@@ -138,23 +138,23 @@ class Tables:
         elif array.dtype.kind == "f":
             if not feature.dtype.startswith(("int", "uint", "bool")):
                 raise UserError(
-                    f"{self.path / 'meta/info.json'}: features.{name}.dtype must be a type of numbers, such "
-                    f"as float32, got {feature.dtype!r}; repair the file or copy it again."
+                    f"{self.path / 'meta/info.json'}: features.{name}.dtype must be a numeric type, such as "
+                    f"float32, got {feature.dtype!r}; repair the file or copy it again."
                 )
             wrong = np.flatnonzero((np.isfinite(array) & (array != np.floor(array))).any(1))
             if len(wrong):
                 raise UserError(
-                    f"{self.path}: column {name} of {feature.dtype} must hold whole numbers, got "
+                    f"{self.path}: column {name} of {feature.dtype} must hold integers, got "
                     f"{array[wrong[0]].tolist()} in row {wrong[0]}; repair the data or its dtype."
                 )
         return array.reshape(-1) if feature.shape in ((), (1,)) else array.reshape(-1, *feature.shape)
 
     def episode_column(self, name: str, episode: int) -> Any:
-        """Return a column of an episode's rows: an array of numbers, a list of texts, or of encoded images.
+        """Return a column of an episode's rows: an array of numbers, or a list of strings or encoded images.
 
         Raises:
             Unreadable: a number or an image is missing.
-            UserError: a row has another number of values than the feature's shape.
+            UserError: the number of values in a row does not fit the feature's shape.
         """
         feature, span = self.features[name], self.spans[episode]
         if feature.visual:
@@ -171,7 +171,8 @@ class Tables:
         values = np.concatenate([numbers(column, size, file, name) for file, column in columns.items()])
         if not feature.dtype.startswith("float") and values.dtype.kind == "f":
             raise Unreadable(
-                f"column {name} of episode {episode} has rows without a value, and {feature.dtype} none"
+                f"column {name} of episode {episode} must have a value in every row, as {feature.dtype} has "
+                f"no NaN"
             )
         return values.reshape(-1) if feature.shape in ((), (1,)) else values.reshape(-1, *feature.shape)
 
@@ -179,10 +180,10 @@ class Tables:
         return read_parquet(self.files[file], [name])[name]
 
     def images(self, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Yield the images of an episode whose camera is stored in the table, or beside it.
+        """Yield the images of an episode whose camera is stored in the table or next to it.
 
         Raises:
-            Unreadable: an image cannot be decoded, or only its path is stored and the file is not there.
+            Unreadable: an image cannot be decoded, or only its path is stored and the file is missing.
         """
         for data in self._image_bytes(camera, self.spans[episode]):
             try:
@@ -214,7 +215,7 @@ class Tables:
         """Return Pillow's mode of an episode's first image.
 
         Raises:
-            Unreadable: it is missing or damaged.
+            Unreadable: the image is missing or damaged.
         """
         try:
             with Image.open(io.BytesIO(next(self._image_bytes(camera, self.spans[episode])))) as image:
@@ -223,9 +224,9 @@ class Tables:
             raise Unreadable(f"an image in it cannot be decoded ({error})") from error
 
     def image_digests(self, camera: str, memo: Memo) -> dict[int, str]:
-        """Return a digest of the encoded images of each episode; other columns do not enter.
+        """Return a digest of the encoded images of each episode, without other columns.
 
-        An episode whose images are not there gets an empty one.
+        An episode with missing images gets an empty digest.
         """
         by_file: dict[int, list[int]] = {}
         digests: dict[int, str] = {}
@@ -247,8 +248,8 @@ class Tables:
     def _image_digest(self, camera: str, span: Span, beside: bool = False) -> str:
         """Return the digest of an episode's images; empty where some are missing.
 
-        Images that lie beside the table are looked at only where `beside` is set: a memo of the table would
-        not notice that they change.
+        Images next to the table are read only if `beside` is set: a memo of the table would not notice that
+        they change.
         """
         try:
             cells = list(self._image_cells(camera, span))
@@ -271,7 +272,7 @@ class Tables:
                 yield from self._row_group(file, group, camera)[max(0, begin - first) : end - first]
 
     def _cell(self, cell: bytes | str | None, where: str) -> bytes:
-        """Return the encoded image of a cell, which holds its bytes, or the name of a file in the dataset."""
+        """Return the encoded image of a cell, which holds its bytes or the name of a file in the dataset."""
         if isinstance(cell, bytes):
             return cell
         if not cell:
@@ -307,7 +308,7 @@ class Tables:
         return [cell for chunk in column.chunks for cell in _cells(chunk)]
 
     def _open(self, file: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """Return an open file and the row at which each of its groups ends; kept, as footers can be long."""
+        """Return an open file and the end row of each of its row groups; cached, as footers can be long."""
         table = open_parquet(self.files[file])
         groups = range(table.metadata.num_row_groups)
         return table, np.cumsum([table.metadata.row_group(group).num_rows for group in groups])
@@ -362,11 +363,11 @@ def _counter(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
     """Return a column of indices; a `task_index` may be missing (NaN) or count from the end (negative).
 
     Raises:
-        UserError: a row is not one such integer.
+        UserError: a row does not hold one such integer.
     """
     if pa.types.is_nested(column.type) or pa.types.is_boolean(column.type):
         raise UserError(
-            f"{file}: column {name} must hold one whole number per row, got {column.type}; rewrite the data."
+            f"{file}: column {name} must hold one integer per row, got {column.type}; rewrite the data."
         )
     values = _plain(column, file, name)
     free = name == "task_index"
@@ -375,22 +376,22 @@ def _counter(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
     if not right.all():
         row, least = int(np.argmin(right)), "" if free else " of at least 0"
         raise UserError(
-            f"{file}: column {name} must hold whole numbers{least}, got {values[row]:g} in row {row}; "
+            f"{file}: column {name} must hold integers{least}, got {values[row]:g} in row {row}; "
             f"rewrite the data."
         )
     return values
 
 
 def _plain(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
-    """Return a column of single numbers; a row without one is NaN."""
+    """Return a column of scalars; missing values are NaN."""
     return numbers(column, 1, file, name).reshape(-1)
 
 
 def numbers(column: pa.ChunkedArray, size: int, file: Path, name: str) -> Shaped[np.ndarray, "rows size"]:
-    """Return the numbers of a column, nested as they may be; a row without any is NaN.
+    """Return the values of a column, flattened per row; missing rows are NaN.
 
     Raises:
-        UserError: a row has another number of values, or they are no numbers.
+        UserError: a row has the wrong number of values, or they are not numbers.
     """
     rows = len(column)
     array: Any = column.combine_chunks()

@@ -22,7 +22,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         deltas: row offsets of the tokens in an item; None: only the tokens of the row, without a time axis.
 
     Raises:
-        UserError: the tokens belong to another dataset.
+        UserError: the tokens belong to a different dataset.
     """
 
     def __init__(self, dataset: Any, tokens: TokenFile, key: str, deltas: list[int] | None) -> None:

@@ -59,17 +59,17 @@ def verify_dataset(root: Path, remedy: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the root cause; `datasets` wraps errors in ones that name nothing."""
+    """Return the first line of the root cause; `datasets` wraps errors in uninformative ones."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def require_upright(videos: Iterable[Path]) -> None:
-    """Check that videos have no display matrix, and no better stream than the first: decoders differ in both.
+    """Check that videos have no display matrix and that the first stream is read: decoders differ in both.
 
     Raises:
-        UserError: a video is rotated or mirrored, or another stream than the first is read.
+        UserError: a video is rotated or mirrored, or the stream that is read is not the first.
     """
     for file in sorted(videos):
         try:
@@ -90,7 +90,7 @@ def require_upright(videos: Iterable[Path]) -> None:
 
 @contextmanager
 def _own_cache(root: Path) -> Iterator[None]:
-    """Let `datasets` keep its copy of the tables in a temporary folder beside the dataset."""
+    """Let `datasets` keep its copy of the tables in a temporary folder next to the dataset."""
     from datasets import config
 
     before = config.HF_DATASETS_CACHE
@@ -119,7 +119,7 @@ def _check_counts(meta: Any, rows: int) -> None:
     ends = np.array(meta.episodes["dataset_to_index"][:])
     if not rows == meta.total_frames == lengths.sum() == ends[-1] or (np.cumsum(lengths) != ends).any():
         raise ValueError(
-            f"the tables have {rows} rows, info.json names {meta.total_frames}, episodes have {lengths.sum()}"
+            f"the tables have {rows} rows, info.json lists {meta.total_frames}, episodes have {lengths.sum()}"
         )
 
 
@@ -129,7 +129,7 @@ def _check_item(item: dict[str, Any], features: Any, kept: list[str], episode: i
     for key, feature in features.items():
         if feature.numeric or key in kept:
             if item[key] is None:
-                raise ValueError(f"{key} is null, which LeRobot cannot put into a batch")
+                raise ValueError(f"{key} is null, which LeRobot cannot batch")
             got = tuple(item[key].shape)
             height, width, channels = feature.hwc if feature.visual else (0, 0, 0)
             expected = (channels, height, width) if feature.visual else feature.shape

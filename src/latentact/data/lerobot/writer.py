@@ -3,7 +3,7 @@
 Staging compresses frames and counts pixel values, runs in parallel and survives interruptions; assembling
 copies bytes. Schema and metadata files are those of lerobot. Its recorder is not used because it writes every
 frame to a separate file and all statistics after every episode (33 ms for seven small frames). Statistics
-have the form of lerobot; the quantiles of an episode are exact instead of estimated from histograms.
+have the format of lerobot; the quantiles of an episode are exact instead of estimated from histograms.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RecordSpec:
     robot_type: str
     """Robot or environment of the recording."""
     nuisance_names: tuple[str, ...] = ()
-    """Names of the dimensions of the distractor state; empty: no distractors."""
+    """Dimension names of the distractor state; empty: no distractors."""
 
     @property
     def lossless(self) -> bool:
@@ -290,7 +290,7 @@ def _columns(
 
 
 def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Return the statistics of equally long columns in the form of lerobot: column -> statistic -> values."""
+    """Return the statistics of equally long columns in lerobot's format: column -> statistic -> values."""
     n = len(next(iter(columns.values())))
     table = np.column_stack([column.reshape(n, -1) for column in columns.values()]).astype(np.float64)
     if np.isnan(table).any():  # ignore missing values; zeros for a column without values
@@ -309,7 +309,7 @@ def number_statistics(columns: dict[str, np.ndarray]) -> dict[str, dict[str, np.
 
 
 def pixel_statistics(counts: np.ndarray, n: int) -> dict[str, np.ndarray]:
-    """Return the statistics `[3, 1, 1]` of n frames in the form of lerobot, with pixel values in 0..1.
+    """Return the statistics `[3, 1, 1]` of n frames in the format of lerobot, with pixel values in 0..1.
 
     Args:
         counts: histogram `[3, 256]` of the pixel values of each channel.

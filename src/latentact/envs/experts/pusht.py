@@ -1,4 +1,4 @@
-"""A planner for PushT: move around the block to the best straight push, push, plan again.
+"""A planner for PushT: move around the block to the best straight push, push, replan.
 
 Each push is simulated in a copy of the physics: start points evenly spaced along the block's outline, a few
 directions each, cut at the step where the block is nearest to its goal. Objects do not slide in PushT, so the
@@ -47,7 +47,7 @@ RUN_UP = 6.0
 PUSH_STEPS = 16
 """Maximum steps of a push."""
 MIN_GAIN = 0.3
-"""Pixels by which the best push must lower the cost."""
+"""Minimum decrease of the cost, in pixels, by the best push."""
 RANDOM_PUSHES = 60
 """Number of pushes sampled when no regular one lowers the cost."""
 SUBSTEPS = 5
@@ -76,7 +76,7 @@ class PushPlanner(Expert):
 
         Args:
             env: what `make_env("pusht")` returned.
-            seed: of sampled pushes.
+            seed: seed of sampled pushes.
         """
         self._world: Any = env.unwrapped
         self._shape = _Shape(self._world)

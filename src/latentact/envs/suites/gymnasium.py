@@ -94,7 +94,7 @@ class Gymnasium:
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
-        """Raise: there is none."""
+        """Raise a UserError: there is no expert."""
         raise UserError(
             f"{name} must belong to a suite with a scripted expert to collect from it. Choose one of "
             f"{', '.join(suite for suite in ENVS.names() if suite != 'gymnasium')}, or give a dataset."

@@ -30,7 +30,7 @@ class PushT:
     """The only environment of gym-pusht."""
 
     def check(self, name: str) -> None:
-        """Raise a UserError for a level: there is none."""
+        """Raise a UserError for a level: PushT has none."""
         if name != "pusht":
             raise UserError(f"unknown PushT level {name.partition('/')[2]!r}. Use 'pusht'.")
 

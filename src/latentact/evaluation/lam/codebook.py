@@ -1,4 +1,4 @@
-"""Codebook health: how many codes are used, and how evenly."""
+"""Codebook health: number of used codes, and how evenly they are used."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class CodebookHealth:
     """Use of a codebook over a set of transitions."""
 
     size: int
-    """Codes there are."""
+    """Number of codes."""
     used: int
-    """Codes that occur at least once, at any token position."""
+    """Number of codes that occur at least once, at any token position."""
     dead: int
-    """Codes that never occur."""
+    """Number of codes that never occur."""
     perplexity: float
     """Exponential of the entropy, averaged over token positions: 1 (one code) .. size (all equally)."""
 
 
 def codebook_health(codes: Int[np.ndarray, "m k"], size: int) -> CodebookHealth:
-    """Measure the codes of m transitions with k tokens each.
+    """Return the usage of codes in m transitions with k tokens each.
 
-    The perplexity is averaged over positions rather than taken over all of them together, so that a model
-    whose every token is stuck at a code of its own counts as collapsed.
+    The perplexity is averaged over positions instead of computed over all of them, so that a model in which
+    each token is stuck at its own code counts as collapsed.
 
     Raises:
-        ValueError: a code lies outside 0..size-1, or there are no codes.
+        ValueError: a code is outside 0..size-1, or there are no codes.
     """
     if codes.size == 0 or codes.min() < 0 or codes.max() >= size:
-        raise ValueError(f"codes must be in 0..{size - 1} and there must be some, got shape {codes.shape}")
+        raise ValueError(f"codes must be in 0..{size - 1} and not empty, got shape {codes.shape}")
     counts = np.stack([np.bincount(column, minlength=size) for column in codes.T])
     shares = counts / counts.sum(1, keepdims=True)
     entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(1)

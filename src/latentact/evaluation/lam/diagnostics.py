@@ -1,7 +1,8 @@
-"""Numbers that tell a good latent action model from a bad one: pure functions of latents, frames and actions.
+"""Diagnostics of latent action models: pure functions of latents, frames and actions.
 
 S-PCFC is from CoMo (arXiv 2505.17006), additivity and reversal from ALAM (arXiv 2605.10819), delta PSNR from
-Genie (arXiv 2402.15391). The lag curve finds actions that are recorded a row too early or too late.
+Genie (arXiv 2402.15391). The lag curve finds actions that are recorded one or more rows too early or too
+late.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, Shaped
 
 DRAWS = 3  # of the k labeled episodes, for every k of the label-efficiency curve
-SMALLEST_MSE = 1e-6  # a PSNR of 60 dB: below this a difference is of no use to anybody
-LEAD = 0.05  # by which another lag must beat the right one to be called the better
-TELLING = 0.25  # R2 below which a lag curve of numbers is too flat to tell where actions belong
+SMALLEST_MSE = 1e-6  # a PSNR of 60 dB: smaller errors do not matter
+LEAD = 0.05  # margin by which another lag must beat the expected one to count as better
+TELLING = 0.25  # R2 below which the lag curve of continuous actions is too flat to find the lag
 
 
 def spread(latents: Float[np.ndarray, "n f"]) -> float:
-    """Return how much latents vary: their deviation over their size; 0: all are the same."""
+    """Return how much latents vary: standard deviation over magnitude; 0: all are the same."""
     size = np.sqrt(np.square(latents).sum(1).mean())
     deviation = np.sqrt(np.square(latents - latents.mean(0)).sum(1).mean())
     return float(deviation / size) if size > 0 else 0.0
 
 
 def effective_dims(latents: Float[np.ndarray, "n f"]) -> float:
-    """Return in how many directions latents spread: the participation ratio of their variances, 0 to f."""
+    """Return the effective number of dimensions of latents: participation ratio of their variances, 0..f."""
     variance = np.square(np.linalg.svd(latents - latents.mean(0), compute_uv=False))
     return float(variance.sum() ** 2 / np.square(variance).sum()) if variance.any() else 0.0
 
 
 def relative_error(error: Float[np.ndarray, "n f"], reference: Float[np.ndarray, "n f"]) -> float:
-    """Return the mean length of `error` in mean lengths of `reference`; 0 where both are 0."""
+    """Return the mean norm of `error` over that of `reference`; 0 if both are 0."""
     length, scale = (np.linalg.norm(each, axis=1).mean() for each in (error, reference))
     return float(length / scale) if scale > 0 else 0.0
 
@@ -47,14 +48,14 @@ def algebra(
     ba: Float[np.ndarray, "n f"],
     aa: Float[np.ndarray, "n f"],
 ) -> dict[str, float]:
-    """Return how far latents are from adding up like motions, 0 is exact.
+    """Return how far latents are from being additive like motions; 0 is exact.
 
     Args:
-        ab: latents from timestep a to timestep b; likewise the others. c is as far after b as b is after a.
-        bc: from b to c.
-        ac: from a to c.
-        ba: from b back to a.
-        aa: from a to a itself.
+        ab: latents from timestep a to timestep b; c is as far after b as b is after a.
+        bc: latents from b to c.
+        ac: latents from a to c.
+        ba: latents from b back to a.
+        aa: latents from a to a itself.
     """
     return {
         "additivity": relative_error(ac - ab - bc, ac),
@@ -70,10 +71,10 @@ def mean_cosine(a: Float[np.ndarray, "n f"], b: Float[np.ndarray, "n f"]) -> flo
 
 
 def past_future_cosine(past: Float[np.ndarray, "n f"], future: Float[np.ndarray, "n f"]) -> dict[str, float]:
-    """Return the agreement of the latents that lead to one frame from its past and back from its future.
+    """Return the cosine between the latents that lead to the same frame from its past and from its future.
 
-    Near 1 a latent tells what the frame it leads to looks like, not what moved. `s_pcfc` is the plain cosine
-    as published; `centered` leaves out what all latents have in common.
+    Near 1, a latent encodes the appearance of the next frame, not the motion. `s_pcfc` is the plain cosine as
+    published; `centered` subtracts the mean latent first.
     """
     mean = np.concatenate([past, future]).mean(0)
     return {"s_pcfc": mean_cosine(past, future), "centered": mean_cosine(past - mean, future - mean)}
@@ -82,7 +83,7 @@ def past_future_cosine(past: Float[np.ndarray, "n f"], future: Float[np.ndarray,
 def future_dependence(
     own: Float[np.ndarray, "n f"], wrong: Float[np.ndarray, "n f"], others: Float[np.ndarray, "n f"]
 ) -> float:
-    """Return how far a wrong future moves a latent, in distances between latents of different transitions."""
+    """Return the change of latents by a wrong future, relative to distances between transitions."""
     return relative_error(wrong - own, others - own)
 
 
@@ -92,11 +93,11 @@ def psnr(mse: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
 
 
 def delta_psnr(own: Float[np.ndarray, "n t"], other: Float[np.ndarray, "n t"]) -> list[float]:
-    """Return by how many dB frames are nearer with their own latents than with others', step by step.
+    """Return the PSNR gain (dB) of frames rolled out with their own latents over others', per step.
 
     Args:
-        own: squared errors on a 0..1 scale of frames rolled out with the latents of the video.
-        other: with latents of another video.
+        own: squared errors (0..1 scale) of frames rolled out with the latents of the video.
+        other: squared errors with latents of another video.
     """
     return [float(step) for step in (psnr(own) - psnr(other)).mean(0)]
 
@@ -104,7 +105,7 @@ def delta_psnr(own: Float[np.ndarray, "n t"], other: Float[np.ndarray, "n t"]) -
 def share_inside(
     response: Float[np.ndarray, "n g g"], moving: Bool[np.ndarray, "n g g"]
 ) -> tuple[float, float]:
-    """Return which share of the response lies where something moves, and which share of the cells that is."""
+    """Return the share of the response in moving cells, and the share of cells that move."""
     total = response.sum()
     return float((response * moving).sum() / total) if total > 0 else 0.0, float(moving.mean())
 
@@ -112,10 +113,10 @@ def share_inside(
 def without_state(
     actions: Float[np.ndarray, "n a"], state: Float[np.ndarray, "n s"], fit: Bool[np.ndarray, "n"]
 ) -> Float[np.ndarray, "n a"]:
-    """Return what of the actions a straight line through the state of the same row does not tell.
+    """Return the residual of actions after a linear fit on the state of the same row.
 
-    Where an action is a place to go to, it is mostly where the robot is already; the rest is the move. Rows
-    that are not finite stay so and teach nothing.
+    Where actions are target positions, they mostly equal the current position; the residual is the motion.
+    Rows that are not finite stay so and do not affect the fit.
     """
     known = fit & np.isfinite(actions).all(1)
     inputs = np.concatenate([state, np.ones((len(state), 1), state.dtype)], axis=1).astype(np.float64)
@@ -131,15 +132,15 @@ def lag_curve(
     group: Int64[np.ndarray, "n"],
     seed: int,
 ) -> dict[int, ProbeScore]:
-    """Return how well latents tell the action at every lag in rows: the peak belongs at 0.
+    """Return the probe score of the action at every lag in rows; it should peak at 0.
 
     Args:
-        latents: one per transition.
+        latents: one latent per transition.
         targets: lag -> the action recorded that many rows after the transition's first frame.
-        fit: transitions that fit the probe.
-        score: transitions that score it.
-        group: the unit of the bootstrap.
-        seed: of the bootstrap.
+        fit: transitions on which the probe is fitted.
+        score: transitions on which it is scored.
+        group: bootstrap unit of each transition.
+        seed: seed of the bootstrap.
     """
     return {
         lag: linear_probe(
@@ -154,11 +155,11 @@ def lag_curve(
 
 
 def misaligned(curve: dict[int, ProbeScore], gap: int) -> int | None:
-    """Return the lag at which actions fit clearly better than within the transition; None: there is none.
+    """Return the lag at which actions fit clearly better than within the transition; None if there is none.
 
     Args:
-        curve: from `lag_curve`.
-        gap: rows that a transition spans; an action at any of them may be the one seen.
+        curve: result of `lag_curve`.
+        gap: rows that a transition spans; the action at any of them may match.
     """
     inside = max((curve[lag] for lag in curve if 0 <= lag < gap), key=lambda probe: probe.score)
     peak = max(curve, key=lambda lag: curve[lag].score)
@@ -172,17 +173,17 @@ def misaligned(curve: dict[int, ProbeScore], gap: int) -> int | None:
 def label_efficiency(
     fit: ProbeData, score: ProbeData, floor_fit: ProbeData, floor_score: ProbeData, seed: int
 ) -> list[dict[str, Any]]:
-    """Return what a linear probe reaches with the labels of 1, 2, 4, ... episodes, beside the floor's.
+    """Return the scores of a linear probe and of its floor with the labels of 1, 2, 4, ... episodes.
 
-    Every k has the same few draws of episodes for both, those of a smaller k among those of a larger one;
-    `low` and `high` are the worst and the best draw.
+    Both use the same few draws of episodes for every k, and those of a smaller k are a subset of those of a
+    larger one; `low` and `high` are the worst and the best draw.
 
     Args:
         fit: latents to draw labeled episodes from.
         score: latents of other episodes.
-        floor_fit: the same transitions as `fit`, seen without latents.
-        floor_score: the same as `score`.
-        seed: of the draws.
+        floor_fit: features of the same transitions as `fit`, without latents.
+        floor_score: features of the same transitions as `score`, without latents.
+        seed: seed of the draws.
     """
     present = np.unique(fit.episode)
     orders = [np.random.default_rng((seed, draw)).permutation(present) for draw in range(DRAWS)]

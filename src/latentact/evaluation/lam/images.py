@@ -1,4 +1,4 @@
-"""Images of a latent action model: predicted beside real frames, and transfer of latents to other scenes."""
+"""Images of a latent action model: predicted and real frames, and transfer of latents to other scenes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = 8
 SOURCES = 4
-CANDIDATES = 64  # among which the sources are chosen for their different latents
+CANDIDATES = 64  # candidates, from which sources with different latents are chosen
 STARTS = 6
 
 
@@ -35,14 +35,14 @@ def evaluation_images(
     """Return the images of `lam.npz`; none for frames that are not RGB.
 
     Args:
-        model: in eval mode.
-        store: the frames.
-        clips: windows of it with the model's context.
-        rows: where the transitions start.
-        vectors: their latents.
-        motion: how much changes in each, to show those where something does.
-        rng: of the choice.
-        device: where the frames go.
+        model: model in evaluation mode.
+        store: frames.
+        clips: windows of the store with the model's context.
+        rows: first rows of the transitions.
+        vectors: latents of the transitions.
+        motion: amount of change in each transition, to select those with visible motion.
+        rng: generator of the choice.
+        device: device of the model.
     """
     if store.frames.shape[-1] != 3:
         return {}
@@ -90,7 +90,7 @@ def _images(frames: UInt8[Tensor, "b c h w"], size: tuple[int, ...]) -> UInt8[np
 def _spread_over_episodes(
     candidates: Int64[np.ndarray, "q"], episode: Int64[np.ndarray, "m"], count: int
 ) -> Int64[np.ndarray, "r"]:
-    """Take up to `count` candidates in their order, one per episode before a second of any."""
+    """Select up to `count` candidates in order, one per episode before a second of any."""
     turn: dict[int, int] = {}
     rank = []
     for candidate in candidates:
@@ -102,7 +102,7 @@ def _spread_over_episodes(
 def _unlike(
     candidates: Int64[np.ndarray, "q"], latents: Float[np.ndarray, "m f"], count: int
 ) -> Int64[np.ndarray, "r"]:
-    """Take up to `count` candidates with unlike latents: each next one is the farthest from those taken."""
+    """Select up to `count` candidates with different latents by farthest-point sampling."""
     points = latents[candidates] - latents[candidates].mean(0)
     taken = [int(np.argmin(np.square(points).sum(1)))]
     while len(taken) < min(count, len(candidates)):

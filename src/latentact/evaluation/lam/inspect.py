@@ -40,7 +40,7 @@ class Inspection:
     numbers: dict[str, Any]
     """Content of `inspect.json`: metrics, verdict, and notes on missing metrics."""
     arrays: dict[str, np.ndarray]
-    """Arrays of the page: latents, their map, images."""
+    """Arrays for the page: latents, their map, images."""
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def inspect_lam(
     max_transitions: int = 2048,
     device: str = "cpu",
 ) -> Inspection:
-    """Inspect `model` on `episodes` that it was not trained on; see `evaluate_lam` for the arguments.
+    """Inspect `model` on held-out `episodes`; arguments as in `evaluate_lam`.
 
     Raises:
         UserError: no episode is long enough for one transition, or latents are not finite.
@@ -91,8 +91,8 @@ def inspect_lam(
         case.missing.append("The model uses robot states only, so saliency is not evaluated.")
     if base.numbers["episodes"] == 1:
         case.missing.append(
-            "There is one evaluation episode: probes are fitted on its beginning and scored on its end, and "
-            "intervals do not cover other episodes."
+            "There is only one evaluation episode: probes are fitted on its beginning and scored on its end, "
+            "and intervals do not cover other episodes."
         )
     if base.numbers["codebook"] is None:
         case.missing.append("The model has no codes, so no codebook is evaluated.")

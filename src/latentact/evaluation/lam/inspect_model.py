@@ -1,7 +1,7 @@
-"""What an inspection asks a latent action model beyond labeling: pairs of frames that training never shows.
+"""Diagnostics of a latent action model on frame pairs that do not occur in training.
 
-Frames reversed, still, across cuts, rolled out with latents of another video, with parts grayed out. Nothing
-but the contract of `LatentActionModel` is used, so that any model can be asked.
+Frames are reversed, repeated, paired across cuts, rolled out with latents of another video, or partly grayed
+out. Only the contract of `LatentActionModel` is used, so that any model can be inspected.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from latentact.lams.contract import LatentActionModel
     from latentact.types import Clip
 
-PAIRS = 256  # transitions that are asked about
+PAIRS = 256  # transitions that are evaluated
 BATCH = 64
-STEPS = 4  # of a rollout, as in Genie
-GAPS = (0.5, 1, 2, 4)  # frame gaps of the gap curve, in gaps of the model
-CELLS = 8  # per side, of the image, cells that are grayed out in turn
+STEPS = 4  # steps of a rollout, as in Genie
+GAPS = (0.5, 1, 2, 4)  # frame gaps of the gap curve, in multiples of the model's gap
+CELLS = 8  # cells per image side that are grayed out in turn
 SALIENT = 12  # transitions whose parts are grayed out
-MOVES = 8  # gray levels by which a pixel that moves changes
+MOVES = 8  # change in gray levels above which a pixel counts as moving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +56,21 @@ class Case:
 
     @property
     def rgb(self) -> bool:
-        """Whether frames are RGB images, not grids."""
+        """Whether frames are RGB images rather than grids."""
         return self.store.frames.shape[-1] == 3
 
     def ahead(self, rows: np.ndarray, steps: int) -> np.ndarray:
-        """Those rows that have a frame `steps` rows later in their episode, spread over at most PAIRS."""
+        """Return up to PAIRS evenly spread rows that have a frame `steps` rows later in their episode."""
         ends = self.store.starts + self.store.lengths
         kept = rows[rows + steps < ends[self.store.episode[rows]]]
         return kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), PAIRS)).astype(int))]
 
     def frames(self, rows: np.ndarray) -> torch.Tensor:
-        """Frames at these rows [n, t] as [n, t, c, h, w]."""
+        """Return the frames at rows [n, t] as [n, t, c, h, w]."""
         return torch.from_numpy(np.asarray(self.store.frames[rows])).permute(0, 1, 4, 2, 3)
 
     def latents(self, *timesteps: np.ndarray) -> np.ndarray:
-        """Return latents between the last two of these timesteps, each given as rows of frames."""
+        """Return latents between the last two of the given timesteps, each an array of rows."""
         rows = np.stack(timesteps, axis=1)
         parts = [
             self.encode(self.frames(part), part) for part in np.split(rows, range(BATCH, len(rows), BATCH))
@@ -78,7 +78,7 @@ class Case:
         return np.concatenate(parts)
 
     def encode(self, frames: torch.Tensor, rows: np.ndarray) -> np.ndarray:
-        """Latents of the last transition of clips, whose states are those at `rows` [n, t]."""
+        """Return the latents of the last transition of clips; states are taken at `rows` [n, t]."""
         states = None
         if self.model.state_size and self.store.state is not None:
             states = torch.from_numpy(self.store.state[rows]).to(self.device)
@@ -87,7 +87,7 @@ class Case:
 
 
 def algebra(case: Case) -> dict[str, float] | None:
-    """Whether latents add up like motions; None where episodes are too short."""
+    """Return how additive latents are; None if episodes are too short."""
     a = case.ahead(case.rows, 2 * case.gap)
     if not len(a):
         case.missing.append("Episodes are shorter than two transitions, so additivity is not evaluated.")
@@ -110,7 +110,9 @@ def leakage(case: Case, rng: np.random.Generator) -> dict[str, Any] | None:
     if not case.model.generative or not case.rgb:
         return found
     if len(np.unique(case.store.episode[case.rows])) < 2:
-        case.missing.append("There is one held-out episode, so predictions across a cut are not evaluated.")
+        case.missing.append(
+            "There is only one held-out episode, so predictions across a cut are not evaluated."
+        )
         return found
     episode = case.store.episode[past]
     elsewhere = np.array([rng.choice(case.rows[case.store.episode[case.rows] != e]) for e in episode])
@@ -133,7 +135,7 @@ def _tokens(case: Case, flat: torch.Tensor) -> torch.Tensor:
 
 
 def controllability(case: Case) -> dict[str, Any] | None:
-    """Roll out with the video's latents and with another video's; return delta PSNR and how they differ."""
+    """Return delta PSNR and frame differences of rollouts with the video's and another video's latents."""
     longest = int(((case.store.lengths[case.store.episode[case.rows]] - 1) // case.gap).max())
     steps = min(STEPS, longest)
     clips = Clips(
@@ -170,7 +172,7 @@ def controllability(case: Case) -> dict[str, Any] | None:
 
 
 def _following(case: Case, clip: Clip, steps: int) -> torch.Tensor:
-    """Latents of the last `steps` transitions of clips."""
+    """Return the latents of the last `steps` transitions of clips."""
     valid, states = clip.valid.to(case.device), None
     if case.model.state_size and clip.states is not None:
         states = clip.states.to(case.device)
@@ -178,7 +180,7 @@ def _following(case: Case, clip: Clip, steps: int) -> torch.Tensor:
 
 
 def _rollout(model: LatentActionModel, past: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """Frames predicted one after the other, each from those before it `[b, t, c, h2, w2]`, as floats."""
+    """Return frames predicted autoregressively, float `[b, t, c, h2, w2]`."""
     frames, out = past, []
     for step in range(z.shape[1]):
         predicted = model.predict(frames, z[:, step])
@@ -189,7 +191,7 @@ def _rollout(model: LatentActionModel, past: torch.Tensor, z: torch.Tensor) -> t
 
 
 def gap_curve(case: Case) -> list[dict[str, Any]]:
-    """What latents of other frame gaps tell of the action, and how much moves meanwhile."""
+    """Return the probe score of the action and the share of moving pixels at other frame gaps."""
     curve: list[dict[str, Any]] = []
     store = case.store
     actions = None if store.action_space is None else store.actions(case.episodes)
@@ -233,7 +235,7 @@ def _motion(now: UInt8[np.ndarray, "h w c"], after: UInt8[np.ndarray, "h w c"]) 
 
 
 def saliency(case: Case, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:
-    """How much latents answer to what lies where something moves: parts of both frames are grayed in turn."""
+    """Return how much latents respond to moving regions: cells of both frames are grayed out in turn."""
     rows = case.rows
     motion = np.array([_motion(case.store.frames[r], case.store.frames[r + case.gap]) for r in rows[:PAIRS]])
     order = np.flatnonzero(motion > 0)

@@ -1,4 +1,4 @@
-"""The probes of an inspection: what latents tell of actions, states and nuisances, beside their floors."""
+"""Probes of an inspection: information about actions, states and nuisances in latents, with floors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentact.evaluation.lam.inspect_model import Case
 
 NUISANCE = "observation.nuisance"
-"""Column that holds the state of a distractor, where one was recorded."""
+"""Column with the state of the distractors, if recorded."""
 
 
 class Probed:
@@ -71,7 +71,7 @@ class Probed:
         self.probes[f"{name}_mlp"] = mlp_probe(*pair, seed=self.case.seed).to_json()
 
     def _actions(self, lag: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """The action `lag` rows after each transition's start, and whether it was taken in that episode."""
+        """Return the action `lag` rows after each transition's start, and whether its episode is the same."""
         store, rows = self.case.store, self.case.rows
         actions = store.actions(self.case.episodes)
         first = store.starts[store.episode[rows]]
@@ -84,7 +84,7 @@ class Probed:
         return taken, inside & known
 
     def _with_present(self) -> None:
-        """What latents add to the present: where actions are places, neither tells them alone."""
+        """Return probes of latents with the current state, both of which actions that are positions need."""
         actions = self.case.store.actions(self.case.episodes)[self.case.rows]
         both = np.concatenate([self.latents, self.floor], axis=1)
         self._both("latent_and_present", both, np.ma.getdata(actions), known_rows(actions))
@@ -105,7 +105,7 @@ class Probed:
             self.probes[name] = linear_probe(*self._pair(features, targets), seed=seed).to_json()
 
     def _nuisance(self) -> None:
-        """How much of a distractor's motion latents tell, beside what the action itself tells of it."""
+        """Return probes of the distractors' motion from latents, and from the action as a control."""
         column = self.case.store.column(NUISANCE)
         if column is None:
             self.case.missing.append(
@@ -123,7 +123,7 @@ class Probed:
             self.probes["nuisance_from_action"] = linear_probe(*pair, seed=self.case.seed).to_json()
 
     def label_efficiency(self) -> list[dict[str, Any]]:
-        """The curve over k labeled episodes; empty without actions."""
+        """Return the curve over k labeled episodes; empty without actions."""
         if not self.enough or "latent_linear" not in self.probes:
             return []
         taken, known = self._actions()
@@ -132,7 +132,7 @@ class Probed:
         )
 
     def lags(self) -> list[dict[str, Any]]:
-        """The lag curve; empty without actions."""
+        """Return the lag curve; empty without actions."""
         if not self.enough or "latent_linear" not in self.probes:
             return []
         span = range(-2, self.case.gap + 2)
@@ -148,5 +148,5 @@ class Probed:
         return [{"lag": lag, **probe.to_json()} for lag, probe in self.curve.items()]
 
     def misaligned(self) -> int | None:
-        """The lag at which actions belong, where that is not 0; after `lags`."""
+        """Return the lag at which actions fit best, if clearly not 0, else None; requires `lags`."""
         return diagnostics.misaligned(self.curve, self.case.gap) if self.curve else None

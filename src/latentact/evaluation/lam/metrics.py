@@ -1,7 +1,7 @@
 """Evaluate a latent action model on held-out episodes: prediction error, use of latents, probes of actions.
 
-Every number stands beside the one that makes it honest: reconstruction beside copying the last frame and
-beside shuffled latents, probes beside a state-only floor and a shuffled-future control.
+Every metric has a baseline: for reconstruction, copying the last frame and shuffled latents; for probes, a
+state-only floor and a shuffled-future control.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from latentact.lams.contract import LatentActionModel
 
 BATCH = 128
-FEWEST_PROBED = 10  # transitions that each half of the probes needs
-IGNORED_BELOW = 1.5  # shuffled over matching error under which latents count as ignored
+FEWEST_PROBED = 10  # transitions needed to fit probes, and to score them
+IGNORED_BELOW = 1.5  # ratio of shuffled to matching error below which latents count as ignored
 COLLAPSED_BELOW = 0.1  # perplexity over codebook size
 
 
@@ -54,18 +54,19 @@ def evaluate_lam(
     max_transitions: int = 4096,
     device: str = "cpu",
 ) -> LamEvaluation:
-    """Evaluate `model` on `episodes` that it was not trained on.
+    """Evaluate `model` on held-out `episodes`.
 
-    Half of the episodes (by `seed`) fit the probes, the others score them; a single one is split in time.
+    Probes are fitted on half of the episodes (drawn by `seed`) and scored on the others; a single episode is
+    split in time.
 
     Args:
-        model: in any mode, on `device`; it is evaluated in eval mode and left as it was.
-        store: the frames, and the states and actions where there are any.
-        episodes: held-out episodes, all of whose actions may be seen.
+        model: model on `device`; it is evaluated in evaluation mode, and its mode is restored.
+        store: frames, and states and actions if available.
+        episodes: held-out episodes, whose actions are used.
         frame_gap: frames between the two timesteps of a transition.
-        seed: of the choice of transitions, halves and shuffles.
-        max_transitions: transitions looked at, chosen at random when there are more.
-        device: where the frames go.
+        seed: seed of the choice of transitions, halves and shuffles.
+        max_transitions: maximum number of transitions, sampled at random.
+        device: device of the model.
 
     Raises:
         UserError: no episode is long enough for one transition, or latents are not finite.
@@ -135,7 +136,7 @@ def encode_rows(
     device: str,
     futures: Int64[np.ndarray, "m"] | None = None,
 ) -> tuple[Float[Tensor, "m k d"], Int64[np.ndarray, "m k"] | None]:
-    """Latents of the transitions that start at `rows`; those at `futures` take the place of what follows."""
+    """Return the latents of transitions that start at `rows`; frames at `futures` replace the next ones."""
     vectors, codes = [], []
     for part in _batches(len(rows)):
         clip = clips.clip(rows[part])
@@ -162,7 +163,7 @@ def _errors(
     order: Int64[np.ndarray, "m"],
     device: str,
 ) -> dict[str, Float[np.ndarray, "m"]]:
-    """Squared error per transition, [0, 1] scale: predicting, copying, predicting with another's latent."""
+    """Return squared errors per transition (0..1 scale): prediction, copying, another's latent."""
     errors: dict[str, list[Tensor]] = {"recon": [], "copy": [], "shuffled": []}
     for part in _batches(len(rows)):
         frames = clips.clip(rows[part]).frames.to(device)
@@ -176,7 +177,7 @@ def _errors(
 
 
 def derangement(count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m"]:
-    """A random order in which nothing keeps its place (when there are at least two)."""
+    """Return a random permutation without fixed points (for at least two elements)."""
     cycle = rng.permutation(count)
     order = np.empty(count, dtype=np.int64)
     order[cycle] = np.roll(cycle, 1)
@@ -186,7 +187,7 @@ def derangement(count: int, rng: np.random.Generator) -> Int64[np.ndarray, "m"]:
 def other_future(
     store: FrameStore, rows: Int64[np.ndarray, "m"], frame_gap: int, rng: np.random.Generator
 ) -> Int64[np.ndarray, "m"]:
-    """The row of the future frame of another random transition of the same episode, for every row."""
+    """Return, for every row, the row of the future frame of another random transition of the same episode."""
     start = store.starts[store.episode[rows]]
     transitions = store.lengths[store.episode[rows]] - frame_gap
     step = np.where(transitions > 1, 1 + rng.integers(0, np.maximum(transitions - 1, 1)), 0)
@@ -249,7 +250,7 @@ def _probes(
 def halves_of(
     episode: Int64[np.ndarray, "m"], rows: Int64[np.ndarray, "m"], frame_gap: int, context: int, seed: int
 ) -> tuple[Bool[np.ndarray, "m"], Bool[np.ndarray, "m"]]:
-    """Which transitions fit the probes and which score them; no frame is seen by both."""
+    """Return the transitions for fitting and for scoring probes; no frame is in both."""
     present = np.unique(episode)
     if len(present) > 1:
         fitting = np.random.default_rng(seed).permutation(present)[: len(present) // 2]
@@ -260,7 +261,7 @@ def halves_of(
 
 
 def bootstrap_groups(episode: Int64[np.ndarray, "m"], score: Bool[np.ndarray, "m"]) -> Int64[np.ndarray, "m"]:
-    """The unit of the bootstrap: the episode, or a tenth of it where only one is scored."""
+    """Return the bootstrap units: episodes, or tenths of the episode if only one is scored."""
     if len(np.unique(episode[score])) > 1:
         return episode
     return np.cumsum(score) * 10 // (score.sum() + 1)
@@ -284,14 +285,14 @@ def present_features(
 def _warnings(
     means: dict[str, float], probes: dict[str, dict[str, Any]], health: dict[str, Any] | None
 ) -> list[str]:
-    """Warnings for the user, in plain words."""
+    """Return warnings for the user."""
     recon, copy, shuffled = (means.get(f"{name}_mse", np.nan) for name in ("recon", "copy", "shuffled"))
     found = []
     if shuffled < IGNORED_BELOW * recon or shuffled == 0:
         size = f"only {shuffled / recon:.2f} times as large" if recon > 0 else "no larger"
         found.append(
             f"Latents are not used: with another transition's latent the prediction error is {size}. "
-            "The model predicts from the past alone; show it fewer past frames or weight motion more."
+            "The model predicts from past frames alone; use fewer past frames or a larger motion weight."
         )
     if recon >= copy:
         found.append(
@@ -303,11 +304,13 @@ def _warnings(
             f"Codes collapsed: the model uses about {health['perplexity']:.1f} of {health['size']} codes; "
             "use a smaller codebook, fsq, or a bottleneck without codes."
         )
-    if change := probes.get("state_change"):  # a place is not in a latent action; how it changes can be
+    if change := probes.get(
+        "state_change"
+    ):  # a latent action does not contain a position, but possibly its change
         best, floor = change["score"], probes["state_change_state_only"]["score"]
         if best <= floor:
             found.append(
-                f"Latents tell no more about how the state changes than the state does: {best:.2f} against "
+                f"Latents predict the change of the state no better than the state alone: {best:.2f} against "
                 f"{floor:.2f}."
             )
     elif probes:
@@ -315,6 +318,6 @@ def _warnings(
         floor = max(probes["state_only"]["score"], probes["shuffled_future"]["score"])
         if best <= floor:
             found.append(
-                f"Latents tell no more about the action than the floor does: {best:.2f} against {floor:.2f}."
+                f"Latents predict the action no better than the floor: {best:.2f} against {floor:.2f}."
             )
     return found

@@ -1,4 +1,4 @@
-"""Probes: how much of an action can be read from a feature vector, on episodes the probe has not seen.
+"""Probes: how well an action can be predicted from a feature vector, on held-out episodes.
 
 A probe is fitted on one set of episodes and scored on another (LAPO's `train_decoder` and LAOM's linear
 probe, but held out). Discrete actions are scored by accuracy, continuous ones by R2 over dimensions that are
@@ -30,12 +30,12 @@ BOOTSTRAPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScore:
-    """What one probe reached on the scored episodes."""
+    """Score of one probe on the scored episodes."""
 
     score: float
     """Accuracy (0..1) or R2 (1 is perfect, 0 is the mean, below 0 is worse than the mean)."""
     metric: Literal["accuracy", "r2"]
-    """Which of the two."""
+    """Name of the metric: accuracy or r2."""
     ci95: tuple[float, float]
     """95 % interval of a bootstrap over the scored episodes."""
 
@@ -51,9 +51,9 @@ class ProbeData:
     """Features and targets of one set of transitions."""
 
     features: Float[np.ndarray, "n f"]
-    """What the probe reads."""
+    """Inputs of the probe, `[n, f]`."""
     targets: Shaped[np.ndarray, "n *a"]
-    """int64 classes `[n]` or real numbers `[n, a]`."""
+    """int64 classes `[n]` or floats `[n, a]`."""
     episode: Int64[np.ndarray, "n"]
     """Episode of each transition: the unit of the bootstrap."""
 
@@ -84,7 +84,7 @@ def principal_components(
 
 
 Learner = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Fitting features, fitting targets, new features -> predicted targets (classes, or real numbers)."""
+"""Fitting features, fitting targets, new features -> predicted targets (classes or floats)."""
 
 
 def _run(fit: ProbeData, score: ProbeData, learn: Learner, seed: int) -> ProbeScore:
@@ -109,7 +109,7 @@ def _scored(
     metric: Literal["accuracy", "r2"],
     seed: int,
 ) -> ProbeScore:
-    """Score from sums of `statistics` per episode, so that all resamplings cost one matrix product."""
+    """Compute score and interval from sums of `statistics` per episode, with one matrix product."""
     _, group = np.unique(episode, return_inverse=True)
     sums = np.zeros((group.max() + 1, statistics.shape[1]))
     np.add.at(sums, group, statistics)
@@ -126,14 +126,14 @@ def _accuracy(sums: Float[np.ndarray, "r 2"]) -> Float[np.ndarray, "r"]:
 
 
 def _r2(sums: Float[np.ndarray, "r q"]) -> Float[np.ndarray, "r"]:
-    """R2 from columns count, squared error, sum of squares, sum of each target; 0 without variance."""
+    """Return R2 from count, squared error, sum of squares and sum of each target; 0 without variance."""
     count, error, squares, totals = sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3:]
     spread = squares - (totals**2).sum(1) / count
     return np.where(spread > 1e-9 * count, 1 - error / np.maximum(spread, 1e-12), 0.0)
 
 
 def _standardise(fit: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give columns of `fit` mean 0 and deviation 1, treat `other` alike; constant columns become 0."""
+    """Standardize columns by the statistics of `fit`, and `other` likewise; constant columns become 0."""
     fit, other = fit.astype(np.float64), other.astype(np.float64)
     mean, deviation = fit.mean(0), fit.std(0)
     scale = np.where(deviation > 1e-6 * (1 + np.abs(mean)), 1 / np.maximum(deviation, 1e-12), 0.0)
@@ -141,7 +141,7 @@ def _standardise(fit: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
-    """Closed form, by the smaller of both matrices; `x` and `y` have mean 0, so there is no bias."""
+    """Ridge regression in closed form, by the smaller Gram matrix; `x` and `y` have mean 0 (no bias)."""
     if len(x) < x.shape[1]:
         return x_new @ (x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(len(x)), y))
     return x_new @ np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y)
@@ -149,7 +149,7 @@ def _ridge(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _small_training() -> Iterator[None]:
-    """Gradients in full precision whatever the caller set, on one thread: nets are too small for more."""
+    """Enable gradients in full precision on one thread; the networks are too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -160,7 +160,7 @@ def _small_training() -> Iterator[None]:
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
-    """Multinomial logistic regression in double precision; every class that occurs gets a row of weights."""
+    """Multinomial logistic regression in double precision; one row of weights per class that occurs."""
     classes, target = np.unique(y, return_inverse=True)
     inputs, labels = torch.from_numpy(x), torch.from_numpy(target)
     weight = torch.zeros(x.shape[1], len(classes), dtype=torch.float64, requires_grad=True)
@@ -180,7 +180,7 @@ def _logistic(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
 
 
 def _mlp(x: np.ndarray, y: np.ndarray, x_new: np.ndarray, *, seed: int) -> np.ndarray:
-    """AdamW on random batches for a fixed number of steps, the rate falling to zero."""
+    """Train an MLP with AdamW for a fixed number of steps, with a learning rate that decays to zero."""
     discrete = y.ndim == 1
     classes, target = np.unique(y, return_inverse=True) if discrete else (np.empty(0), y)
     inputs = torch.from_numpy(x).float()

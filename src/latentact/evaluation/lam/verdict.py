@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FEWEST = 8  # transitions
-COLLAPSED_SPREAD = 1e-3  # deviation of latents over their size
+COLLAPSED_SPREAD = 1e-3  # standard deviation of latents over their magnitude
 COLLAPSED_CODES = 1.5  # perplexity of the codes
 FEW_CODES = 0.1  # perplexity over codebook size
-BLIND_BELOW = 0.05  # how far a wrong future moves a latent, in distances between latents
-IGNORED_BELOW = 0.02  # change of a prediction by another latent, over what changes in the video
+BLIND_BELOW = 0.05  # distance that a wrong future moves a latent, over distances between latents
+IGNORED_BELOW = 0.02  # change of a prediction with another latent, over the change in the video
 MATTERS_ABOVE = 1.2  # prediction error with another's latent over that with its own
-GAIN = 0.02  # by which a probe must pass its floor, besides its interval
+GAIN = 0.02  # minimum gain of a probe over its floor, in addition to its interval
 LEAKS_BELOW = 0.5  # error across a cut over that of copying
 REPLACES_BELOW = 0.2  # the same, where a latent determines the frame
 MIRROR_ABOVE = 0.9  # centered cosine of forward and backward latents of one frame
@@ -23,12 +23,12 @@ MIRROR_WITH_CUTS = 0.5  # the same, where predictions across cuts are good
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One property of the model that matters to its user."""
+    """One property of the model that matters to users."""
 
     name: str
     """Identifier in `inspect.json`: collapsed, ignored, off_by_one, shuffled_future, ..."""
     level: Literal["no-go", "caution"]
-    """Whether the model must not be used, or may be used with caution."""
+    """Whether it rules out use of the model, or only calls for caution."""
     message: str
     """The finding, in one sentence."""
     recommendation: str
@@ -80,7 +80,7 @@ def interpret(numbers: dict[str, Any]) -> Verdict:
 
 
 def _findings(numbers: dict[str, Any]) -> Iterator[Finding]:
-    """Yield findings from cause to consequence, so that the first one names the cause."""
+    """Yield findings from cause to consequence, so that the first one is the cause."""
     if numbers["transitions"] < FEWEST:
         yield Finding(
             name="too_few",
@@ -99,8 +99,8 @@ def _findings(numbers: dict[str, Any]) -> Iterator[Finding]:
             name="shuffled_future",
             level="no-go",
             message="latents do not depend on the future frame: they stay the same with a wrong future.",
-            recommendation="Check that the model gets the next frame, not the current one twice, and that "
-            "both frames come from the same video.",
+            recommendation="Check that the model gets the current and the next frame, not the current one "
+            "twice, and that both come from the same video.",
         )
     elif _replaces(numbers["leakage"]):
         yield Finding(
@@ -196,7 +196,7 @@ def _unused(numbers: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _matters(numbers: dict[str, Any]) -> bool | None:
-    """Whether a transition's own latent predicts its frame better than another's; None: nothing predicts."""
+    """Whether a transition's own latent predicts its frame better than another's; None if unknown."""
     if (recon := numbers["reconstruction"]) is None:
         return None
     return recon["shuffled_mse"] > MATTERS_ABOVE * recon["recon_mse"]
@@ -294,7 +294,7 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _replaces(leak: dict[str, Any] | None) -> bool:
-    """Whether a latent determines the predicted frame, whatever frame it is applied to."""
+    """Whether a latent determines the predicted frame regardless of the current frame."""
     if not leak or leak["across_cuts"] is None:
         return False
     return leak["across_cuts"] < REPLACES_BELOW and leak["centered"] > MIRROR_REPLACES
@@ -303,7 +303,7 @@ def _replaces(leak: dict[str, Any] | None) -> bool:
 def _mirrors(leak: dict[str, Any]) -> bool:
     """Whether latents encode the next frame; good predictions across cuts lower the cosine that is required.
 
-    Cuts alone prove nothing: where scenes are alike, a jump across a cut is a motion, too.
+    Cuts alone prove nothing: in similar scenes, a jump across a cut is also a motion.
     """
     return leak["centered"] > (MIRROR_WITH_CUTS if _good_across_cuts(leak) else MIRROR_ABOVE)
 

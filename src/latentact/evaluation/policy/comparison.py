@@ -1,10 +1,10 @@
-"""Compare methods with the same labels, seeds and episodes, and name the winner.
+"""Compare methods on the same labels, seeds and episodes, and determine the winner.
 
 Methods with k labeled episodes are `latent`, `latent_joint` (the LAM learns from the labels, too), `bc_k` and
-`idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add what the latent
-policy gets after grounding, so that all have the same number of updates. `vla` is a vision-language-action
-model that first learns latent actions, `vla_scratch` the same without, `vla_oracle` the same on all labels.
-`uniform` and `frequencies` observe nothing.
+`idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add the training
+that the latent policy gets after grounding, so that all have the same number of updates. `vla` is a
+vision-language-action model that first learns latent actions, `vla_scratch` the same without that,
+`vla_oracle` the same on all labels. `uniform` and `frequencies` ignore observations.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Row:
     episodes: int
     """Number of episodes."""
     success: float | None
-    """Fraction of successful episodes by the environment's own measure; None if it has none."""
+    """Fraction of successful episodes; None if the environment reports no success."""
     mean_return: float
-    """Mean sum of rewards ("return" in files)."""
+    """Mean return, the sum of rewards ("return" in files)."""
     ci95: Interval | None
     """95 % interval of the success."""
     return_ci95: Interval
@@ -69,7 +69,7 @@ class Row:
     run: str = ""
     """Folder of the rollout, relative to the comparison's."""
     updates: int | None = None
-    """Updates of the policy, fine-tuning included; None in comparisons of older releases."""
+    """Updates of the policy, including fine-tuning; None in comparisons of older releases."""
     decoder_only: Mapping[str, Any] | None = None
     """Of fine-tuned latent methods: success, return and ci95 before fine-tuning."""
 
@@ -128,13 +128,13 @@ class Result:
     ci95: Interval | None
     """Wilson interval over all episodes."""
     mean_return: float
-    """Mean over all episodes."""
+    """Mean return over all episodes."""
     return_ci95: Interval
     """95 % interval of the mean return."""
     per_seed: tuple[float, ...]
     """Success (return, if the environment reports no success) of every seed."""
     updates: int | None = None
-    """Updates of the policy, fine-tuning included; None where the rows lack it."""
+    """Updates of the policy, including fine-tuning; None if the rows lack it."""
 
     @property
     def label(self) -> str:
@@ -143,7 +143,7 @@ class Result:
 
     @property
     def score(self) -> float:
-        """Score that methods are ranked by: success, or return if there is none."""
+        """Score by which methods are ranked: success, or return if success is not reported."""
         return self.mean_return if self.success is None else self.success
 
     @property
@@ -170,9 +170,9 @@ def aggregate(rows: Iterable[Row]) -> list[Result]:
 
 
 def verdict(rows: Iterable[Row]) -> str:
-    """Return the winner among methods with k labels, its margin and intervals, and how far the oracle is.
+    """Return the winner among methods with k labels, its margin and intervals, and the gap to the oracle.
 
-    The first sentence names the winner, also when it is a baseline.
+    The first sentence names the winner, even if it is a baseline.
     """
     results = aggregate(rows)
     ks = sorted({r.k for r in results if r.k is not None and r.method in LIMITED})
@@ -251,7 +251,7 @@ def _winner(ranked: Sequence[Result]) -> str | None:
 
 
 def _sentences(ranked: Sequence[Result]) -> list[str]:
-    """Compare the winner at one k with the next best, and with the best of the other kind, latent or not."""
+    """Compare the winner at one k with the runner-up, and with the best method of the other kind."""
     first, measure = ranked[0], "return" if ranked[0].success is None else "success"
     if len(ranked) == 1:
         return [
@@ -278,7 +278,7 @@ def _sentences(ranked: Sequence[Result]) -> list[str]:
 
 
 def _sources(results: Sequence[Result], k: int) -> list[str]:
-    """Say where the gain of latent actions comes from, and what baselines gain from as many updates."""
+    """Return sentences on where the gain comes from, and what baselines gain from as many updates."""
     at = {r.method: r for r in results if r.k == k}
     sentences = []
     if "vla" in at and "vla_scratch" in at:
@@ -329,7 +329,7 @@ def _overall(ranked: Mapping[int, Sequence[Result]]) -> str:
 
 
 def _above(blind: Result, results: Sequence[Result]) -> str:
-    """Return what an agent that observes nothing reaches, and which methods are not above it."""
+    """Return the score of an agent that ignores observations, and the methods that do not beat it."""
     name = f"{blind.label[0].lower()}{blind.label[1:]}"
     below = [f"{r.label} ({_labeled(r.k)})" for r in results if r.score <= blind.score]
     sentence = f"Without observing anything, {name} reach {_number(blind)}"
@@ -337,7 +337,7 @@ def _above(blind: Result, results: Sequence[Result]) -> str:
 
 
 def _from_oracle(winner: Result, oracle: Result) -> str:
-    """Return the distance of the best method at the largest k from training on all labels."""
+    """Return the distance from the best method at the largest k to training on all labels."""
     name, reached = ORACLES[oracle.method], _number(oracle)
     if oracle.score <= 0:
         return f"{name[0].upper()}{name[1:]}, reaches only {reached}, so it sets no ceiling here."

@@ -1,8 +1,8 @@
 """Prediction intervals and sets that cover the true action with a given probability, by conformal prediction.
 
-Scores of labeled steps that the predictor has not learned from give a threshold; a new step's interval or set
-holds every action whose score is at most that threshold (Lei et al., arXiv 1604.04173; for classes Sadinle et
-al., 1609.00451). Residuals are divided by those of similar steps, so that intervals are wide where the
+Scores of labeled steps that the predictor was not trained on give a threshold; a new step's interval or set
+contains every action whose score is at most that threshold (Lei et al., arXiv 1604.04173; for classes Sadinle
+et al., 1609.00451). Residuals are divided by those of similar steps, so that intervals are wide where the
 predictor errs.
 """
 
@@ -17,13 +17,13 @@ from jaxtyping import Bool, Float, Float64, Int64
 from latentact.errors import UserError
 
 NEIGHBORS = 16
-"""Labeled steps whose residuals are the scale of a step."""
+"""Number of nearest labeled steps whose residuals give the scale of a step."""
 FLOOR = 0.1
-"""Part of the mean residual that is added to every scale."""
+"""Fraction of the mean residual that is added to every scale."""
 
 
 def conformal_quantile(scores: Float[np.ndarray, " n"], level: float) -> float:
-    """Return the smallest score that ceil((n + 1) * level) of n scores do not exceed.
+    """Return the ceil((n + 1) * level)-th smallest of n scores.
 
     Raises:
         UserError: there are too few scores.
@@ -37,7 +37,7 @@ def conformal_quantile(scores: Float[np.ndarray, " n"], level: float) -> float:
 
 
 def temperature(probabilities: Float[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"]) -> float:
-    """Return the exponent of the temperature scaling with the smallest cross-entropy (arXiv 1706.04599)."""
+    """Return the temperature-scaling exponent with the smallest cross-entropy (arXiv 1706.04599)."""
     grid = np.geomspace(0.05, 5, 61)
     logs = np.log(np.clip(probabilities, 1e-12, 1))
     losses = [-np.log(scaled(logs, power)[np.arange(len(labels)), labels]).mean() for power in grid]
@@ -45,14 +45,14 @@ def temperature(probabilities: Float[np.ndarray, "n c"], labels: Int64[np.ndarra
 
 
 def scaled(logs: Float[np.ndarray, "n c"], power: float) -> Float[np.ndarray, "n c"]:
-    """Return the probabilities whose logarithms are `power` times the given ones, clipped above 0."""
+    """Return the softmax of `power` times log-probabilities, clipped above 0."""
     raised = np.exp(power * (logs - logs.max(1, keepdims=True)))
     return np.clip(raised / raised.sum(1, keepdims=True), 1e-12, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCalibration:
-    """Probabilities of classes, and sets of classes."""
+    """Calibrated class probabilities and prediction sets."""
 
     power: float
     """Exponent of the probabilities."""
@@ -63,7 +63,7 @@ class ClassCalibration:
     def fit(
         cls, probabilities: Float[np.ndarray, "n c"], labels: Int64[np.ndarray, " n"], level: float
     ) -> ClassCalibration:
-        """Calibrate on steps that the predictor has not learned from."""
+        """Calibrate on steps that the predictor was not trained on."""
         power = temperature(probabilities, labels)
         right = scaled(np.log(np.clip(probabilities, 1e-12, 1)), power)[np.arange(len(labels)), labels]
         return cls(power=power, threshold=conformal_quantile(1 - right, level))
@@ -73,20 +73,20 @@ class ClassCalibration:
         return scaled(np.log(np.clip(probabilities, 1e-12, 1)), self.power)
 
     def sets(self, probabilities: Float[np.ndarray, "n c"]) -> Bool[np.ndarray, "n c"]:
-        """Return the set of each step; an empty one where no class is probable enough."""
+        """Return the prediction set of each step, which is empty if no class is probable enough."""
         return 1 - self.probabilities(probabilities) <= self.threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalCalibration:
-    """Half-widths of intervals around predicted numbers."""
+    """Half-widths of intervals around predicted values."""
 
     inputs: Float[np.ndarray, "c f"]
-    """What the labeled steps are compared by."""
+    """Features of the labeled steps, for finding similar ones."""
     residuals: Float[np.ndarray, "c a"]
     """Absolute errors at the labeled steps."""
     factors: Float64[np.ndarray, " a"]
-    """Half-widths in units of the scale."""
+    """Threshold: half-width in units of the scale."""
 
     @classmethod
     def fit(
@@ -96,7 +96,7 @@ class IntervalCalibration:
         groups: Int64[np.ndarray, " c"],
         level: float,
     ) -> IntervalCalibration:
-        """Calibrate on steps that the predictor has not learned from; their scales come from other groups."""
+        """Calibrate on steps that the predictor was not trained on; their scales come from other groups."""
         scale = np.empty_like(residuals)
         for group in np.unique(groups):
             others = groups != group
@@ -107,14 +107,14 @@ class IntervalCalibration:
         return cls(inputs=inputs, residuals=residuals, factors=np.array(factors))
 
     def half_widths(self, inputs: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n a"]:
-        """Return the half-width of the interval of each number."""
+        """Return the half-width of the interval of each value."""
         return _scale(self.inputs, self.residuals, inputs) * self.factors
 
 
 def _scale(
     known: Float[np.ndarray, "c f"], residuals: Float[np.ndarray, "c a"], inputs: Float[np.ndarray, "n f"]
 ) -> Float[np.ndarray, "n a"]:
-    """Return the mean residual of the nearest labeled steps, and a part of that of all."""
+    """Return the mean residual of the nearest labeled steps plus a fraction of the overall mean."""
     reference, count = torch.from_numpy(known), min(NEIGHBORS, len(known))
     near = [
         torch.cdist(part, reference).topk(count, largest=False).indices

@@ -29,7 +29,7 @@ class EpisodeTrace:
     coverage: Float[np.ndarray, " t"] | None
     """Covered fraction of the goal, if the environment reports it (``info["coverage"]``)."""
     success: bool
-    """Whether the task was done."""
+    """Whether the task succeeded."""
 
     @classmethod
     def from_episode(cls, episode: Episode, frames: Sequence[np.ndarray]) -> EpisodeTrace:
@@ -71,7 +71,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return means with 95 % intervals over demonstrations, and a verdict in words.
 
     Args:
-        rows: for each demonstration, what `compare_traces` returned for each condition.
+        rows: per demonstration, the result of `compare_traces` for each condition.
     """
     found: dict[str, Any] = {}
     for condition in (c for c in CONDITIONS if c in rows[0]):

@@ -1,8 +1,8 @@
-"""How well a vision-language-action model predicts latent actions, beside what needs no model.
+"""Accuracy of latent actions predicted by a vision-language-action model, with model-free baselines.
 
 Codes are scored by accuracy, latent actions without codes by R2. Codes are often easy to guess: the majority
-code, that of the task, or the previous one can be right as often as a large model. Shuffled images and a
-blank prompt tell whether the model looks and reads at all.
+code, that of the task, or the previous one can be as accurate as a large model. Shuffled images and a blank
+prompt show whether the model uses the image and the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BASELINES = {
     "majority_of_task": "the most frequent latent action of the task",
     "previous": "the previous latent action",
 }
-"""Predictions without a model -> their names."""
+"""Baseline without a model -> display name."""
 CONTROLS = {"shuffled_images": "with images of other steps", "blank_prompt": "without the task text"}
 _MARGIN = 0.01
 _BATCH = 64
@@ -37,13 +37,13 @@ def evaluate_latents(
 
     Args:
         model: the model, in evaluation mode.
-        samples: their data.
+        samples: data of the rows.
         rows: held-out rows with a latent action.
         train: training rows with a latent action, for the baselines.
         complete: whether to add baselines and controls.
 
     Returns:
-        `metric` (accuracy or r2), `score`, of codes also `exact` (all k right), `nats` (cross-entropy per
+        `metric` (accuracy or r2), `score`, for codes also `exact` (all k correct), `nats` (cross-entropy per
         code) and `by_position`; when complete `baselines` and `controls` by name and `verdict`.
     """
     codes = model.latent.codebook_size is not None
@@ -70,7 +70,7 @@ def evaluate_latents(
 
 
 def verdict(numbers: dict[str, Any], tasks: int) -> str:
-    """Return one sentence: what the model reaches, or the baseline that is as good; then what it ignores."""
+    """Return the score of the model, or a baseline that is as good, and the inputs that the model ignores."""
     metric, score = {"accuracy": "accuracy", "r2": "R2"}[numbers["metric"]], numbers["score"]
     name, best = max(numbers["baselines"].items(), key=lambda item: item[1])
     if best >= score:

@@ -25,7 +25,7 @@ from latentact.io.video_writer import write_video
 log = logging.getLogger(__name__)
 
 PARTIAL = "partial.json"
-"""The episodes before an error, in the format of `rollout.json`."""
+"""File with the episodes before an error, in the format of `rollout.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Rollout:
     fps: int
     """Steps per second."""
     successes: np.ndarray | None
-    """bool `[e]`: the task was done at some step; None where the environment reports it in no episode."""
+    """bool `[e]`: the task succeeded at some step; None if the environment never reports success."""
     returns: np.ndarray
     """float64 `[e]`: sum of rewards."""
     max_rewards: np.ndarray
@@ -47,9 +47,9 @@ class Rollout:
     lengths: np.ndarray
     """int64 `[e]`: number of steps."""
     videos: list[np.ndarray]
-    """uint8 `[t, h, w, 3]`: frames of the first episodes, as the policy gets them."""
+    """uint8 `[t, h, w, 3]` each: frames of the first episodes, as observed by the policy."""
     seconds: float = 0.0
-    """Wall-clock duration of all episodes."""
+    """Wall-clock duration of all episodes, in seconds."""
 
     @property
     def success(self) -> float | None:
@@ -58,7 +58,7 @@ class Rollout:
 
 
 class RolloutStoppedError(EnvError):
-    """The environment failed in an episode; `finished` holds those before it, None if there are none."""
+    """The environment failed in an episode; `finished` holds the episodes before it, or None."""
 
     def __init__(self, message: str, finished: Rollout | None) -> None:
         super().__init__(message)
@@ -82,19 +82,19 @@ def rollout(
 
     Args:
         actor: the agent.
-        env_name: as for `make_env`.
+        env_name: see `make_env`.
         episodes: number of episodes.
         seed: episode i uses reset seed `seed + i`.
         resolution: height and width of the frames in pixels; 0: the environment's own.
-        view: as for `make_env`.
-        distract: as for `make_env`.
+        view: see `make_env`.
+        distract: see `make_env`.
         max_steps: steps after which an episode ends; 0: the environment's own limit.
         record: number of episodes, from the first, whose frames are kept.
-        num_envs: episodes run side by side; affects the speed only.
+        num_envs: episodes run in parallel; affects speed only.
 
     Raises:
-        UserError: the environment is unknown, a number is out of range, or nothing ends an episode.
-        RolloutStoppedError: the environment failed; the episodes before are in it.
+        UserError: the environment is unknown, a number is out of range, or episodes have no step limit.
+        RolloutStoppedError: the environment failed; holds the episodes before that.
     """
     check_ranges(episodes=episodes, seed=seed, max_steps=max_steps, record=record)
     if num_envs < 1:
@@ -145,13 +145,13 @@ def rollout(
 def save_rollout(result: Rollout, folder: Path, *, name: str = "rollout.json", **more: Any) -> None:
     """Write `episode_*.mp4` and then `rollout.json`, which exists only if the rollout is complete.
 
-    `per_episode` and `aggregated` are those of LeRobot's `eval_info.json` (`lerobot-eval`).
+    `per_episode` and `aggregated` have the format of LeRobot's `eval_info.json` (`lerobot-eval`).
 
     Args:
         result: the rollout.
         folder: output folder; an older rollout in it is replaced.
-        name: of the json file; `PARTIAL` where an error ended the rollout early.
-        more: further entries of the json file.
+        name: name of the JSON file; `PARTIAL` if an error ended the rollout early.
+        more: further entries of the JSON file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in [folder / "rollout.json", folder / PARTIAL, *folder.glob("episode_*.mp4")]:
@@ -177,7 +177,7 @@ def save_rollout(result: Rollout, folder: Path, *, name: str = "rollout.json", *
 
 
 def _eval_info(result: Rollout) -> dict[str, Any]:
-    """Return what LeRobot's `eval_policy` returns; without a reported success no episode succeeds."""
+    """Return the result in the format of LeRobot's `eval_policy`; unreported success counts as failure."""
     e = len(result.returns)
     successes = np.zeros(e, bool) if result.successes is None else result.successes
     return {

@@ -1,7 +1,7 @@
-"""Encode in a pool of Ray actors, on this machine or on a cluster that is running already.
+"""Encode in a pool of Ray actors, on this machine or on a running cluster.
 
-Rows of the Ray dataset are numbers of units. Frames and results never pass through Ray: actors read the data
-and write the files of the units, so that a unit may be repeated after an actor has died.
+Rows of the Ray dataset are unit indices. Frames and results never pass through Ray: actors read the data
+and write the files of the units, so that a unit can be repeated after an actor has died.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 _BATCHES = 8
 """Batches of a task: decoding runs ahead within a task, not from one to the next."""
 _TRIES = 5
-"""How often units are encoded whose actors die."""
+"""Maximum attempts for units whose actors die."""
 _PATIENCE_S = 30.0
-"""Seconds to wait for free processors: those of a killed command are not free at once."""
+"""Seconds to wait for free processors: those of a killed command are not freed at once."""
 _OBJECT_STORE_BYTES = 200 << 20
 
 
@@ -48,7 +48,7 @@ class Ray:
 
     Raises:
         UserError: Ray is not installed, no cluster runs at the address, it has too few free processors, the
-            same units end their actors again and again, or nodes do not share files.
+            same units kill their actors repeatedly, or nodes do not share files.
     """
 
     lam: str
@@ -102,7 +102,7 @@ class Ray:
         total = job.frames(range(len(job.units)))
         log.info("starting %d Ray actors", min(actors, len(tasks)))
         done = total - job.frames(missing)
-        done += _frames(next(rows))  # until then actors start, so that the rate is that of encoding
+        done += _frames(next(rows))  # actors start before that, so that the rate is that of encoding
         with Progress("encoding", total, "frames", done=done) as progress:
             for row in rows:
                 progress.advance(_frames(row))
@@ -130,7 +130,7 @@ class Actor:
     """Encodes units; loads the model once.
 
     Args:
-        recipe: what a `Job` needs, as values that Ray can send.
+        recipe: arguments of a `Job`, as values that Ray can serialize.
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class Actor:
         self._job: Job | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Write the files of the units of a task; an error of the user is returned."""
+        """Write the files of the units of a task; a user error is returned."""
         units, frames, text = json.loads(str(batch["units"][0])), 0, ""
         tries = self._parts / f"{units[0]:08d}.tries"
         try:
@@ -147,8 +147,8 @@ class Actor:
             with tries.open("ab") as file:
                 if file.tell() == _TRIES:
                     raise UserError(
-                        f"{_TRIES} Ray actors have died while they encoded the same episodes, perhaps of "
-                        f"too little memory. Use fewer --ray-actors or a smaller --batch-size; finished work "
+                        f"{_TRIES} Ray actors have died while they encoded the same episodes, perhaps for "
+                        f"lack of memory. Use fewer --ray-actors or a smaller --batch-size; finished work "
                         f"is kept."
                     )
                 file.write(b".")
@@ -227,7 +227,7 @@ def _tasks(job: Job, missing: list[int], actors: int) -> list[list[int]]:
 def _cluster(address: str, actors: int) -> Iterator[Any]:
     """Yield Ray, connected to a cluster; one that is started here is stopped at the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray warns of the way in which Ray Data starts actors, which users cannot change.
+    # Ray warns about how Ray Data starts actors, which users cannot change.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray

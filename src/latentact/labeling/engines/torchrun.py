@@ -1,7 +1,7 @@
 """Encode in the processes that torchrun or srun has started: each takes the units of its rank.
 
 Processes meet through files only. Each holds a lock while it works, so that the first process notices when
-another has died, on this machine or another one that has the same file system.
+another has died, on this machine or another one with the same file system.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from latentact.progress import Progress
 log = logging.getLogger(__name__)
 
 GRACE_S = 60.0
-"""Seconds that a process may take to start; one that is absent for longer has died."""
+"""Seconds that a process may take to start; after that it counts as dead."""
 
 
 def encode(job: Job, shard: Shard) -> None:
@@ -51,8 +51,8 @@ def _wait(job: Job, shard: Shard) -> None:
                 absent_since.pop(rank, None)
             elif now - absent_since.setdefault(rank, now) > GRACE_S and job.missing() == missing:
                 raise UserError(
-                    f"process {rank} of {shard.world} has stopped before its work was done. See its output, "
-                    f"and re-run the command; finished work is kept."
+                    f"process {rank} of {shard.world} has stopped before its work was done. Check its "
+                    f"output, and re-run the command; finished work is kept."
                 )
         time.sleep(0.2)
 

@@ -3,7 +3,7 @@
 Inverse dynamics from three timesteps to a small vector, forward dynamics from two timesteps and that vector,
 unrolled over `steps` steps on its own predictions, and an MLP that decodes the robot action on labeled steps,
 trained jointly. Timesteps are images, robot states or both.
-Departure: latent actions are whitened, so that they cannot collapse.
+Departure from the paper: latent actions are whitened, so that they cannot collapse.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class ClamConfig:
     steps: int = 1
     """k: steps that the FDM predicts, each from its previous prediction."""
     fdm_context: int = 1
-    """Timesteps before the current one that the FDM gets, 0 or 1; 0 makes it depend on the latent action."""
+    """Timesteps before the current one in the FDM's input, 0 or 1; 0 makes it rely on the latent action."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) that the IDM gets as extra channels; 0: none."""
+    """Scale of the difference (next - current) as extra input channels of the IDM; 0: none."""
     motion_weight: float = 0.0
     """Extra loss weight of changing pixels: 1 + motion_weight * min(|change|, 0.5)."""
     motion_dilation: int = 0

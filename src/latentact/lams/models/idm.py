@@ -1,7 +1,7 @@
 """Supervised inverse dynamics, the VPT baseline (arXiv 2206.11795): frames to robot actions.
 
 Learns from labeled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
-behavior cloning: the baseline of every latent action model with the same labels. It has no forward dynamics.
+behavior cloning: the baseline for every latent action model with the same labels. It has no forward dynamics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class IdmConfig:
     channels: tuple[int, ...] = (64,)
     """patch: channels of the levels; each further level halves the resolution."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) that the network gets as extra channels; 0: none."""
+    """Scale of the difference (next - current) as extra input channels; 0: none."""
 
     def with_action_head(self, weight: float) -> None:
         """Return None: its latent actions are the robot actions themselves."""

@@ -3,9 +3,9 @@
 No quantizer; inverse dynamics between the current observation and one k steps ahead, k drawn from 1 to
 `horizon`; forward dynamics of one step between features, with a moving average of the encoder as target;
 random shifts, rotations and perspectives of observations; a linear action head on few labeled steps.
-Departures: the encoder outputs a vector, standardized over the batch for inverse and forward dynamics; latent
-actions are whitened so that they cannot collapse. An optional pixel network, whose gradients do not reach the
-latent actions, predicts images and reconstruction errors.
+Departures from the paper: the encoder outputs a vector, standardized over the batch for inverse and forward
+dynamics; latent actions are whitened so that they cannot collapse. An optional pixel network, whose gradients
+do not reach the latent actions, predicts images and reconstruction errors.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class LapoConfig:
     frame_channels: int = 3
     """Channels of a frame (grid: integers per cell)."""
     grid_values: int = 32
-    """grid: number of values of an integer."""
+    """grid: number of values per integer."""
     idm_scale: int = 4
     """impala: multiplier of the IDM's channels (16, 32, 32)."""
     fdm_base: int = 24
@@ -65,11 +65,11 @@ class LapoConfig:
     bottleneck: BottleneckConfig = choice(QUANTIZERS, "vq_ema")
     """Bottleneck of the latent action."""
     difference_input: float = 0.0
-    """Factor of the difference (next - current) that the IDM gets as extra channels; 0: none."""
+    """Scale of the difference (next - current) as extra input channels of the IDM; 0: none."""
     target: TargetConfig = field(default_factory=TargetConfig)
-    """Prediction target of the FDM; grids: pixels, which are cells."""
+    """Prediction target of the FDM; for grids `pixels`, meaning cells."""
     fdm_context: int = 1
-    """Frames before the current one that the FDM gets, 0 or 1; 0 makes it depend on the latent action."""
+    """Frames before the current one in the FDM's input, 0 or 1; 0 makes it rely on the latent action."""
     motion_weight: float = 0.0
     """Extra loss weight of changing pixels: 1 + motion_weight * min(|change|, 0.5)."""
     motion_dilation: int = 0
@@ -114,10 +114,10 @@ class LapoConfig:
 
     @classmethod
     def read_published(cls, path: Path) -> Lapo | None:
-        """Load LAPO's `idm_fdm.pt`, or the folder that holds it; sizes follow from the shapes of the weights.
+        """Load LAPO's `idm_fdm.pt` or its folder; sizes are inferred from the shapes of the weights.
 
         Raises:
-            UserError: the file is damaged or holds other networks.
+            UserError: the file is damaged or has other networks.
         """
         file = path / "idm_fdm.pt" if path.is_dir() else path
         if not file.is_file() or file.suffix != ".pt":

@@ -32,7 +32,7 @@ from latentact.quantizers.nsvq import NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
-_CHUNK = 16  # frames of the published size encoded together; on a processor more cost memory, no less time
+_CHUNK = 16  # frames of the published size encoded together; on a CPU, more need memory and save no time
 
 
 @LAMS.register("laq")
@@ -66,7 +66,7 @@ class LaqConfig:
     motion_dilation: int = 0
     """Pixels by which the motion weight extends around changing pixels."""
     difference_gain: float = 1.0
-    """Factor by which the encoder sees the change of the second frame; 1: as it is."""
+    """Factor that amplifies the change of the second frame in the encoder's input; 1: unchanged."""
     compat: bool = False
     """Whether to reproduce LAPA's code exactly, bugs included."""
 
@@ -126,7 +126,7 @@ class LaqConfig:
             The model, or None for other files.
 
         Raises:
-            UserError: weights are missing, unknown or of a wrong shape.
+            UserError: weights are missing, unknown or have a wrong shape.
         """
         found = _file(Path(path))
         weights = _weights(found) if found else None
@@ -231,7 +231,7 @@ class Laq(LatentActionModel):
         return recon + latent.loss, {"recon": recon.detach(), **latent.metrics}
 
     def _deltas(self, windows: UInt8[Tensor, "n 2 c h w"]) -> Iterator[Float[Tensor, "m f"]]:
-        """Yield the input of the bottleneck in chunks of pairs."""
+        """Yield the inputs of the bottleneck in chunks of pairs."""
         chunks = self._chunk(windows.device)
         if self.config.compat or self.config.difference_gain != 1:
             for chunk in windows.split(chunks // 2):  # the second frame's tokens depend on the first frame
@@ -248,12 +248,12 @@ class Laq(LatentActionModel):
             yield self.net.delta(all_tokens[pair])
 
     def _chunk(self, device: torch.device) -> int:
-        """Return how many frames to encode together: more of a small model, and on an accelerator."""
+        """Return the number of frames to encode together: more for a small model, and on an accelerator."""
         numbers = (self.config.size // self.config.patch) ** 2 * self.config.dim
         return _CHUNK * max(1, 2**16 // numbers) * (1 if device.type == "cpu" else 16)
 
     def _amplified(self, pixels: Float[Tensor, "b 2 c y x"]) -> Float[Tensor, "b 2 c y x"]:
-        """Return pairs of frames with the change of the second one amplified, for the encoder."""
+        """Return pairs of frames with an amplified change of the second frame, for the encoder."""
         first, second = pixels.unbind(1)
         return torch.stack([first, first + self.config.difference_gain * (second - first)], dim=1)
 
@@ -287,7 +287,7 @@ def _file(path: Path) -> Path | None:
 
 
 def _weights(path: Path) -> dict[str, Any] | None:
-    """Return the named weights of a LAPA file; None for other files."""
+    """Return the weights of a LAPA file by name; None for other files."""
     if path.suffix not in (".pt", ".pth"):
         return None
     values = {str(name).replace("module.", ""): value for name, value in read_pickled(path).items()}
@@ -297,14 +297,14 @@ def _weights(path: Path) -> dict[str, Any] | None:
 
 
 def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: int) -> LaqConfig:
-    """Return the config from the shapes of the weights, `image_size` and `code_seq_len`."""
+    """Infer the config from the shapes of the weights, `image_size` and `code_seq_len`."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
         value = weights.get(name)
         if not isinstance(value, Tensor) or value.ndim != rank:
             raise UserError(
-                f"{path} must hold LAPA's {name!r}, got none or another shape. Download it again, or give "
-                f"the file of another training step."
+                f"{path} must hold LAPA's {name!r}, got none or a different shape. Download it again, or "
+                f"give the file of another training step."
             )
         return tuple(value.shape)
 
@@ -335,7 +335,7 @@ def _sizes(weights: dict[str, Any], path: Path, image_size: int, code_seq_len: i
 
 
 def _renamed(name: str, value: Any) -> tuple[str, Any]:
-    """Return a weight of LAPA with our name and shape."""
+    """Return a LAPA weight under our name and with our shape."""
     if name.endswith(".dsconv.weight") and isinstance(value, Tensor) and value.shape[1:2] == (1,):
         value = value.squeeze(1)
     if name == "vq.codebooks":

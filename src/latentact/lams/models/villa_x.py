@@ -83,9 +83,9 @@ class VillaXConfig:
     use_qk_norm: bool = True
     """Whether the FDM normalizes queries and keys."""
     random_crop_scale: tuple[float, float] = (0.8, 1.0)
-    """Area of a random crop in training, as a share of the image."""
+    """Area of a random crop in training, as a fraction of the image."""
     random_crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Width to height of a random crop."""
+    """Aspect ratio (width / height) of a random crop."""
     decoder: bool = True
     """Whether the model has an FDM; some published checkpoints have none."""
     window: str = "sliding"
@@ -332,9 +332,9 @@ class VillaX(LatentActionModel):
         clip: Int64[Tensor, " m"],
         now: Int64[Tensor, " m"],
     ) -> Float[Tensor, "m k d"]:
-        """Encode transitions `now` of clips in as few windows as the exact result allows.
+        """Encode transitions `now` of clips in the fewest windows that give the exact result.
 
-        Temporal attention is causal, so that one window serves every transition of its last kept frames.
+        Temporal attention is causal, so one window serves all transitions of its last kept frames.
 
         Index spaces: m requested transitions, at frame `now[m]` of `clip[m]`; their window is frames
         `start[m]` to `stop[m]`. w distinct windows; `which[m]` is the window of transition m. A window has
@@ -391,7 +391,7 @@ class VillaX(LatentActionModel):
 class Proprio(nn.Module):
     """Forward dynamics of the robot: latent action, state and embodiment to next state and action.
 
-    A dataset has one robot, so there is one learned embodiment token.
+    A dataset has one robot, hence one learned embodiment token.
     """
 
     action_mean: Tensor
@@ -436,7 +436,7 @@ class Proprio(nn.Module):
 
 
 def _colors(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of ImageNet's colors, for `[..., 3, h, w]`."""
+    """Return mean and standard deviation of ImageNet colors, for `[..., 3, h, w]`."""
     mean, std = like.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return mean, std
 

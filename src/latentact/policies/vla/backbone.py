@@ -1,8 +1,8 @@
-"""Vision-language models of transformers: load one, ask it about an image, append positions to its input.
+"""Vision-language models of transformers: loading, prompts with an image, appended input positions.
 
 Differences between the processors and models of transformers are handled in this file only. `vlm=tiny` is a
-small Qwen2.5-VL with random weights and a byte tokenizer, made here: it needs no download and reads any task
-text, but is not pretrained, so it is for tests and small grid worlds.
+small Qwen2.5-VL with random weights and a byte tokenizer, created here: it needs no download and reads any
+task text, but is not pretrained, so it suits tests and small grid worlds.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Hub id -> model type and sizes of published models, for planning a training without a network."""
+"""Hub id -> model type and sizes of published models, for planning without network access."""
 
 
 def load_config(name: str) -> Any:
-    """Return the configuration of a vision-language model, for planning; `PUBLISHED` needs no network.
+    """Return the configuration of a vision-language model; for `PUBLISHED` ones without network access.
 
     Raises:
-        UserError: it cannot be read, or the model is not one from images and text to text.
+        UserError: the model cannot be read, or is not an image-text-to-text model.
     """
     _require_transformers()
     from transformers import CONFIG_MAPPING
@@ -120,7 +120,7 @@ def load_vlm(name: str, resolution: int) -> tuple[nn.Module, Any]:
         resolution: height and width of the images in pixels.
 
     Raises:
-        UserError: it cannot be read, or the model is not one from images and text to text.
+        UserError: the model cannot be read, or is not an image-text-to-text model.
     """
     _require_transformers()
     if name == TINY:
@@ -178,7 +178,7 @@ def _read_config(name: str) -> Any:
     mapping: Any = AutoModelForImageTextToText._model_mapping
     if type(config) not in mapping:
         raise UserError(
-            f"vlm must be a model from images and text to text, got {name} of type {config.model_type!r}. "
+            f"vlm must be an image-text-to-text model, got {name} of type {config.model_type!r}. "
             f"Choose one such as {', '.join(PUBLISHED)}, or tiny."
         )
     return config
@@ -188,7 +188,7 @@ def _unreadable(name: str, error: Exception) -> UserError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return UserError(
         f"vlm must be tiny, a folder or a hub id that can be read, got {name!r} ({first[:200]}). Download it "
-        f"where there is a network, or give a local folder."
+        f"on a machine with network access, or give a local folder."
     )
 
 
@@ -267,7 +267,7 @@ def _pad_left(processor: Any) -> None:
 
 
 def set_resolution(processor: Any, resolution: int) -> None:
-    """Fix the number of image tokens of processors that derive it from the size of an image."""
+    """Fix the number of image tokens for processors that derive it from the image size."""
     images = processor.image_processor
     if "Qwen" in type(processor).__name__:
         side = images.patch_size * images.merge_size
@@ -317,15 +317,15 @@ def _with_image(processor: Any, prompt: str) -> str:
 
 
 def context_length(config: Any) -> int:
-    """Return how many positions a model has."""
+    """Return the maximum number of positions of a model."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf  # type: ignore[return-value]
 
 
 def append(inputs: dict[str, Tensor], count: int, filler: int) -> dict[str, Tensor]:
-    """Return inputs with `count` more positions at the end, whose embeddings come from elsewhere.
+    """Append `count` positions, whose embeddings come from elsewhere, to the inputs.
 
-    A prefix language model (PaliGemma) lets the positions of its prompt see each other in both directions;
-    the new ones are marked as its answer, where each sees only what is before it.
+    A prefix language model (PaliGemma) attends bidirectionally within its prompt; the new positions are
+    marked as its answer, with causal attention.
     """
     fill = {"input_ids": filler, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 1}
     return {
@@ -349,20 +349,20 @@ def unused_parameters(vlm: Any) -> Iterator[nn.Parameter]:
 
 
 def checkpoint_activations(vlm: Any) -> None:
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Enable activation checkpointing."""
     enable = getattr(vlm, "activation_checkpointing_enable", None) or vlm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def add_lora(vlm: nn.Module, rank: int, alpha: int) -> None:
-    """Add low-rank adapters to all linear layers of the language model; nothing else stays trainable."""
+    """Add low-rank adapters to all linear layers of the language model; everything else is frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=_LORA), vlm)
 
 
 def merge_lora(vlm: nn.Module) -> None:
-    """Add the adapters to the weights of the layers that they adapt, and remove them."""
+    """Merge the adapters into the weights of their layers, and remove them."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in [*vlm.named_modules()]:

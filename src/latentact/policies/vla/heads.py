@@ -1,8 +1,8 @@
 """Action heads: hidden states of the action queries to a chunk of robot actions.
 
 `chunk` regresses all actions at once by L1 (OpenVLA-OFT, arXiv 2502.19645); for a discrete action space it
-classifies. `bins` classifies each number into bins of equal frequency (LAPA, 2410.11758). `flow` integrates a
-velocity field that a small transformer learns by flow matching (pi0, 2410.24164).
+classifies. `bins` classifies each dimension into bins of equal frequency (LAPA, 2410.11758). `flow`
+integrates a velocity field that a small transformer learns by flow matching (pi0, 2410.24164).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class ActionHeadConfig:
     n_action_steps: Annotated[int, Between(1, 1024)] = 4
     """Actions executed before the policy observes again; at most chunk_size."""
     bins: Annotated[int, Between(2, 4096)] = 256
-    """bins: classes per number."""
+    """bins: classes per action dimension."""
     flow_steps: Annotated[int, Between(1, 1000)] = 10
-    """flow: Euler steps of an action."""
+    """flow: Euler steps per prediction."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -53,11 +53,11 @@ class ActionHeadConfig:
 
 
 class ActionHead(nn.Module, ABC):
-    """Hidden states of the queries to actions.
+    """Map hidden states of the queries to actions.
 
     Args:
         config: settings.
-        space: robot action.
+        space: robot action space.
         width: size of a hidden state.
     """
 
@@ -68,8 +68,8 @@ class ActionHead(nn.Module, ABC):
         super().__init__()
         if space.discrete and config.kind != "chunk":
             raise UserError(
-                f"head.kind must be chunk for discrete actions, got {config.kind!r} for {space}. It "
-                f"classifies them."
+                f"head.kind must be chunk for discrete actions, got {config.kind!r} for {space}. Use "
+                f"head.kind=chunk, which classifies them."
             )
         self.config, self.space = config, space
         numbers = 0 if space.discrete else space.size
@@ -86,19 +86,19 @@ class ActionHead(nn.Module, ABC):
     def loss(
         self, hidden: Float[Tensor, "b l h"], actions: Shaped[Tensor, "b l *a"], mask: Bool[Tensor, "b l"]
     ) -> Tensor:
-        """Return the mean loss over unmasked steps; actions are classes or numbers in the robot's units."""
+        """Return the mean loss over unmasked steps; actions are classes or values in the robot's units."""
 
     @abstractmethod
     def actions(self, hidden: Float[Tensor, "b l h"], choose: Choose = greedy) -> Shaped[Tensor, "b l *a"]:
-        """Return classes that `choose` takes, or numbers in the robot's units."""
+        """Return classes selected by `choose`, or values in the robot's units."""
 
     def normal(self, actions: Tensor) -> Tensor:
-        """Return continuous actions at zero mean and unit variance."""
+        """Return continuous actions normalized to zero mean and unit variance."""
         return (actions.nan_to_num() - self.mean) / self.std
 
 
 class ChunkHead(ActionHead):
-    """All actions of the chunk in one pass."""
+    """Predict all actions of the chunk in one pass."""
 
     def __init__(self, config: ActionHeadConfig, space: ActionSpace, width: int) -> None:
         super().__init__(config, space, width)
@@ -116,13 +116,13 @@ class ChunkHead(ActionHead):
         return _mean(each, mask)
 
     def actions(self, hidden: Tensor, choose: Choose = greedy) -> Tensor:
-        """Return the chosen classes, or the regressed numbers."""
+        """Return the selected classes, or the regressed values."""
         out = self.net(hidden).float()
         return choose(out) if self.space.discrete else out * self.std + self.mean
 
 
 class BinsHead(ActionHead):
-    """A class per number; an action is the middle of its bin."""
+    """Classify each action dimension into bins; an action is the center of its bin."""
 
     edges: Tensor
 
@@ -138,10 +138,10 @@ class BinsHead(ActionHead):
         self.edges.copy_(torch.from_numpy(quantiles.T))
 
     def classes(self, actions: Float[Tensor, "b l a"]) -> Int64[Tensor, "b l a"]:
-        """Return the bin of each number, from its lower edge on.
+        """Return the bin of each value; bins include their lower edge.
 
-        A number that many actions have, as those of a gripper, is an edge several times: its bin has no width
-        then, and its middle is the number.
+        A value that many actions share, such as that of a gripper, is a repeated edge: its bin has no width,
+        and its center is the value.
         """
         values = actions.nan_to_num().flatten(0, 1).T.contiguous()  # [a, b * l]
         below, upto = (torch.searchsorted(self.edges, values, right=right) for right in (False, True))
@@ -156,7 +156,7 @@ class BinsHead(ActionHead):
         return _mean(each.view(actions.shape).mean(2), mask)
 
     def actions(self, hidden: Tensor, choose: Choose = greedy) -> Tensor:
-        """Return the middle of the most likely bin of each number."""
+        """Return the center of the most likely bin of each dimension."""
         chosen = self.net(hidden).unflatten(-1, (self.space.size, self.config.bins)).argmax(-1)
         middles = (self.edges[:, 1:] + self.edges[:, :-1]) / 2
         return middles[torch.arange(self.space.size, device=chosen.device), chosen]

@@ -1,9 +1,9 @@
-"""Vision-language-action model: an image and a task text to latent actions, and to robot actions.
+"""Vision-language-action model: from an image and a task text to latent actions and robot actions.
 
-The vision-language model keeps its vocabulary. Our own modules stand around it, as in LAPA (arXiv
+The vision-language model keeps its vocabulary. Our modules are added around it, as in LAPA (arXiv
 2410.11758): an embedding and a head for the codes of latent actions, and queries whose hidden states an
-action head reads. Their embeddings enter at the end of the prompt; codes are decoded one after another,
-each from the codebook only, the rest in one pass.
+action head reads. Their embeddings are appended to the prompt; codes are decoded autoregressively, restricted
+to the codebook, and everything else in one pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from latentact.policies.vla.samples import VlaBatch
 from latentact.types import ActionSpace, LatentActionSpec
 
 BACKBONE = "vlm"
-"""Folder of the vision-language model in a checkpoint; transformers loads it alone."""
+"""Folder of the vision-language model in a checkpoint; transformers can load it by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,19 @@ class VlaConfig:
     """Vision-language model of transformers: a hub id or a folder. tiny: a small one with random weights, for
     tests and small grid worlds."""
     prompt: str = "What action should the robot take to {task}?"
-    """Text beside the image; {task} is the task text."""
+    """Prompt next to the image; {task} is replaced by the task text."""
     use_state: bool = False
     """Whether the model takes the robot state."""
     freeze_vision: bool = True
-    """Whether the vision tower keeps its weights."""
+    """Whether the vision tower is frozen."""
     lora_rank: Annotated[int, Between(0, 4096)] = 0
     """Rank of low-rank adapters on the language model; 0: all its weights are trained."""
     lora_alpha: Annotated[int, Between(1, 1 << 16)] = 16
     """Scale of the adapters."""
     gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass: less memory, a third more time."""
+    """Whether to checkpoint activations: less memory, a third more time."""
     regression: Annotated[str, OneOf(("l1", "mse"))] = "l1"
-    """Loss for latent actions without codes: l1 or mse, of normalized numbers."""
+    """Loss for latent actions without codes: l1 or mse, of normalized values."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -79,27 +79,27 @@ class VlaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VlaSpec:
-    """What a model was trained for; saved with it."""
+    """Inputs and outputs of a model; saved with it."""
 
     resolution: int
-    """Height and width of its images in pixels."""
+    """Height and width of the images in pixels."""
     state_size: int = 0
-    """Numbers of the robot state, 0 where there is none."""
+    """Dimensions of the robot state; 0 without one."""
     fps: float = 0.0
     """Environment steps per second."""
     camera: str = ""
     """Camera key of the training data."""
     action_space: ActionSpace | None = None
-    """Robot actions that it outputs; None before `finetune-vla`."""
+    """Robot action space; None before `finetune-vla`."""
 
 
 class Heads(nn.Module):
-    """Everything of ours: embeddings, heads and statistics.
+    """Our part of the model: embeddings, heads and statistics.
 
     Args:
         config: settings of the model.
-        spec: what it is trained for.
-        latent: what its latent actions mean.
+        spec: inputs and outputs of the model.
+        latent: spec of the latent actions.
         width: hidden size of the language model.
         head: settings of the action head; None: latent actions only.
     """
@@ -142,12 +142,12 @@ class Vla(nn.Module):
 
     Args:
         config: settings.
-        spec: what it is trained for.
-        latent: what its latent actions mean.
+        spec: inputs and outputs of the model.
+        latent: spec of the latent actions.
         vlm: the vision-language model.
         processor: its processor.
         head: settings of the action head; None: latent actions only.
-        latent_weight: weight of the loss of latent actions beside that of robot actions.
+        latent_weight: loss weight of latent actions relative to robot actions.
     """
 
     def __init__(
@@ -169,14 +169,14 @@ class Vla(nn.Module):
         self.own = Heads(config, spec, latent, text.hidden_size, head)
         self._filler: int = processor.tokenizer.eos_token_id
         self._tail: Tensor | None = None
-        # A bound method, so that a copy of the model has a hook of its own.
+        # A bound method, so that a copy of the model has its own hook.
         self._hook = vlm.get_input_embeddings().register_forward_hook(self._insert_tail)
         names = getattr(vlm, "_no_split_modules", None) or ()
         self._no_split_modules = [n for n in names if n.endswith(("Layer", "Block", "Attention"))]
         self._prepare()
 
     def _prepare(self) -> None:
-        """Freeze what is not trained, add adapters and checkpoint activations, by the settings."""
+        """Freeze parameters, add adapters and checkpoint activations as configured."""
         self.vlm.train()  # transformers loads it in evaluation mode, in which it checkpoints nothing
         if self.config.lora_rank:
             self.vlm.requires_grad_(False)
@@ -200,10 +200,10 @@ class Vla(nn.Module):
         head: ActionHeadConfig | None = None,
         latent_weight: float = 1.0,
     ) -> Vla:
-        """Return a model around the vision-language model that the settings name; our part is random.
+        """Return a model around the configured vision-language model; our part has random weights.
 
         Raises:
-            UserError: it cannot be read, or is not one from images and text to text.
+            UserError: the vision-language model cannot be read, or is not an image-text-to-text model.
         """
         vlm, processor = load_vlm(config.vlm, spec.resolution)
         return cls(config, spec, latent, vlm, processor, head, latent_weight)
@@ -220,7 +220,7 @@ class Vla(nn.Module):
         return tuned
 
     def set_stats(self, latent: Shaped[np.ndarray, "n k *d"], state: np.ndarray | None) -> None:
-        """Set means and deviations of latent actions without codes and of states, from training data."""
+        """Set means and standard deviations of continuous latent actions and of states."""
         own = self.own
         if self.latent.codebook_size is None:
             own.latent_mean.copy_(torch.from_numpy(latent.mean(0)))
@@ -258,7 +258,7 @@ class Vla(nn.Module):
         return total, metrics
 
     def latent_loss(self, batch: VlaBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the cross-entropy of codes given those before, or the error of normalized numbers."""
+        """Return the cross-entropy of codes given those before, or the error of normalized values."""
         k = self.latent.tokens
         count = batch.latent_mask.sum().clamp(min=1)
         if self.latent.codebook_size is None:
@@ -278,7 +278,7 @@ class Vla(nn.Module):
     def decode(self, inputs: dict[str, Tensor], state: Tensor | None) -> Shaped[Tensor, "b k *d"]:
         """Return the codes, int64 ``[b, k]``, each the most likely one of the codebook given those before it.
 
-        For latent actions without codes: their numbers, float32 ``[b, k, d]``.
+        For latent actions without codes, return their values, float32 ``[b, k, d]``.
         """
         if self.latent.codebook_size is None:
             return self._latent_numbers(inputs, state) * self.own.latent_std + self.own.latent_mean
@@ -292,7 +292,7 @@ class Vla(nn.Module):
     def actions(
         self, inputs: dict[str, Tensor], state: Tensor | None, choose: Choose = greedy
     ) -> Shaped[Tensor, "b l *a"]:
-        """Return a chunk of robot actions: classes that `choose` takes, or numbers in the robot's units.
+        """Return a chunk of robot actions: classes selected by `choose`, or values in the robot's units.
 
         Raises:
             UserError: the model has no action head, or its outputs are not finite.
@@ -311,7 +311,7 @@ class Vla(nn.Module):
         """Return the logits of the codes after 0, 1, ..., n given ones, ``[b, n + 1, codebook]``.
 
         Args:
-            inputs: from `ask`.
+            inputs: result of `ask`.
             state: robot state ``[b, s]``, or None.
             codes: int64 ``[b, n]``.
         """
@@ -331,8 +331,8 @@ class Vla(nn.Module):
         """Return the last hidden states of the position before the tail, and of the tail.
 
         Args:
-            inputs: from `ask`.
-            state: robot state ``[b, s]`` in its own units; a position of its own before the tail.
+            inputs: result of `ask`.
+            state: robot state ``[b, s]`` in its own units; it gets one position before the tail.
             tail: embeddings at the end, ``[b, n, h]`` or, the same for all samples, ``[n, h]``.
         """
         if tail.ndim == 2:
@@ -341,7 +341,7 @@ class Vla(nn.Module):
         if self.own.state_embed is not None:
             if state is None or state.shape[1] != self.spec.state_size:
                 got = "none" if state is None else state.shape[1]
-                raise UserError(f"observation.state must have {self.spec.state_size} numbers, got {got}.")
+                raise UserError(f"observation.state must have {self.spec.state_size} values, got {got}.")
             normal = (state - self.own.state_mean) / self.own.state_std
             tail = torch.cat([self.own.state_embed(normal)[:, None].to(tail), tail], dim=1)
         self._tail = tail
@@ -358,14 +358,14 @@ class Vla(nn.Module):
         return torch.cat([embedded[:, : -self._tail.shape[1]], self._tail.to(embedded.dtype)], dim=1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder; it appears complete. Adapters are merged into the weights first."""
+        """Write a checkpoint folder atomically. Adapters are merged into the weights first."""
         with atomic_dir(Path(folder)) as partial:
             self.write(partial)
 
     def write(self, folder: Path) -> None:
         """Write the files of a checkpoint into an existing folder, `config.json` last.
 
-        The vision-language model is in `vlm`, as transformers saves it; `model.safetensors` is our part.
+        The vision-language model is in `vlm`, in the format of transformers; `model.safetensors` is our part.
         """
         if self.config.lora_rank:
             merge_lora(self.vlm)
@@ -399,7 +399,7 @@ class Vla(nn.Module):
         """Load a checkpoint of `train-vla` or `finetune-vla`, in evaluation mode; needs no network.
 
         Raises:
-            UserError: it is missing, truncated or something else; nothing in it is executed.
+            UserError: the checkpoint is missing, truncated or of another type; nothing in it is executed.
         """
         folder = resolve_folder(where)
         values = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""What a training of a vision-language-action model takes, from its configuration alone: `--dry-run`.
+"""Cost of training a vision-language-action model, computed from its configuration: `--dry-run`.
 
 The model is built on the meta device, without memory. States are exact; activations, FLOPs and hours are
 estimates: attention scores are left out (sequences are short), a backward pass counts as two forward passes,
@@ -28,7 +28,7 @@ LAPA = LatentActionSpec(
     resolution=256,
     camera="",
 )
-"""Latent actions as LAPA's, for a plan without labels."""
+"""Latent actions like LAPA's, for a plan without labels."""
 _TASK = "put the red block into the drawer"
 _TEMPLATE_TOKENS = 20
 _TRAINED_BYTES, _FROZEN_BYTES = 16, 4
@@ -43,24 +43,23 @@ class Plan:
     vision: int
     """Parameters of the vision tower."""
     text: int
-    """Parameters of the language model and what connects it to the vision tower."""
+    """Parameters of the language model and its connection to the vision tower."""
     own: int
-    """Parameters of ours, and of adapters."""
+    """Parameters of our part and of adapters."""
     trained: int
     """Parameters that are trained."""
     state_bytes: int
-    """Weights, gradients and AdamW's averages in fp32, of all devices together."""
+    """Bytes of weights, gradients and AdamW's averages in fp32, over all devices."""
     state_bytes_all_trained: int
-    """The same if every parameter of the vision-language model were trained."""
+    """The same with every parameter of the vision-language model trained."""
     gathered_bytes: int
-    """Weights that a sharded training has whole on each device: the largest block, and what is outside of
-    blocks."""
+    """Bytes of unsharded weights on each device: the largest block, and parameters outside of blocks."""
     activation_bytes: int
-    """Activations of a device, an estimate."""
+    """Estimated bytes of activations per device."""
     devices: int
     """Devices."""
     device_bytes: int
-    """Memory of each device: its states, gathered weights and activations."""
+    """Bytes of memory per device: states, gathered weights and activations."""
     sequence: int
     """Positions per sample: image, prompt and latent action."""
     tokens_per_step: int
@@ -75,7 +74,7 @@ class Plan:
     """Estimated hours of training."""
 
     def __str__(self) -> str:
-        """Human-readable form, a fact per line."""
+        """Human-readable form, one fact per line."""
         gb, devices = 1e9, f"{self.devices} device{'s' * (self.devices > 1)}"
         vision, text, own, trained = map(_millions, (self.vision, self.text, self.own, self.trained))
         return "\n".join(
@@ -113,15 +112,15 @@ def plan(
 
     Args:
         config: the model.
-        latent: what it predicts.
+        latent: spec of the latent actions.
         resolution: height and width of the images in pixels.
         task: a long task text; empty: a typical one.
         batch_size: samples per step, over all devices.
         steps: optimizer steps.
-        devices: devices.
-        accumulate: slices of a step, one after another.
+        devices: number of devices.
+        accumulate: slices of a step, processed one after another.
         sharded: whether the states are spread over the devices.
-        bf16: whether activations have two bytes per number.
+        bf16: whether activations are bf16.
         tflops: sustained TFLOP/s of each device.
 
     Raises:
@@ -145,7 +144,7 @@ def plan(
     text_config = vlm_config.get_text_config()
     bytes_each = 2 if bf16 else 4
     rows = samples * sequence * text_config.hidden_size * bytes_each
-    per_layer = 34  # numbers kept per position and hidden unit in a layer (Korthikanti et al., 2205.05198)
+    per_layer = 34  # values kept per position and hidden unit in a layer (Korthikanti et al., 2205.05198)
     layers = text_config.num_hidden_layers
     activations = rows * (layers + per_layer) if config.gradient_checkpointing else rows * layers * per_layer
     gathered = 4 * _gathered(model) if sharded else 0

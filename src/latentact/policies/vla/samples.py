@@ -18,7 +18,7 @@ from latentact.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class VlaBatch:
-    """Prompts and what to predict from them."""
+    """Prompts and targets."""
 
     inputs: dict[str, Tensor]
     """Inputs of the vision-language model, for image and text."""
@@ -49,13 +49,14 @@ class VlaSamples(Dataset):
 
     Args:
         store: frames, tasks and states.
-        ask: makes the inputs of the vision-language model of uint8 frames ``[b, 3, h, w]`` and task texts.
+        ask: function from uint8 frames ``[b, 3, h, w]`` and task texts to the inputs of the vision-language
+            model.
         rows: rows of the store.
         latent: codes int64 ``[n, k]`` or float32 ``[n, k, d]`` of every row.
         valid: whether the latent action of a row exists, ``[n]``.
         actions: robot actions of every row ``[n, *a]``; None: none are learned.
-        known: whether the action of a row may be seen, ``[n]``.
-        chunk: robot actions per sample, from the row on; none is from another episode.
+        known: whether the action of a row is labeled, ``[n]``.
+        chunk: robot actions per sample, starting at the row and within its episode.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class VlaSamples(Dataset):
 
         Args:
             rows: rows of the store.
-            images: rows whose images are shown instead.
+            images: rows whose images are used instead.
             tasks: task texts instead of the data's.
         """
         store = self.store

@@ -22,11 +22,11 @@ _HEIGHT = 160
 
 
 def write_page(path: Path, check: DataCheck, sheets: Sequence[Sheet]) -> None:
-    """Write the page, which needs no network.
+    """Write the page, which works offline.
 
     Args:
-        path: where.
-        check: what was found.
+        path: output file.
+        check: findings.
         sheets: frames of some episodes.
 
     Raises:
@@ -46,7 +46,7 @@ def write_page(path: Path, check: DataCheck, sheets: Sequence[Sheet]) -> None:
 
 
 def summary(check: DataCheck) -> str:
-    """Return what the dataset is, in one sentence."""
+    """Return a description of the dataset in one sentence."""
     if not check.episodes:
         return f"{check.path} cannot be opened."
     names = [camera["key"] for camera in check.cameras if camera["key"]]
@@ -80,9 +80,9 @@ def _issues(check: DataCheck) -> Section:
     return Section(
         anchor="issues",
         title="Warnings",
-        what="What readers refuse, leave out or repair."
+        what="Data that readers reject, skip or repair."
         if found
-        else "Nothing is refused, left out or repaired.",
+        else "Nothing is rejected, skipped or repaired.",
         body=f"<ul>{body}</ul>" if found else "",
     )
 

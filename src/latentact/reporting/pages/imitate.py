@@ -1,4 +1,4 @@
-"""The page of one imitation: the demonstration beside what the policy made of it, and how well they agree."""
+"""The page of one imitation: demonstration and rollout side by side, and their agreement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from latentact.reporting.html import (
 )
 
 FOLLOWS = 0.1
-"""Margin over the agreement with other timesteps from which a rollout counts as following its guide."""
+"""Margin over the chance agreement above which a rollout counts as following its guide."""
 
 
 def write_page(
@@ -32,13 +32,13 @@ def write_page(
     stills: UInt8[np.ndarray, "n h w 3"] | None,
     film: Path | None,
 ) -> None:
-    """Write the page, which needs no network.
+    """Write the page, which works offline.
 
     Args:
-        path: where.
-        metrics: what `metrics.json` holds.
+        path: output file.
+        metrics: content of `metrics.json`.
         stills: images of the run.
-        film: its video.
+        film: video of the run.
 
     Raises:
         UserError: plotly is missing.
@@ -67,8 +67,8 @@ def headline(metrics: dict[str, Any]) -> str:
         f"{found['measure']} {mean:.2f} at the same timestep, {others:.2f} with the guide's other timesteps"
     )
     if mean - others > FOLLOWS:
-        return f"What happened follows the guide: {beside}."
-    return f"What happened does not follow the guide: {beside}."
+        return f"The rollout follows the guide: {beside}."
+    return f"The rollout does not follow the guide: {beside}."
 
 
 def _lead(metrics: dict[str, Any]) -> str:
@@ -108,7 +108,7 @@ def _watch(stills: np.ndarray | None, film: Path | None) -> Section | None:
     return Section(
         anchor="watch",
         title="Demonstration and rollout",
-        what="Left the demonstration, where its video was given; right what the policy did.",
+        what="Left: the demonstration, if its video was given; right: the rollout.",
         body=body,
     )
 
@@ -126,8 +126,8 @@ def _agreement(metrics: dict[str, Any]) -> Section | None:
     return Section(
         anchor="agreement",
         title="Agreement with the guide",
-        what="The LAM looks at what really happened; its latent actions are compared with the guide's, step "
-        "by step. 1 is the same change. The dotted line is what a rollout reaches that ignores the order.",
+        what="The LAM encodes the rollout, and its latent actions are compared with the guide's, step by "
+        "step. 1 is the same change. The dotted line is the score of a rollout that ignores the order.",
         body=body,
     )
 
@@ -168,7 +168,7 @@ def _safety(metrics: dict[str, Any]) -> Section | None:
     return Section(
         anchor="safety",
         title="Safety and timing",
-        what=f"What stood between the policy and the robot. {end}",
+        what=f"The safety layer between the policy and the robot. {end}",
         body=unlimited
         + table(("What", "Steps"), rows, "Safety and timing")
         + (fold("Everything in order", f"<ul>{events}</ul>") if events else ""),
@@ -185,6 +185,6 @@ def _settings(metrics: dict[str, Any]) -> Section:
     return Section(
         anchor="settings",
         title="Settings",
-        what="The command's settings and what the guide is.",
+        what="The command's settings and the guide.",
         body=fold("Show", f"<pre><code>{text(content)}</code></pre>"),
     )

@@ -1,4 +1,4 @@
-"""The report card of a latent action model as one page that opens without a network."""
+"""The report card of a latent action model as one page that works offline."""
 
 from __future__ import annotations
 
@@ -28,20 +28,26 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
 BARS = PROBES | {
-    "latent_and_present_linear": ("Latent and present together", "By a straight line."),
-    "latent_and_present_mlp": ("Latent and present together, small network", "By two hidden layers."),
-    "state": ("Latent action to state", "Where the robot is; a latent of change need not know."),
-    "state_change": ("Latent action to change of state", "How far the robot moves, by a straight line."),
+    "latent_and_present_linear": ("Latent and present together", "Read by a linear model."),
+    "latent_and_present_mlp": (
+        "Latent and present together, small network",
+        "Read by an MLP with two hidden layers.",
+    ),
+    "state": ("Latent action to state", "Position of the robot, which a latent of change need not contain."),
+    "state_change": (
+        "Latent action to change of state",
+        "Displacement of the robot, read by a linear model.",
+    ),
     "state_change_state_only": ("Floor: present to change of state", "The same without a latent."),
     "state_change_shuffled_future": ("Control: shuffled future", "Latents with a wrong next frame."),
-    "nuisance_linear": ("Latent action to nuisance", "How the background or camera moves. Lower is better."),
-    "nuisance_mlp": ("Latent action to nuisance, small network", "The same by two hidden layers."),
+    "nuisance_linear": ("Latent action to nuisance", "Motion of the background or camera. Lower is better."),
+    "nuisance_mlp": ("Latent action to nuisance, small network", "The same, read by an MLP."),
     "nuisance_from_action": (
         "Control: action to nuisance",
-        "What the true action tells of it; more than this is of no use.",
+        "Read from the true action; latents need no more than that.",
     ),
 }
-"""Probe -> its name and what it is."""
+"""Probe -> display name and explanation."""
 GROUPS = {
     "Action": (
         *("latent_linear", "latent_mlp", "latent_and_present_linear", "latent_and_present_mlp"),
@@ -55,14 +61,14 @@ CONTROLS = (
     "nuisance_from_action",
 )
 ABSENT = "-"
-LEAST_DB = 0.01  # less is no steering that a chart should show
+LEAST_DB = 0.01  # smaller values are not worth a chart
 
 
 def write_page(path: Path, numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write the page.
 
     Args:
-        path: where.
+        path: output file.
         numbers: content of `inspect.json`.
         arrays: latents, their map and images, from `inspect_lam`.
 
@@ -117,11 +123,11 @@ def _headline_numbers(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(
             ("Actions are shifted by", f"{shift:+d}", "rows; 0 is right")
             if shift
-            else ("Actions are shifted by", "0", "rows; no other place is clearly better")
+            else ("Actions are shifted by", "0", "rows; no other lag is clearly better")
         )
     dims = numbers["latents"]
     if numbers["verdict"]["name"] != "collapsed":
-        items.append(("Directions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
+        items.append(("Dimensions in use", f"{dims['effective_dims']:.1f}", f"of {dims['dims']}"))
     return items
 
 
@@ -130,7 +136,7 @@ def _short(score: float) -> str:
 
 
 def _lags(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lag curve, where latents tell the action at any lag."""
+    """Return the lag curve if latents predict the action at any lag."""
     curve = numbers["lags"]
     return curve if any(row["score"] > 0 for row in curve) else []
 
@@ -147,7 +153,7 @@ def _findings(numbers: dict[str, Any]) -> Section | None:
     return Section(
         anchor="findings",
         title="What was found",
-        what="The worst first. A no-go forbids to train policies on these latents; a caution does not.",
+        what="The worst first. A no-go rules out training policies on these latents; a caution does not.",
         body=cards,
     )
 
@@ -178,7 +184,7 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
     ]
     return Section(
         anchor="probes",
-        title="What latents tell",
+        title="What latents encode",
         what=("A probe is fitted on half of the episodes and scored on the others. " if many else "")
         + "Gray bars are floors and controls: what rises above them was found in the change. Brackets are "
         f"95 % intervals over {'episodes' if many else 'transitions'}.",
@@ -201,13 +207,13 @@ def _labels(numbers: dict[str, Any]) -> Section | None:
     return Section(
         anchor="labels",
         title="How many labeled episodes it takes",
-        what="A straight line from latents to actions, fitted on k episodes. The gap between the lines is "
-        "what latents are worth with few labels.",
+        what="A linear model from latents to actions, fitted on k episodes. The gap between the curves is "
+        "the value of latents with few labels.",
         body=figure(
             chart(charts.labels(curve), label="Line chart of probe score over labeled episodes"),
             "Mean over draws of the k episodes; the band spans the worst and the best draw. The floor uses "
-            "the present alone with the same labels. What the state of the robot tells of its action "
-            "is taken out first, where actions are numbers.",
+            "the current timestep alone with the same labels. For continuous actions, the part that the "
+            "robot's state predicts is removed first.",
         ),
     )
 
@@ -217,12 +223,13 @@ def _alignment(numbers: dict[str, Any]) -> Section | None:
     for title, curve, draw, what in (
         (
             *("Action at other rows", _lags(numbers), charts.lags),
-            "At other rows: how well latents tell the action recorded some rows earlier or later; the peak "
-            "belongs at 0. A clearly higher one elsewhere means that the data is off by that many rows.",
+            "At other rows: how well latents predict the action recorded some rows earlier or later; the "
+            "peak should be at 0. A clearly higher peak elsewhere means that the data is off by that many "
+            "rows.",
         ),
         (
             *("Other frame gaps", numbers["gaps"], charts.gaps),
-            "Other gaps: the same model over shorter and longer ones, and how much of the image moves.",
+            "Other gaps: the same model over shorter and longer gaps, and how much of the image moves.",
         ),
     ):
         if curve:
@@ -254,18 +261,18 @@ def _use(numbers: dict[str, Any]) -> Section | None:
     body = tiles(items)
     if control:
         change = f"{numbers['prediction_change']:.0%}"
-        body = tiles([*items, ("Moved by another latent", change, "of what moves in the video")])
+        body = tiles([*items, ("Change by another latent", change, "of the change in the video")])
     if control and max(map(abs, control["delta_psnr"]), default=0) >= LEAST_DB:
         body += figure(
             chart(charts.control(control["delta_psnr"]), label="Bar chart of delta PSNR", height=240),
             "Delta PSNR in dB: by how much frames rolled out with the video's latents are nearer to it than "
-            "with another video's. 0 would mean that latents do not steer.",
+            "with another video's. 0 means that latents have no effect.",
         )
     return Section(
         anchor="use",
         title="Are latents used?",
-        what="The forward model predicts the next frame from the present and a latent: with its own, with "
-        "another timestep's, and several steps in a row.",
+        what="The forward model predicts the next frame from the current frame and a latent: its own, "
+        "another timestep's, and over several steps.",
         body=body,
     )
 
@@ -273,9 +280,9 @@ def _use(numbers: dict[str, Any]) -> Section | None:
 def _content(numbers: dict[str, Any]) -> Section:
     latents, leak, algebra = numbers["latents"], numbers["leakage"] or {}, numbers["algebra"] or {}
     metrics = (
-        ("Spread", latents["spread"], "deviation over size; 0 is collapse"),
-        ("Dependence on the future", latents["future_dependence"], "0: the next frame is not looked at"),
-        ("S-PCFC", leak.get("s_pcfc"), "near 1: latents show the target frame; low is better"),
+        ("Spread", latents["spread"], "standard deviation over magnitude; 0 is collapse"),
+        ("Dependence on the future", latents["future_dependence"], "0: the next frame is not used"),
+        ("S-PCFC", leak.get("s_pcfc"), "near 1: latents encode the target frame; low is better"),
         ("S-PCFC, centered", leak.get("centered"), "the same without what all latents share"),
         ("Error across cuts", leak.get("across_cuts"), "of that of copying; low: they may encode the image"),
         ("Additivity", algebra.get("additivity"), "|z(a,c) - z(a,b) - z(b,c)| / |z|; 0 is exact"),
@@ -286,8 +293,8 @@ def _content(numbers: dict[str, Any]) -> Section:
     return Section(
         anchor="content",
         title="Motion or appearance?",
-        what="What latents encode, measured without labels: how they respond to wrong futures, to time "
-        "turned round, to cuts, and whether they add up as motions do.",
+        what="What latents encode, measured without labels: their response to wrong futures, reversed time "
+        "and cuts, and whether they add up like motions.",
         body=table(("Measure", "Value", "How to read it"), rows, "Label-free measures"),
     )
 
@@ -302,8 +309,8 @@ def _map(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section:
     return Section(
         anchor="map",
         title="Map of latent actions",
-        what="Every point is one transition. Colors by action should form islands or a slope; islands by "
-        "episode mean that latents know the scene, a slope over time that they drift.",
+        what="Every point is one transition. Colors by action should form clusters or a gradient; clusters "
+        "by episode mean that latents encode the scene, a gradient over time that they drift.",
         body="".join(parts),
     )
 
@@ -313,17 +320,18 @@ def _saliency(numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> Section
     if not found:
         return None
     cells = "".join(
-        image(_heat(now, response), f"Example {i + 1}: where latents look")
+        image(_heat(now, response), f"Example {i + 1}: where latents respond")
         for i, (now, response) in enumerate(zip(arrays["salient_now"], arrays["salient"], strict=True))
     )
     return Section(
         anchor="saliency",
-        title="Where latents look",
-        what=f"{found['share_inside']:.0%} of what latents answer to lies where something moves, which is "
+        title="Where latents respond",
+        what=f"{found['share_inside']:.0%} of the response of latents is in moving regions, which are "
         f"{found['area']:.0%} of the image.",
         body=figure(
             f'<div class="videos">{cells}</div>',
-            "Parts of both frames are grayed out in turn; the brighter a part, the more the latent changes.",
+            "Regions of both frames are grayed out in turn; the brighter a region, the more the latent "
+            "changes.",
         ),
     )
 

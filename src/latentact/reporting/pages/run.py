@@ -1,4 +1,4 @@
-"""The report: `report.json` for programs and one `report.html` for people, which opens without a network."""
+"""The report: `report.json` for programs and one `report.html` for people, which works offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir` and return the first's content.
 
     It contains all files of known names below the folder: LAM runs, comparisons, learning curves,
-    rollouts with videos, configurations. Missing parts are named in one sentence.
+    rollouts with videos, configurations. Missing parts are listed in one sentence each.
 
     Raises:
         UserError: the folder is missing, holds nothing to report or a damaged file; or plotly is missing.
@@ -71,7 +71,7 @@ def _page(found: Findings) -> str:
 
 
 def _sections(found: Findings) -> tuple[list[Section], list[str]]:
-    """Sections that are there, in reading order, and a sentence for each that is not."""
+    """Return the available sections in reading order, and a sentence for each missing one."""
     parts: list[Section | str] = [comparison_section(c, i) for i, c in enumerate(found.comparisons)]
     if not parts:
         parts.append("No comparison of methods was run.")
@@ -97,7 +97,7 @@ def _sections(found: Findings) -> tuple[list[Section], list[str]]:
 
 
 def _verdict(found: Findings) -> str:
-    """Who wins; without a comparison, what the latent action model is worth."""
+    """Return the verdict: the winner of the comparison, or else the quality of the latent action model."""
     if len(found.comparisons) == 1:
         return found.comparisons[0].verdict
     if found.comparisons:
@@ -129,7 +129,7 @@ def _lam_verdict(lam: LamRun) -> str:
         best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
         floor = probes["state_only"]["score"]
         sentences.append(
-            f"A probe reads the action from its latents at {best:.2f}, from the present alone at {floor:.2f}."
+            f"A probe reads the action from its latents at {best:.2f}, without them at {floor:.2f}."
         )
     return " ".join([*sentences, *warnings])
 
@@ -152,7 +152,7 @@ def _headline_numbers(found: Findings) -> list[tuple[str, str, str]]:
         if oracle is not None:
             items.append(("Oracle, all labels", f"{oracle.score:.2f}", "the ceiling of this network"))
     if found.wall_s is not None:
-        items.append(("The whole run took", _duration(found.wall_s), "on this machine"))
+        items.append(("Duration of the run", _duration(found.wall_s), "on this machine"))
     return items
 
 
@@ -161,6 +161,6 @@ def _duration(seconds: float) -> str:
 
 
 def _split(sentence: str) -> tuple[str, str]:
-    """A headline, the verdict up to its first colon or full stop, and the rest as sentences."""
+    """Split a verdict into a headline, up to its first colon or full stop, and the remaining sentences."""
     first, *rest = re.split(r"[:.] ", sentence.removesuffix("."), maxsplit=1)
     return f"{first}.", "".join(f"{part[:1].upper()}{part[1:]}." for part in rest)

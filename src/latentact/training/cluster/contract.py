@@ -1,4 +1,4 @@
-"""What a cluster is: settings, and `launch`, which runs a stage there."""
+"""The contract of clusters: settings, and `launch`, which runs a stage there."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from latentact.registry import Registry
 from latentact.training.settings import TrainingConfig
 
 CLUSTERS: Registry[type[Cluster]] = Registry("cluster", "latentact.training.cluster", "latentact.clusters")
-"""Clusters by the name that `cluster=` takes."""
+"""Clusters by name, as in `cluster=NAME`."""
 
 
 class Cluster(Protocol):
-    """A kind of machine; a frozen dataclass of its settings."""
+    """A kind of cluster: a frozen dataclass of settings."""
 
     compute: ComputeConfig
 
     def launch(self, command: str, run: Callable[[Any, Path], Any], config: Any, out: Path) -> Any:
-        """Return `run(config, out)`, or a placeholder where the stage runs later.
+        """Return `run(config, out)`, or a placeholder if the stage runs later.
 
         Args:
-            command: the command (`train-lam`), which is repeated on the other machine.
+            command: name of the command (`train-lam`), to be repeated on the cluster.
             run: the stage.
             config: its settings.
             out: its run folder.

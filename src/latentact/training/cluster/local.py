@@ -1,4 +1,4 @@
-"""`cluster=local`: here and now, in this process or in those that `torchrun` or `srun` started."""
+"""`cluster=local`: in this process, or in those that `torchrun` or `srun` started."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class LocalConfig:
 
     kind: str = "local"
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    """How many processes train."""
+    """Number of training processes."""
 
     def launch(self, command: str, run: Callable[[Any, Path], Any], config: Any, out: Path) -> Any:
         """Run the stage.
 
         Raises:
-            UserError: it needs several machines, and nothing has started it on them.
+            UserError: the run needs several machines and was not started on them.
         """
         nodes = max((training.num_nodes for training in trainings(config)), default=1)
         if nodes > 1 and not any(name in os.environ for name in _LAUNCHERS):

@@ -31,14 +31,14 @@ RUNTIMES = ("none", "apptainer", "enroot")
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmComputeConfig(ComputeConfig):
-    """What a job asks for."""
+    """Resources of a job."""
 
     cpus_per_task: Annotated[int, Between(1, 1024)] = 8
     """CPU cores per process."""
     mem_gb: Limit = 0
     """Memory per machine in GB; 0: the partition's default."""
     time: str = "24:00:00"
-    """Longest duration of a job as SLURM writes it; a longer training is requeued and resumes."""
+    """Time limit of a job in SLURM's format; a longer training is requeued and resumes."""
     partition: str = ""
     """Partition; empty: the default one."""
     account: str = ""
@@ -48,7 +48,7 @@ class SlurmComputeConfig(ComputeConfig):
     constraint: str = ""
     """Features that the machines must have; empty: any."""
     extra: tuple[str, ...] = ()
-    """More options of sbatch: ['--mail-type=FAIL']."""
+    """Further options of sbatch: ['--mail-type=FAIL']."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,17 @@ class ContainerConfig:
     runtime: Annotated[str, OneOf(RUNTIMES)] = "none"
     """none: this Python environment; apptainer; enroot, through pyxis."""
     image: str = ""
-    """Image file (.sif or .sqsh) or address."""
+    """Image file (.sif or .sqsh) or URL."""
     binds: tuple[str, ...] = ()
-    """Folders to mount beside the working folder and the run folder, as SOURCE or SOURCE:TARGET."""
+    """Folders to mount in addition to the working folder and the run folder, as SOURCE or SOURCE:TARGET."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
         require_one_of("cluster.container.runtime", self.runtime, RUNTIMES)
         if (self.runtime == "none") != (not self.image):
             raise UserError(
-                f"cluster.container needs both runtime and image, got {self.runtime!r} and {self.image!r}."
+                f"cluster.container must have both runtime and image, got {self.runtime!r} and "
+                f"{self.image!r}."
             )
 
 
@@ -87,7 +88,7 @@ class Submitted:
     script: Path
     """The job script."""
     log: Path
-    """What the job prints."""
+    """Log file of the job."""
 
     def __str__(self) -> str:
         """Return one line for the terminal."""
@@ -101,13 +102,13 @@ class SlurmConfig:
 
     kind: str = "slurm"
     compute: SlurmComputeConfig = field(default_factory=SlurmComputeConfig)
-    """What a job asks for."""
+    """Resources of a job."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
-    """In which container it runs."""
+    """Container in which it runs."""
     setup: tuple[str, ...] = ()
-    """Lines of shell before the training: ['module load cuda', 'export HF_HUB_OFFLINE=1']."""
+    """Shell commands before the training: ['module load cuda', 'export HF_HUB_OFFLINE=1']."""
     requeue: bool = True
-    """Whether a job that is preempted or out of time goes back into the queue and resumes."""
+    """Whether a job that is preempted or out of time is requeued and resumes."""
     signal_s: Count = 120
     """Seconds before the end at which SLURM asks the job to save a checkpoint and stop."""
 
@@ -119,8 +120,8 @@ class SlurmConfig:
         """Run the stage inside a job; outside, submit one.
 
         Raises:
-            UserError: SLURM is missing or refuses the job, the run folder holds other settings, or its job
-                is still in the queue.
+            UserError: SLURM is missing or rejects the job, the run folder has other settings, or its job is
+                still in the queue.
         """
         if self.compute.num_nodes * self.compute.gpus_per_node > 1 and getattr(config, "ONE_PROCESS", False):
             raise UserError(
@@ -132,7 +133,7 @@ class SlurmConfig:
         if sizes - {asked}:
             raise UserError(
                 f"training.num_nodes and training.devices must be those of cluster.compute {asked}, got "
-                f"{max(sizes - {asked})}. Set cluster.compute.num_nodes and gpus_per_node alone."
+                f"{max(sizes - {asked})}. Set only cluster.compute.num_nodes and gpus_per_node."
             )
         if "SLURM_JOB_ID" in os.environ:
             return run(config, out)
@@ -140,7 +141,7 @@ class SlurmConfig:
 
 
 def _submit(cluster: SlurmConfig, command: str, config: Any, out: Path) -> Submitted:
-    """Write the job script and hand it to SLURM."""
+    """Write the job script and submit it."""
     if not shutil.which("sbatch"):
         raise UserError(
             "cluster=slurm needs the command sbatch, which is not on the PATH. Run this where jobs are "
@@ -166,7 +167,9 @@ def _submit(cluster: SlurmConfig, command: str, config: Any, out: Path) -> Submi
             shutil.rmtree(out)
         message = " ".join(answer.stderr.split()).removeprefix("sbatch: ").removeprefix("error: ").rstrip(".")
         without = ", or give training.device=cpu" if "gres" in message else ""
-        raise UserError(f"SLURM refuses the job: {message}. Change the settings of cluster.compute{without}.")
+        raise UserError(
+            f"SLURM rejected the job: {message}. Change the settings of cluster.compute{without}."
+        )
     job = answer.stdout.strip().partition(";")[0]
     submitted = Submitted(job=job, script=script, log=out / f"slurm-{job}.out")
     (out / "job.status").unlink(missing_ok=True)
@@ -175,7 +178,7 @@ def _submit(cluster: SlurmConfig, command: str, config: Any, out: Path) -> Submi
 
 
 def _check_previous(out: Path) -> None:
-    """Say how the newest job of a run folder ended; raise a UserError if it has not."""
+    """Log how the newest job of a run folder ended; raise a UserError if it is still in the queue."""
     if not (out / "job.json").exists():
         return
     last = read_record(_Job, out / "job.json")
@@ -199,7 +202,7 @@ def job_script(cluster: SlurmConfig, words: list[str], out: Path, *, cpu: bool) 
         cluster: settings.
         words: command and settings, without `latentact`.
         out: run folder.
-        cpu: whether it trains without GPUs.
+        cpu: whether to train without GPUs.
     """
     run = shlex.join(["srun", "--kill-on-bad-exit=1"]) + ' --cpus-per-task="$SLURM_CPUS_PER_TASK"'
     run += f" \\\n  {shlex.join([*_in_container(cluster.container, out, cpu=cpu), *words])}"
@@ -260,7 +263,7 @@ def _quoted(path: Path) -> str:
 
 
 def _in_container(container: ContainerConfig, out: Path, *, cpu: bool) -> list[str]:
-    """Return the words that start `latentact`; those of enroot are options of srun."""
+    """Return the command words that start `latentact`; enroot uses options of srun."""
     binds = [f"{folder}:{folder}" for folder in dict.fromkeys((str(Path.cwd()), str(out)))]
     binds += [bind if ":" in bind else f"{bind}:{bind}" for bind in container.binds]
     match container.runtime:
