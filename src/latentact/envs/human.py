@@ -383,7 +383,7 @@ class Terminal:
 
         self._termios, self._file = termios, sys.stdin.fileno()
         self._before = termios.tcgetattr(self._file)
-        tty.setcbreak(self._file)
+        tty.setcbreak(self._file, termios.TCSADRAIN)
         self._shown: tuple[bytes, str] | None = None
         sys.stdout.write("\x1b[2J")
 

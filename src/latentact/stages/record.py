@@ -22,7 +22,7 @@ from latentact.envs.checks import check_step_limit
 from latentact.envs.episode import Recorded, run_episodes
 from latentact.envs.human import Device, Human, Outcome, Terminal, Window, describe_keys
 from latentact.envs.spec import VIEWS, EnvSpec, env_spec, make_env
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.io.staging import locked_staging
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,10 @@ class RecordConfig:
     """"agent": the agent's own view; "full": the whole world, for environments that have both."""
     max_steps: Limit = 0
     """Steps after which an episode ends; 0: the environment's own limit."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_one_of("--device", self.device, DEVICES)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that an interrupted recording must share."""
@@ -111,9 +115,7 @@ def run(config: RecordConfig) -> RecordResult:
             device.close()
             env.close()
         if not attempts.kept:
-            raise UserError(
-                f"nothing was recorded, so {out} is not written. Re-run the command to try again."
-            )
+            raise UserError(f"no episode was recorded, so {out} is not written. Re-run the command.")
         record = _record_spec(spec, *env.observation_space["pixels"].shape[:2])  # type: ignore[index]
         dropped = len(attempts.all) - len(attempts.kept)
         staged = [attempts.path(number) for number in attempts.kept]
