@@ -27,6 +27,9 @@ def require_one_of(name: str, value: object, known: Collection[str]) -> None:
         raise UserError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
 
 
+MIXTURE = "data.mixture is a setting of train-lam and train-policy. Give this command one dataset at a time."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? Known: ..."`` for an unknown name, with its closest match."""
     names = sorted(known)

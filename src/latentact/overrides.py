@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentact.config import dataclass_in, field_help
-from latentact.errors import UserError, did_you_mean
+from latentact.errors import MIXTURE, UserError, did_you_mean
 from latentact.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,8 @@ def _explain(error: Exception, cls: type, chosen: dict[str, str]) -> str:
         return f"unknown {group or 'config'} {name!r}{did_you_mean(name, options)}"
     if "Could not override" in text or "is not in struct" in text or "not in '" in text:
         name = str(key) if key else text.split("'")[1]
+        if name == "data.mixture":
+            return MIXTURE
         parts = name.split(".")
         same_level = {tuple(k.split(".")[: len(parts)]) for k, *_ in keys(cls, chosen=chosen)}
         siblings = {k for k in same_level if k[:-1] == tuple(parts[:-1])} or same_level

@@ -141,9 +141,12 @@ class LatentActionSpec:
         for field in fields(self):
             a, b = getattr(self, field.name), getattr(other, field.name)
             if a != b:
+                remedy = "Label the data and train the policy with the same LAM."
+                if field.name in ("frame_gap", "fps"):
+                    remedy = "Label all data at one rate, with --target-fps, and with one --frame-gap-s."
                 raise UserError(
                     f"{field.name} of the latent actions must be the same in {mine} and {theirs}, got "
-                    f"{a!r} and {b!r}. Label the data and train the policy with the same LAM."
+                    f"{a!r} and {b!r}. {remedy}"
                 )
 
     def save(self, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import cli, contents, fork, write_blocks
+from conftest import cli, contents, fork, ranks, write_blocks
 from latentact.errors import UserError
 from latentact.lams.models.villa_x import VillaXConfig
 
@@ -110,6 +111,38 @@ def test_a_rank_that_dies_is_named_and_its_work_is_done_by_the_next_run(label, w
     assert 10 < parts(cache) < 20
     assert cli(*label).returncode == 0
     assert contents(tmp_path / "out") == whole
+
+
+def test_precompute_has_the_same_engines(data, lam, cluster, tmp_path, monkeypatch):
+    given = ("precompute", "--dataset-root", data, "--lam-model-path", lam, "--batch-size", "64")
+    command = (*given, "--output", "file", "--output-dir", tmp_path / "out")
+    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "cache"))
+    assert cli(*given, "--output", "file", "--output-dir", tmp_path / "whole").returncode == 0
+    expected = contents(tmp_path / "whole")
+    monkeypatch.setenv("LATENTACT_CACHE", str(tmp_path / "other"))
+    done = cli(*command, "--engine", "ray", "--ray-actors", "2")
+    assert done.returncode == 0, done.stderr
+    assert "starting 2 Ray actors" in done.stderr
+    assert contents(tmp_path / "out") == expected
+    shutil.rmtree(tmp_path / "out")
+    third = str(tmp_path / "third")
+    shares = [
+        fork(
+            _main,
+            *command,
+            "--engine",
+            "torchrun",
+            log=tmp_path / rank["RANK"],
+            **rank,
+            LATENTACT_CACHE=third,
+        )
+        for rank in ranks(2)
+    ]
+    for share in shares:
+        share.join()
+        assert share.exitcode == 0
+    assert contents(tmp_path / "out") == expected
+    assert "need --engine ray, got local" in cli(*command, "--ray-actors", "2").stderr
 
 
 def test_torchrun_without_a_launcher_is_one_sentence(label):

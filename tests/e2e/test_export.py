@@ -14,8 +14,9 @@ import pytest
 import torch
 import zarr
 from PIL import Image
+from test_kill import killed
 
-from conftest import TINY_LAM, TINY_POLICY, cli, ok, refused
+from conftest import TINY_LAM, TINY_POLICY, cli, contents, ok, refused
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
@@ -284,6 +285,19 @@ def test_again_is_finished_and_a_failure_leaves_nothing(
         patch.setattr("latentact.stages.export.verify_dataset", full)
         assert cli(*command(world, tmp_path / "out")).returncode == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_nothing_and_the_next_one_writes_all(
+    world: Path, exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cut/out"
+    killed(command(world, out), lambda: [*out.parent.glob(".out.*.partial/*")], 0, out)
+    ok(*command(world, out))
+    whole, cut = contents(exported), contents(out)
+    assert cut.keys() == whole.keys()
+    changed = {name for name in whole if cut[name] != whole[name] and not name.endswith(".mp4")}
+    assert changed == {"export.json"}  # which names the folder
+    assert [*out.parent.iterdir()] == [out]
 
 
 def test_a_missing_extra_is_named(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

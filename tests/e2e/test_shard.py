@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_kill import contents, filled, kill, ok
 from conftest import TINY_LAM, TINY_POLICY, cli
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
+from latentact.errors import UserError
 from latentact.io.video_writer import write_video
 
 FLAGS = ("--codec", "png", "--shard-size-mb", "0.05", "--clip-frames", "5")
@@ -83,13 +85,28 @@ def test_lerobot_columns_and_tasks_travel(tmp_path):
         np.testing.assert_array_equal(one.state, other.state)
 
 
-def test_settings_of_mixtures_and_patterns(shards, blocks, tmp_path):
+def test_settings_of_mixtures_and_patterns(shards, blocks, tmp_path, monkeypatch):
     pattern = f"{shards}/shard-{{000000..000001}}.tar"
     ok("train-lam", f"data.path={pattern}", f"out={tmp_path}/a", "data.shuffle_window=1", *FAST)
     mixture = f"data.mixture=[{{path: {shards}, weight: 2}}, {{path: {blocks}}}]"
     ok("train-lam", mixture, f"out={tmp_path}/b", *FAST)
     lam = json.loads((tmp_path / "b/lam.json").read_text())
     assert lam["model"] == "lapo"
+    inspected = Mock(side_effect=UserError("Reached."))
+    monkeypatch.setattr("latentact.stages.inspect_lam.inspect_lam", inspected)
+    assert sentence(cli("inspect", tmp_path / "b")) == "error: Reached."
+    (_, store), options = inspected.call_args
+    assert str(store.path).endswith(f" + {blocks}")
+    assert len(options["episodes"]) == 2  # of 16: those that were held out
+    said = sentence(cli("inspect", tmp_path / "b", "--data", blocks, "--out", tmp_path / "part"))
+    assert "Leave out --data" in said
+    one = "data.mixture is a setting of train-lam and train-policy. Give this command one dataset"
+    for command in (
+        ("check-data", mixture),
+        ("label", "--lam", tmp_path / "b", "--data", mixture, "--out", tmp_path / "c"),
+        ("compare", "env=babyai/GoToLocal", mixture, f"out={tmp_path}/c"),
+    ):
+        assert one in sentence(cli(*command))
 
 
 BAD = {
@@ -125,7 +142,7 @@ def test_bad_input_is_one_sentence(name, blocks, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_shards_are_refused_or_skipped(shards, tmp_path):
+def test_damaged_shards_are_refused_or_skipped(shards, tmp_path, monkeypatch):
     copy = shutil.copytree(shards, tmp_path / "shards")
     tar = copy / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-700])
@@ -141,3 +158,17 @@ def test_damaged_shards_are_refused_or_skipped(shards, tmp_path):
     checked = cli("check-data", copy)
     assert checked.returncode == 2
     assert "Not usable: shard-000001.tar is damaged" in checked.stdout
+    assert "unreadable: shard-000001.tar" in ok("check-data", copy, "--no-strict").stdout
+    commands = (
+        ("label", "--lam", tmp_path / "run", "--data", copy, "--out", tmp_path / "labels"),
+        ("precompute", "--lam-model-path", tmp_path / "run", "--dataset-root", copy),
+    )
+    for command in commands:
+        more = ("--output", "file", "--output-dir", tmp_path / "file") if command[0] == "precompute" else ()
+        assert "shard-000001.tar" in sentence(cli(*command, *more))
+        ok(*command, *more, "--no-strict")
+    inspect = ("inspect", tmp_path / "run", "--data", copy)
+    assert "shard-000001.tar" in sentence(cli(*inspect))
+    reached = UserError("Reached.")
+    monkeypatch.setattr("latentact.stages.inspect_lam.inspect_lam", Mock(side_effect=reached))
+    assert sentence(cli(*inspect, "--no-strict")) == "error: Reached."

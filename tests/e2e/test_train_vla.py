@@ -21,6 +21,7 @@ from latentact.data.splits import split_episodes
 from latentact.io.video_writer import write_video
 from latentact.policies.vla.backbone import load_vlm
 from latentact.policies.vla.model import Vla
+from latentact.stages.train_vla import read_frames
 
 CODES = ("lam.bottleneck.kind=fsq", "lam.bottleneck.positions=2", "lam.bottleneck.levels=[4,4]")
 SMALL = (
@@ -187,6 +188,24 @@ def test_finetuned_model_acts_and_is_a_lerobot_policy(runs, tmp_path):
     )
     loss.backward()
     assert loss.item() == pytest.approx(metrics["action_loss"] + 0.1 * metrics["latent_loss"], rel=1e-5)
+
+
+def test_the_camera_is_that_of_the_labeled_episodes(runs, tmp_path, monkeypatch):
+    """Stage 2 has seen plain video, without the name of a camera."""
+    root, _ = runs
+
+    def read(*given):
+        labels, store = read_frames(*given)
+        store.camera = "observation.images.top"
+        return labels, store
+
+    monkeypatch.setattr("latentact.stages.finetune_vla.read_frames", read)
+    given = (f"vla={root}/vla", f"labels={root}/labels", "training.steps=1", f"out={tmp_path}/out")
+    ok("finetune-vla", *FINETUNE, *given)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    images = [name for name, each in config["input_features"].items() if each["type"] == "VISUAL"]
+    assert images == ["observation.images.top"]
+    assert load_agent(tmp_path / "out").spec.cameras == ("observation.images.top",)
 
 
 def test_scratch_begins_from_the_vlm(runs, tmp_path):

@@ -4,15 +4,20 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
+import shutil
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import write_blocks
+import distributed_training
+from conftest import fork, ranks, write_blocks
 from latentact.data.access import IndexedFrames
 from latentact.data.cache import DataConfig, Sampling, open_store
 from latentact.data.check import check_data
@@ -20,11 +25,12 @@ from latentact.data.mixture import MixedStore, MixturePart, TrainingDataConfig, 
 from latentact.data.order import Order
 from latentact.data.splits import split_episodes
 from latentact.data.stream import FrameStream
-from latentact.data.tars import tar_files
+from latentact.data.tars import Shard, sealed, tar_files, write_record
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.io.video_writer import write_video
 from latentact.stages.shard import ShardConfig, run
+from latentact.training.fit import fit
 from latentact.types import ActionSpace
 
 SMALL = {"codec": "png", "shard_size_mb": 0.03, "clip_frames": 5, "workers": 1}
@@ -185,11 +191,64 @@ def test_a_damaged_image_is_named_when_it_is_read(shards, tmp_path):
     data[begin : begin + 60] = bytes(60)
     tar.write_bytes(data)
     about["sha256"] = hashlib.sha256(data).hexdigest()  # as if it had been written so
-    tar.with_suffix(".json").write_text(json.dumps(about))
+    write_record(tar.with_suffix(".json"), sealed(Shard.model_validate(about)))
     store = opened(copy)
     assert store.frames[:2].shape[0] == 2
     with pytest.raises(UserError, match=r"blocks.npz #0 #0 in shard-000000.tar .*frame 2 cannot be decoded"):
         store.frames[2]
+
+
+ALTERED = {
+    "ranges": lambda about: about["clips"][0]["offsets"].reverse(),
+    "hash": lambda about: about.update(sha256="0" * 64),
+    "rate": lambda about: [clip.update(fps=7.0) for clip in about["clips"]],
+    "actions": lambda about: about["action_space"].update(size=9),
+    "a number that is text": lambda about: about["clips"][0].update(count="5"),
+    "cut short": None,
+}
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_an_altered_json_file_beside_an_intact_tar_is_named(shards, blocks, tmp_path, what):
+    copy = copy_of(shards, tmp_path)
+    beside = copy / "shard-000001.json"
+    text = beside.read_text()
+    if change := ALTERED[what]:
+        about = json.loads(text)
+        change(about)
+        beside.write_text(json.dumps(about))
+    else:
+        beside.write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match=r"1 unreadable: shard-000001.tar \(.*shard-000001.json"):
+        opened(copy)
+    assert list(opened(copy, no_strict=True).unreadable) == ["shard-000001.tar"]
+    make(blocks, copy)
+    assert hashes(copy) == hashes(shards)
+
+
+def test_a_json_file_of_an_older_release_has_no_hash(shards, tmp_path):
+    copy = copy_of(shards, tmp_path)
+    about = json.loads((copy / "shard-000001.json").read_text())
+    del about["digest"]
+    (copy / "shard-000001.json").write_text(json.dumps(about))
+    store = opened(copy)
+    np.testing.assert_array_equal(store.frames[:], opened(shards).frames[:])
+    assert len(store._source.notes) == 1
+    assert store._source.notes[0].startswith("1 JSON files of an older release have no hash of their own")
+
+
+def test_hashing_shows_its_progress(shards, tmp_path, monkeypatch, caplog):
+    copy = copy_of(shards, tmp_path)
+    for file in copy.glob("*.tar"):  # what follows the end of a tar is not read
+        file.with_suffix(".json").unlink()
+        file.write_bytes(file.read_bytes() + bytes(1 << 20))
+    with caplog.at_level("INFO"):
+        opened(copy)
+        count = len(list(copy.glob("*.tar")))
+        assert f"checking shards: {count} MB" in caplog.text
+        caplog.clear()
+        opened(copy)
+        assert "checking shards" not in caplog.text
 
 
 def test_cuts_still_spans_and_duplicates(tmp_path):
@@ -455,3 +514,64 @@ def test_a_window_draws_from_few_shards_at_a_time(tmp_path, shards):
     assert frozenset().union(*used) == {*range(len(store.groups))}
     changes = sum(not a & b for a, b in itertools.pairwise(used))
     assert changes <= 2 * len(store.groups)  # the window moves on, it does not jump about
+
+
+class Drawn(Clips):
+    """Windows of a mixture that writes down which of them a process is asked for."""
+
+    def __getitems__(self, positions):
+        with open(f"{self.out}/drawn{os.environ.get('RANK', 0)}.txt", "a") as file:
+            file.write(f"{json.dumps(positions)}\n")
+        return distributed_training.Batch(torch.tensor(positions))
+
+
+def draw(out, devices, cache, *paths):
+    """Train on a mixture whose shards are drawn one at a time."""
+    parts = (MixturePart(path=paths[0], weight=3.0), MixturePart(path=paths[1]))
+    config = TrainingDataConfig(mixture=parts, resolution=0, shuffle_window=1, cache_dir=cache)
+    clips = Drawn(open_training_store(config), episodes=range(12), frame_gap=1)
+    clips.out, model = out, distributed_training.Toy()
+    settings = distributed_training.settings("ddp" if devices > 1 else "auto", devices, 6, 1)
+
+    def evaluate(last):
+        if not last and not Path(f"{out}/kept").exists():
+            shutil.copytree(f"{out}/checkpoints/step=00000003", f"{out}/kept/step=00000003")
+        return {}
+
+    Path(out).mkdir(exist_ok=True)
+    fit(model, clips, replace(settings, eval_every=4), Path(out), evaluate)
+    torch.save(model.state_dict(), f"{out}/weights.pt")
+
+
+def drawn(out, first):
+    """Return the samples of each step, in the order of one process."""
+    files = sorted(out.glob("drawn*.txt"))
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return [np.stack(each, 1).reshape(-1).tolist() for each in zip(*lines, strict=True)][: 6 - first]
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws_and_resume_exactly(tmp_path, blocks, shards):
+    other = write_blocks(tmp_path / "other.npz", episodes=4, steps=30, seed=5)
+    given = (os.environ["LATENTACT_CACHE"], str(shards), str(other))
+
+    def both(name):
+        logs = [tmp_path / f"{name}{number}" for number in range(2)]
+        started = [
+            fork(draw, str(tmp_path / name), 2, *given, log=log, **environment)
+            for log, environment in zip(logs, ranks(2), strict=True)
+        ]
+        for process, log in zip(started, logs, strict=True):
+            process.join()
+            assert process.exitcode == 0, log.read_text()
+        return torch.load(tmp_path / name / "weights.pt", weights_only=True)
+
+    draw(str(tmp_path / "one"), 1, *given)
+    weights = both("two")
+    one, two = drawn(tmp_path / "one", 0), drawn(tmp_path / "two", 0)
+    assert len(one) == 6
+    assert two == one
+    shutil.copytree(tmp_path / "two/kept", tmp_path / "again/checkpoints")
+    again = both("again")
+    assert drawn(tmp_path / "again", 3) == one[3:]
+    assert all(torch.equal(again[name], weights[name]) for name in weights)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -363,3 +364,19 @@ def test_two_processes_learn_what_one_does_and_resume(strategy, tmp_path):
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert [row["step"] for row in rows(tmp_path / "resumed")] == ["4", "5", "6"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_named_by_the_other(tmp_path):
+    given = (str(tmp_path / "run"), "ddp", "2", "100000", "1")
+    first, second = (
+        fork(distributed_training.main, *given, log=tmp_path / f"log{number}", **environment)
+        for number, environment in enumerate(ranks(2))
+    )
+    while not (tmp_path / "run/kept").exists():
+        assert first.is_alive(), (tmp_path / "log0").read_text()
+        time.sleep(0.02)
+    second.kill()
+    first.join()
+    said = (tmp_path / "log0").read_text().strip().splitlines()[-1]
+    assert "process 1 of 2 has stopped before the training was done. See its output" in said

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from latentact.config import Between, OneOf, constraints, field_help
-from latentact.errors import UserError, require_between
+from latentact.errors import MIXTURE, UserError, require_between
 from latentact.registry import Registry
 
 SYNONYMS = {
@@ -189,6 +189,8 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
     words = iter(arguments)
     for word in words:
         key, equals, value = word.partition("=")
+        if key == "data.mixture" or value.startswith("data.mixture="):
+            raise UserError(MIXTURE)
         name = key.removeprefix("--").replace("output-dir", "output_dir")
         target = targets.get(name) if key.startswith("--") else None
         if target is None:

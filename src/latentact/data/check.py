@@ -113,13 +113,16 @@ class Sheet:
     """First, middle and last frame, at their original size."""
 
 
-def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[DataCheck, list[Sheet]]:
+def check_data(
+    path: Path, camera: str = "", max_frames: int = 20_000, no_strict: bool = False
+) -> tuple[DataCheck, list[Sheet]]:
     """Check a dataset.
 
     Args:
         path: as `data.path`.
         camera: key of the camera; empty: all of them.
         max_frames: frames to decode of each camera, of episodes spread over the data; 0: none.
+        no_strict: whether damaged shards are left out instead of making the data unusable.
 
     Returns:
         The findings, and frames for a contact sheet.
@@ -132,7 +135,7 @@ def check_data(path: Path, camera: str = "", max_frames: int = 20_000) -> tuple[
             source = open_source(path, key, memo)
             first = key == (keys or [""])[0]
             if first:
-                _describe(check, path, source)
+                _describe(check, path, source, no_strict)
             _check_camera(check, path, source)
             sheets += _check_frames(check, path, key, source, max_frames)
             if first:
@@ -167,7 +170,7 @@ def _camera_keys(path: Path) -> list[str]:
     return cameras(read_info(path).features)
 
 
-def _describe(check: DataCheck, path: Path, source: Source) -> None:
+def _describe(check: DataCheck, path: Path, source: Source, no_strict: bool) -> None:
     """Fill in the findings that do not depend on the camera."""
     kinds = {
         VideoFolderSource: "video" if path.is_file() else "folder of videos",
@@ -180,7 +183,8 @@ def _describe(check: DataCheck, path: Path, source: Source) -> None:
     check.tasks = list(source.tasks)
     check.actions = "" if source.action_space is None else str(source.action_space)
     check.skipped = dict(source.skipped)
-    if damaged := getattr(source, "damaged", {}):
+    damaged = {} if no_strict else getattr(source, "damaged", {})
+    if damaged:
         name, reason = next(iter(damaged.items()))
         check.errors.append(
             f"{name} is damaged ({reason}); copy it again, or leave it out with --no-strict "

@@ -143,6 +143,8 @@ class Shard(Record):
     """Size of the tar in bytes."""
     sha256: str
     """SHA-256 of the tar."""
+    digest: str = ""
+    """SHA-256 of all other values of the JSON file; empty in files of older releases."""
     camera: str = ""
     action_space: Space | None = None
     action_names: tuple[str, ...] = Field(default=(), strict=False)
@@ -207,6 +209,16 @@ def write_record(file: Path, record: Record) -> None:
     """Write a record as one line of JSON, atomically."""
     with atomic_write(file) as partial:
         partial.write_text(record.model_dump_json() + "\n")
+
+
+def sealed(shard: Shard) -> Shard:
+    """Return a shard with the hash of its JSON file."""
+    return shard.model_copy(update={"digest": _digest(shard.model_dump(mode="json"))})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    content = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 TAR_END = bytes(2 * _BLOCK)
@@ -373,30 +385,36 @@ def _number(meta: dict[str, Any], names: Sequence[str]) -> float:
     return float(values[0]) if values and 0 < values[0] < 1e6 else 0.0
 
 
-def read_shard(file: Path, sha256: Callable[[], str]) -> Shard | None:
-    """Return the JSON file next to a tar after checking the tar; None if it is missing or not ours.
+def read_shard(file: Path, sha256: Callable[[], str] | None) -> Shard | None:
+    """Return the JSON file next to a tar after checking both; None if it is missing or not ours.
 
     Args:
         file: the tar.
-        sha256: returns the current hash of the tar.
+        sha256: returns the current hash of the tar; None: it is not checked.
 
     Raises:
-        Unreadable: the tar was truncated or altered.
-        UserError: the JSON file is damaged or from a newer release.
+        Unreadable: the tar or its JSON file was truncated or altered.
+        UserError: the JSON file is from a newer release.
+        OSError: the tar does not exist.
     """
     beside = file.with_suffix(".json")
-    values = parse_json(read_text(beside), str(beside)) if beside.is_file() else None
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        return None
-    if values.get("version") != VERSION:
+    try:
+        values = parse_json(read_text(beside), str(beside)) if beside.is_file() else None
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            return None
+        shard = parse_record(Shard, values, str(beside)) if values.get("version") == VERSION else None
+    except UserError as error:
+        raise Unreadable(str(error).rstrip(".")) from error
+    if shard is None:
         raise UserError(
             f"{beside} must have version {VERSION}, got {values.get('version')!r}. Update latentact, or make "
             f"the shards again."
         )
-    shard = parse_record(Shard, values, str(beside))
+    if shard.digest and shard.digest != _digest(values):
+        raise Unreadable(f"{beside.name} was altered: its values do not have the hash that it names")
     size = file.stat().st_size
     if size != shard.bytes:
         raise Unreadable(f"it must have {shard.bytes} bytes, got {size}: it was truncated or altered")
-    if sha256() != shard.sha256:
+    if sha256 and sha256() != shard.sha256:
         raise Unreadable("it was altered: its bytes do not match its JSON file")
     return shard

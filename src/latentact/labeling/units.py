@@ -51,7 +51,7 @@ class Shard:
             if names[0] not in os.environ:
                 raise UserError(
                     "--engine torchrun must be started by torchrun or srun, got neither. Use: torchrun "
-                    "--nproc-per-node 2 -m latentact label ..."
+                    "--nproc-per-node 2 -m latentact COMMAND ..."
                 )
         try:
             rank, world, local = (

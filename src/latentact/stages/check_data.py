@@ -21,6 +21,8 @@ class CheckDataConfig:
     """Camera key; empty: all of them."""
     max_frames: Limit = 20_000
     """Frames to decode per camera, from episodes spread over the data; 0: none."""
+    no_strict: bool = False
+    """Whether to skip truncated, altered and missing shards instead of reporting an error."""
     html: str = ""
     """File for a page with a contact sheet; empty: none."""
 
@@ -31,7 +33,9 @@ class CheckDataConfig:
 
 def run(config: CheckDataConfig) -> DataCheck:
     """Check the dataset, and write the page if `html` is set."""
-    check, sheets = check_data(resolve_dataset(config.path), config.camera, config.max_frames)
+    check, sheets = check_data(
+        resolve_dataset(config.path), config.camera, config.max_frames, config.no_strict
+    )
     if config.html:
         write_page(Path(config.html), check, sheets)
     return check

@@ -118,6 +118,7 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
         raise UserError(
             f"{store.path} has no robot actions to learn; give labels of data with robot actions."
         )
+    base.spec = replace(base.spec, camera=store.camera)  # of the robot; stage 2 may have used other video
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
     torch.manual_seed(config.training.seed)

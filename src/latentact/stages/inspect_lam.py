@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from latentact.config import LARGEST, Between, Count, Seconds
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.config import LARGEST, Between, Count, Seconds, from_dict
+from latentact.data.cache import FrameStore
+from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.splits import split_episodes
 from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
@@ -27,6 +28,7 @@ from latentact.io.records import Record, parse_record, read_record, read_yaml
 from latentact.io.specs import Text
 from latentact.lams.contract import load_lam
 from latentact.reporting.pages.inspect import write_page
+from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,9 @@ class InspectConfig:
 
     lam: str
     """Folder, file or hub id of the latent action model."""
-    data: str
-    """Dataset, folder of videos, one video, or hub id of a dataset."""
+    data: str = ""
+    """Dataset, folder of videos, one video, or hub id of a dataset; empty: the data of the LAM's training,
+    which may be a mixture."""
     out: str = ""
     """Folder for inspect.json and inspect.html; empty: the LAM's folder, or `inspect` where it has none."""
     camera: str = ""
@@ -55,6 +58,8 @@ class InspectConfig:
     """Maximum number of transitions, sampled at random."""
     drop_nonfinite: bool = False
     """Whether to drop rows whose state or action is missing, NaN or infinite."""
+    no_strict: bool = False
+    """Whether to skip truncated, altered and missing shards instead of raising an error."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -96,9 +101,7 @@ def run(config: InspectConfig) -> InspectResult:
     if folder.is_file():
         raise UserError(f"--out must be a folder, got the file {folder}.")
     model = load_lam(config.lam, config.device)
-    size = {"resolution": model.spec.resolution, "resize": model.spec.resize}
-    drop = config.drop_nonfinite
-    store = open_store(DataConfig(path=config.data, camera=config.camera, drop_nonfinite=drop, **size))
+    store = open_training_store(_data(config, model.spec))
     gap = lam_frame_gap(model.spec, store.fps, store.path, config.frame_gap_s)
     episodes, seed, notes = _held_out(config, store)
     log.info("%d of %d episodes, frame gap %d", len(episodes), store.num_episodes, gap)
@@ -115,7 +118,7 @@ def run(config: InspectConfig) -> InspectResult:
         "lam": str(config.lam),
         "model": model.spec.model,
         "spec": vars(model.spec),
-        "data": str(config.data),
+        "data": config.data or str(store.path),
         "frame_gap": gap,
         "frame_gap_s": gap / store.fps,
         **found.numbers,
@@ -134,8 +137,35 @@ def run(config: InspectConfig) -> InspectResult:
     )
 
 
+def _data(config: InspectConfig, spec: LatentActionSpec) -> TrainingDataConfig:
+    """Return the data to evaluate on: that of the flag, or else of the model's training."""
+    data = TrainingDataConfig(path=config.data)
+    if not config.data:
+        file = Path(config.lam) / "config.yaml"
+        values = read_yaml(file) if file.is_file() else None
+        if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+            raise UserError(
+                f"--data is required for {config.lam}, which does not name the data of its training. Give a "
+                f"dataset."
+            )
+        data = from_dict(TrainingDataConfig, values["data"])
+    return replace(
+        data,
+        camera=config.camera or data.camera,
+        resolution=spec.resolution,
+        resize=spec.resize,
+        drop_nonfinite=config.drop_nonfinite or data.drop_nonfinite,
+        no_strict=config.no_strict or data.no_strict,
+    )
+
+
+class _Part(Record):
+    path: Text
+
+
 class _Data(Record):
     path: Text = ""
+    mixture: tuple[_Part, ...] = Field(default=(), strict=False)
 
 
 class _Training(Record):
@@ -158,10 +188,23 @@ def _training(config: InspectConfig, store: FrameStore) -> _Training | None:
     if not settings.is_file():
         return None
     values = parse_record(_Training, read_yaml(settings), str(settings))
-    place = Path(values.data.path).expanduser().resolve()
+    place = _place(config.data)
+    if (
+        config.data
+        and config.held_out is None
+        and place in [_place(part.path) for part in values.data.mixture]
+    ):
+        raise UserError(
+            f"{config.data} is a part of the mixture that {config.lam} was trained on. Leave out --data to "
+            f"evaluate on what was held out of the mixture, or give --held-out 1 for all of this part."
+        )
     frames = read_record(_Result, result).frames if result.is_file() else None
-    same = store.digest == frames or place == Path(config.data).expanduser().resolve()
+    same = not config.data or store.digest == frames or place == _place(values.data.path)
     return values if same else None
+
+
+def _place(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def _held_out(config: InspectConfig, store: FrameStore) -> tuple[np.ndarray, int, list[str]]:

@@ -8,27 +8,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from latentact.config import BatchSize, Between, OneOf, Seconds, Workers, to_dict, updated
+from latentact.config import BatchSize, Between, OneOf, Seconds, to_dict, updated
 from latentact.data.cache import DataConfig
 from latentact.data.latents import MANIFEST, Labels, Manifest, write_labels
 from latentact.data.stream import FrameStream
 from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
-from latentact.errors import UserError, require_one_of
+from latentact.errors import UserError
 from latentact.io.records import read_record
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
-from latentact.labeling.engines.ray import Ray
+from latentact.labeling.engines.ray import EngineConfig
 from latentact.labeling.precision import PRECISIONS
 from latentact.labeling.units import Shard
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("local", "torchrun", "ray")
-
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig:
+class LabelConfig(EngineConfig):
     """Write the latent action of every frame of a dataset that has another frame one frame gap later."""
 
     lam: str
@@ -48,19 +46,6 @@ class LabelConfig:
     precision: Annotated[str, OneOf(PRECISIONS)] = "fp32"
     """fp32, bf16 (faster, less exact), int8 (fastest, coarsest), or auto: the fastest that the device
     supports natively and that preserves 99 % of the codes."""
-    engine: Annotated[str, OneOf(ENGINES)] = "local"
-    """local: this process; torchrun: the processes that torchrun or srun has started; ray: actors of a Ray
-    cluster. All write the same bytes, and each resumes the work of another."""
-    ray_address: str = ""
-    """Address of a running Ray cluster, or auto; empty: start one on this machine."""
-    ray_actors: Workers = 0
-    """Ray actors, each with a CPU core or, with `device` cuda, a GPU; 0: as many as are free."""
-
-    def __post_init__(self) -> None:
-        """Validate the configuration."""
-        require_one_of("--engine", self.engine, ENGINES)
-        if self.engine != "ray" and (self.ray_address or self.ray_actors):
-            raise UserError(f"--ray-address and --ray-actors need --engine ray, got {self.engine}. Add it.")
 
 
 def run(config: LabelConfig) -> Path:
@@ -75,8 +60,7 @@ def run(config: LabelConfig) -> Path:
         shard=shard,
     )
     require_gap(config.frame_gap_s)
-    # With Ray only actors encode; the trial of `auto` runs here.
-    device = "cpu" if config.engine == "ray" and config.precision != "auto" else options.device
+    device = config.loads_on(options.device, config.precision)
     require_device(device)
     model = load_lam(config.lam, device)
     size = model.spec.resolution if config.resolution == -1 else config.resolution
@@ -101,14 +85,7 @@ def run(config: LabelConfig) -> Path:
         raise UserError(f"{out} must be a folder of labels or not exist. Give another --out.")
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, stream.path, config.frame_gap_s)
-    engine = None
-    if config.engine == "ray":
-        if shard.world > 1:
-            raise UserError(
-                f"--engine ray must be started once, got {shard.world} processes. Use --engine torchrun."
-            )
-        engine = Ray(lam=config.lam, data=data, address=config.ray_address, actors=config.ray_actors)
-    encoded = encode_dataset(model, stream, gap, options, engine)
+    encoded = encode_dataset(model, stream, gap, options, config.build(shard, config.lam, data))
     if encoded is None:  # the first of several processes writes
         return out
     labels = Labels(

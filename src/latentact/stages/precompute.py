@@ -37,6 +37,7 @@ from latentact.device import require_device
 from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.labeling.dataset import DatasetLatents, EncodeOptions, encode_dataset
+from latentact.labeling.engines.ray import EngineConfig
 from latentact.labeling.precision import PRECISIONS
 from latentact.labeling.units import Shard
 from latentact.lams.contract import load_lam
@@ -49,7 +50,7 @@ ROLES = ("tokens", "action")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecomputeConfig:
+class PrecomputeConfig(EngineConfig):
     """Write the LAM tokens of a dataset."""
 
     lam_model_path: str
@@ -88,11 +89,14 @@ class PrecomputeConfig:
     """Decoding threads; 0: one per core."""
     drop_nonfinite: bool = False
     """Whether rows whose state or action is missing, NaN or infinite get no tokens; else an error."""
+    no_strict: bool = False
+    """Whether to skip truncated, altered and missing shards instead of raising an error."""
     overwrite: bool = False
     """Whether to recompute and replace existing output."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        super().__post_init__()
         for flag, value, choices in (
             ("--tokens", self.tokens, KINDS),
             ("--output", self.output, OUTPUTS),
@@ -115,7 +119,7 @@ class PrecomputeConfig:
 def run(config: PrecomputeConfig) -> Path:
     """Write the tokens and return the folder."""
     out = Path(config.output_dir)
-    shard = Shard.from_environment()
+    shard = Shard.from_environment(launched=config.engine == "torchrun")
     options = EncodeOptions(
         batch_size=config.batch_size,
         device=shard.device(config.device),
@@ -125,8 +129,9 @@ def run(config: PrecomputeConfig) -> Path:
         shard=shard,
     )
     require_gap(config.frame_gap_s)
-    require_device(options.device)
-    model = load_lam(config.lam_model_path, options.device)
+    device = config.loads_on(options.device, config.precision)
+    require_device(device)
+    model = load_lam(config.lam_model_path, device)
     if config.tokens == "vq" and model.spec.codebook_size is None:
         raise UserError(
             f"--tokens must be continuous for {config.lam_model_path}, which has no codebook, got vq."
@@ -135,15 +140,15 @@ def run(config: PrecomputeConfig) -> Path:
     if out.resolve() == path.resolve() or path.resolve() in out.resolve().parents:
         raise UserError(f"--output-dir must be outside of the dataset {path}, got {out}.")
     spec = model.spec
-    stream = FrameStream(
-        DataConfig(
-            path=str(path),
-            camera=config.camera_key,
-            resolution=spec.resolution,
-            resize=spec.resize,
-            drop_nonfinite=config.drop_nonfinite,
-        )
+    data = DataConfig(
+        path=str(path),
+        camera=config.camera_key,
+        resolution=spec.resolution,
+        resize=spec.resize,
+        drop_nonfinite=config.drop_nonfinite,
+        no_strict=config.no_strict,
     )
+    stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, path, config.frame_gap_s)
     requested = {
         "weights": model.spec.weights,
@@ -158,7 +163,7 @@ def run(config: PrecomputeConfig) -> Path:
         return out
     if config.output != "file":
         require_rows(stream, _remedy(config))
-    encoded = encode_dataset(model, stream, gap, options)
+    encoded = encode_dataset(model, stream, gap, options, config.build(shard, config.lam_model_path, data))
     if encoded is None:  # the first of several processes writes
         return out
     sidecar = {"asked": requested, **_provenance(config, stream, encoded)}

@@ -6,6 +6,7 @@ is finished when its JSON file exists, so that neither a kill nor the number of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -25,6 +26,7 @@ from latentact.config import Between, OneOf, Pixels, Seconds, Workers, check_bou
 from latentact.data.cache import DataConfig, resolve_source
 from latentact.data.decode.pipeline import DecodeSpec, unreadable_message
 from latentact.data.digest import blake2b
+from latentact.data.format import Unreadable
 from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.shard_writer import CODECS, ClipSettings, Draft, DraftWriter
 from latentact.data.tars import (
@@ -37,6 +39,8 @@ from latentact.data.tars import (
     Episode,
     Shard,
     file_sha256,
+    read_shard,
+    sealed,
     write_record,
 )
 from latentact.errors import UserError, require_one_of
@@ -195,11 +199,9 @@ def _tar(out: Path, index: int) -> Path:
 def _finished(tar: Path, verify: bool) -> Shard | None:
     """Return a finished shard; None if it is missing, truncated or, with `verify`, altered."""
     try:
-        shard = read_record(Shard, tar.with_suffix(".json"))
-        intact = tar.stat().st_size == shard.bytes
-    except (UserError, OSError):
+        return read_shard(tar, functools.partial(file_sha256, tar) if verify else None)
+    except (UserError, Unreadable, OSError):
         return None
-    return shard if intact and (not verify or file_sha256(tar) == shard.sha256) else None
 
 
 def _write_or_clear(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path) -> list[Shard]:
@@ -390,7 +392,7 @@ class _Assembly:
         )
         self._file.close()
         self._partial.replace(tar)
-        write_record(tar.with_suffix(".json"), shard)
+        write_record(tar.with_suffix(".json"), sealed(shard))
         self._shards.append(_light(shard))
         for draft in (self._out / WORK).glob("[0-9]*"):
             if int(draft.stem) < place[0]:

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
@@ -33,7 +31,8 @@ from latentact.device import keep_freed_memory
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.metrics_csv import MetricsCsv
-from latentact.training.run_folder import Busy, saved_steps
+from latentact.training.peers import training_lock
+from latentact.training.run_folder import saved_steps
 from latentact.training.settings import TrainingConfig, get_precision
 from latentact.training.strategies import ShardedLoss, build_environment, build_strategy
 
@@ -95,17 +94,14 @@ def train(
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     module = _ShardedModule(model, config) if config.strategy == "fsdp" else _Module(model, config)
-    lock = FileLock(out / ".lock", timeout=0) if trainer.is_global_zero else nullcontext()
     try:
-        with lock, preemption.deferred():
+        with training_lock(out, trainer.global_rank, world), preemption.deferred():
             if trainer.is_global_zero:
                 for leftover in checkpoints.glob(".*.partial"):
                     shutil.rmtree(leftover)
             trainer.fit(module, loader, ckpt_path=newest)  # also loads it when all steps are done
             if not progress.preempted:
                 module.finish(model)
-    except Timeout as error:
-        raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
     except SystemExit as stopped:  # Lightning turns Ctrl-C into an exit
         raise KeyboardInterrupt from stopped
     if not trainer.is_global_zero:

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,6 +42,7 @@ from latentact.data.time_base import rates_agree
 from latentact.errors import UserError
 from latentact.io.arrays import DAMAGED
 from latentact.io.atomic import read_object
+from latentact.progress import Progress
 from latentact.types import ActionSpace
 
 _OPEN_TARS = 256
@@ -64,7 +65,7 @@ class Shards:
         """Read the JSON file next to each tar, or else the headers of the tar.
 
         Raises:
-            UserError: a JSON file is damaged, or the camera is unknown or must be given.
+            UserError: a JSON file is from a newer release, or the camera is unknown or must be given.
         """
         return ShardSource(path, camera, memo)
 
@@ -95,7 +96,19 @@ class ShardSource:
         if not files:
             raise UserError(f"{path} must name tars that exist, got none. Check the pattern.")
         root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
-        read = {file: self._read_index(file, root, memo) for file in files}
+        megabytes = sum(file.stat().st_size for file in files if file.is_file()) >> 20
+        with Progress("checking shards", megabytes, "MB") as progress:
+
+            def find(file: Path) -> str:
+                found = file_sha256(file)
+                progress.advance(file.stat().st_size >> 20)
+                return found
+
+            def sha256(file: Path) -> str:
+                return memo.get(file, "sha256", find)
+
+            read = {file: self._read_index(file, root, memo, sha256) for file in files}
+            digests = [sha256(file) for file, index in read.items() if index]
         self._find_missing(files)
         self.unreadable |= self.damaged
         self._tars = [file for file in files if read[file]]
@@ -103,22 +116,30 @@ class ShardSource:
         self._names = [printable(file.relative_to(root)) for file in self._tars]
         cameras = {camera for index in indices for camera in self._cameras(index)}
         self.camera = choose_camera(sorted(cameras), camera, path) if cameras - {""} or camera else ""
+        old = sum(isinstance(index, Shard) and not index.digest for index in indices)
+        if old:
+            self.notes.append(
+                f"{old} JSON files of an older release have no hash of their own, so changes to them are "
+                f"not detected"
+            )
         clips = [
             index.clips
             if isinstance(index, Shard)
             else self._compact(file, foreign_clips(index, name, self.camera))
             for index, name, file in zip(indices, self._names, self._tars, strict=True)
         ]
-        self._join(clips, [memo.get(file, "sha256", file_sha256) for file in self._tars])
+        self._join(clips, digests)
         self._describe_actions([index for index in indices if isinstance(index, Shard)])
 
-    def _read_index(self, file: Path, root: Path, memo: Memo) -> Shard | dict[str, Any]:
+    def _read_index(
+        self, file: Path, root: Path, memo: Memo, sha256: Callable[[Path], str]
+    ) -> Shard | dict[str, Any]:
         """Return the JSON file next to a tar, or else the samples in it; empty for a damaged tar."""
         name = printable(file.relative_to(root))
         try:
             if not file.is_file():
                 raise Unreadable("it does not exist")
-            if shard := read_shard(file, functools.partial(memo.get, file, "sha256", file_sha256)):
+            if shard := read_shard(file, functools.partial(sha256, file)):
                 return shard.model_copy(update={"clips": self._compact(file, shard.clips)})
             scan: dict[str, Any] = memo.get(file, "tar.1", scan_tar)
             if "error" in scan:

@@ -16,16 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from latentact.config import OneOf, Workers
 from latentact.data.cache import DataConfig, cache_folder
 from latentact.data.locate import absolute_name
 from latentact.data.stream import FrameStream
 from latentact.device import require_device
-from latentact.errors import UserError, missing_extra
+from latentact.errors import UserError, missing_extra, require_one_of
 from latentact.labeling.precision import apply_precision
 from latentact.labeling.units import Job, Shard, encode_units, states_of, units_of
 from latentact.lams.contract import load_lam
@@ -40,6 +41,46 @@ _TRIES = 5
 _PATIENCE_S = 30.0
 """Seconds to wait for free processors: those of a killed command are not freed at once."""
 _OBJECT_STORE_BYTES = 200 << 20
+
+
+ENGINES = ("local", "torchrun", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Which processes encode."""
+
+    engine: Annotated[str, OneOf(ENGINES)] = "local"
+    """local: this process; torchrun: the processes that torchrun or srun has started; ray: actors of a Ray
+    cluster. All write the same bytes, and each resumes the work of another."""
+    ray_address: str = ""
+    """Address of a running Ray cluster, or auto; empty: start one on this machine."""
+    ray_actors: Workers = 0
+    """Ray actors, each with a CPU core or, with `device` cuda, a GPU; 0: as many as are free."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_one_of("--engine", self.engine, ENGINES)
+        if self.engine != "ray" and (self.ray_address or self.ray_actors):
+            raise UserError(f"--ray-address and --ray-actors need --engine ray, got {self.engine}. Add it.")
+
+    def loads_on(self, device: str, precision: str) -> str:
+        """Return the device of this process: with Ray only actors encode; the trial of `auto` runs here."""
+        return "cpu" if self.engine == "ray" and precision != "auto" else device
+
+    def build(self, shard: Shard, lam: str, data: DataConfig) -> Ray | None:
+        """Return the engine; None: this process, or those of the launcher.
+
+        Raises:
+            UserError: several processes were started for Ray.
+        """
+        if self.engine != "ray":
+            return None
+        if shard.world > 1:
+            raise UserError(
+                f"--engine ray must be started once, got {shard.world} processes. Use --engine torchrun."
+            )
+        return Ray(lam=lam, data=data, address=self.ray_address, actors=self.ray_actors)
 
 
 @dataclass(frozen=True, kw_only=True)

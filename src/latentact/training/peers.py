@@ -1,0 +1,56 @@
+"""Which of several training processes has died: each holds a lock in the run folder while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from latentact.errors import UserError
+from latentact.training.run_folder import Busy
+
+
+@contextmanager
+def training_lock(out: Path, rank: int, world: int) -> Iterator[None]:
+    """Hold the lock of this process.
+
+    Raises:
+        Busy: another run trains in the folder.
+        UserError: inside, the connection to another process was lost; it is named.
+    """
+    try:
+        lock = _lock(out, rank).acquire(timeout=0)
+    except Timeout as error:
+        raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
+    with lock:
+        try:
+            yield
+        except RuntimeError as error:
+            if world == 1 or not _is_lost_connection(error):
+                raise
+            dead = [str(other) for other in range(world) if other != rank and _is_free(out, other)]
+            name = " and ".join(dead[:3]) or f"other than {rank}"
+            raise UserError(
+                f"process {name} of {world} has stopped before the training was done. See its output, and "
+                f"re-run the command to resume."
+            ) from error
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # Gloo has no error class of its own.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+def _lock(out: Path, rank: int) -> FileLock:
+    return FileLock(out / (f".lock-{rank}" if rank else ".lock"))
+
+
+def _is_free(out: Path, rank: int) -> bool:
+    try:
+        with _lock(out, rank).acquire(blocking=False):
+            return True
+    except Timeout:
+        return False
