@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import hashlib
 import io
 import logging
@@ -25,6 +26,11 @@ import latentact.io.atomic  # what is imported below must not be the first to im
 # Runtime type checks would refuse Typer's context, whose class is not the one Typer documents.
 with mock.patch.object(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]):
     from latentact.cli import main
+
+needs_gl = pytest.mark.skipif(
+    not (ctypes.util.find_library("EGL") or ctypes.util.find_library("OSMesa")),
+    reason="neither EGL nor OSMesa is installed, with which MuJoCo draws without a display",
+)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to Ctrl-C
 

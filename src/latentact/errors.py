@@ -53,6 +53,7 @@ EXTRAS = {
     "hydra": "train",
     "lerobot": "lerobot",
     "lightning": "train",
+    "metaworld": "metaworld",
     "minigrid": "envs",
     "num2words": "vla",
     "omegaconf": "train",

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from conftest import needs_gl
 from latentact import check_env
 from latentact.envs.spec import ENVS, env_spec, make_env, make_expert
 
-EXAMPLES = {"babyai": "babyai/GoToLocal", "pusht": "pusht", "gymnasium": "CartPole-v1"}
-WITH_EXPERT = ["babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht"]
+REACH = pytest.param("metaworld/reach-v3", marks=needs_gl)
+EXAMPLES = {"babyai": "babyai/GoToLocal", "gymnasium": "CartPole-v1", "metaworld": REACH, "pusht": "pusht"}
+WITH_EXPERT = ["babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht", REACH]
 
 
 @pytest.fixture(params=[*EXAMPLES.values(), "full"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from conftest import needs_gl
 from latentact.device import supports_int8
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
@@ -25,6 +26,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     ("name", "flags", "said"),
     [
         ("lapo_step", "--steps 1 --batch-size 2", r"ratio \d"),
+        pytest.param(
+            *(
+                "experts",
+                "--starts 1 --pusht 1 --tasks reach-v3 --frames 5",
+                r"v3: 1 of 1 .*(?s:.*)84 pixels: \d",
+            ),
+            marks=needs_gl,
+        ),
         ("token_step", "--steps 1 --batch-size 2 --memory-runs 0", r"on the fly .* ratio \d"),
     ],
 )

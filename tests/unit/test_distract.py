@@ -27,6 +27,17 @@ def played(name, distraction, steps=25, seed=3):
     return np.stack(frames), nuisances
 
 
+def played_blindly(name, distraction, actions):
+    env = make_env(name, distract=distraction)
+    observation, info = env.reset(seed=0)
+    frames, nuisances = [observation["pixels"]], [info["nuisance"]]
+    for action in actions:
+        observation, _, _, _, info = env.step(action)
+        frames.append(observation["pixels"])
+        nuisances.append(info["nuisance"])
+    return frames, np.array(nuisances)
+
+
 def test_parse():
     assert Distraction.parse("") == Distraction()
     assert not Distraction(correlation=1.0)
@@ -111,8 +122,20 @@ def test_the_seed_decides_everything(name):
     assert (frames[0] != other[0]).any()
 
 
-def test_other_environments_have_none():
-    with pytest.raises(UserError, match="no distractors"):
+def test_the_camera_of_any_environment_can_shake():
+    frames, nuisances = played_blindly("CartPole-v1", Distraction(shake=1.0, correlation=1.0), [0, 1])
+    assert nuisances == pytest.approx(
+        np.array([[0, 0, 0, 0], [0, 0, 0.08, 0], [0, 0, -0.08, 0]])
+    )  # its limit
+    assert (frames[1] != frames[2]).any()
+    _, nuisances = played_blindly("Pendulum-v1", Distraction(shake=1.0, correlation=1.0), [[1.0]])
+    assert nuisances[1] == pytest.approx([0, 0, 0.5 * SHAKE, 0])  # half of the largest torque
+
+
+def test_a_background_needs_to_be_known():
+    with pytest.raises(
+        UserError, match=r"CartPole-v1 cannot have a distracting background, .* Give shake alone"
+    ):
         make_env("CartPole-v1", distract=ALL)
 
 

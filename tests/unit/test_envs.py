@@ -104,9 +104,29 @@ def test_a_bot_that_is_told_what_was_done_instead_succeeds_all_the_same(level):
     assert successes == 8
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_planner_of_pusht_reaches_the_goal_from_wherever_others_bring_it(seed):
+    """A third of the steps are somebody else's: five in a row to a random place."""
+    env = make_env("pusht", resolution=32)
+    env.reset(seed=seed)
+    expert, rng = make_expert("pusht", env, seed), np.random.default_rng(seed)
+    left, away, ended = 0, np.zeros(2), False
+    assert np.array_equal(expert.act(), expert.act())
+    while not ended:
+        action = expert.act()
+        if left == 0 and rng.random() < 0.06:
+            left, away = 5, rng.uniform(-25, 25, 2)
+        if left:
+            left -= 1
+            action = np.clip(env.unwrapped.agent.position + away, 20, 492).astype(np.float32)
+        _, _, ended, truncated, info = env.step(action)
+        ended = ended or truncated
+    assert info["is_success"]
+
+
 def test_no_expert_is_a_user_error():
     env = make_env("CartPole-v1")
-    with pytest.raises(UserError, match=r"scripted expert .* Choose one of babyai, pusht"):
+    with pytest.raises(UserError, match=r"scripted expert .* Choose one of babyai, metaworld, pusht"):
         make_expert("CartPole-v1", env, 0)
 
 

@@ -93,7 +93,7 @@ def adapt(
         state: its observation -> floats `[s]`; None: the environment has no state.
         state_range: smallest and largest state, `[s]` each.
         task: returns the task text of the current episode.
-        floor: frame -> opacity of the distracting background `[h, w]`, 0 to 1; None: no distractors.
+        floor: frame -> opacity of the distracting background `[h, w]`, 0 to 1; None: there is none.
         heading: action, before it is taken -> its direction `[2]`, about unit length; None: no distractors.
 
     Raises:
@@ -133,8 +133,13 @@ def _adapter() -> Callable[..., gym.Env]:
 
         def distract(self, distraction: Distraction) -> None:
             """Add distractors to the frames from the next reset on; `info["nuisance"]` holds their state."""
-            if distraction and (self._floor is None or self._heading is None):
-                raise UserError("this environment has no distractors. Use babyai/LEVEL or pusht.")
+            if distraction and self._heading is None:
+                raise UserError(f"{self._name} has no distractors. Choose an environment with images.")
+            if distraction.background and self._floor is None:
+                raise UserError(
+                    f"{self._name} cannot have a distracting background, as nothing says which pixels show "
+                    "the background. Give shake alone, or use babyai/LEVEL, pusht or metaworld/TASK."
+                )
             self._distraction = distraction
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -217,7 +222,8 @@ def _adapter() -> Callable[..., gym.Env]:
         def _frame(self, observation: Any) -> np.ndarray:
             frame = self._pixels(observation)
             if self._distractor:
-                frame = self._distractor.draw(frame, self._floor(frame))
+                floor = self._floor(frame) if self._distraction.background else None
+                frame = self._distractor.draw(frame, floor)
             size = (self._resolution, self._resolution)
             if self._resolution and frame.shape[:2] != size:
                 from PIL import Image

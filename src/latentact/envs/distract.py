@@ -81,6 +81,12 @@ class Distraction:
         return distraction
 
 
+def directions(count: int) -> Float[np.ndarray, "n 2"]:
+    """Return a direction for each of some discrete actions: evenly spaced, unit variance on either axis."""
+    angles = 2 * np.pi * np.arange(count) / count
+    return np.sqrt(2) * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
 class Distractor:
     """The distractors of one episode.
 

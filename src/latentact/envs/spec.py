@@ -61,7 +61,7 @@ class Expert(Protocol):
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
         """Return the action for the environment's current state: an integer of its space, or float32 `[a]`.
 
-        With `explore` it is a random action (BabyAI) or the expert's with noise (PushT) from that generator.
+        With `explore` it is a random action (BabyAI) or the expert's with noise from that generator.
 
         Raises:
             ExpertStuckError: it has no action.
@@ -117,11 +117,11 @@ def make_env(
     `[a]`, which are clipped to the bounds.
 
     Args:
-        name: `babyai/<Level>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium id, also
-            `PACKAGE:ID` and `PACKAGE/NAME`, whose package is imported.
+        name: `babyai/<Level>`, `metaworld/<task>`, `pusht` (also as `gym_pusht/PushT-v0`), or any Gymnasium
+            id, also `PACKAGE:ID` and `PACKAGE/NAME`, whose package is imported.
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: "agent" (the agent's own view) or "full" (the whole world), for environments that have both.
-        distract: distractors in the frames; available in babyai and pusht.
+        distract: distractors in the frames; a background is available in babyai, pusht and metaworld.
 
     Raises:
         UserError: the name or view is unknown, there are no distractors, or a package is missing; an action

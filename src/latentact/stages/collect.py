@@ -53,6 +53,9 @@ class CollectConfig:
     """Environment with an expert: a suite, or SUITE/LEVEL."""
     out: str
     """Folder of the new dataset."""
+    tasks: str = ""
+    """With metaworld/all: its tasks, as in `drawer-open-v3,door-open-v3`; empty: all 50. Episodes are spread
+    evenly over them."""
     episodes: Count = 100
     """Successful episodes to collect."""
     seed: Seed = 0
@@ -75,6 +78,8 @@ class CollectConfig:
     def __post_init__(self) -> None:
         """Validate the configuration."""
         Distraction.parse(self.distract)
+        if self.tasks and not self.env.endswith("/all"):
+            raise UserError(f"tasks must come with metaworld/all, got {self.env}. Give them as the level.")
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps)
         if self.workers < 0:
             raise UserError(f"workers must be 0 or more, got {self.workers}. Give 0 for one per core.")
@@ -88,8 +93,14 @@ class CollectConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the data."""
-        values = {k: v for k, v in asdict(self).items() if k not in ("out", "workers", "distract")}
+        left_out = ("out", "workers", "distract", "tasks")
+        values = {k: v for k, v in asdict(self).items() if k not in left_out} | {"env": self.name}
         return values | {"distract": vars(self.distraction)} if self.distraction else values
+
+    @property
+    def name(self) -> str:
+        """Name of the environment, with its tasks."""
+        return self.env.removesuffix("all") + self.tasks.replace(" ", "") if self.tasks else self.env
 
     @property
     def distraction(self) -> Distraction:
@@ -124,10 +135,10 @@ def run(config: CollectConfig) -> CollectResult:
     if out.exists():
         return _finished(config, out)
     require_lerobot()
-    spec = env_spec(config.env, view=config.view)
-    env = make_env(config.env, resolution=config.resolution, view=config.view, distract=config.distraction)
+    spec = env_spec(config.name, view=config.view)
+    env = make_env(config.name, resolution=config.resolution, view=config.view, distract=config.distraction)
     env.reset(seed=config.seed)
-    make_expert(config.env, env, config.seed)
+    make_expert(config.name, env, config.seed)
     check_step_limit(spec, config.max_steps)
     height, width, _ = env.observation_space["pixels"].shape  # type: ignore[index]
     record = _record_spec(config, spec, height, width)
@@ -141,7 +152,7 @@ def run(config: CollectConfig) -> CollectResult:
             rows = write_dataset(out, record, staged, sidecars={SIDECAR: sidecar})
             shutil.rmtree(staging)
     except (EnvError, BrokenProcessPool) as error:
-        message = error if isinstance(error, EnvError) else f"a worker process of {config.env} died."
+        message = error if isinstance(error, EnvError) else f"a worker process of {config.name} died."
         raise UserError(
             f"{message} The attempts so far are kept in {staging}. Re-run the command to resume."
         ) from error
@@ -205,7 +216,7 @@ def _locked(staging: Path, config: CollectConfig) -> Iterator[None]:
 
 def _run_attempts(config: CollectConfig, staging: Path) -> tuple[list[int], int]:
     """Run attempts until enough have succeeded; return their numbers and the count of failures among them."""
-    tally = _Tally(config.env, config.episodes)
+    tally = _Tally(config.name, config.episodes)
     for path in staging.iterdir():
         if path.stem.isdigit() and path.suffix in (".npz", ".failed"):
             tally.add(int(path.stem), path.suffix == ".npz")
@@ -311,7 +322,7 @@ def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) 
 
 def _attempt(config: CollectConfig, staging: Path, number: int) -> bool:
     """Run one attempt and stage it; return whether it succeeded."""
-    env, spec = _environment(config.env, config.resolution, config.view, config.distraction)
+    env, spec = _environment(config.name, config.resolution, config.view, config.distraction)
     episode = _demonstrate(config, env, spec, config.seed + number)
     path = _staged(staging, number)
     if episode is None:
@@ -330,7 +341,7 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
     if config.distraction:
         record.add("nuisances")
     (played,) = run_episodes(
-        ExpertActor(config.env, [env], [seed], config.explore),
+        ExpertActor(config.name, [env], [seed], config.explore),
         [env],
         [seed],
         camera=spec.camera,

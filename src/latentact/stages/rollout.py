@@ -31,7 +31,8 @@ class RolloutConfig:
     policy: str
     """Folder or hub id of a policy that predicts robot actions: ours, or any LeRobot policy."""
     env: Annotated[str, OneOf(ENVS)]
-    """Environment: `babyai/<Level>`, `pusht`, or a Gymnasium id, also `PACKAGE:ID` and `PACKAGE/NAME`."""
+    """Environment: `babyai/<Level>`, `metaworld/<task>`, `pusht`, or a Gymnasium id, also `PACKAGE:ID` and
+    `PACKAGE/NAME`."""
     out: str
     """Output folder for `rollout.json` and the videos; if the environment fails, `partial.json` has the
     episodes before that."""

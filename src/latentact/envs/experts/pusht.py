@@ -33,9 +33,25 @@ ARENA = (22.0, 490.0)
 EXPLORE = 24.0
 """Standard deviation of exploratory noise, in pixels of 512."""
 WALK = 18.0
-"""Largest step of the target on a path, in pixels."""
+"""Largest step of the finger on a path, in pixels."""
 PUSH = (2.0, 12.0)
-"""Smallest and largest step of the target while pushing; smaller near the goal."""
+"""Smallest and largest step of the finger while pushing; smaller near the goal."""
+LEAD = 2.2
+"""Distance between the finger and its target, in steps: it covers about 1 / LEAD of it in one."""
+SMALLEST_LEAD = 4.0
+"""Smallest distance in pixels between the finger and its target while pushing."""
+ARRIVED = 3.0
+"""Distance in pixels from the start of a push at which it begins."""
+PASSED = 12.0
+"""Distance in pixels from a corner of a path at which the next one is aimed at."""
+OFF_LINE = 6.0
+"""Distance in pixels between the finger and the line of its push at which the push is given up."""
+FALLEN_BACK = 8.0
+"""Distance in pixels behind the start of a push at which it is given up."""
+BLOCK_MOVED = 2.0
+"""Pixels by which the block may move before a push to it is planned anew."""
+POSE_RADIUS = 60.0
+"""Distance in pixels from the block's center at which a rotation counts as motion."""
 TRAVEL = 0.0005
 """Cost per pixel of path to a push, times the current cost (up to 20): nearer pushes first."""
 START_POINTS = 24
@@ -69,7 +85,11 @@ class _Push:
 
 
 class PushPlanner(Expert):
-    """Expert for one episode of PushT; the same state and seed give the same actions."""
+    """Expert for one episode of PushT; the same states and seed give the same actions.
+
+    It may be asked in any state: every target is computed from where the finger is, and a push is given up
+    where block or finger are no longer where it needs them.
+    """
 
     def __init__(self, env: gym.Env, seed: int) -> None:
         """Plan for an environment that was just reset.
@@ -82,38 +102,41 @@ class PushPlanner(Expert):
         self._shape = _Shape(self._world)
         self._copy = _Copy()
         self._rng = np.random.default_rng(seed)
-        self._actions = self._targets()
+        self._push: _Push | None = None
+        self._pushing = False
+        self._planned_for = np.zeros(3)
 
     def act(self, explore: np.random.Generator | None = None) -> np.ndarray:
         """Return the next target of the finger, float32 `[2]`; with `explore`, with noise."""
-        goal = np.asarray(next(self._actions), np.float32)
+        goal = self._target().astype(np.float32)
         if explore is None:
             return goal
         return np.clip(goal + explore.normal(0, EXPLORE, 2), 0, 512).astype(np.float32)
 
-    def _targets(self) -> Iterator[np.ndarray]:
-        while True:
-            position, angle = np.array(self._world.block.position), float(self._world.block.angle)
+    def _target(self) -> np.ndarray:
+        finger = np.array(self._world.agent.position)
+        position, angle = np.array(self._world.block.position), float(self._world.block.angle)
+        pose = np.array([*position, angle * POSE_RADIUS])
+        push = self._push
+        if push is None or not self._holds(push, finger, pose):
             push, path = self._plan(position, angle)
-            for corner in path:
-                yield from self._move(corner, WALK)
-            yield from self._settle(push.start, 2.0)
-            yield from self._move(push.end, push.step)
-            yield from self._settle(push.end, 1.0)
+            self._push, self._pushing, self._planned_for = push, not path, pose
+        if not self._pushing:
+            self._pushing = bool(np.linalg.norm(push.start - finger) < ARRIVED)
+        if self._pushing:
+            return _towards(finger, push.end, max(LEAD * push.step, SMALLEST_LEAD))
+        corners = self._shape.path(finger, push.start, position, angle)[1:] or [push.start]
+        ahead = (corner for corner in corners if np.linalg.norm(corner - finger) > PASSED)
+        return _towards(finger, next(ahead, corners[-1]), LEAD * WALK)
 
-    def _move(self, goal: np.ndarray, step: float) -> Iterator[np.ndarray]:
-        target = np.array(self._world.agent.position)
-        while (distance := np.linalg.norm(goal - target)) > step:
-            target = target + (goal - target) / distance * step
-            yield target
-        yield goal
-
-    def _settle(self, goal: np.ndarray, distance: float) -> Iterator[np.ndarray]:
-        """Wait until the finger, which lags behind its target, arrives."""
-        for _ in range(6):
-            if np.linalg.norm(goal - np.array(self._world.agent.position)) < distance:
-                return
-            yield goal
+    def _holds(self, push: _Push, finger: np.ndarray, pose: np.ndarray) -> bool:
+        """Return whether the push can go on: on its line and not at its end, or towards a still block."""
+        if not self._pushing:
+            return bool(np.abs(pose - self._planned_for).max() <= BLOCK_MOVED)
+        length = float(np.linalg.norm(push.end - push.start)) + 1e-9
+        along = (push.end - push.start) / length
+        done, (x, y) = float((finger - push.start) @ along), finger - push.start
+        return -FALLEN_BACK <= done <= length - 1 and bool(abs(along[0] * y - along[1] * x) <= OFF_LINE)
 
     def _plan(self, position: np.ndarray, angle: float) -> tuple[_Push, list[np.ndarray]]:
         """Return the best reachable push and the path to its start."""
@@ -281,6 +304,13 @@ class _Copy:
         for _ in range(SUBSTEPS):
             self.space.step(0.1 / SUBSTEPS)
         return self.finger.position
+
+
+def _towards(finger: np.ndarray, goal: np.ndarray, step: float) -> np.ndarray:
+    """Return the point at most `step` pixels from the finger on the way to the goal."""
+    way = goal - finger
+    distance = float(np.linalg.norm(way))
+    return goal if distance <= step else finger + way / distance * step
 
 
 def _turn(angle: float) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentact.envs.adapt import adapt
+from latentact.envs.distract import directions
 from latentact.envs.spec import ENVS, EnvSpec, Expert, ExpertStuckError
 from latentact.errors import UserError, did_you_mean, missing_extra
 from latentact.types import ActionSpace
@@ -23,10 +24,6 @@ TILE = 8
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
 FLOOR_BELOW = 100
 """Gray level below that of walls; the floor and the lines between its cells are darker."""
-HEADINGS = np.sqrt(2) * np.stack(
-    [f(2 * np.pi * np.arange(len(ACTIONS)) / len(ACTIONS)) for f in (np.cos, np.sin)], 1
-)
-"""Direction in which each action moves a distractor: evenly spaced on the circle."""
 STATE = ("x", "y", "facing_right", "facing_down", "facing_left", "facing_up", "carrying")
 SEARCHES_PER_STEP = 200
 """Maximum path searches of the bot per step; on a few levels its planning loop never ends."""
@@ -75,7 +72,7 @@ class BabyAI:
             task=lambda: grid.mission,
             success=lambda reward, terminated, _: terminated and reward > 0,
             floor=_floor,
-            heading=lambda action: HEADINGS[int(action)],
+            heading=lambda action: directions(len(ACTIONS))[int(action)],
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentact.envs.adapt import adapt, close, env_errors, import_gymnasium, to_bool
+from latentact.envs.distract import directions
 from latentact.envs.frames import is_image, to_rgb
 from latentact.envs.spec import ENVS, EnvSpec, Expert
 from latentact.errors import UserError, did_you_mean
@@ -72,6 +73,7 @@ class Gymnasium:
             state=None if space is None else lambda o: np.ravel(o[key] if key else o),
             state_range=None if space is None else (np.ravel(space.low), np.ravel(space.high)),
             success=lambda reward, terminated, info: _success(name, info),
+            heading=lambda action: _heading(env.action_space, action),
         )
 
     def spec(self, name: str, view: str) -> EnvSpec:
@@ -188,6 +190,16 @@ def _action_space(name: str, env: gym.Env) -> ActionSpace:
         f"the action of {name} must be a Discrete or a one-dimensional Box, got {space}. Choose another "
         "environment, or register a version of it with such an action."
     )
+
+
+def _heading(space: Any, action: Any) -> np.ndarray:
+    """Return the direction `[2]` of an action for distractors: of its class, or its first two numbers."""
+    if isinstance(space, import_gymnasium().spaces.Discrete):
+        return directions(int(space.n))[int(action) - int(space.start)]
+    low, high = (np.asarray(bound[:2], np.float64) for bound in (space.low, space.high))
+    bounded = np.isfinite(low) & np.isfinite(high) & (low < high)
+    middle, half = np.where(bounded, (low + high) / 2, 0), np.where(bounded, (high - low) / 2, 1)
+    return np.append((action[:2] - middle) / half, [0.0, 0.0])[:2]
 
 
 def _success(name: str, info: dict[str, Any]) -> bool | None:
