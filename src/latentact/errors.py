@@ -65,6 +65,7 @@ EXTRAS = {
     "timm": "features",
     "transformers": "features",
     "wandb": "wandb",
+    "xminigrid": "xland",
     "zarr": "export",
 }
 """Optional module -> extra that installs it."""

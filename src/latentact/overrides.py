@@ -18,7 +18,13 @@ from latentact.registry import Registry
 
 log = logging.getLogger(__name__)
 
-SPELLINGS = {"data.batch_size": "training.batch_size", "training.optimizer": "training"}
+SPELLINGS = {
+    "data.batch_size": "training.batch_size",
+    "training.optimizer": "training",
+    "smoke_test": "training.smoke_test",
+    "wandb": "training.wandb",
+    "lam.bottleneck.ema_decay": "lam.bottleneck.decay",
+}
 """Names of settings or groups of settings on other projects' command lines -> ours."""
 
 
@@ -164,6 +170,7 @@ def help_text(stage: str, cls: type, example: str, argv: list[str]) -> str:
     lines += [
         "",
         *(f"{group}=NAME --help lists the settings of another {group}." for group, _ in choices(cls)),
+        "overwrite=true deletes the run that the folder of out= holds, and begins anew.",
         "Hydra flags such as --multirun, --cfg job, --info and --shell-completion work; see --hydra-help.",
     ]
     return "\n".join(lines) + "\n"

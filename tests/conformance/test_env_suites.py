@@ -8,8 +8,21 @@ from latentact import check_env
 from latentact.envs.spec import ENVS, env_spec, make_env, make_expert
 
 REACH = pytest.param("metaworld/reach-v3", marks=needs_gl)
-EXAMPLES = {"babyai": "babyai/GoToLocal", "gymnasium": "CartPole-v1", "metaworld": REACH, "pusht": "pusht"}
-WITH_EXPERT = ["babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht", REACH]
+EXAMPLES = {
+    "babyai": "babyai/GoToLocal",
+    "gymnasium": "CartPole-v1",
+    "metaworld": REACH,
+    "pusht": "pusht",
+    "xland": "xland/R1-9x9/3",
+}
+PICTURES = [name for suite, name in EXAMPLES.items() if suite != "xland"]
+WITH_EXPERT = ["babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht", REACH, "xland/R1-9x9/3"]
+
+
+@pytest.fixture(autouse=True)
+def _needs_its_extra(request):
+    if "xland" in request.node.name:
+        pytest.importorskip("xminigrid")
 
 
 @pytest.fixture(params=[*EXAMPLES.values(), "full"])
@@ -47,7 +60,7 @@ def test_check_env_accepts_it(made):
     check_env(name, view=view)
 
 
-@pytest.mark.parametrize("name", EXAMPLES.values())
+@pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("resolution", [48, 100])
 def test_resolution_is_the_size_of_the_frames(name, resolution, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")

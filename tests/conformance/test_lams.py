@@ -115,6 +115,14 @@ CONFIGS = {
         fdm_channels=(16,),
         bottleneck=SMALL,
     ),
+    "lapo cells": LapoConfig(
+        backbone="cells",
+        size=5,
+        frame_channels=2,
+        idm_channels=(16,),
+        fdm_channels=(16,),
+        bottleneck=SMALL,
+    ),
     "villa_x": VILLA,
     "villa_x chunked proprio": replace(VILLA, window="chunked", action_weight=0.1),
     "laq": LAQ,
@@ -150,7 +158,7 @@ def model(request: pytest.FixtureRequest) -> LatentActionModel:
 def clip(model: LatentActionModel, b: int = 4, seed: int = 0) -> Clip:
     """Clips in which a block moves, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
-    grid = getattr(model.config, "backbone", "") == "grid"
+    grid = getattr(model.config, "backbone", "") in ("grid", "cells")
     t, size = model.context + 1 + model.horizon, 5 if grid else 32
     frames = torch.zeros(b, t, 2 if grid else 3, size, size, dtype=torch.uint8)
     for i, step in product(range(b), range(t)):
@@ -266,7 +274,7 @@ def test_overfits_four_clips(model: LatentActionModel) -> None:
 
 
 def test_any_size_goes_in(model: LatentActionModel) -> None:
-    if getattr(model.config, "backbone", "") == "grid":
+    if getattr(model.config, "backbone", "") in ("grid", "cells"):
         return  # cells have no other size
     frames = torch.randint(0, 256, (1, 3, 3, 50, 70), dtype=torch.uint8)
     assert encode(model.eval(), frames).vectors.shape[:2] == (1, 2)

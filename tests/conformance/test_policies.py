@@ -334,6 +334,36 @@ def test_reset_clears_the_state(policy):
     play(actor, 3, b=1)
 
 
+def test_a_mixture_weighs_what_codes_lead_to():
+    space = ActionSpace(kind="discrete", size=2)
+    decoder = ActionDecoder(DecoderConfig(hidden=(), mixture=True), 1, 0, space, 1, codes=3)
+    vectors = np.array([[1.0], [-1.0], [0.0]], np.float32)
+    decoder.set_codebook(np.array([0, 1, 2]), vectors)
+    assert decoder.codebook[:, 0].tolist() == pytest.approx([1.5**0.5, -(1.5**0.5), 0])
+    with torch.no_grad():  # p(action 1 | code) = 3/4, 1/4, 1/2
+        decoder.net[0].weight.copy_(torch.tensor([[0.0], [np.log(3) / 1.5**0.5]]))
+        decoder.net[0].bias.zero_()
+    codes = torch.tensor([[[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]]])
+    likely = decoder.mix(codes, None).exp()
+    assert likely[0, :, 1].tolist() == pytest.approx([0.625, 0.25])
+    assert likely.sum(-1).flatten().tolist() == pytest.approx([1, 1])
+
+
+def test_a_mixture_needs_one_code_and_discrete_actions():
+    one = replace(LATENT, tokens=1)
+    config = LatentConfig(network=replace(NETWORK, use_state=False), target="codes")
+    spec = replace(SPEC, target=config.targets(one, None).target)
+    grounded = config.build(spec, one).ground(DecoderConfig(mixture=True, use_state=True), DISCRETE)
+    assert grounded.decoder.codebook.shape == (5, 3)
+    check_policy(grounded)
+    with pytest.raises(
+        UserError, match=r"decoder.mixture must be false for 1 classes per step and continuous"
+    ):
+        config.build(spec, one).ground(DecoderConfig(mixture=True), CONTINUOUS)
+    with pytest.raises(UserError, match=r"decoder.mixture must be false for 2 classes per step"):
+        latent(target="codes").ground(DecoderConfig(mixture=True), DISCRETE)
+
+
 @pytest.mark.parametrize("space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_decoder_learns_the_actions_of_each_step(space, steps):

@@ -10,12 +10,14 @@ import inspect
 import keyword
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from latentact.config import Between, OneOf, constraints, field_help
-from latentact.errors import MIXTURE, UserError, require_between
+from latentact.errors import MIXTURE, UserError, did_you_mean, require_between
+from latentact.io.records import read_yaml
 from latentact.registry import Registry
 
 SYNONYMS = {
@@ -202,6 +204,45 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
             continue
         translated += [value] if target.path[-1] in argument.split() else [f"--{target.name}", value]
     return translated
+
+
+def settings_as_flags(arguments: list[str], flags: list[Flag], stage: str) -> list[str]:
+    """Return what was typed with KEY=VALUE replaced by flags, and `experiment=NAME` by those in its file.
+
+    The file is `conf/STAGE/experiment/NAME.yaml`; what was typed besides has precedence.
+
+    Raises:
+        UserError: there is no such experiment.
+    """
+    names = {flag.path[-1]: flag for flag in flags}
+    words: list[str] = []
+    for word in arguments:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if equals and key == "experiment":
+            words = [*(f"{k}={v}" for k, v in _experiment(stage, value).items()), *words]
+        else:
+            words.append(word)
+    typed: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in names:
+            typed.append(word)
+        elif names[key].kind is not bool:
+            typed.append(f"--{names[key].name}={value}")
+        elif value.lower() == "true":
+            typed.append(f"--{names[key].name}")
+    return typed
+
+
+def _experiment(stage: str, name: str) -> dict[str, Any]:
+    """Return the settings of an experiment of a stage."""
+    folder = Path(__file__).parents[1] / "conf" / stage / "experiment"
+    known = [path.stem for path in folder.glob("*.yaml")]
+    if name not in known:
+        raise UserError(f"unknown experiment {name!r}{did_you_mean(name, known)}")
+    values = read_yaml(folder / f"{name}.yaml")
+    assert isinstance(values, dict)
+    return values
 
 
 def translate_settings(arguments: list[str], config: type) -> list[str]:

@@ -17,7 +17,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from latentact.cli.flags import Flag, build_config, parameter, read_flags, translate_flags, translate_settings
+from latentact.cli.flags import (
+    Flag,
+    build_config,
+    parameter,
+    read_flags,
+    settings_as_flags,
+    translate_flags,
+    translate_settings,
+)
 
 app = typer.Typer(
     help="Robot policies from video without actions.",
@@ -27,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+OVERWRITE = ("overwrite=true", "overwrite=false")
 JSON_HELP = "Print the result as one line of JSON instead of text."
 
 
@@ -83,6 +92,8 @@ class LazyCommand(TyperCommand):
         """Parse the arguments after the command."""
         assert self.name is not None
         command = FILE_COMMANDS[self.name]
+        if not command.argument:
+            args = settings_as_flags(args, command.flags, command.stage)
         args = translate_flags(args, command.flags, command.argument)
         return _built(self.name, self.help or "").make_context(info_name, args, parent=parent, **extra)
 
@@ -163,9 +174,15 @@ def hydra_command(
 
         module = importlib.import_module(f"latentact.stages.{stage}")
         cls = getattr(module, config)
-        arguments = translate_settings([word for word in context.args if word != "--json"], cls)
+        words = [word for word in context.args if word != "--json" and word not in OVERWRITE]
+        arguments = translate_settings(words, cls)
+        overwrite = OVERWRITE[0] in context.args
 
         def launch(settings: Any, out: Path) -> Any:
+            if overwrite and not getattr(settings, "dry_run", False):
+                from latentact.training.run_folder import discard_run
+
+                discard_run(out)
             cluster = None if getattr(settings, "dry_run", False) else getattr(settings, "cluster", None)
             return cluster.launch(name, module.run, settings, out) if cluster else module.run(settings, out)
 

@@ -7,6 +7,7 @@ name belongs to the suite `gymnasium`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -74,7 +75,12 @@ class Expert(Protocol):
 
 @runtime_checkable
 class Suite(Protocol):
-    """A family of environments."""
+    """A family of environments.
+
+    A suite that plays many episodes at once may have `batch`, their number, and `demonstrate(name, seeds,
+    explore, max_steps) -> list[Episode]`: the expert's episodes (`envs.episode.Episode`) with their frames,
+    states and actions, each as if it were played alone.
+    """
 
     def check(self, name: str) -> None:
         """Raise a UserError if the suite has no environment of that name."""
@@ -162,6 +168,12 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
     """
     suite, name = _suite(name, "agent")
     return suite.expert(name, env, seed)
+
+
+def batch_expert(name: str) -> tuple[int, Callable[..., list[Any]] | None]:
+    """Return how many episodes an environment plays at once, and its `demonstrate`; or (1, None)."""
+    suite, _ = _suite(name, "agent")
+    return getattr(suite, "batch", 1), getattr(suite, "demonstrate", None)
 
 
 def _suite(name: str, view: str) -> tuple[Suite, str]:

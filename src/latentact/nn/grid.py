@@ -86,3 +86,58 @@ class GridDecoder(nn.Module):
         for block in self.blocks:
             x = block(x + bias)
         return rearrange(self.head(F.relu(x)), "b (c v) h w -> b v c h w", c=self.features)
+
+
+class CellEncoder(nn.Module):
+    """Frames of integer cells to a feature vector: embeddings and two layers, which cost little.
+
+    Args:
+        frames: number of stacked frames.
+        features: integers per cell.
+        size: height and width in cells.
+        values: number of values of an integer.
+    """
+
+    def __init__(self, frames: int, features: int, size: int, values: int) -> None:
+        super().__init__()
+        self.embed = GridEmbedding(features, values, 8)
+        self.net = nn.Sequential(
+            nn.Linear(frames * features * 8 * size * size, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+        )
+
+    def forward(self, cells: UInt8[Tensor, "b i h w"]) -> Float[Tensor, "b 256"]:
+        """Return non-negative features."""
+        return self.net(self.embed(cells).flatten(1))
+
+
+class CellMixer(nn.Module):
+    """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
+
+    The latent vector says for every cell of the next frame from which cells of the last ones it comes, as
+    turning and walking move all cells together, and adds what is new.
+
+    Args:
+        frames: number of stacked frames.
+        features: integers per cell.
+        size: height and width in cells.
+        values: number of values of an integer.
+        latent_dim: length of the latent vector.
+    """
+
+    def __init__(self, frames: int, features: int, size: int, values: int, latent_dim: int) -> None:
+        super().__init__()
+        self.frames, self.features, self.size = frames, features, size
+        self.embed = GridEmbedding(features, values, 16)
+        self.source = nn.Linear(latent_dim, size**4 * frames)
+        self.new = nn.Linear(latent_dim, size**2 * features * 16)
+        self.head = nn.Sequential(nn.Linear(features * 16, 64), nn.ReLU(), nn.Linear(64, features * values))
+
+    def forward(
+        self, cells: UInt8[Tensor, "b i h w"], latent: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b v c h w"]:
+        """Return logits over values."""
+        old = rearrange(self.embed(cells), "b (t d) h w -> b (t h w) d", t=self.frames)
+        source = rearrange(self.source(latent), "b (n m) -> b n m", n=self.size**2).softmax(2)
+        new = rearrange(self.new(latent), "b (n d) -> b n d", n=self.size**2)
+        scores = self.head(source @ old + new)
+        return rearrange(scores, "b (h w) (c v) -> b v c h w", h=self.size, c=self.features)

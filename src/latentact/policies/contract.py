@@ -185,9 +185,21 @@ class Policy(nn.Module, ABC):
         """Append a decoder with random weights to the network."""
         assert self.spec.action_space is not None
         state = self.spec.state_size if config.use_state else 0
-        self.decoder = ActionDecoder(
-            config, self.spec.target.outputs, state, self.spec.action_space, self.spec.stride
-        )
+        target, size, codes = self.spec.target, self.spec.target.outputs, 0
+        if config.mixture:
+            space = self.spec.action_space
+            if (
+                self.latent is None
+                or target.kind != "classes"
+                or target.num_tokens != 1
+                or not space.discrete
+            ):
+                raise UserError(
+                    f"decoder.mixture must be false for {target.num_tokens} {target.kind} per step and "
+                    f"{space.kind} actions. Train a policy with policy.target=codes on labels with one code."
+                )
+            size, codes = self.latent.token_dim, target.size
+        self.decoder = ActionDecoder(config, size, state, self.spec.action_space, self.spec.stride, codes)
 
     def ground(self, config: DecoderConfig, actions: ActionSpace) -> Policy:
         """Return a copy of this policy with a new decoder from latent to robot actions."""
@@ -252,6 +264,8 @@ class Policy(nn.Module, ABC):
         """Return latent actions as input of the decoder: normalized values, or one-hot codes."""
         if self.spec.target.kind == "continuous":
             return (latent - self.mean) / self.std
+        if self.decoder is not None and self.decoder.config.mixture:
+            return self.decoder.codebook[latent[:, 0].long()]
         return F.one_hot(latent.long(), self.spec.target.size).flatten(1).float()
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -293,6 +307,8 @@ class Policy(nn.Module, ABC):
         if self.decoder is None:
             return out
         state = self.normal_state(batch.state) if self.decoder.config.use_state else None
+        if self.decoder.config.mixture:
+            return self.decoder.mix(self.decoder_input(out), state)
         return self.decoder(self.decoder_input(out), state)
 
     @torch.no_grad()

@@ -23,6 +23,9 @@ class DecoderConfig:
     """Widths of the hidden layers; empty: a linear decoder."""
     use_state: bool = False
     """Whether the decoder takes the robot state, if robot actions depend on it."""
+    mixture: bool = False
+    """For policies of one code per step and discrete actions: whether the decoder takes the vector of a code,
+    and the policy acts by p(a|o) = sum_c p(c|o) p(a|c). Otherwise it takes the probabilities of codes."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -39,13 +42,21 @@ class ActionDecoder(nn.Module):
         state_size: dimensions of the robot state; 0: not used.
         space: robot action space.
         steps: environment steps per latent action.
+        codes: number of codes of a mixture, whose vectors it holds; 0 without.
     """
 
     mean: Tensor
     std: Tensor
+    codebook: Tensor
 
     def __init__(
-        self, config: DecoderConfig, latent_size: int, state_size: int, space: ActionSpace, steps: int
+        self,
+        config: DecoderConfig,
+        latent_size: int,
+        state_size: int,
+        space: ActionSpace,
+        steps: int,
+        codes: int = 0,
     ) -> None:
         super().__init__()
         self.config, self.space, self.steps = config, space, steps
@@ -57,6 +68,29 @@ class ActionDecoder(nn.Module):
         numbers = 0 if space.discrete else space.size
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
+        if codes:
+            self.register_buffer("codebook", torch.zeros(codes, latent_size))
+
+    def set_codebook(self, codes: np.ndarray, vectors: np.ndarray) -> None:
+        """Set the vectors of codes, normalized by those given; codes without one keep the mean, 0.
+
+        Args:
+            codes: int64 ``[n]``.
+            vectors: float32 ``[n, d]``.
+        """
+        normal = (vectors - vectors.mean(0)) / vectors.std(0).clip(min=1e-3)
+        self.codebook[torch.from_numpy(codes)] = torch.from_numpy(normal)
+
+    def mix(
+        self, probabilities: Float[Tensor, "b l n"], state: Float[Tensor, "b s"] | None
+    ) -> Float[Tensor, "b l2 a"]:
+        """Return the log-probabilities of actions, given those of the codes of a mixture."""
+        batch = 1 if state is None else len(state)
+        scores = self(self.codebook.expand(batch, -1, -1), state).unflatten(1, (-1, self.steps))
+        mixed = torch.einsum(
+            "bln,bnsa->blsa", probabilities, scores.softmax(-1).expand(len(probabilities), -1, -1, -1)
+        )
+        return mixed.clamp(min=1e-12).log().flatten(1, 2)
 
     def set_action_stats(self, actions: np.ndarray) -> None:
         """Set mean and standard deviation of continuous actions from the labeled steps, ``[n, a]``."""

@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,10 +30,20 @@ from filelock import FileLock, Timeout
 
 from latentact.config import Count, Fraction, Limit, OneOf, Pixels, Seed, Workers
 from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import NUISANCE, Distraction
 from latentact.envs.episode import EpisodeEnd, ExpertActor, Recorded, run_episodes
-from latentact.envs.spec import ENVS, VIEWS, EnvError, EnvSpec, env_spec, make_env, make_expert
+from latentact.envs.spec import (
+    ENVS,
+    VIEWS,
+    EnvError,
+    EnvSpec,
+    batch_expert,
+    env_spec,
+    make_env,
+    make_expert,
+)
 from latentact.errors import UserError
 from latentact.progress import Progress
 
@@ -222,7 +232,7 @@ def _run_attempts(config: CollectConfig, staging: Path) -> tuple[list[int], int]
             tally.add(int(path.stem), path.suffix == ".npz")
     if tally.settled:
         log.info("resuming after %d attempts", tally.settled)
-    workers = min(config.workers or os.cpu_count() or 1, config.episodes)
+    workers = config.workers or os.cpu_count() or 1
     with Progress("collecting", config.episodes, "episodes", done=len(tally.successes)) as progress:
         for number, success in _attempts(config, staging, workers, tally):
             before = len(tally.successes)
@@ -263,22 +273,24 @@ def _attempts(
     config: CollectConfig, staging: Path, workers: int, tally: _Tally
 ) -> Iterator[tuple[int, bool]]:
     """Run the attempts that are not finished, in any order, until the tally is complete."""
-    todo = (number for number in itertools.count() if number not in tally.known)
+    size = min(batch_expert(config.name)[0], config.episodes)
+    workers = min(workers, -(-config.episodes // size))
+    todo = itertools.batched((number for number in itertools.count() if number not in tally.known), size)
     if workers == 1:
         while not tally.complete:
-            number = next(todo)
-            yield number, _attempt(config, staging, number)
+            numbers = next(todo)
+            yield from zip(numbers, _attempt(config, staging, numbers), strict=True)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_exit_with_parent) as pool:
-        running: dict[Future[bool], int] = {}
+        running: dict[Future[list[bool]], tuple[int, ...]] = {}
         try:
             while not tally.complete:
-                while len(running) < 4 * workers:
-                    number = next(todo)
-                    running[pool.submit(_attempt, config, staging, number)] = number
+                while len(running) < workers * (4 if size == 1 else 1):
+                    numbers = next(todo)
+                    running[pool.submit(_attempt, config, staging, numbers)] = numbers
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                    yield from zip(running.pop(future), future.result(), strict=True)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -297,9 +309,8 @@ def _exit_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _environment(name: str, resolution: int, view: str, distract: Distraction) -> tuple[Any, EnvSpec]:
-    env = make_env(name, resolution=resolution, view=view, distract=distract)
-    return env, env_spec(name, view=view)
+def _environment(name: str, resolution: int, view: str, distract: Distraction) -> Any:
+    return make_env(name, resolution=resolution, view=view, distract=distract)
 
 
 def _staged(staging: Path, number: int) -> Path:
@@ -320,35 +331,45 @@ def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) 
     )
 
 
-def _attempt(config: CollectConfig, staging: Path, number: int) -> bool:
-    """Run one attempt and stage it; return whether it succeeded."""
-    env, spec = _environment(config.name, config.resolution, config.view, config.distraction)
-    episode = _demonstrate(config, env, spec, config.seed + number)
-    path = _staged(staging, number)
-    if episode is None:
-        path.with_suffix(".failed").touch()
-        return False
-    stage_episode(path, _record_spec(config, spec, *episode.frames.shape[1:3]), episode)
-    return True
+def _attempt(config: CollectConfig, staging: Path, numbers: Sequence[int]) -> list[bool]:
+    """Run attempts and stage them; return whether they succeeded."""
+    spec = env_spec(config.name, view=config.view)
+    outcomes = []
+    for number, played in zip(numbers, _play(config, spec, numbers), strict=True):
+        episode = _demonstration(config, spec, played)
+        path = _staged(staging, number)
+        if episode is None:
+            path.with_suffix(".failed").touch()
+        else:
+            stage_episode(path, _record_spec(config, spec, *episode.frames.shape[1:3]), episode)
+        outcomes.append(episode is not None)
+    return outcomes
 
 
-def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> Episode | None:
-    """Return the expert's episode, or None if it does not succeed."""
-    frames: list[np.ndarray] = []
+def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[envs_episode.Episode]:
+    """Return the expert's episodes, played at once where the suite can."""
+    seeds = [config.seed + number for number in numbers]
+    if demonstrate := batch_expert(config.name)[1]:
+        return demonstrate(config.name, seeds, config.explore, config.max_steps)
+    env = _environment(config.name, config.resolution, config.view, config.distraction)
     record: set[Recorded] = {"actions"}
     if spec.state_names:
         record.add("states")
     if config.distraction:
         record.add("nuisances")
-    (played,) = run_episodes(
-        ExpertActor(config.name, [env], [seed], config.explore),
+    return run_episodes(
+        ExpertActor(config.name, [env], seeds, config.explore),
         [env],
-        [seed],
+        seeds,
         camera=spec.camera,
         max_steps=config.max_steps,
-        frames=[frames],
+        frames=[[]],
         record=record,
     )
+
+
+def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Episode) -> Episode | None:
+    """Return what is written of an episode, or None if it did not succeed."""
     if played.error is not None:
         raise played.error
     successes = [bool(success) for success in played.successes]
@@ -357,7 +378,7 @@ def _demonstrate(config: CollectConfig, env: Any, spec: EnvSpec, seed: int) -> E
     last = played.actions[-1] if spec.hold is None else spec.hold
     dtype = np.int64 if spec.action_space.discrete else np.float32
     return Episode(
-        frames=np.stack(frames),
+        frames=np.stack(played.frames),  # type: ignore[arg-type]
         state=np.stack(played.states) if spec.state_names else None,
         action=np.array([*played.actions, last], dtype),
         reward=np.array([*played.rewards, 0.0], np.float32),

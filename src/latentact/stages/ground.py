@@ -99,6 +99,9 @@ def run(config: GroundConfig, out: Path) -> Path:
         raise UserError(f"{len(labeled)} labeled episodes have no latent action; increase labeled_episodes.")
     assert policy.decoder is not None
     policy.decoder.set_action_stats(np.ma.getdata(store.actions(labeled))[steps])
+    if config.decoder.mixture:
+        assert labels.codes is not None
+        policy.decoder.set_codebook(labels.codes[labels.valid, 0], labels.vectors[labels.valid, 0])
     pairs = _latent_actions(policy, store, labels, steps, labeled)
     log.info("%d labeled steps of %d episodes", len(pairs), len(labeled))
     with run_folder(out, config):

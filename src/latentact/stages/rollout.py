@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,6 +56,10 @@ class RolloutConfig:
     """sample: temperature of the softmax; below 1, likely actions are drawn more often."""
     device: str = "cpu"
     """cpu, cuda or mps."""
+    smoke_test: bool = False
+    """Whether to play two episodes of at most 20 steps only, to see that everything works."""
+    overwrite: bool = False
+    """Whether to replace a finished rollout."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -77,10 +81,12 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     out, distraction = Path(config.out), Distraction.parse(config.distract)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, got the file {out}. Give another.")
-    settings = asdict(config)
-    if (out / "rollout.json").exists():
+    settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
+    if config.smoke_test:
+        config = replace(config, episodes=2, max_steps=20)
+    if not config.overwrite and (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")
-        if _with_defaults(found.get("config")) != settings:
+        if _with_defaults(found.get("config")) != {**settings, "overwrite": False}:
             raise UserError(f"{out} holds a different rollout. Give another --out, or delete the folder.")
         return found
     require_device(config.device)

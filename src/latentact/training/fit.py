@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
@@ -57,4 +58,6 @@ def fit(
     """
     from latentact.training.loop import train  # Lightning takes seconds to import
 
+    if config.smoke_test:
+        config = replace(config, steps=min(config.steps, 2))
     train(model, data, config, out, evaluate)

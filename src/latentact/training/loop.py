@@ -7,6 +7,7 @@ checkpoint ends with the same weights as an undisturbed one.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import sys
 import time
@@ -185,7 +186,12 @@ class _Module(pl.LightningModule):
 
         def factor(step: int) -> float:
             ends = [0, min(c.warmup_steps, c.steps - 1), c.steps + 1]
-            return float(np.interp(step, ends, [0.1, 1.0, c.final_lr_factor]))
+            if step < ends[1] or c.lr_schedule == "linear":
+                return float(np.interp(step, ends, [0.1, 1.0, c.final_lr_factor]))
+            if c.lr_schedule == "constant":
+                return 1.0
+            way = (step - ends[1]) / (ends[2] - ends[1])
+            return c.final_lr_factor + (1 - c.final_lr_factor) * (1 + math.cos(math.pi * way)) / 2
 
         fused = c.precision != "16-mixed"  # whose loss scale a fused step removes only after clipping
         groups = _parameter_groups(self.trained, c)

@@ -59,6 +59,18 @@ def check_settings(out: Path, config: Any) -> None:
         raise UserError(f"{out} is a file; give a folder with out=.")
 
 
+def discard_run(out: Path) -> None:
+    """Delete a run folder, if there is one.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if (out / "config.yaml").is_file():
+        shutil.rmtree(out)
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} holds no run to overwrite; give another out=, or delete the folder.")
+
+
 def begin_run(out: Path, config: Any) -> None:
     """Write `config.yaml`; call it after all inputs of the config have been checked."""
     with atomic_write(out / "config.yaml") as partial:

@@ -13,6 +13,7 @@ from latentact.device import memory_bytes, require_device, supports_bf16
 from latentact.errors import UserError, require_between, require_one_of
 
 STRATEGIES = ("auto", "ddp", "fsdp")
+LR_SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 _MOST_STEPS = 10**9
 RANGES = {
@@ -61,9 +62,11 @@ class TrainingConfig:
     grad_clip: float = 2.0
     """Maximum gradient norm; 0: no clipping."""
     warmup_steps: int = 50
-    """Steps of linear warmup from 0.1 of the peak learning rate; linear decay follows."""
+    """Steps of linear warmup from 0.1 of the peak learning rate; decay follows."""
     final_lr_factor: float = 0.01
     """Final learning rate as a fraction of the peak; 1: constant."""
+    lr_schedule: str = "linear"
+    """Decay of the learning rate after the warmup: linear, cosine, or constant (none)."""
     precision: str = "auto"
     """auto: bf16 where the hardware supports it natively, else fp32; or bf16-mixed, 32-true, 16-mixed."""
     seed: int = 0
@@ -87,6 +90,8 @@ class TrainingConfig:
     """Data loader processes; the memory-mapped store rarely needs any."""
     compile: bool = False
     """Whether to run the loss through torch.compile."""
+    smoke_test: bool = False
+    """Whether to take two steps only, to see that everything works."""
     wandb: bool = False
     """Whether to log to Weights & Biases in addition to TensorBoard and metrics.csv."""
 
@@ -100,6 +105,7 @@ class TrainingConfig:
             )
         if not self.lr:
             raise UserError("training.lr must be more than 0, got 0. Give a learning rate such as 3e-4.")
+        require_one_of("training.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         require_one_of("training.precision", self.precision, PRECISIONS)
         require_one_of("training.strategy", self.strategy, STRATEGIES)
         slices = self.accumulate * self.devices * self.num_nodes

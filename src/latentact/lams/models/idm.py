@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentact.errors import UserError
 from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
+from latentact.nn.grid import CellEncoder
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.types import ActionSpace, Clip, LatentActions
@@ -27,9 +28,11 @@ class IdmConfig:
     kind: str = "idm"
     """Registered name."""
     backbone: str = "impala"
-    """impala or patch, as in LAPO."""
+    """impala, patch or cells, as in LAPO."""
     size: int = 64
-    """Height and width to which frames are resized, in pixels."""
+    """Height and width to which frames are resized, in pixels (cells: cells)."""
+    grid_values: int = 32
+    """cells: number of values of an integer."""
     scale: int = 4
     """impala: multiplier of the channels (16, 32, 32)."""
     patch: int = 8
@@ -38,6 +41,13 @@ class IdmConfig:
     """patch: channels of the levels; each further level halves the resolution."""
     difference_input: float = 0.0
     """Scale of the difference (next - current) as extra input channels; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        if self.backbone not in ("impala", "patch", "cells"):
+            raise UserError(f"lam.backbone must be impala, patch or cells, got {self.backbone!r}.")
+        if self.backbone == "cells" and self.difference_input:
+            raise UserError(f"lam.difference_input must be 0 for cells, got {self.difference_input:g}.")
 
     def with_action_head(self, weight: float) -> None:
         """Return None: its latent actions are the robot actions themselves."""
@@ -61,7 +71,9 @@ class Idm(LatentActionModel):
         super().__init__(config)
         self.actions, self.space = actions, actions
         channels = 12 if config.difference_input else 9
-        if config.backbone == "impala":
+        if config.backbone == "cells":
+            self.encoder = CellEncoder(3, 3, config.size, config.grid_values)
+        elif config.backbone == "impala":
             self.encoder = Impala(channels, config.size, tuple(config.scale * c for c in (16, 32, 32)))
         else:
             self.encoder = PatchEncoder(channels, config.size, config.patch, config.channels)
@@ -112,6 +124,8 @@ class Idm(LatentActionModel):
         return action_loss(self._scores(clip.frames[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
+        if self.config.backbone == "cells":
+            return self.head(self.encoder(windows.flatten(1, 2))).float()
         x = normalize_frames(windows, self.config.size)
         frames = [*x.unbind(1)]
         if gain := self.config.difference_input:

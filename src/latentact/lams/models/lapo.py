@@ -29,7 +29,7 @@ from latentact.lams.targets import (
     no_pixel_decoder_error,
     pixel_error,
 )
-from latentact.nn.grid import GridDecoder, GridEncoder
+from latentact.nn.grid import CellEncoder, CellMixer, GridDecoder, GridEncoder
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
@@ -45,13 +45,14 @@ class LapoConfig:
     kind: str = "lapo"
     """Registered name."""
     backbone: str = "impala"
-    """impala: the published IMPALA and U-Net; patch: cheap patch networks; grid: embedded integer cells."""
+    """impala: the published IMPALA and U-Net; patch: cheap patch networks; grid: embedded integer cells and
+    convolutions; cells: embedded integer cells, an MLP, and an FDM in which the latent action moves cells."""
     size: int = 64
-    """Height and width to which frames are resized, 32..256 pixels (grid: cells)."""
+    """Height and width to which frames are resized, 32..256 pixels (grid, cells: cells)."""
     frame_channels: int = 3
-    """Channels of a frame (grid: integers per cell)."""
+    """Channels of a frame (grid, cells: integers per cell)."""
     grid_values: int = 32
-    """grid: number of values per integer."""
+    """grid, cells: number of values per integer."""
     idm_scale: int = 4
     """impala: multiplier of the IDM's channels (16, 32, 32)."""
     fdm_base: int = 24
@@ -80,25 +81,32 @@ class LapoConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.backbone not in ("impala", "patch", "grid"):
-            raise UserError(f"lam.backbone must be impala, patch or grid, got {self.backbone!r}.")
-        if self.backbone != "grid" and not 32 <= self.size <= 256:
+        if self.backbone not in ("impala", "patch", "grid", "cells"):
+            raise UserError(f"lam.backbone must be impala, patch, grid or cells, got {self.backbone!r}.")
+        if not self.integers and not 32 <= self.size <= 256:
             raise UserError(f"lam.size must be between 32 and 256 pixels, got {self.size}.")
         if self.patch < 1:
             raise UserError(f"lam.patch must be at least 1 pixel, got {self.patch}.")
         if self.fdm_context not in (0, 1):
             raise UserError(f"lam.fdm_context must be 0 or 1, got {self.fdm_context}.")
-        if self.backbone == "grid" and (self.difference_input or self.motion_weight):
+        if self.integers and not 1 <= self.size <= 64:
+            raise UserError(f"lam.size must be between 1 and 64 cells, got {self.size}.")
+        if self.integers and (self.difference_input or self.motion_weight):
             raise UserError(
                 f"lam.difference_input and lam.motion_weight must be 0 for grids, got "
                 f"{self.difference_input:g} and {self.motion_weight:g}."
             )
-        if self.backbone == "grid" and self.target.kind != "pixels":
+        if self.integers and self.target.kind != "pixels":
             raise UserError(f"lam.target.kind must be pixels for grids, got {self.target.kind}.")
         if self.action_weight and self.bottleneck.kind not in ("none", "kl"):
             raise UserError(
                 f"lam.bottleneck.kind must be none or kl with lam.action_weight, got {self.bottleneck.kind}."
             )
+
+    @property
+    def integers(self) -> bool:
+        """Whether frames are grids of integers."""
+        return self.backbone in ("grid", "cells")
 
     def with_action_head(self, weight: float) -> LapoConfig | None:
         """Return the settings with an action head of this loss weight; None for bottlenecks with codes."""
@@ -177,8 +185,9 @@ class Lapo(LatentActionModel):
         self.config: LapoConfig = config
         self.actions = actions if config.action_weight else None
         self.bottleneck = config.bottleneck.build()
-        self.grain = {"impala": 32, "patch": config.patch * 2 ** (len(config.fdm_channels) - 1), "grid": 1}
-        self.inner = -(-config.size // self.grain[config.backbone]) * self.grain[config.backbone]
+        self.grain = {"impala": 32, "patch": config.patch * 2 ** (len(config.fdm_channels) - 1)}
+        grain = self.grain.get(config.backbone, 1)
+        self.inner = -(-config.size // grain) * grain
         self.idm = self._idm()
         self.idm_head = nn.Linear(256, self.bottleneck.in_features)
         self.action_head = nn.Linear(256, self.actions.size) if self.actions else None
@@ -201,6 +210,8 @@ class Lapo(LatentActionModel):
 
     def _idm(self) -> nn.Module:
         c = self.config
+        if c.backbone == "cells":
+            return CellEncoder(3, c.frame_channels, c.size, c.grid_values)
         if c.backbone == "grid":
             return GridEncoder(3, c.frame_channels, c.size, c.grid_values, c.idm_channels[0])
         return self._frame_encoder(c.frame_channels * (4 if c.difference_input else 3))
@@ -218,6 +229,8 @@ class Lapo(LatentActionModel):
             own = c.target.kind == "ema_features"
             encoder = self._frame_encoder(c.frame_channels, c.target.features, precise=True) if own else None
             return FeatureFdm(c.target, self._latent_dim, encoder)
+        if c.backbone == "cells":
+            return CellMixer(frames, c.frame_channels, c.size, c.grid_values, self._latent_dim)
         if c.backbone == "grid":
             return GridDecoder(frames, c.frame_channels, c.grid_values, self._latent_dim, c.fdm_channels[0])
         if c.backbone == "impala":
@@ -248,7 +261,7 @@ class Lapo(LatentActionModel):
             raise no_pixel_decoder_error(self)
         older = frames[:, [max(-2, -frames.shape[1]), -1]]
         predicted = self._predict(self._pixels(older), vectors.flatten(1))
-        if self.config.backbone == "grid":
+        if self.config.integers:
             return predicted.argmax(1).to(torch.uint8)
         size = self.config.size
         return ((predicted[..., :size, :size] + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -300,13 +313,13 @@ class Lapo(LatentActionModel):
     def _reconstruction(self, x: Tensor, latent: Tensor) -> Tensor:
         now, target = x[:, -2], x[:, -1]
         predicted = self._predict(x[:, :-1], latent)
-        if self.config.backbone == "grid":
+        if self.config.integers:
             return F.cross_entropy(predicted.float(), target.long())
         return pixel_error(predicted, now, target, self.config.motion_weight, self.config.motion_dilation)
 
     def _pixels(self, frames: Tensor) -> Tensor:
         """Return uint8 frames `[n, t, c, h, w]` in -0.5..0.5 at the inner size; grids stay integers."""
-        if self.config.backbone == "grid":
+        if self.config.integers:
             return frames
         x = normalize_frames(frames, self.config.size)
         if pad := self.inner - self.config.size:
