@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 import latentact
 from latentact.cli import app
+from latentact.cli.flags import settings_as_flags
+from latentact.cli.stage_command import FILE_COMMANDS
 from latentact.composition import load_experiment, run_stage
 from latentact.config import from_dict, to_dict
 from latentact.errors import UserError
@@ -100,7 +102,7 @@ def test_every_help_has_an_example(command: str) -> None:
 def test_hydra_commands_are_those_with_experiments() -> None:
     free = {name.replace("-", "_") for name, c in COMMANDS.items() if c.context_settings}
     assert free == set(STAGES)
-    assert {path.name for path in CONF.iterdir() if (path / "__init__.py").exists()} == set(STAGES)
+    assert {path.name for path in CONF.iterdir() if (path / "__init__.py").exists()} == {*STAGES, "rollout"}
 
 
 @pytest.mark.parametrize("name", latentact.__all__)
@@ -116,7 +118,7 @@ def test_unknown_public_name() -> None:
 # --- experiments
 
 
-EXPERIMENTS = sorted((p.parts[-3], p.stem) for p in CONF.glob("*/experiment/*.yaml"))
+EXPERIMENTS = sorted((p.parts[-3], p.stem) for p in CONF.glob("*/experiment/*.yaml") if p.parts[-3] in STAGES)
 
 
 @pytest.mark.parametrize(("stage", "experiment"), EXPERIMENTS)
@@ -131,6 +133,17 @@ def test_every_experiment_composes(stage: str, experiment: str) -> None:
             found = getattr(found, part)
         if key not in " ".join(given):
             assert to_dict(found) == value, key
+
+
+def test_experiments_of_a_command_with_flags() -> None:
+    flags = FILE_COMMANDS["rollout"].flags
+    typed = ["seed=5", "experiment=lapo_xland", "smoke_test=true", "overwrite=false", "--record", "2"]
+    words = settings_as_flags(typed, flags, "rollout")
+    values = yaml.safe_load((CONF / "rollout/experiment/lapo_xland.yaml").read_text())
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    assert words == [*given, "--seed=5", "--smoke-test", "--record", "2"]  # of two values the last counts
+    with pytest.raises(UserError, match="unknown experiment 'lapo'; did you mean 'lapo_xland'"):
+        settings_as_flags(["experiment=lapo"], flags, "rollout")
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

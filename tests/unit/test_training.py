@@ -18,9 +18,9 @@ from distributed_training import Toy
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
 from latentact.training.fit import fit
-from latentact.training.loop import _parameter_groups
+from latentact.training.loop import _Module, _parameter_groups
 from latentact.training.metrics_csv import MetricsCsv
-from latentact.training.run_folder import begin_run, finished
+from latentact.training.run_folder import begin_run, discard_run, finished
 from latentact.training.settings import TrainingConfig
 
 
@@ -366,6 +366,7 @@ def test_two_processes_learn_what_one_does_and_resume(strategy, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "resumed")] == ["4", "5", "6"]
 
 
+<<<<<<< ours
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_the_other(tmp_path):
     given = (str(tmp_path / "run"), "ddp", "2", "100000", "1")
@@ -380,3 +381,28 @@ def test_a_process_that_dies_is_named_by_the_other(tmp_path):
     first.join()
     said = (tmp_path / "log0").read_text().strip().splitlines()[-1]
     assert "process 1 of 2 has stopped before the training was done. See its output" in said
+=======
+def test_only_runs_are_overwritten(tmp_path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, name in ((run, "config.yaml"), (other, "data.bin")):
+        folder.mkdir()
+        (folder / name).touch()
+    discard_run(run)
+    discard_run(tmp_path / "nothing")
+    assert not run.exists()
+    with pytest.raises(UserError, match="holds no run to overwrite"):
+        discard_run(other)
+    assert (other / "data.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1, 1)]
+)
+def test_learning_rate_schedules(schedule, middle, end) -> None:
+    config = TrainingConfig(
+        steps=99, warmup_steps=0, lr=1.0, final_lr_factor=0.1, lr_schedule=schedule, device="cpu"
+    )
+    module = _Module(Toy(), config)
+    factor = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    assert [factor(step) for step in (0, 50, 100)] == pytest.approx([1, middle, end])
+>>>>>>> theirs
