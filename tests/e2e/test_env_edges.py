@@ -429,8 +429,8 @@ def test_compare_tries_the_environment_before_it_trains(tmp_path, kind):
     name = toy("ToyFails-v0", action=Discrete(4), **parts)
     given = (f"data.path={data}", "data.resolution=32", "ks=[1]", f"out={tmp_path / 'out'}", f"env={name}")
     assert message in refused("compare", *given)
-    given = (*given[:-1], f"env={toy('ToyPlain-v0', action=Discrete(4))}", "distract=shake=0.3")
-    assert "this environment has no distractors" in refused("compare", *given)
+    given = (*given[:-1], f"env={toy('ToyPlain-v0', action=Discrete(4))}", "distract=background=0.3")
+    assert "ToyPlain-v0 cannot have a distracting background" in refused("compare", *given)
     assert not (tmp_path / "out").exists()
 
 
