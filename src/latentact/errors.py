@@ -61,6 +61,7 @@ EXTRAS = {
     "plotly": "report",
     "ray": "scale",
     "shapely": "envs",
+    "stable_baselines3": "gail",
     "tensorboard": "train",
     "timm": "features",
     "transformers": "features",

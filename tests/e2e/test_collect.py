@@ -152,7 +152,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     out = tmp_path / "data"
     with (
         collect._locked(tmp_path / "data.partial", config(out)),
-        pytest.raises(UserError, match="in use by another collect process"),
+        pytest.raises(UserError, match="in use by another collection"),
     ):
         run(config(out))
 

@@ -125,9 +125,9 @@ def test_the_planner_of_pusht_reaches_the_goal_from_wherever_others_bring_it(see
 
 
 def test_no_expert_is_a_user_error():
-    env = make_env("CartPole-v1")
+    env = make_env("MountainCar-v0")
     with pytest.raises(UserError, match=r"scripted expert .* Choose one of babyai, metaworld, pusht"):
-        make_expert("CartPole-v1", env, 0)
+        make_expert("MountainCar-v0", env, 0)
 
 
 def test_gymnasium_environments_of_every_image_kind(monkeypatch):

@@ -366,7 +366,6 @@ def test_two_processes_learn_what_one_does_and_resume(strategy, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "resumed")] == ["4", "5", "6"]
 
 
-<<<<<<< ours
 @pytest.mark.slow
 def test_a_process_that_dies_is_named_by_the_other(tmp_path):
     given = (str(tmp_path / "run"), "ddp", "2", "100000", "1")
@@ -381,7 +380,8 @@ def test_a_process_that_dies_is_named_by_the_other(tmp_path):
     first.join()
     said = (tmp_path / "log0").read_text().strip().splitlines()[-1]
     assert "process 1 of 2 has stopped before the training was done. See its output" in said
-=======
+
+
 def test_only_runs_are_overwritten(tmp_path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     for folder, name in ((run, "config.yaml"), (other, "data.bin")):
@@ -405,4 +405,3 @@ def test_learning_rate_schedules(schedule, middle, end) -> None:
     module = _Module(Toy(), config)
     factor = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert [factor(step) for step in (0, 50, 100)] == pytest.approx([1, middle, end])
->>>>>>> theirs

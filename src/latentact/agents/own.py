@@ -105,7 +105,7 @@ def agent_spec(policy: Policy) -> AgentSpec:
         )
     return AgentSpec(
         action_space=spec.action_space,
-        cameras=(spec.camera,),
+        cameras=(spec.camera,) if policy.uses_frames else (),
         channels=spec.channels,
         state_size=spec.state_size if policy.uses_state else 0,
         fps=spec.fps,

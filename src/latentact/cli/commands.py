@@ -182,6 +182,35 @@ hydra_command(
 )
 
 
+def _show_learner(result: Any) -> str:
+    """Return a job as it is; else what was learned, beside its baselines, and the verdict."""
+    if not isinstance(result, dict):
+        return str(result)
+    from latentact.stages.learn import summary
+
+    return "\n".join([*summary(result), result["verdict"]])
+
+
+for _command, _help, _presets in (
+    ("dagger", "Train a policy on an expert's labels of the states that it visits (DAgger).", ()),
+    (
+        "gail",
+        "Train a policy with PPO to look like demonstrations (GAIL).",
+        ("policy=bc", "policy.network.backbone=state"),
+    ),
+    ("learn", "Run any learner: learner=NAME.", ()),
+):
+    hydra_command(
+        _command,
+        "LearnConfig",
+        stage="learn",
+        help=f"{_help} Takes Hydra overrides; see --help.",
+        example=f"latentact {_command} env=Pendulum-v1 policy.network.backbone=state",
+        show=_show_learner,
+        presets=_presets if _command == "learn" else (f"learner={_command}", *_presets),
+    )
+
+
 @stage_command("export", "ExportConfig")
 def _export(config: Any, result: Any) -> str:
     """Write robot actions for video without any, with intervals and a mask of trusted frames.

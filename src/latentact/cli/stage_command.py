@@ -164,10 +164,27 @@ def stage_command(
 
 
 def hydra_command(
-    name: str, config: str, *, help: str, example: str, show: Callable[[Any], str] | None = None
+    name: str,
+    config: str,
+    *,
+    help: str,
+    example: str,
+    show: Callable[[Any], str] | None = None,
+    stage: str = "",
+    presets: tuple[str, ...] = (),
 ) -> None:
-    """Add a command that takes Hydra overrides to `app`; `show` formats its result for people."""
-    stage = name.replace("-", "_")
+    """Add a command that takes Hydra overrides to `app`; `show` formats its result for people.
+
+    Args:
+        name: the command.
+        config: the stage's dataclass.
+        help: of the command.
+        example: command line shown by `--help`.
+        show: formats the result.
+        stage: module of the stage; empty: the command's name.
+        presets: overrides that come first, except of settings that the command line names.
+    """
+    stage = stage or name.replace("-", "_")
 
     def run(context: typer.Context) -> None:
         from latentact.composition import run_stage
@@ -175,6 +192,8 @@ def hydra_command(
         module = importlib.import_module(f"latentact.stages.{stage}")
         cls = getattr(module, config)
         words = [word for word in context.args if word != "--json" and word not in OVERWRITE]
+        given = {word.partition("=")[0] for word in words}
+        words = [*(word for word in presets if word.partition("=")[0] not in given), *words]
         arguments = translate_settings(words, cls)
         overwrite = OVERWRITE[0] in context.args
 

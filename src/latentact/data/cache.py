@@ -279,6 +279,20 @@ class FrameStore:
         return finite(values, required, self._drop_nonfinite, f"{self.path}, column {name}", row_name)
 
 
+def flagged_rows(store: FrameStore, column: str) -> Bool[np.ndarray, " n"]:
+    """Return the mask of rows where a column of the data is true; all without a name.
+
+    Raises:
+        UserError: there is no such column.
+    """
+    if not column:
+        return np.ones(len(store.episode), bool)
+    values = store.column(column)
+    if values is None:
+        raise UserError(f"{store.path} must have the column {column!r}, got none. Give another, or none.")
+    return values.reshape(len(values), -1).any(1)
+
+
 def known_rows(actions: np.ndarray) -> Bool[np.ndarray, " n"]:
     """Return the mask of rows with an action in the result of `FrameStore.actions`."""
     return ~np.ma.getmaskarray(actions).reshape(len(actions), -1).any(1)

@@ -33,6 +33,13 @@ def split_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def training_episodes(store: FrameStore, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same as `split_episodes`, but all episodes and none where the fraction is 0."""
+    if held_out == 0:
+        return np.arange(store.num_episodes), np.arange(0)
+    return split_episodes(store, held_out=held_out, seed=seed)
+
+
 def split_sizes(total: int, held_out: float) -> tuple[int, int]:
     """Return the numbers of training and held-out episodes in a split of `total` episodes.
 

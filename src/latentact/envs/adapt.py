@@ -116,7 +116,7 @@ def _adapter() -> Callable[..., gym.Env]:
             self._pixels, self._resolution, self._state = pixels, resolution, state
             self._task, self._success = task, success
             self._state_size = 0 if state is None else len(state_range[0])
-            self._seed, self._steps, self._shape = 0, 0, None
+            self._seed, self._steps, self._shape, self._draws = 0, 0, None, True
             with env_errors(name, "at reset"):
                 first, _ = env.reset(seed=0)
                 self._shape = self._frame(first).shape
@@ -141,6 +141,10 @@ def _adapter() -> Callable[..., gym.Env]:
                     "the background. Give shake alone, or use babyai/LEVEL, pusht or metaworld/TASK."
                 )
             self._distraction = distraction
+
+        def draw(self, frames: bool) -> None:
+            """Say whether frames are drawn from now on; otherwise they are black."""
+            self._draws = frames
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
             self._seed, self._steps = seed, 0
@@ -220,6 +224,8 @@ def _adapter() -> Callable[..., gym.Env]:
             return out
 
         def _frame(self, observation: Any) -> np.ndarray:
+            if not self._draws and self._shape is not None:
+                return np.zeros(self._shape, np.uint8)
             frame = self._pixels(observation)
             if self._distractor:
                 floor = self._floor(frame) if self._distraction.background else None

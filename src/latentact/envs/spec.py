@@ -101,6 +101,9 @@ class Suite(Protocol):
 
 ENVS: Registry[type[Suite]] = Registry("environment suite", "latentact.envs.suites", "latentact.envs")
 
+EXPERTS: Registry[Callable[[Any, int], Expert]] = Registry("expert", "latentact.envs.experts")
+"""Experts of Gymnasium ids, `Pendulum-v1`: called with the environment that was just reset, and a seed."""
+
 VIEWS = ("agent", "full")
 ALIASES = {
     "PushT-v0": "pusht",
@@ -111,7 +114,12 @@ ALIASES = {
 
 
 def make_env(
-    name: str, *, resolution: int = 0, view: str = "agent", distract: Distraction | None = None
+    name: str,
+    *,
+    resolution: int = 0,
+    view: str = "agent",
+    distract: Distraction | None = None,
+    frames: bool = True,
 ) -> gym.Env:
     """Create the environment `name`.
 
@@ -128,6 +136,7 @@ def make_env(
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: "agent" (the agent's own view) or "full" (the whole world), for environments that have both.
         distract: distractors in the frames; a background is available in babyai, pusht and metaworld.
+        frames: False: frames are black and cost no time, for policies that use the state alone.
 
     Raises:
         UserError: the name or view is unknown, there are no distractors, or a package is missing; an action
@@ -142,6 +151,7 @@ def make_env(
     env: Any = suite.make(name, resolution, view)
     if distract:
         env.distract(distract)
+    env.draw(frames)
     return env
 
 

@@ -181,6 +181,11 @@ class Policy(nn.Module, ABC):
         """Whether the network or the decoder takes the robot state."""
         return self.config.network.use_state or (self.decoder is not None and self.decoder.config.use_state)
 
+    @property
+    def uses_frames(self) -> bool:
+        """Whether the network looks at frames; all do but those whose settings have `uses_frames`, false."""
+        return getattr(self.config.network, "uses_frames", True)
+
     def add_decoder(self, config: DecoderConfig) -> None:
         """Append a decoder with random weights to the network."""
         assert self.spec.action_space is not None

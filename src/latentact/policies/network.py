@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -10,13 +11,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.nn.grid import CellEncoder
 from latentact.nn.impala import Impala
 from latentact.nn.patch import PatchEncoder
 from latentact.policies.contract import Policy, PolicyConfig
 from latentact.policies.spec import PolicySpec
 from latentact.types import LatentActionSpec
+
+BACKBONES = ("impala", "patch", "grid", "state")
+STATE_LIMIT = 10.0
+"""state: largest normalized number that the network gets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +31,8 @@ class NetworkConfig:
     RENAMED: ClassVar = {"frames": "n_obs_steps", "chunk": "chunk_size", "execute": "n_action_steps"}
 
     backbone: str = "impala"
-    """impala (LAPO's policy), patch (cheap patch network) or grid (embedded integer cells and an MLP)."""
+    """impala (LAPO's policy), patch (cheap patch network), grid (embedded integer cells and an MLP) or state
+    (no frames: layers of tanh on the robot state and the task's words; use_state is then true)."""
     impala_scale: int = 4
     """impala: multiplier of the channels (16, 32, 32)."""
     patch: int = 8
@@ -37,6 +43,8 @@ class NetworkConfig:
     """patch: whether each further level halves the resolution."""
     grid_values: int = 32
     """grid: number of values of an integer."""
+    hidden: tuple[int, ...] = (64, 64)
+    """state: widths of the layers."""
     n_obs_steps: int = 1
     """Observed frames, latest last."""
     use_state: bool = False
@@ -48,9 +56,12 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.backbone not in ("impala", "patch", "grid"):
-            raise UserError(f"network.backbone must be impala, patch or grid, got {self.backbone!r}.")
+        require_one_of("network.backbone", self.backbone, BACKBONES)
         require_between("network.grid_values", self.grid_values, 1, 256)
+        if self.backbone == "state":
+            object.__setattr__(self, "use_state", True)
+            if not self.hidden or min(self.hidden) < 1:
+                raise UserError(f"network.hidden must be one or more widths, got {[*self.hidden]}.")
         require_between("network.impala_scale", self.impala_scale, 1, 256)
         require_between("network.patch", self.patch, 1, 1 << 14)
         require_between("network.n_obs_steps", self.n_obs_steps, 1, 256)
@@ -59,9 +70,14 @@ class NetworkConfig:
             "network.n_action_steps (at most network.chunk_size)", self.n_action_steps, 1, self.chunk_size
         )
 
+    @property
+    def uses_frames(self) -> bool:
+        """Whether the network looks at frames."""
+        return self.backbone != "state"
+
 
 class NetworkPolicy(Policy):
-    """The policy of `NetworkConfig`: a convolutional encoder, linear layers for the rest.
+    """The policy of `NetworkConfig`: an encoder of the frames or of the state alone, and linear layers.
 
     Args:
         config: settings of the policy.
@@ -78,8 +94,11 @@ class NetworkPolicy(Policy):
         latent: LatentActionSpec | None = None,
     ) -> None:
         super().__init__(config, spec, latent)
-        channels = spec.channels * network.n_obs_steps
-        if network.backbone == "impala":
+        channels, width = spec.channels * network.n_obs_steps, 256
+        extra = (spec.state_size if network.use_state else 0) + len(spec.words)
+        if network.backbone == "state":
+            self.encoder, width = _layers(extra, network.hidden), network.hidden[-1]
+        elif network.backbone == "impala":
             scaled = tuple(network.impala_scale * c for c in (16, 32, 32))
             self.encoder = Impala(channels, spec.resolution, scaled)
         elif network.backbone == "grid":
@@ -90,25 +109,25 @@ class NetworkPolicy(Policy):
             self.encoder = PatchEncoder(
                 channels, spec.resolution, network.patch, network.channels, halve=network.halve
             )
-        extra = (spec.state_size if network.use_state else 0) + len(spec.words)
-        self.extra = nn.Linear(extra, 256) if extra else None
-        self.head = nn.Linear(256, network.chunk_size * spec.target.outputs)
+        self.extra = nn.Linear(extra, width) if extra and network.backbone != "state" else None
+        self.head = nn.Linear(width, network.chunk_size * spec.target.outputs)
         self.guide = None
         if spec.guide:
             tokens = spec.guide.size * len(spec.guide.offsets)
             self.guide = nn.Sequential(
-                nn.Linear(256 + tokens + 1, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+                nn.Linear(width + tokens + 1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
             )
 
-    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b 256"]:
-        """Return 256 features per observation, ``[b, 256]``."""
+    def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:
+        """Return one vector per observation: 256 numbers, or as many as the last layer of state has."""
+        parts = [self.normal_state(state)] if self.config.network.use_state else []
+        others = torch.cat([*parts, words], dim=1)
+        if not self.uses_frames:
+            return self.encoder(others.clamp(-STATE_LIMIT, STATE_LIMIT))
         grid = isinstance(self.encoder, CellEncoder)
         seen = self._cells(frames, self.encoder.embed.values) if grid else self.normal_frames(frames)
         features = self.encoder(torch.cat(seen.unbind(1), dim=1))
-        if self.extra is not None:
-            parts = [self.normal_state(state)] if self.config.network.use_state else []
-            features = features + self.extra(torch.cat([*parts, words], dim=1))
-        return features
+        return features if self.extra is None else features + self.extra(others)
 
     def _cells(self, frames: Tensor, values: int) -> Tensor:
         """Return grids of integers below `values`, at the policy's resolution (nearest cell).
@@ -135,3 +154,9 @@ class NetworkPolicy(Policy):
             guidance = self.normal_guide(guide, len(features))
             features = self.guide(torch.cat([features, guidance], dim=1))
         return self.head(features).unflatten(1, (self.config.network.chunk_size, -1)).float()
+
+
+def _layers(inputs: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """Return linear layers, each followed by tanh."""
+    sizes = pairwise((inputs, *widths))
+    return nn.Sequential(*(layer for a, b in sizes for layer in (nn.Linear(a, b), nn.Tanh())))

@@ -101,7 +101,7 @@ class _RolloutRecord(Record):
 
     success: Measure | None = None
     episodes: Count = 0
-    successes: tuple[int | bool, ...] = Field((), strict=False)
+    successes: Annotated[tuple[int | bool, ...], Field(strict=False)] | None = ()
 
 
 class _VlaRecord(Record):
@@ -112,6 +112,42 @@ class _VlaRecord(Record):
     baselines: dict[str, Measure] = Field(default_factory=dict)
     controls: dict[str, Measure] = Field(default_factory=dict)
     verdict: str = ""
+
+
+class _LearnerRow(Record):
+    method: str
+    labels: Count | None = None
+    seed: int
+    run: str
+    episodes: Annotated[int, Field(ge=1, le=10**6)]
+    played: Count | None = None
+    successes: Annotated[tuple[int | bool, ...], Field(min_length=1, strict=False)] | None
+    returns: Annotated[tuple[Measure, ...], Field(min_length=1, strict=False)]
+
+
+class _LearnerRecord(Record):
+    """`learner.json`."""
+
+    learner: str
+    env: str
+    verdict: str
+    rows: Annotated[list[_LearnerRow], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerRun:
+    """A learner and its baselines."""
+
+    path: str
+    """Its folder, relative to the run folder."""
+    learner: str
+    """Registered name."""
+    env: str
+    """Environment."""
+    verdict: str
+    """What came out, in plain words."""
+    rows: list[dict[str, Any]]
+    """A row per policy and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +226,8 @@ class Findings:
     """In the order of their paths."""
     vlas: list[VlaRun] = field(default_factory=list)
     """In the order of their paths."""
+    learners: list[LearnerRun] = field(default_factory=list)
+    """In the order of their paths."""
     configs: dict[str, str] = field(default_factory=dict)
     """Folder -> text of its `config.yaml`."""
     wall_s: float | None = None
@@ -197,7 +235,8 @@ class Findings:
 
     def empty(self) -> bool:
         """Whether there is nothing to report."""
-        return not (self.lams or self.comparisons or self.curves or self.rollouts or self.vlas)
+        parts = (self.lams, self.comparisons, self.curves, self.rollouts, self.vlas, self.learners)
+        return not any(parts)
 
 
 def find(run_dir: Path) -> Findings:
@@ -230,6 +269,11 @@ def find(run_dir: Path) -> Findings:
             numbers = _mapping(path)
             if parse_record(_VlaRecord, numbers, str(path)).score is not None:
                 found.vlas.append(VlaRun(path=folder, numbers=numbers))
+        elif path.name == "learner.json":
+            numbers = _mapping(path)
+            record = parse_record(_LearnerRecord, numbers, str(path))
+            about = {"learner": record.learner, "env": record.env, "verdict": record.verdict}
+            found.learners.append(LearnerRun(path=folder, rows=numbers["rows"], **about))
         elif path.name == "config.yaml":
             found.configs[folder] = path.read_text(errors="replace")
     found.lams.sort(key=lambda lam: lam.path.count("/"))

@@ -102,6 +102,11 @@ def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
             known = "" if row.k is None else f", k = {row.k}"
             folder = row.run if comparison.path == "." else f"{comparison.path}/{row.run}"
             titles[folder.rstrip("/")] = (place, f"{env}{label}{known}")
+    for run in found.learners:
+        for place, row in enumerate(run.rows):
+            counted = "" if row.get("labels") is None else f", {row['labels']} labels"
+            folder = row["run"] if run.path == "." else f"{run.path}/{row['run']}"
+            titles[folder] = (place, f"{run.env}: {row['method']}{counted}, seed {row['seed']}")
     return titles
 
 

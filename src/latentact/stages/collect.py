@@ -20,13 +20,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from latentact.config import Count, Fraction, Limit, OneOf, Pixels, Seed, Workers
 from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
@@ -45,6 +43,7 @@ from latentact.envs.spec import (
     make_expert,
 )
 from latentact.errors import UserError
+from latentact.io.staging import locked_staging
 from latentact.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -81,6 +80,8 @@ class CollectConfig:
     latent actions carry no information; exploration makes them informative."""
     max_steps: Limit = 0
     """Steps after which an attempt fails; 0: the environment's own limit."""
+    frames: bool = True
+    """Whether frames are drawn; otherwise they are black, for policies on the robot state alone."""
     distract: str = ""
     """Distractors in the frames, each from 0 to 1: `background=0.5,shake=0.3,correlation=0.8`. Their state is
     recorded as `observation.nuisance`."""
@@ -103,8 +104,9 @@ class CollectConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the data."""
-        left_out = ("out", "workers", "distract", "tasks")
+        left_out = ("out", "workers", "distract", "tasks", "frames")
         values = {k: v for k, v in asdict(self).items() if k not in left_out} | {"env": self.name}
+        values |= {} if self.frames else {"frames": False}
         return values | {"distract": vars(self.distraction)} if self.distraction else values
 
     @property
@@ -154,7 +156,8 @@ def run(config: CollectConfig) -> CollectResult:
     record = _record_spec(config, spec, height, width)
     staging = out.with_name(out.name + ".partial")
     try:
-        with _locked(staging, config):
+        settings = {k: v for k, v in config.identity().items() if k != "episodes"}
+        with locked_staging(staging, out, settings, "collection"):
             numbers, failed = _run_attempts(config, staging)
             log.info("%s: writing %d episodes", out.name, len(numbers))
             staged = [_staged(staging, number) for number in numbers]
@@ -181,7 +184,7 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
     sidecar = out / "meta" / SIDECAR
     held = json.loads(sidecar.read_text()) if sidecar.is_file() else None
     settings = config.identity()
-    names = {*settings, "distract"}
+    names = {*settings, "distract", "frames"}
     changed = [k for k in sorted(names) if held is not None and held.get(k) != settings.get(k)]
     if held is None or changed:
         what = f"a collection with different settings ({', '.join(changed)})" if changed else "other files"
@@ -195,33 +198,6 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
         frames=info["total_frames"],
         existed=True,
     )
-
-
-@contextmanager
-def _locked(staging: Path, config: CollectConfig) -> Iterator[None]:
-    """Lock the staging folder for this collection and process."""
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{staging} cannot be created: {error.strerror}. Choose another folder.") from error
-    try:
-        lock = FileLock(staging / "lock").acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(
-            f"{config.out} is in use by another collect process. Wait for it or choose another folder."
-        ) from error
-    with lock:
-        note = staging / "collect.json"
-        settings = {k: v for k, v in config.identity().items() if k != "episodes"}
-        if not note.exists():
-            draft = note.with_suffix(".tmp")
-            draft.write_text(json.dumps(settings))
-            draft.replace(note)
-        if json.loads(note.read_text()) != settings:
-            raise UserError(
-                f"{staging} holds an unfinished collection with other settings. Delete or finish it."
-            )
-        yield
 
 
 def _run_attempts(config: CollectConfig, staging: Path) -> tuple[list[int], int]:
@@ -309,8 +285,8 @@ def _exit_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _environment(name: str, resolution: int, view: str, distract: Distraction) -> Any:
-    return make_env(name, resolution=resolution, view=view, distract=distract)
+def _environment(name: str, resolution: int, view: str, distract: Distraction, frames: bool) -> Any:
+    return make_env(name, resolution=resolution, view=view, distract=distract, frames=frames)
 
 
 def _staged(staging: Path, number: int) -> Path:
@@ -351,7 +327,7 @@ def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[
     seeds = [config.seed + number for number in numbers]
     if demonstrate := batch_expert(config.name)[1]:
         return demonstrate(config.name, seeds, config.explore, config.max_steps)
-    env = _environment(config.name, config.resolution, config.view, config.distraction)
+    env = _environment(config.name, config.resolution, config.view, config.distraction, config.frames)
     record: set[Recorded] = {"actions"}
     if spec.state_names:
         record.add("states")
@@ -373,7 +349,8 @@ def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Ep
     if played.error is not None:
         raise played.error
     successes = [bool(success) for success in played.successes]
-    if played.end is EpisodeEnd.ACTOR or not successes[-1]:
+    scored = played.success is not None
+    if played.end is EpisodeEnd.ACTOR or (scored and not successes[-1]):
         return None
     last = played.actions[-1] if spec.hold is None else spec.hold
     dtype = np.int64 if spec.action_space.discrete else np.float32
@@ -382,7 +359,7 @@ def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Ep
         state=np.stack(played.states) if spec.state_names else None,
         action=np.array([*played.actions, last], dtype),
         reward=np.array([*played.rewards, 0.0], np.float32),
-        success=np.array([*successes, True]),
+        success=np.array([*successes, scored]),
         task=played.task,
         nuisance=np.stack(played.nuisances) if config.distraction else None,
     )

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from latentact.config import LARGEST
-from latentact.data.cache import DataConfig, FrameStore, known_rows, open_store
+from latentact.data.cache import DataConfig, FrameStore, flagged_rows, known_rows, open_store
 from latentact.data.samples import LabeledRows, PolicyBatch, PolicySamples
-from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.splits import choose_labeled, training_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy
@@ -55,7 +55,9 @@ class FinetuneConfig:
     )
     """Training of the teacher."""
     held_out: float = 0.1
-    """Fraction of held-out episodes; as in train-policy."""
+    """Fraction of the episodes that training never uses; as in train-policy."""
+    only: str = ""
+    """Column of true and false in the data: only steps where it is true are learned from; empty: all."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes; as in train-policy."""
 
@@ -76,11 +78,11 @@ def run(config: FinetuneConfig, out: Path) -> Path:
             f"{config.policy} outputs {policy.spec.action_space}, but {store.path} has "
             f"{store.action_space or 'no robot actions'}; give the data that it was trained on."
         )
-    train, _ = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    train, _ = training_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
     teacher = config.teacher_training if config.self_training else None
     with run_folder(out, config):
-        finetune(policy, store, train, labeled, config.training, teacher, out)
+        finetune(policy, store, train, labeled, config.training, teacher, out, config.only)
         write_json(out / "finetune.json", {"labeled_episodes": len(labeled), "steps": config.training.steps})
     return out
 
@@ -93,6 +95,7 @@ def finetune(
     training: TrainingConfig,
     teacher: TrainingConfig | None,
     out: Path,
+    only: str = "",
 ) -> None:
     """Train a copy of a policy from observations to robot actions and write it into `out`.
 
@@ -100,16 +103,17 @@ def finetune(
         policy: policy that outputs robot actions.
         store: the data.
         train: training episodes.
-        labeled: training episodes whose actions are used.
-        training: settings of training.
-        teacher: training settings of the teacher of self-training; None: use the labeled episodes only.
-        out: output folder.
+        labeled: those among them whose actions are used.
+        training: how the policy is trained.
+        teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
+        out: folder.
+        only: column of the steps that are learned from; empty: all.
     """
     tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
     if teacher:
         episodes = train
         actions = _pseudo_actions(policy, store, train, actions, teacher, out / "teacher")
-    exists = np.isin(store.episode, episodes)
+    exists = np.isin(store.episode, episodes) & flagged_rows(store, only)
     exists[store.starts + store.lengths - 1] = False
     network, stride = tuned.config.network, tuned.spec.stride
     samples = PolicySamples(

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from latentact.config import LARGEST, choice
-from latentact.data.cache import FrameStore
+from latentact.data.cache import FrameStore, flagged_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.samples import PolicySamples, vocabulary
-from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.splits import choose_labeled, training_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.contract import POLICIES
@@ -47,7 +47,10 @@ class TrainPolicyConfig:
     cluster: Any = choice(CLUSTERS, "local")
     """Where to run it."""
     held_out: float = 0.1
-    """Fraction of held-out episodes."""
+    """Fraction of the episodes that training never uses; 0: none of them."""
+    only: str = ""
+    """Column of true and false in the data: only steps where it is true are learned from, as `intervention`
+    of LeRobot's take-overs; empty: all."""
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int | None = None
@@ -68,7 +71,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     if finished(out, config, "policy.json"):
         return out
     labels, store = read_labels(config.labels) if config.labels else (None, open_training_store(config.data))
-    train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    train, held_out = training_episodes(store, held_out=config.held_out, seed=config.split_seed)
     learns = config.policy.targets(labels.spec if labels else None, store.action_space)
     if learns.latent:
         assert labels is not None
@@ -108,6 +111,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         raise UserError(
             f"policy={config.policy.kind} cannot be built with these settings: {first}."
         ) from error
+    exists &= flagged_rows(store, config.only)
     rows = exists & store.usable & np.isin(store.episode, train)
     shape: dict[str, Any] = {
         "frames": network.n_obs_steps,

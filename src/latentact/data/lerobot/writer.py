@@ -56,7 +56,10 @@ class RecordSpec:
     robot_type: str
     """Robot or environment of the recording."""
     nuisance_names: tuple[str, ...] = ()
-    """Dimension names of the distractor state; empty: no distractors."""
+    """Names of the dimensions of the distractor state; empty: no distractors."""
+    takeover: bool = False
+    """Whether another action than `action` may have been executed: columns `executed_action`, `intervention`
+    (LeRobot's name) and `labeled`."""
 
     @property
     def lossless(self) -> bool:
@@ -71,6 +74,7 @@ class RecordSpec:
             "names": ["height", "width", "channels"],
         }
         state = {"dtype": "float32", "shape": (len(self.state_names),), "names": list(self.state_names)}
+        flag = {"dtype": "bool", "shape": (1,), "names": None}
         names = list(self.nuisance_names)
         nuisance = {"dtype": "float32", "shape": (len(names),), "names": names}
         if self.action_space.discrete:
@@ -86,8 +90,9 @@ class RecordSpec:
             **({"observation.state": state} if self.state_names else {}),
             **({"observation.nuisance": nuisance} if self.nuisance_names else {}),
             "action": action,
+            **({"executed_action": action, "intervention": flag, "labeled": flag} if self.takeover else {}),
             "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
-            "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+            "next.success": flag,
         }
 
 
@@ -109,6 +114,12 @@ class Episode:
     """Task description."""
     nuisance: Float32[np.ndarray, "n q"] | None = None
     """State of the distractors; None without distractors."""
+    executed_action: Shaped[np.ndarray, " n *a"] | None = None
+    """What was executed, where that may differ from `action`; None otherwise, as for the next two."""
+    intervention: Bool[np.ndarray, " n"] | None = None
+    """Whether the expert's action was executed."""
+    labeled: Bool[np.ndarray, " n"] | None = None
+    """Whether `action` is a label to learn from."""
 
 
 def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
@@ -127,6 +138,9 @@ def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
         columns["observation.state"] = episode.state
     if episode.nuisance is not None:
         columns["observation.nuisance"] = episode.nuisance
+    for name in ("executed_action", "intervention", "labeled"):
+        if (values := getattr(episode, name)) is not None:
+            columns[name] = values
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     if spec.lossless:
         images = [_png(frame) for frame in episode.frames]
@@ -268,6 +282,8 @@ def _arrow(values: Any, kind: Any) -> Any:
     """Convert a column to Arrow; columns of matrices use an extension type of `datasets`."""
     import pyarrow as pa
 
+    if pa.types.is_primitive(kind):  # lerobot stores one number per row as a scalar
+        values = np.asarray([*values]).reshape(len(values), -1)[:, 0]
     if not isinstance(kind, pa.ExtensionType):
         return pa.array(list(values), type=kind)
     storage = pa.array([value.tolist() for value in values], type=kind.storage_type)

@@ -1,4 +1,4 @@
-"""Any Gymnasium id whose observation is an image, holds one, or that can render itself; no expert.
+"""Any Gymnasium id whose observation is an image, holds one, or that can render itself; experts in `EXPERTS`.
 
 The frame is the observation's only image, or of several the entry `pixels` or `image`, or else the output of
 `render()`. The state is the entry `agent_pos` or `state`, or the whole observation if it is a vector. Success
@@ -17,7 +17,7 @@ import numpy as np
 from latentact.envs.adapt import adapt, close, env_errors, import_gymnasium, to_bool
 from latentact.envs.distract import directions
 from latentact.envs.frames import is_image, to_rgb
-from latentact.envs.spec import ENVS, EnvSpec, Expert
+from latentact.envs.spec import ENVS, EXPERTS, EnvSpec, Expert
 from latentact.errors import UserError, did_you_mean
 from latentact.types import ActionSpace
 
@@ -96,10 +96,17 @@ class Gymnasium:
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
-        """Raise a UserError: there is no expert."""
+        """Return the expert that is registered for the id.
+
+        Raises:
+            UserError: there is none.
+        """
+        if name in EXPERTS.names():
+            return EXPERTS.get(name)(env, seed)
+        suites = ", ".join(suite for suite in ENVS.names() if suite != "gymnasium")
         raise UserError(
             f"{name} must belong to a suite with a scripted expert to collect from it. Choose one of "
-            f"{', '.join(suite for suite in ENVS.names() if suite != 'gymnasium')}, or give a dataset."
+            f"{suites}, {', '.join(EXPERTS.names())}, register an expert for it, or give a dataset."
         )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from latentact.agents.agent import Agent
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
-from latentact.envs.episode import Actor, Episode, run_episodes
+from latentact.envs.episode import Actor, Episode, ExpertActor, run_episodes
 from latentact.envs.spec import EnvError, env_spec, make_env
 from latentact.errors import UserError
 from latentact.evaluation.policy.intervals import mean_interval, success_interval
@@ -66,7 +67,7 @@ class RolloutStoppedError(EnvError):
 
 
 def rollout(
-    actor: Actor,
+    actor: Actor | None,
     env_name: str,
     *,
     episodes: int,
@@ -78,11 +79,11 @@ def rollout(
     record: int = 0,
     num_envs: int = 64,
 ) -> Rollout:
-    """Run `actor` for a number of episodes.
+    """Run `actor` for a number of episodes; one that needs no camera acts on black frames, except on video.
 
     Args:
-        actor: the agent.
-        env_name: see `make_env`.
+        actor: the agent; None: the environment's expert.
+        env_name: as for `make_env`.
         episodes: number of episodes.
         seed: episode i uses reset seed `seed + i`.
         resolution: height and width of the frames in pixels; 0: the environment's own.
@@ -107,11 +108,15 @@ def rollout(
     finished: list[Episode] = []
     videos: list[list[np.ndarray]] = [[] for _ in range(min(record, episodes))]
     error = None
+    draws = actor is not None and not (isinstance(actor, Agent) and not actor.spec.cameras)
     for group in groups:
+        seeds, used = (seed + group).tolist(), envs[: len(group)]
+        for env, number in zip(used, group, strict=True):
+            env.draw(draws or bool(number < record))  # type: ignore[attr-defined]
         played = run_episodes(
-            actor,
-            envs[: len(group)],
-            (seed + group).tolist(),
+            actor or ExpertActor(env_name, used, seeds),
+            used,
+            seeds,
             camera=spec.camera,
             max_steps=max_steps,
             frames=videos[group[0] : group[-1] + 1],
@@ -131,7 +136,7 @@ def rollout(
             fps=spec.fps,
             successes=np.array([bool(episode.success) for episode in finished]) if reported else None,
             returns=np.array([episode.total_reward for episode in finished]),
-            max_rewards=np.array([max(episode.rewards) for episode in finished]),
+            max_rewards=np.array([max(episode.rewards, default=0.0) for episode in finished]),
             lengths=np.array([episode.steps for episode in finished]),
             videos=[np.stack(frames) for frames in videos[: len(finished)]],
             seconds=time.monotonic() - start,

@@ -18,6 +18,7 @@ from latentact.reporting.lam_sections import (
     probe_section,
     transfer_section,
 )
+from latentact.reporting.learner_section import learner_section
 from latentact.reporting.run_data import Findings, LamRun, find
 from latentact.reporting.sections import (
     comparison_section,
@@ -46,6 +47,7 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "verdict": _verdict(found),
         "lam": lam.numbers if lam else None,
         "lams": {run.path: run.numbers for run in found.lams},
+        "learners": {run.path: {"env": run.env, "verdict": run.verdict} for run in found.learners},
         "vlas": {run.path: run.numbers for run in found.vlas},
         "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
     }
@@ -73,6 +75,7 @@ def _page(found: Findings) -> str:
 def _sections(found: Findings) -> tuple[list[Section], list[str]]:
     """Return the available sections in reading order, and a sentence for each missing one."""
     parts: list[Section | str] = [comparison_section(c, i) for i, c in enumerate(found.comparisons)]
+    parts += [learner_section(run, i) for i, run in enumerate(found.learners)]
     if not parts:
         parts.append("No comparison of methods was run.")
     parts.append(rollout_section(found))
@@ -102,6 +105,8 @@ def _verdict(found: Findings) -> str:
         return found.comparisons[0].verdict
     if found.comparisons:
         return " ".join(f"On {c.env}, {c.verdict}" for c in found.comparisons)
+    if found.learners:
+        return " ".join(run.verdict for run in found.learners)
     if found.lams:
         return _lam_verdict(found.lams[0])
     if found.vlas:

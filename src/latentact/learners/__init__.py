@@ -1,0 +1,1 @@
+"""Learners, one file each: algorithms that act in an environment while they learn."""

@@ -1,0 +1,360 @@
+"""DAgger (Ross et al., arXiv 1011.0686) beside behavior cloning on as many labels of the same expert.
+
+The learner acts, the expert says in every state what it would do, and the learner is trained from scratch on
+all labels so far. A frame that has a label gets no second one: a policy that is stuck would otherwise ask for
+the same label again and again. The baseline learns from the expert's own episodes. Rounds are counted in
+labels, not in episodes.
+
+Each round is a folder of episodes with a manifest that is written last and holds their hashes; one without a
+manifest is played again, with the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from latentact.agents.agent import Agent
+from latentact.agents.load import load_agent
+from latentact.config import Between
+from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.envs.episode import to_observation
+from latentact.envs.spec import Expert, ExpertStuckError, make_expert
+from latentact.errors import UserError, require_between
+from latentact.io.arrays import load_npy
+from latentact.io.atomic import atomic_write, read_json, write_json
+from latentact.io.records import Record, read_record
+from latentact.learners.contract import LEARNERS, LearnerTools, score
+from latentact.progress import Progress
+
+log = logging.getLogger(__name__)
+
+MANIFEST, LABELED, SIDECAR = "round.json", "labeled.npy", "dagger.json"
+PATIENCE = 100
+"""Episodes without a frame to label after which the round is given up."""
+
+
+@LEARNERS.register("dagger")
+@dataclass(frozen=True, kw_only=True)
+class DaggerConfig:
+    """Settings of DAgger."""
+
+    kind: str = "dagger"
+    """Registered name."""
+    labels: tuple[int, ...] = (200, 400, 800, 1600)
+    """Labels after each round, ascending; the policy is trained and evaluated at each of them."""
+    beta: Annotated[float, Between(0, 1)] = 0.0
+    """Round r executes the expert's action with probability beta^r: always in round 0; with 0 never again."""
+    cap: Annotated[float, Between(0, 1000)] = 1.75
+    """Longest episode of the learner, in mean lengths of the expert's; 0: the environment's limit."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_between("learner.beta", self.beta, 0, 1)
+        require_between("learner.cap", self.cap, 0, 1000)
+        ascending = all(a < b for a, b in itertools.pairwise((0, *self.labels)))
+        if not self.labels or not ascending or self.labels[-1] > 10**7:
+            raise UserError(f"learner.labels must be ascending numbers from 1 to 10^7, got {[*self.labels]}.")
+
+    def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
+        """Run both arms and return a row per arm and number of labels."""
+        require_lerobot()
+        expert = tools.expert(out / "expert")
+        limit = math.ceil(self.cap * float(np.mean(expert["lengths"])))
+        rows = [expert | {"method": "expert", "labels": None, "run": "expert"}]
+        for method in ("dagger", "bc"):
+            arm = _Arm(config=self, tools=tools, out=out, method=method, limit=limit)
+            rows += [arm.row(number) for number in range(len(self.labels))]
+            arm.close()
+        return rows
+
+    def verdict(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Return whether DAgger beats behavior cloning at the most labels, and at how many of the others."""
+
+        def at(method: str, labels: int) -> Any:
+            return score([row for row in rows if (row["method"], row["labels"]) == (method, labels)])
+
+        pairs = {n: (at("dagger", n), at("bc", n)) for n in self.labels}
+        learner, cloning = pairs[self.labels[-1]]
+        numbers = f"{learner.name} {learner} against {cloning}"
+        with_labels = f"with {self.labels[-1]} labels of the expert each"
+        if learner.above(cloning):
+            first = f"DAgger beats behavior cloning: {numbers}, {with_labels}."
+        elif cloning.above(learner):
+            first = f"DAgger loses to behavior cloning: {numbers}, {with_labels}."
+        else:
+            first = f"DAgger does not beat behavior cloning: {numbers}, {with_labels}; the intervals overlap."
+        later = [pair for n, pair in pairs.items() if n != self.labels[0]]
+        ahead, behind = (sum(a.above(b) for a, b in each) for each in (later, [pair[::-1] for pair in later]))
+        return (
+            f"{first} Of {len(later)} label counts after the first, where both are the same, it is ahead at "
+            f"{ahead} and behind at {behind} with intervals apart."
+        )
+
+
+class _File(Record):
+    file: str = Field(pattern=r"^(\d{7}\.(npz|mp4)|labeled\.npy)$")
+    sha256: str
+
+
+class _Round(Record):
+    """The manifest of a round."""
+
+    labels: int
+    """Labels of this round and those before."""
+    first: int
+    """Number of its first episode."""
+    episodes: int
+    """Episodes played."""
+    beta: float
+    """Probability of the expert's action."""
+    files: list[_File]
+    """Everything else in its folder."""
+
+
+@dataclass(kw_only=True)
+class _Arm:
+    """Rounds of one method; the first, in which the expert acts, is the same in both and lies with DAgger."""
+
+    config: DaggerConfig
+    tools: LearnerTools
+    out: Path
+    method: str
+    limit: int
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Play, train and evaluate a round; return its row."""
+        place, labels = self._place(number), self.config.labels[number]
+        folder = place / f"labels{labels}"
+        manifest = self._round(number)
+        rounds = [self._round_folder(r) for r in range(number + 1)]
+        episodes = sum(read_record(_Round, each / MANIFEST).episodes for each in rounds)
+        if not (folder / "rollout" / "rollout.json").exists():
+            data = place / "data"
+            self._write_data(data, rounds, labels)
+            self.tools.train(data, folder / "policy", "labeled")
+        result = self.tools.rollout(folder / "policy", folder / "rollout")
+        return result | {
+            "method": self.method,
+            "labels": labels,
+            "beta": 1.0 if self.method == "bc" else manifest.beta,
+            "played": episodes,
+            "run": (folder / "rollout").relative_to(self.out).as_posix(),
+        }
+
+    def close(self) -> None:
+        """Close the environment."""
+        self._env.close()
+
+    def _place(self, number: int) -> Path:
+        return self.out / (self.method if number else "dagger")
+
+    def _round_folder(self, number: int) -> Path:
+        return self._place(number) / f"round{number}"
+
+    def _round(self, number: int) -> _Round:
+        """Return the manifest of a round, which is played if it does not exist.
+
+        Raises:
+            UserError: the folder holds what the round did not leave there.
+        """
+        folder = self._round_folder(number)
+        if folder.exists():
+            return _verified(folder)
+        before = read_record(_Round, self._round_folder(number - 1) / MANIFEST) if number else None
+        known: set[int] = set()
+        for earlier in map(self._round_folder, range(number)):
+            known |= set(load_npy(earlier / LABELED, "delete the folder and re-run the command").tolist())
+        draft = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        agent, beta = None, 1.0
+        if number and self.method == "dagger":
+            last = self._place(number - 1) / f"labels{self.config.labels[number - 1]}" / "policy"
+            agent, beta = load_agent(last, choose=self.tools.choose), self.config.beta**number
+        first = before.first + before.episodes if before else 0
+        target = self.config.labels[number] - (before.labels if before else 0)
+        episodes, new = self._play(draft, agent, beta, known, first, target)
+        with atomic_write(draft / LABELED) as partial, partial.open("wb") as file:
+            np.save(file, np.array(new, np.uint64))
+        write_json(
+            draft / MANIFEST,
+            {
+                "labels": self.config.labels[number],
+                "first": first,
+                "episodes": episodes,
+                "beta": beta,
+                "files": [{"file": path.name, "sha256": _sha256(path)} for path in sorted(draft.iterdir())],
+            },
+        )
+        draft.rename(folder)
+        return _verified(folder)
+
+    def _play(
+        self, folder: Path, agent: Agent | None, beta: float, known: set[int], first: int, target: int
+    ) -> tuple[int, list[int]]:
+        """Stage episodes until there are `target` labels; return how many, and the keys of labeled frames.
+
+        Args:
+            folder: gets the episodes.
+            agent: the learner; None: the expert acts.
+            beta: probability that the expert acts all the same.
+            known: keys of frames that have a label; the new ones are added.
+            first: number of the first episode.
+            target: labels to reach.
+        """
+        new, without, number = [], 0, first
+        with Progress(f"{self.method}, labels", target, "labels") as progress:
+            for number in itertools.count(first):
+                episode, keys = self._episode(self._env, number, agent, beta, known, target - len(new))
+                if episode is not None:
+                    stage_episode(folder / f"{number:07d}.npz", self._record_spec(), episode)
+                new += keys
+                progress.advance(len(keys))
+                without = 0 if keys else without + 1
+                if len(new) == target:
+                    break
+                if without == PATIENCE:
+                    raise UserError(
+                        f"learner.labels must be reachable, but {PATIENCE} episodes in a row had no frame "
+                        f"without a label after {len(new)} of {target} new ones. Give fewer labels."
+                    )
+        return number - first + 1, new
+
+    def _episode(
+        self, env: Any, number: int, agent: Agent | None, beta: float, known: set[int], target: int
+    ) -> tuple[Episode | None, list[int]]:
+        """Play one episode; return it, or None if the expert knows nothing, and the keys of its labels."""
+        spec, seed = self.tools.env, self.tools.first_seed + number
+        observation, info = env.reset(seed=seed)
+        task, random = info["task"], np.random.default_rng((seed, 2))
+        expert: Expert = make_expert(spec.name, env, seed)
+        if agent is not None:
+            agent.reset(1)
+            torch.manual_seed(seed)
+        observations, labels, executed, rewards = [observation], [], [], []
+        successes, interventions, labeled, keys = [], [], [], []
+        limit = self.tools.max_steps if agent is None else min(self.tools.max_steps or self.limit, self.limit)
+        over = False
+        while not over:
+            try:
+                label = expert.act()
+            except ExpertStuckError:
+                break
+            key = self._key(observation, task)
+            own = agent and agent.act(to_observation([observation], [task], spec.camera))[0]
+            intervenes = agent is None or random.random() < beta
+            action = label if intervenes else _within(env.action_space, own)
+            asked = key not in known and (not spec.action_space.discrete or label != spec.hold)
+            if asked:
+                known.add(key)
+                keys.append(key)
+            observation, reward, terminated, truncated, info = env.step(action)
+            if not intervenes:
+                expert.took(action)
+            observations.append(observation)
+            labels.append(label)
+            executed.append(action)
+            rewards.append(reward)
+            successes.append(bool(info.get("is_success", False)))
+            interventions.append(intervenes)
+            labeled.append(asked)
+            over = terminated or truncated or len(rewards) == limit or len(keys) == target
+        if not rewards:
+            return None, keys
+        dtype = np.int64 if spec.action_space.discrete else np.float32
+        hold = [] if spec.hold is None else [spec.hold]
+        return Episode(
+            frames=np.stack([each["pixels"] for each in observations]),
+            state=np.stack([each["agent_pos"] for each in observations]) if spec.state_names else None,
+            action=np.array([*labels, *(hold or labels[-1:])], dtype),
+            executed_action=np.array([*executed, *(hold or executed[-1:])], dtype),
+            intervention=np.array([*interventions, False]),
+            labeled=np.array([*labeled, False]),
+            reward=np.array([*rewards, 0.0], np.float32),
+            success=np.array([*successes, successes[-1]]),
+            task=task,
+        ), keys
+
+    def _key(self, observation: dict[str, np.ndarray], task: str) -> int:
+        """Return 64 bits of a hash of what the policy looks at."""
+        parts = [task.encode()]
+        if self.tools.uses_frames:
+            parts.append(observation["pixels"].tobytes())
+        if self.tools.policy.network.use_state:
+            parts.append(observation["agent_pos"].tobytes())
+        return int.from_bytes(hashlib.blake2b(b"\0".join(parts), digest_size=8).digest())
+
+    @functools.cached_property
+    def _env(self) -> Any:
+        return self.tools.make_env()
+
+    def _record_spec(self) -> RecordSpec:
+        spec = self.tools.env
+        height, width, _ = self._env.observation_space["pixels"].shape
+        return RecordSpec(
+            fps=spec.fps,
+            camera=spec.camera,
+            height=height,
+            width=width,
+            action_space=spec.action_space,
+            action_names=spec.action_names,
+            state_names=spec.state_names,
+            robot_type=spec.name,
+            takeover=True,
+        )
+
+    def _write_data(self, data: Path, rounds: list[Path], labels: int) -> None:
+        """Write the episodes of some rounds as one dataset, unless it holds them already."""
+        content = {"env": self.tools.env.name, "rounds": len(rounds), "labels": labels}
+        if (data / "meta" / SIDECAR).is_file() and read_json(data / "meta" / SIDECAR) == content:
+            return
+        staged = sorted(path for folder in rounds for path in folder.glob("*.npz"))
+        shutil.rmtree(data, ignore_errors=True)
+        write_dataset(data, self._record_spec(), staged, sidecars={SIDECAR: content})
+
+
+def _within(space: Any, action: Any) -> Any:
+    """Return an action within the bounds of the space."""
+    if hasattr(space, "n"):
+        return int(action)
+    return np.clip(action, space.low, space.high).astype(np.float32)
+
+
+def _verified(folder: Path) -> _Round:
+    """Return the manifest of a finished round.
+
+    Raises:
+        UserError: a file is not the one that the round wrote, or does not belong to it.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} must hold the manifest {MANIFEST}, got none. Delete it, and re-run.")
+    manifest = read_record(_Round, folder / MANIFEST)
+    known = {each.file: each.sha256 for each in manifest.files}
+    for path in sorted(folder.iterdir()):
+        regular = path.is_file() and not path.is_symlink()
+        if path.name != MANIFEST and not (regular and _sha256(path) == known.pop(path.name, "")):
+            raise UserError(
+                f"{path} must be a file as the round left it, got another one; it was not opened. Delete "
+                f"{folder.name} and later rounds, and re-run the command."
+            )
+    if known:
+        raise UserError(f"{folder} must hold {min(known)}, got no such file. Delete it, and re-run.")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
