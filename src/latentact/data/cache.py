@@ -290,7 +290,7 @@ def flagged_rows(store: FrameStore, column: str) -> Bool[np.ndarray, " n"]:
     values = store.column(column)
     if values is None:
         raise UserError(f"{store.path} must have the column {column!r}, got none. Give another, or none.")
-    return values.reshape(len(values), -1).any(1)
+    return np.asarray(values.reshape(len(values), -1).any(1))
 
 
 def known_rows(actions: np.ndarray) -> Bool[np.ndarray, " n"]:

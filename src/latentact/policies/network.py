@@ -124,8 +124,10 @@ class NetworkPolicy(Policy):
         others = torch.cat([*parts, words], dim=1)
         if not self.uses_frames:
             return self.encoder(others.clamp(-STATE_LIMIT, STATE_LIMIT))
-        grid = isinstance(self.encoder, CellEncoder)
-        seen = self._cells(frames, self.encoder.embed.values) if grid else self.normal_frames(frames)
+        if self.config.network.backbone == "grid":
+            seen = self._cells(frames, self.config.network.grid_values)
+        else:
+            seen = self.normal_frames(frames)
         features = self.encoder(torch.cat(seen.unbind(1), dim=1))
         return features if self.extra is None else features + self.extra(others)
 
