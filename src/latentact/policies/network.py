@@ -95,6 +95,7 @@ class NetworkPolicy(Policy):
     ) -> None:
         super().__init__(config, spec, latent)
         channels, width = spec.channels * network.n_obs_steps, 256
+        self.grid_values = network.grid_values if network.backbone == "grid" else 0
         extra = (spec.state_size if network.use_state else 0) + len(spec.words)
         if network.backbone == "state":
             self.encoder, width = _layers(extra, network.hidden), network.hidden[-1]
@@ -124,10 +125,8 @@ class NetworkPolicy(Policy):
         others = torch.cat([*parts, words], dim=1)
         if not self.uses_frames:
             return self.encoder(others.clamp(-STATE_LIMIT, STATE_LIMIT))
-        if self.config.network.backbone == "grid":
-            seen = self._cells(frames, self.config.network.grid_values)
-        else:
-            seen = self.normal_frames(frames)
+        grid = self.grid_values
+        seen = self._cells(frames, grid) if grid else self.normal_frames(frames)
         features = self.encoder(torch.cat(seen.unbind(1), dim=1))
         return features if self.extra is None else features + self.extra(others)
 
