@@ -129,9 +129,7 @@ def test_columns_with_missing_and_infinite_numbers(tmp_path):
     change_tables(data, lambda t: with_column(t, STATE, pa.array(values[: len(t)], pa.list_(pa.float32()))))
     found = checked(data)
     assert found["columns"][STATE] == {"shape": [2], "rows": 14, "nonfinite": 4, "first": 3}
-    assert warned(
-        found, r"column observation.state: 4 of 14 rows .* row 3; leave them out with --drop-nonfinite"
-    )
+    assert warned(found, r"column observation.state: 4 of 14 rows .* row 3; drop them with --drop-nonfinite")
     assert found["verdict"].startswith("Usable with care (1 warning)")
 
 

@@ -142,7 +142,7 @@ def test_foreign_folder_is_refused(tmp_path):
 
 def test_unfinished_collection_with_other_settings_is_refused(tmp_path):
     out = tmp_path / "data"
-    with collect._locked(tmp_path / "data.partial", config(out, seed=7)):
+    with collect.locked_staging(tmp_path / "data.partial", out, {"seed": 7}, "collection"):
         pass
     with pytest.raises(UserError, match="other settings"):
         run(config(out))
@@ -151,13 +151,13 @@ def test_unfinished_collection_with_other_settings_is_refused(tmp_path):
 def test_two_processes_do_not_share_a_folder(tmp_path):
     out = tmp_path / "data"
     with (
-        collect._locked(tmp_path / "data.partial", config(out)),
+        collect.locked_staging(tmp_path / "data.partial", out, {}, "collection"),
         pytest.raises(UserError, match="in use by another collection"),
     ):
         run(config(out))
 
 
-@pytest.mark.parametrize("env", ["babyai/GoToRedBal", "CartPole-v1", "NoSuch-v0"])
+@pytest.mark.parametrize("env", ["babyai/GoToRedBal", "MountainCar-v0", "NoSuch-v0"])
 def test_bad_environment_leaves_nothing(env, tmp_path, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
     with pytest.raises(UserError):

@@ -76,6 +76,7 @@ def test_json_is_one_line(command, artifacts, blocks):
 
 STUBBED = {
     "collect": (("pusht", "--out", "data"), {"path": "data", "episodes": 1}),
+    "record": (("pusht", "--out", "data"), {"path": "data", "episodes": 1}),
     "train-with-tokens": (("--dataset-root", "data", "--output-dir", "out"), {"path": "out"}),
     "rollout": (("--policy", "p", "--env", "pusht", "--out", "out"), {"success": 0.5}),
     "imitate": (("--mode=extract_only", "--latents-path=l", "--output-dir=out"), {"guide": {"fps": 10.0}}),
@@ -196,7 +197,7 @@ def test_help_comes_from_the_stage():
     assert "Successful episodes to collect." in shown
     assert "[default: 100]" in shown
     assert "agent|full" in shown
-    assert "suites: babyai, gymnasium, metaworld, pusht." in shown
+    assert "suites: babyai, gymnasium, metaworld, pusht, xland." in shown
 
 
 def test_help_has_the_defaults_of_nested_settings():

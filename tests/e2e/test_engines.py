@@ -13,8 +13,7 @@ import psutil
 import pytest
 import torch
 
-from conftest import cli, contents, fork, ranks, write_blocks
-from latentact.errors import UserError
+from conftest import cli, contents, fork, ranks, start, write_blocks
 from latentact.lams.models.villa_x import VillaXConfig
 
 pytestmark = pytest.mark.slow
@@ -159,12 +158,12 @@ def test_torchrun_without_a_launcher_is_one_sentence(label):
     assert "need --engine ray, got local" in done.stderr
 
 
-def test_an_absent_cluster_is_one_sentence():
+def test_an_absent_cluster_is_one_sentence(label, tmp_path):
     pytest.importorskip("ray")
-    from latentact.labeling.engines.ray import _cluster
-
-    with pytest.raises(UserError, match=r"cluster must run at 127.0.0.1:1, got ConnectionRefusedError"):
-        _cluster("127.0.0.1:1", 2).__enter__()
+    process = start(*label, "--engine", "ray", "--ray-address", "127.0.0.1:1", log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 2
+    assert "cluster must run at 127.0.0.1:1, got ConnectionRefusedError" in (tmp_path / "log").read_text()
 
 
 @pytest.fixture(scope="session")

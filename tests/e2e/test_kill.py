@@ -143,7 +143,7 @@ def test_label(pattern, data, lam, labels, tmp_path, monkeypatch):
 def token_training(data, out):
     settings = (*SMALL["act"].items(), ("pretrained_backbone_weights", "null"))
     small = [part for key, value in settings for part in ("--policy-override", f"{key}={value}")]
-    how = ("--policy", "lam_act", "--num-epochs", "2", "--batch-size", "18", *small)
+    how = ("--policy", "lam_act", "--num-epochs", "6", "--batch-size", "18", *small)
     return ("train-with-tokens", "--dataset-root", data, "--output-dir", out, *how)
 
 

@@ -56,7 +56,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(tmp_path):
     command = ("shard", "--data", videos, "--shard-size-mb", "2", "--workers", "2", "--out")
     ok(*command, tmp_path / "whole")
     out, ready = tmp_path / "killed", filled(tmp_path / "killed", "shard-000000.json")
-    code, said = kill([*command, out], ready, seed=0, within=0.3)
+    code, said = kill([*command, out], ready, 0, tmp_path, within=0.3)
     assert code in (0, -9), said
     ok(*command, out)
     assert contents(out) == contents(tmp_path / "whole")

@@ -37,6 +37,7 @@ BASES = {
     "check-data": "{w}/blocks.npz --max-frames 4",
     "shard": "--data {w}/blocks.npz --out {o}",
     "adapt-policy": "--policy {w}/ground --data {w}/column --out {o}",
+    "record": "babyai/GoToRedBallNoDists --device terminal --out {o} --episodes 1",
     "export": "--policy {w}/ground --labels {w}/labels --out {o} --labeled-episodes 2 --steps 2",
 }
 """Command -> flags with which it ends quickly."""

@@ -183,7 +183,7 @@ def test_what_is_read_is_plain(tmp_path: Path) -> None:
 
 def test_keywords(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="unknown setting 'windw'; did you mean 'window'"):
+    with pytest.raises(UserError, match="unknown setting 'windw' of load_lam; did you mean 'window'"):
         load_lam(tmp_path / "empty", windw="chunked")
     with pytest.raises(UserError, match=r"holds no config\.json and is not a published"):
         load_lam(tmp_path / "empty", window="chunked")

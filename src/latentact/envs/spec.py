@@ -151,7 +151,8 @@ def make_env(
     env: Any = suite.make(name, resolution, view)
     if distract:
         env.distract(distract)
-    env.draw(frames)
+    if not frames:
+        env.draw(False)
     return env
 
 
