@@ -166,7 +166,7 @@ def test_an_absent_cluster_is_one_sentence(label, tmp_path):
     assert "cluster must run at 127.0.0.1:1, got ConnectionRefusedError" in (tmp_path / "log").read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of two CPUs, started as the engine starts it."""
     pytest.importorskip("ray")
