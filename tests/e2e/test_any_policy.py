@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_kill import killed
 from test_lerobot_policy import lerobot_eval
 
-from conftest import contents, ok, refused
+from conftest import ok, refused
 from latentact.data.latents import read_token_file
 from toy_lerobot import CAMERA, GAP, SIZE, SMALL, STEPS, D, K, write_demonstrations, write_lam
 
@@ -195,17 +194,6 @@ def test_lerobot_train_fine_tunes_it_and_rollout_plays_it(world: Path, adapted: 
     options = ("--eval.n_episodes=1", "--eval.batch_size=1")
     metrics = lerobot_eval(tuned, "pusht", world / "evaluated", *shown, *options)
     assert len(metrics["sum_rewards"]) == 1
-
-
-def test_a_killed_adapt_policy_leaves_nothing_and_the_next_one_writes_all(
-    world: Path, adapted: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "cut/out"
-    command = ("adapt-policy", "--policy", world / "act", "--data", world / "plain", "--out", out)
-    killed(command, lambda: [*out.parent.glob(".out.*.partial/*")], 0, out)
-    ok(*command)
-    assert contents(out) == contents(adapted)
-    assert [*out.parent.iterdir()] == [out]
 
 
 def test_diffusion_too(world: Path) -> None:

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """XLand-MiniGrid: rulesets in a grid world, in JAX (Nikulin et al., 2024; package xminigrid).
 
 A level is a layout and the seed of a ruleset, `xland/R1-9x9/7`: every episode has the same goal and objects,
