@@ -29,7 +29,7 @@ def suite():
 
 
 def test_a_seed_is_a_ruleset(suite):
-    from latentact.envs.experts.xland import make_task
+    from latentact.envs.xland_planner import make_task
 
     task = make_task(1)
     assert task.goal.tolist() == [14, 3, 3, 0, 0]  # tile 3 (ball) of color 3 (blue), left of the agent

@@ -26,7 +26,7 @@ from latentact.types import ActionSpace
 if TYPE_CHECKING:
     import gymnasium as gym
 
-    from latentact.envs.experts.xland import Task
+    from latentact.envs.xland_planner import Task
 
 ACTIONS = ("forward", "right", "left", "pick_up", "put_down", "toggle")
 STATE = ("row", "column", "facing_up", "facing_right", "facing_down", "facing_left", "carrying")
@@ -88,7 +88,7 @@ class XLand:
         )
 
     def expert(self, name: str, env: gym.Env, seed: int) -> Expert:
-        """Return the planner of `envs.experts.xland`, which makes no random choices."""
+        """Return the planner of `envs.xland_planner`, which makes no random choices."""
         return _Planner(env.unwrapped, _level(name)[0])
 
     def demonstrate(self, name: str, seeds: Sequence[int], explore: float, max_steps: int) -> list[Episode]:
@@ -153,7 +153,7 @@ class _Layout:
     def __init__(self, name: str) -> None:
         from xminigrid.registration import make
 
-        from latentact.envs.experts.xland import jax, jnp, plan
+        from latentact.envs.xland_planner import jax, jnp, plan
 
         env, params = make(PREFIX + name)
         self.size: int = params.height
@@ -194,7 +194,7 @@ def _layout(name: str) -> _Layout:
 
 @functools.cache
 def _task(seed: int) -> Task:
-    from latentact.envs.experts.xland import make_task
+    from latentact.envs.xland_planner import make_task
 
     return make_task(seed)
 
@@ -208,7 +208,7 @@ def _level(name: str) -> tuple[_Layout, Task]:
 def _layouts() -> list[str]:
     """Return the names of the layouts, e.g. `R1-9x9`."""
     try:
-        importlib.import_module("latentact.envs.experts.xland")  # before JAX, whose threads it sets
+        importlib.import_module("latentact.envs.xland_planner")  # before JAX, whose threads it sets
         import xminigrid
     except ModuleNotFoundError as error:
         raise missing_extra("xminigrid", "xland") from error
