@@ -143,7 +143,7 @@ def _adapter() -> Callable[..., gym.Env]:
             self._distraction = distraction
 
         def draw(self, frames: bool) -> None:
-            """Say whether frames are drawn from now on; otherwise they are black."""
+            """Set whether frames are drawn; otherwise they are black."""
             self._draws = frames
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):

@@ -75,6 +75,10 @@ class LearnerConfig(Protocol):
         """Registered name."""
         ...
 
+    def check(self, tools: LearnerTools) -> None:
+        """Raise a UserError if the learner cannot learn in this environment; nothing is written yet."""
+        ...
+
     def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
         """Learn, and return one row per policy: its `rollout.json`, `method`, and what the learner adds.
 

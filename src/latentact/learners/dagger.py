@@ -68,9 +68,16 @@ class DaggerConfig:
         if not self.labels or not ascending or self.labels[-1] > 10**7:
             raise UserError(f"learner.labels must be ascending numbers from 1 to 10^7, got {[*self.labels]}.")
 
+    def check(self, tools: LearnerTools) -> None:
+        """Raise a UserError if LeRobot is missing or the environment has no expert."""
+        require_lerobot()
+        env = tools.make_env()
+        env.reset(seed=tools.first_seed)
+        make_expert(tools.env.name, env, tools.first_seed)
+        env.close()
+
     def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
         """Run both arms and return a row per arm and number of labels."""
-        require_lerobot()
         expert = tools.expert(out / "expert")
         limit = math.ceil(self.cap * float(np.mean(expert["lengths"])))
         rows = [expert | {"method": "expert", "labels": None, "run": "expert"}]
@@ -302,19 +309,8 @@ class _Arm:
         return self.tools.make_env()
 
     def _record_spec(self) -> RecordSpec:
-        spec = self.tools.env
         height, width, _ = self._env.observation_space["pixels"].shape
-        return RecordSpec(
-            fps=spec.fps,
-            camera=spec.camera,
-            height=height,
-            width=width,
-            action_space=spec.action_space,
-            action_names=spec.action_names,
-            state_names=spec.state_names,
-            robot_type=spec.name,
-            takeover=True,
-        )
+        return RecordSpec.of_env(self.tools.env, height, width, takeover=True)
 
     def _write_data(self, data: Path, rounds: list[Path], labels: int) -> None:
         """Write the episodes of some rounds as one dataset, unless it holds them already."""

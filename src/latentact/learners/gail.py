@@ -19,6 +19,7 @@ import torch
 from latentact.config import Between, Count, OneOf
 from latentact.data.cache import FrameStore
 from latentact.data.splits import choose_labeled
+from latentact.envs.spec import make_expert
 from latentact.errors import UserError, missing_extra, require_between, require_one_of
 from latentact.learners.contract import LEARNERS, LearnerTools, score
 from latentact.policies.contract import Policy
@@ -43,8 +44,8 @@ class GailConfig:
     """gail: -log(1 - D), never negative, pays for staying alive; neg: log D, never positive, pays for ending;
     airl: their sum, the logit, with both signs."""
     horizon: Annotated[int, Between(0, 10**6)] = 0
-    """Steps of every episode: after its end the last observation repeats, so that its length tells nothing.
-    0: the environment's own ends."""
+    """Steps of every episode: after its end the last observation repeats, so that its length carries no
+    information. 0: the environment's own ends."""
     control: Annotated[str, OneOf(CONTROLS)] = "silly"
     """Demonstrations of the control. silly: an expert that always takes the same action; shuffled: the
     expert's states with its actions in random order."""
@@ -94,9 +95,6 @@ class GailConfig:
 
     def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
         """Clone the demonstrations, run GAIL and its control, and return a row of each."""
-        if importlib.util.find_spec("stable_baselines3") is None:
-            raise missing_extra("stable_baselines3", "gail")
-        self._check(tools)
         data = Path(tools.data) if tools.data else tools.collect(out / "demos", self.demos)
         store = tools.open(data)
         chosen = choose_labeled(np.arange(store.num_episodes), self.demos, 0)
@@ -144,8 +142,10 @@ class GailConfig:
             second = f"The control, GAIL on {worthless}, reaches {control}."
         return f"{first} {second}"
 
-    def _check(self, tools: LearnerTools) -> None:
+    def check(self, tools: LearnerTools) -> None:
         """Raise a UserError if GAIL cannot learn here."""
+        if importlib.util.find_spec("stable_baselines3") is None:
+            raise missing_extra("stable_baselines3", "gail")
         network = tools.policy.network
         if tools.uses_frames or tools.policy.kind != "bc" or network.chunk_size != 1:
             raise UserError(
@@ -154,6 +154,8 @@ class GailConfig:
             )
         env = tools.make_env()
         env.reset(seed=tools.first_seed)
+        if not tools.data:
+            make_expert(tools.env.name, env, tools.first_seed)
         env.action_space.seed(tools.seed)
         info = env.step(env.action_space.sample())[-1]
         env.close()

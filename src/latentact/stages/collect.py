@@ -294,17 +294,7 @@ def _staged(staging: Path, number: int) -> Path:
 
 
 def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) -> RecordSpec:
-    return RecordSpec(
-        fps=spec.fps,
-        camera=spec.camera,
-        height=height,
-        width=width,
-        action_space=spec.action_space,
-        action_names=spec.action_names,
-        state_names=spec.state_names,
-        robot_type=spec.name,
-        nuisance_names=NUISANCE if config.distraction else (),
-    )
+    return RecordSpec.of_env(spec, height, width, nuisance_names=NUISANCE if config.distraction else ())
 
 
 def _attempt(config: CollectConfig, staging: Path, numbers: Sequence[int]) -> list[bool]:

@@ -105,6 +105,7 @@ def run(config: LearnConfig, out: Path) -> dict[str, Any]:
             f"{config.env} must have a robot state for policy.network.use_state, got none. Set it to false, "
             "with policy.network.backbone=impala or patch."
         )
+    config.learner.check(_tools(config, spec, policy, config.seeds[0], out / "frames"))
     begin_run(out, config)
     rows: list[dict[str, Any]] = []
     for seed in config.seeds:

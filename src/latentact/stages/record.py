@@ -116,7 +116,7 @@ def run(config: RecordConfig) -> RecordResult:
             env.close()
         if not attempts.kept:
             raise UserError(f"no episode was recorded, so {out} is not written. Re-run the command.")
-        record = _record_spec(spec, *env.observation_space["pixels"].shape[:2])  # type: ignore[index]
+        record = RecordSpec.of_env(spec, *env.observation_space["pixels"].shape[:2])  # type: ignore[index]
         dropped = len(attempts.all) - len(attempts.kept)
         staged = [attempts.path(number) for number in attempts.kept]
         rows = write_dataset(
@@ -197,7 +197,7 @@ def _record(config: RecordConfig, env: Any, spec: EnvSpec, device: Device, attem
             attempts.drop(number)
         else:
             episode = _episode(spec, played, frames, success)
-            stage_episode(attempts.path(number), _record_spec(spec, *frames[0].shape[:2]), episode)
+            stage_episode(attempts.path(number), RecordSpec.of_env(spec, *frames[0].shape[:2]), episode)
         device.show(frames[-1], "success" if success else "no success")
         log.info("attempt %d: %d steps, %s", number, played.steps, "success" if success else "no success")
         device.wait(0.5)
@@ -208,19 +208,6 @@ def _success(played: envs_episode.Episode, outcome: Outcome | None) -> bool:
     if outcome in (Outcome.SUCCESS, Outcome.FAILURE):
         return outcome is Outcome.SUCCESS
     return bool(played.successes[-1])
-
-
-def _record_spec(spec: EnvSpec, height: int, width: int) -> RecordSpec:
-    return RecordSpec(
-        fps=spec.fps,
-        camera=spec.camera,
-        height=height,
-        width=width,
-        action_space=spec.action_space,
-        action_names=spec.action_names,
-        state_names=spec.state_names,
-        robot_type=spec.name,
-    )
 
 
 def _episode(spec: EnvSpec, played: envs_episode.Episode, frames: list[np.ndarray], success: bool) -> Episode:

@@ -61,6 +61,25 @@ class RecordSpec:
     """Whether another action than `action` may have been executed: columns `executed_action`, `intervention`
     (LeRobot's name) and `labeled`."""
 
+    @classmethod
+    def of_env(cls, env: Any, height: int, width: int, **more: Any) -> RecordSpec:
+        """Return the content of recordings of an environment.
+
+        Args:
+            env: its `EnvSpec`.
+            height: frame height in pixels.
+            width: frame width in pixels.
+            more: other fields.
+        """
+        names = ("fps", "camera", "action_space", "action_names", "state_names")
+        return cls(
+            **{name: getattr(env, name) for name in names},
+            robot_type=env.name,
+            height=height,
+            width=width,
+            **more,
+        )
+
     @property
     def lossless(self) -> bool:
         """Whether frames are stored as PNG in the table: small frames, or an odd height or width."""
