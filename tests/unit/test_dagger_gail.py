@@ -345,7 +345,7 @@ def test_every_learner_is_registered():
     assert score([{"successes": None, "returns": [3.0, 4.0]}]).name == "return"
 
 
-def test_gail_refuses_what_it_cannot_learn(tmp_path, monkeypatch):
+def test_gail_refuses_what_it_cannot_learn():
     pytest.importorskip("stable_baselines3")
     success = toy(
         "LearnerGoal-v0",
@@ -356,12 +356,12 @@ def test_gail_refuses_what_it_cannot_learn(tmp_path, monkeypatch):
     made = tools()
     object.__setattr__(made, "env", env_spec(success))
     with pytest.raises(UserError, match=r"ends episodes by success.*learner\.horizon"):
-        GailConfig().learn(made, tmp_path)
+        GailConfig().check(made)
     object.__setattr__(made, "policy", BcConfig())
     with pytest.raises(UserError, match=r"backbone=state"):
-        GailConfig(horizon=10).learn(made, tmp_path)
+        GailConfig(horizon=10).check(made)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"latentact\[gail\]"):
-        GailConfig().learn(made, tmp_path)
+        GailConfig().check(made)
     assert not [*tmp_path.iterdir()]
     gymnasium.registry.pop(success)

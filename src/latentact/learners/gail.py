@@ -154,16 +154,17 @@ class GailConfig:
             )
         env = tools.make_env()
         env.reset(seed=tools.first_seed)
-        if not tools.data:
-            make_expert(tools.env.name, env, tools.first_seed)
         env.action_space.seed(tools.seed)
         info = env.step(env.action_space.sample())[-1]
-        env.close()
         if "is_success" in info and not self.horizon:
             raise UserError(
                 f"{tools.env.name} ends episodes by success, which the reward of GAIL pays for or against "
                 "whatever the demonstrations show. Set learner.horizon, the steps of every episode."
             )
+        if not tools.data:
+            env.reset(seed=tools.first_seed)
+            make_expert(tools.env.name, env, tools.first_seed)
+        env.close()
 
     def _imitate(self, tools: LearnerTools, cloned: Policy, demos: _Demos, folder: Path) -> None:
         """Train a policy with PPO and save it; one that is interrupted starts again, with the same result."""
