@@ -345,6 +345,7 @@ def test_every_learner_is_registered():
     assert score([{"successes": None, "returns": [3.0, 4.0]}]).name == "return"
 
 
+@pytest.mark.usefixtures("line")
 def test_gail_refuses_what_it_cannot_learn():
     pytest.importorskip("stable_baselines3")
     success = toy(
