@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,21 @@ def _main(*arguments):
     main()
 
 
+def _dies(*arguments):
+    """Kill this process when it has written a unit."""
+    from latentact.progress import Progress
+
+    own, cache = Progress.advance, Path(os.environ["LATENTACT_CACHE"])
+
+    def advance(progress, steps):
+        own(progress, steps)
+        if [*cache.glob("tokens/*.partial/*[13579].safetensors")]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Progress.advance = advance
+    _main(*arguments)
+
+
 def parts(cache: Path) -> int:
     """Return the number of finished units."""
     return len([*cache.glob("tokens/*.partial/*.safetensors")])
@@ -91,7 +107,7 @@ def test_a_rank_that_dies_is_named_and_its_work_is_done_by_the_next_run(label, w
     cache, command = tmp_path / "cache", (*label, "--engine", "torchrun")
     first, second = (
         fork(
-            _main,
+            (_main, _dies)[rank],
             *command,
             log=tmp_path / str(rank),
             LATENTACT_CACHE=str(cache),
@@ -100,9 +116,9 @@ def test_a_rank_that_dies_is_named_and_its_work_is_done_by_the_next_run(label, w
         )
         for rank in range(2)
     )
-    wait(lambda: [*cache.glob("tokens/*.partial/0000000[13579].safetensors")])
-    second.kill()
+    second.join()
     first.join()
+    assert second.exitcode == -signal.SIGKILL
     assert first.exitcode == 2
     said = (tmp_path / "0").read_text().splitlines()[-1]
     assert said.startswith("error: process 1 of 2 has stopped before its work was done.")
