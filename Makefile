@@ -13,7 +13,7 @@ demo: .venv/demo
 # Two processes of one thread each: tests are many small steps.
 test test-slurm check: export OMP_NUM_THREADS = 1
 test: static slurm
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
 test-slurm: .venv/ready
@@ -27,13 +27,13 @@ slurm:
 	  || echo "SLURM cannot be installed; its tests are skipped."; fi
 
 check: static
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 static: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 	$(BIN)/lint-imports
 
 bench: .venv/ready
@@ -54,7 +54,7 @@ bench: .venv/ready
 	@touch $@
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --group dev --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --extra xland --group dev --python-version 3.12 \
 	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra all --python-version 3.12 --constraint requirements.lock \
 	  --no-header --no-emit-index-url --quiet --output-file requirements-demo.lock

@@ -35,6 +35,16 @@ needs_gl = pytest.mark.skipif(
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to Ctrl-C
 
 
+XLAND = ("tests/unit/test_xland.py", "tests/conformance/test_env_suites.py")
+"""Files whose tests of XLand load JAX, whose threads do not survive the forks of other tests."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among parallel workers, leave the tests of XLand to the process that `test_own_process` starts."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = [i for i in items if not ("xland" in i.nodeid and i.nodeid.startswith(XLAND))]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

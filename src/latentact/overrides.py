@@ -31,8 +31,9 @@ SPELLINGS = {
 def _current_override(cls: type, override: str) -> str:
     """Return an override with current names; log a warning for each deprecated name."""
     key, equals, value = override.partition("=")
+    roots = {field.name for field in dataclasses.fields(cls)}
     for other, ours in SPELLINGS.items():
-        if key == other or key.startswith(f"{other}."):
+        if ours.partition(".")[0] in roots and (key == other or key.startswith(f"{other}.")):
             key = ours + key.removeprefix(other)
     classes, names = [cls], []
     for name in key.split("."):

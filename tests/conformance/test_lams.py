@@ -270,7 +270,9 @@ def test_overfits_four_clips(model: LatentActionModel) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5 * first
+        if loss.item() < 0.5 * first:
+            return
+    pytest.fail(f"the loss fell from {first:.3g} to {loss.item():.3g} only")
 
 
 def test_any_size_goes_in(model: LatentActionModel) -> None:

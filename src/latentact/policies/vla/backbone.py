@@ -145,6 +145,8 @@ def load_vlm(name: str, resolution: int) -> tuple[nn.Module, Any]:
             )
         _pad_left(processor)
     set_resolution(processor, resolution)
+    if not torch.cuda.is_available():  # on CPUs the backward pass of fused attention takes twice as long
+        vlm.set_attn_implementation("eager")
     return vlm, processor
 
 
