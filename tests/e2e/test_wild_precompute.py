@@ -9,14 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 from conftest import TINY_LAM, cli
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
-from latentact.lams.contract import load_lam
 from wild import (
     ACTION,
     HEIGHT,
@@ -26,7 +24,6 @@ from wild import (
     change_info,
     change_tables,
     encoded,
-    ffmpeg_frames,
     floats,
     image_cell,
     lerobot,
@@ -37,69 +34,30 @@ from wild import (
     numbers,
     small_lam,
     store,
-    trim,
-    turn,
     with_column,
     without_first_rows,
     write_lines,
     write_table,
     write_video,
 )
+from wild_rows import (
+    EITHER,
+    ROWS,
+    TOKENS,
+    VALID,
+    opened,
+    refused,
+    tokens_of,
+    written,
+)
 
 pytest.importorskip("lerobot")
-TOKENS, VALID = "observation.lam_tokens", "observation.lam_valid"
-VIDEO = "observation.images.video"
-ROWS = [*range(8), *range(20, 26)]
-EITHER = pytest.mark.parametrize("version", [2, 3])
 
 
 @pytest.fixture(scope="module")
 def lam(tmp_path_factory):
     """A LAM of random weights that looks two frames ahead at 10 fps."""
     return small_lam(tmp_path_factory.mktemp("lam") / "lam")
-
-
-def precompute(data, lam, out, *more):
-    return cli("precompute", "--dataset-root", data, "--lam-model-path", lam, "--output-dir", out, *more)
-
-
-def written(data, lam, out, *more):
-    done = precompute(data, lam, out, *more)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def refused(data, lam, out, *more):
-    """Check that precompute refuses the data in one sentence and leaves nothing; returns the sentence."""
-    before = sorted(out.parent.iterdir())
-    done = precompute(data, lam, out, *more)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert sorted(out.parent.iterdir()) == before
-    return done.stderr.splitlines()[-1]
-
-
-def tokens_of(lam, frames, lengths, gap=2):
-    """Return the tokens of frames by the model itself; zeros where the gap leaves the episode."""
-    from latentact.data.decode.resize import resize
-
-    model = load_lam(lam)
-    found, row = np.zeros((len(frames), model.spec.tokens * model.spec.token_dim), np.float32), 0
-    for n in lengths:
-        small = torch.from_numpy(resize(np.array(frames[row : row + n]), 32, model.spec.resize))
-        for first in range(min(gap, n - gap)):  # frames a gap apart, as the model looks at them
-            with torch.inference_mode():
-                part = model.encode(small[first::gap].permute(0, 3, 1, 2)[None]).continuous[0].flatten(1)
-            found[row + first : row + n - gap : gap] = part.numpy()
-        row += n
-    return found
-
-
-def opened(out, cache, camera=TOP):
-    """Return the numbers of the frames that LeRobot shows of an output, and its tokens."""
-    with lerobot_dataset(out, cache) as read:
-        tokens = np.stack([np.asarray(row) for row in read.hf_dataset[TOKENS]])
-    return numbers(lerobot_frames(out, cache, camera)), tokens
 
 
 # --- LeRobot datasets in, LeRobot datasets out
@@ -260,111 +218,6 @@ def test_lerobots_edit_tools_keep_tokens_with_their_rows(tmp_path, lam):
                 want = [[*range(5), *range(20, 26), *range(40, 47)][row] for row in rows]
                 frames = [edited[row][TOP].numpy().transpose(1, 2, 0) * 255 for row in range(len(edited))]
                 assert numbers(frames) == want
-
-
-# --- folders of videos
-
-
-def test_videos_become_rows(tmp_path, lam):
-    write_video(tmp_path / "v/a.mp4", 8)
-    write_video(tmp_path / "v/x/b.mp4", 6, start=20)
-    shown, tokens = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
-    assert shown == ROWS
-    np.testing.assert_allclose(tokens, tokens_of(lam, store(tmp_path / "v").frames, (8, 6)), atol=1e-5)
-
-
-@pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1), (0, 1, 1, 0)])
-def test_turned_and_mirrored_videos_are_refused_as_columns_and_taken_as_files(tmp_path, lam, matrix):
-    turn(write_video(tmp_path / "v/a.mp4", 6), *matrix)
-    message = refused(tmp_path / "v", lam, tmp_path / "out")
-    assert "is rotated or mirrored" in message
-    assert "--output file" in message
-    written(tmp_path / "v", lam, tmp_path / "out", "--output", "file")
-
-
-@EITHER
-def test_turned_videos_of_a_dataset_are_refused_before_anything_is_encoded(tmp_path, lam, version):
-    root = lerobot(tmp_path / "d", version)
-    turn(next(root.rglob("*.mp4")), 0, 1, -1, 0)
-    done = precompute(root, lam, tmp_path / "out")
-    assert done.returncode == 2
-    assert "encoding" not in done.stderr
-
-
-def test_a_turned_video_of_another_camera_is_refused(tmp_path, lam):
-    root = lerobot(tmp_path / "d", 3, cameras=(TOP, f"{TOP}_2"))
-    turn(next((root / f"videos/{TOP}_2").rglob("*.mp4")), 0, 1, -1, 0)
-    assert "is rotated or mirrored" in refused(root, lam, tmp_path / "out", "--camera-key", TOP)
-
-
-UNFIT = {
-    "mkv": lambda v: write_video(v / "a.mkv", 6),
-    "variable_rate": lambda v: write_video(v / "a.mp4", 8, millis=[0, 30, 60, 90, 200, 300, 400, 500]),
-    "late_start": lambda v: write_video(v / "a.mp4", 6, millis=[500 + 100 * i for i in range(6)]),
-    "jitter": lambda v: write_video(v / "a.mp4", 6, millis=[0, 100, 203, 300, 400, 500]),
-    "odd_rate": lambda v: write_video(v / "a.mp4", 6, fps=12.5),
-    "two_rates": lambda v: [write_video(v / "a.mp4", 6), write_video(v / "b.mp4", 6, fps=20)],
-    "two_sizes": lambda v: [write_video(v / "a.mp4", 6), write_video(v / "b.mp4", 6, size=(48, 64))],
-}
-
-
-@pytest.mark.parametrize("kind", UNFIT)
-def test_videos_that_cannot_be_rows_are_refused_as_columns_and_taken_as_files(tmp_path, lam, kind):
-    UNFIT[kind](tmp_path / "v")
-    gap = ("--frame-gap-s", "0.4")
-    assert "--output file" in refused(tmp_path / "v", lam, tmp_path / "out", *gap)
-    found = json.loads(cli("check-data", tmp_path / "v", "--json", "--max-frames", "0").stdout)
-    assert found["verdict"].startswith("Usable with care")
-    done = precompute(tmp_path / "v", lam, tmp_path / "out", *gap, "--output", "file")
-    assert done.returncode == 0 or "error: " in done.stderr
-
-
-@pytest.mark.parametrize("bframes", [0, 3])
-@pytest.mark.parametrize(("keep_ms", "skip", "shown"), [(600, 0.0, range(6)), (900, 0.3, range(3, 12))])
-def test_trimmed_videos_become_the_rows_that_a_player_shows(tmp_path, lam, bframes, keep_ms, skip, shown):
-    path = write_video(tmp_path / "v/a.mp4", 12, options={"bf": str(bframes), "g": "12"})
-    trim(path, keep_ms=keep_ms, skip=skip)
-    got, tokens = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
-    assert got == [*shown]
-    np.testing.assert_allclose(tokens, tokens_of(lam, store(tmp_path / "v").frames, (len(shown),)), atol=1e-5)
-
-
-def test_a_cut_without_encoding_again_becomes_rows(tmp_path, lam):
-    program = shutil.which("ffmpeg")
-    if program is None:
-        pytest.skip("needs FFmpeg's command line; the edit lists above are of the same kind")
-    import subprocess
-
-    whole = write_video(tmp_path / "a.mp4", 24, options={"bf": "3", "g": "12"})
-    (tmp_path / "v").mkdir()
-    cut = [
-        program,
-        "-loglevel",
-        "error",
-        "-ss",
-        "0.7",
-        "-i",
-        str(whole),
-        "-c",
-        "copy",
-        str(tmp_path / "v/a.mp4"),
-    ]
-    subprocess.run(cut, check=True)
-    frames = ffmpeg_frames(tmp_path / "v/a.mp4")
-    ours = store(tmp_path / "v").frames
-    assert numbers(ours) == numbers(frames) == [*range(7, 24)]
-    got, _ = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
-    assert got == [*range(7, 24)]
-
-
-def test_damaged_videos_leave_nothing_behind(tmp_path, lam):
-    write_video(tmp_path / "v/a.mp4", 6)
-    (tmp_path / "v/b.mp4").write_bytes(b"hello")
-    out = written(tmp_path / "v", lam, tmp_path / "out")
-    assert list(json.loads((out / "meta/lam_tokens.json").read_text())["unreadable"]) == ["b.mp4"]
-    (tmp_path / "v/a.mp4").write_bytes(b"")
-    shutil.rmtree(out)
-    assert "2 unreadable" in refused(tmp_path / "v", lam, out)
 
 
 # --- data that LeRobot itself cannot open
