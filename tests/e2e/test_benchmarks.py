@@ -14,6 +14,8 @@ import pytest
 
 from conftest import needs_gl
 from latentact.device import supports_int8
+from latentact.evaluation.policy.comparison import Row, aggregate
+from latentact.evaluation.policy.intervals import success_interval
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -110,3 +112,31 @@ def test_speed_of_models_makes_a_row_each_and_keeps_the_others(
     for precision in precisions:
         rows = [name for name in small if re.search(rf"\| {name} \| {precision} \| no \|.* GiB \|", text)]
         assert rows == [*small]
+
+
+def test_the_page_first_says_where_latent_actions_do_not_pay(tmp_path: Path) -> None:
+    pays = load("pays")
+
+    def row(method: str, won: int, k: int | None = 5) -> Row:
+        low, high = success_interval([True] * won + [False] * (100 - won))
+        return Row(
+            method=method,
+            k=k,
+            seed=0,
+            episodes=100,
+            success=won / 100,
+            mean_return=0.0,
+            ci95=(low, high),
+            return_ci95=(0.0, 0.0),
+        )
+
+    clear = [row("latent", 90), row("idm_k", 50), row("bc_k", 20), row("oracle", 95, None)]
+    close = [row("latent", 60), row("idm_k", 66), row("bc_k", 30), row("oracle", 95, None)]
+    pays.write(tmp_path, {"A": aggregate(clear), "B": aggregate(close)})
+    lines = (tmp_path / "does_it_pay.md").read_text().splitlines()
+    assert lines[2] == (
+        "With k = 5, latent actions do not clearly pay on B (behind, intervals overlap); they are ahead with "
+        "intervals apart in 1 of 2 cells; the best latent row reaches 0.79 of the oracle on average."
+    )
+    assert "| IDM on k labels | 0.50 (0.40 to 0.60) | 0.66 (0.56 to 0.75) |" in lines
+    assert "| best latent row | ahead | behind, intervals overlap |" in lines

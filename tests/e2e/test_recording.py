@@ -181,3 +181,11 @@ def test_what_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     assert "a window needs a display" in refused("record", ENV, *out)
     (tmp_path / "out").mkdir()
     assert "exists already. Choose another folder" in refused("record", ENV, *out)
+
+
+@pytest.mark.parametrize(("command", "driver"), [("record", None), ("rollout", "dummy")])
+def test_only_record_leaves_sdl_its_real_windows(monkeypatch, command, driver):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "x11")  # restored after the test
+    monkeypatch.delenv("SDL_VIDEODRIVER")
+    assert cli(command, "--help").returncode == 0
+    assert os.environ.get("SDL_VIDEODRIVER") == driver

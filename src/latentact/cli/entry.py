@@ -34,7 +34,8 @@ def main() -> None:
 def _silence_libraries() -> None:
     """Keep banners and warnings of libraries off the terminal."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if sys.argv[1:2] != ["record"]:  # which opens a window
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|pygame|gymnasium|lerobot)(\.|$)")

@@ -142,8 +142,10 @@ class Human:
         state = observation.get("observation.state")
         if self._last is None:
             self._last = self._rest(None if state is None else state[0])
+        task = f"{observation['task'][0]} | " if observation.get("task", [""])[0] else ""
         while True:
-            text = f"{self.title} | step {self._step}{' | paused' if self._paused else ''} {self._note}"
+            paused = " | paused" if self._paused else ""
+            text = f"{task}{self.title} | step {self._step}{paused} {self._note}"
             self.device.show(frame, text)
             self._queue += self.device.poll()
             pressed = set()

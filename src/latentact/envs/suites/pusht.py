@@ -47,7 +47,6 @@ class PushT:
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
         """Return the environment; both views are the same image from above."""
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
         try:
             import gym_pusht  # noqa: F401  (registers the environment)
