@@ -73,6 +73,15 @@ class Clip:
     """Robot state at every frame."""
     features: Float32[Tensor, "b t f"] | None = None
     """Features of a frozen network at every frame, only for models with a feature-space target."""
+    observed: UInt8[Tensor, "b t c h w"] | None = None
+    """Augmented frames, 0..255: what inverse dynamics observes in training; None: `frames`."""
+    state_noise: Float32[Tensor, "b s"] | None = None
+    """Added to the normalized states, where they are an input; the same at every frame."""
+
+    @property
+    def seen(self) -> UInt8[Tensor, "b t c h w"]:
+        """The frames that inverse dynamics observes; `frames` are the targets of forward dynamics."""
+        return self.frames if self.observed is None else self.observed
 
     def to(self, device: str) -> Clip:
         """Return the clip on `device`."""

@@ -36,6 +36,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             ),
             marks=needs_gl,
         ),
+        ("augment_step", "--steps 1 --batch-size 2", r"everything: .* % of the step"),
         ("token_step", "--steps 1 --batch-size 2 --memory-runs 0", r"on the fly .* ratio \d"),
     ],
 )

@@ -86,6 +86,7 @@ STUBBED = {
     "push": (("runs/lam", "owner/name"), {"address": "https://hf.co/owner/name"}),
     "demo": (("--out", "out"), {"verdict": "v"}),
     "adapt-policy": (("--policy=p", "--data=d", "--out=o"), {"path": "o"}),
+    "preview-augment": (("--data=d", "--shift=1", "--out=o"), {"path": "o"}),
     "export": (("--labels=l", "--out=o"), {"path": "o"}),
     "compare": (("data.path=data", "env=pusht", "out=out"), {"verdict": "v"}),
 }

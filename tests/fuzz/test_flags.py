@@ -35,6 +35,7 @@ BASES = {
     "inspect": "{w}/lam --data {w}/blocks.npz --out {o} --max-transitions 8",
     "demo": "--out {o} --episodes 5 --k 5",
     "check-data": "{w}/blocks.npz --max-frames 4",
+    "preview-augment": "--data {w}/blocks.npz --shift 2 --out {o}",
     "shard": "--data {w}/blocks.npz --out {o}",
     "adapt-policy": "--policy {w}/ground --data {w}/column --out {o}",
     "record": "babyai/GoToRedBallNoDists --device terminal --out {o} --episodes 1",

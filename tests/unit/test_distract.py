@@ -49,7 +49,7 @@ def test_parse():
     [
         ("backgroud=1", "did you mean 'background'"),
         ("shake=0.1,shake=0.2", "must be given once"),
-        ("correlation=0.8", "must include background or shake"),
+        ("correlation=0.8", "must include background, shake or appearance"),
         ("shake=much", "shake must be between 0 and 1, got 'much'"),
         ("shake=2", "shake must be between 0 and 1, got 2"),
         ("correlation=nan", "correlation must be between 0 and 1, got nan"),
@@ -145,7 +145,7 @@ def test_a_dataset_records_the_nuisance(tmp_path):
         *("--distract", "background=0.6,shake=0.5,correlation=0.8"),
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "data/meta/collect.json").read_text())["distract"] == vars(ALL)
+    assert json.loads((tmp_path / "data/meta/collect.json").read_text())["distract"] == ALL.settings
     store = open_store(DataConfig(path=str(tmp_path / "data"), resolution=56))
     frames, nuisances = played("babyai/GoToRedBall", ALL, 200, seed=0)
     recorded = store.column("observation.nuisance")

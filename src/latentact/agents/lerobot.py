@@ -11,6 +11,7 @@ from jaxtyping import Float32, Shaped
 
 from latentact.agents.agent import STATE, TASK, AgentSpec, LatentInput, select_image, select_state
 from latentact.data.decode.resize import resize
+from latentact.data.latents import CODES, VALID
 from latentact.errors import UserError, missing_extra
 from latentact.io.atomic import read_object
 from latentact.types import ActionSpace
@@ -81,6 +82,8 @@ class LeRobotAgent:
     def _agent_spec(self, folder: Path, config: Any, conditioned: bool) -> AgentSpec:
         state = config.robot_state_feature
         known = {*self._shapes, self._tokens_key, STATE}
+        if conditioned:  # columns beside the tokens, which it does not read
+            known |= {VALID, CODES}
         if other := sorted(set(config.input_features) - known):
             raise UserError(
                 f"{folder} must read images and {STATE} only, got {', '.join(other)}. Train it without them."

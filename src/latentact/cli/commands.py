@@ -9,7 +9,16 @@ from latentact.cli.stage_command import app, hydra_command, stage_command
 
 __all__ = ["NOT_RESUMABLE", "app"]
 
-NOT_RESUMABLE = {"check-data", "check-guidance", "doctor", "imitate", "inspect", "report", "rollout"}
+NOT_RESUMABLE = {
+    "check-data",
+    "check-guidance",
+    "doctor",
+    "imitate",
+    "inspect",
+    "preview-augment",
+    "report",
+    "rollout",
+}
 """Commands that start over after an interruption."""
 
 
@@ -74,6 +83,15 @@ def _shard(config: Any, result: Any) -> str:
     lines += [f"unreadable: {name}: {reason}" for name, reason in [*found["unreadable"].items()][:20]]
     count = ", ".join(f"{found[name]} {name}" for name in ("shards", "scenes", "clips", "frames"))
     return "\n".join([*lines, f"{count} ({found['bytes'] / 1e6:.1f} MB): {result.path}"])
+
+
+@stage_command("preview-augment", "PreviewAugmentConfig", hidden=("drop_nonfinite", "cache_dir"))
+def _preview_augment(config: Any, result: Any) -> str:
+    """Write a page with clips before and after augmentation.
+
+    Example: latentact preview-augment --data data/red_ball --shift 4 --brightness 0.2 --out preview.html
+    """
+    return str(result)
 
 
 hydra_command(

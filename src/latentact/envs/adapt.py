@@ -228,7 +228,8 @@ def _adapter() -> Callable[..., gym.Env]:
                 return np.zeros(self._shape, np.uint8)
             frame = self._pixels(observation)
             if self._distractor:
-                floor = self._floor(frame) if self._distraction.background else None
+                needed = self._distraction.background or self._distraction.appearance
+                floor = self._floor(frame) if needed and self._floor else None
                 frame = self._distractor.draw(frame, floor)
             size = (self._resolution, self._resolution)
             if self._resolution and frame.shape[:2] != size:

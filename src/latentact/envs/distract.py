@@ -1,8 +1,9 @@
-"""Distractors: a moving background and a shaking camera, correlated with the action to a chosen degree.
+"""Distractors: a moving background and a shaking camera, correlated with the action, and random colors.
 
 Motion that the robot does not cause misleads latent action models, in particular when it correlates with the
 action (LAOM, arXiv 2502.00379). Here both motions are generated, known and recorded: at correlation 0 they
-are noise, at 1 the action determines them.
+are noise, at 1 the action determines them. Random colors of each episode (domain randomization, arXiv
+1703.06907) prepare a policy for a world that looks different.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ WAVES = 5  # number of waves per color in the background
 WAVES_PER_WIDTH = 4  # frequency of the finest wave
 SMOOTH = 0.8  # autocorrelation of the noise in the background's motion
 DARKEST = 0.25  # intensity of a white background at strength 1
+BRIGHTNESS = 0.4  # at appearance 1 the image is up to this much brighter or darker
+TINT = 0.3  # at appearance 1 each color is up to this much stronger or weaker
+REPAINT = 0.6  # at appearance 1 the background has up to this share of a random color
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class Distraction:
     """Strength of the camera's shake, from 0 to 1."""
     correlation: float = 0.0
     """Correlation of both motions with the action, from 0 to 1."""
+    appearance: float = 0.0
+    """Strength of the random brightness, tint and background color of each episode, from 0 to 1."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -50,7 +56,17 @@ class Distraction:
 
     def __bool__(self) -> bool:
         """Whether there are distractors."""
+        return self.moves or bool(self.appearance)
+
+    @property
+    def moves(self) -> bool:
+        """Whether something moves, whose state is recorded."""
         return bool(self.background or self.shake)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The settings as they are stored; those added later only where they are set."""
+        return {name: value for name, value in vars(self).items() if value or name != "appearance"}
 
     @classmethod
     def parse(cls, text: str) -> Distraction:
@@ -76,7 +92,8 @@ class Distraction:
         distraction = cls(**found)
         if text and not distraction:
             raise UserError(
-                f"distractors must include background or shake, got {text!r}. Give one, as in background=0.5."
+                f"distractors must include background, shake or appearance, got {text!r}. Give one, as in "
+                "background=0.5."
             )
         return distraction
 
@@ -102,6 +119,10 @@ class Distractor:
         self._phases = self._rng.uniform(0, 2 * np.pi, (3, WAVES))
         self._noise = np.zeros(2)
         self._background, self._shake = np.zeros(2), np.zeros(2)
+        looks = np.random.default_rng(None if seed is None else (seed, 3)).uniform(-1, 1, 8)
+        looks = looks * distraction.appearance
+        self._gains = (1 + BRIGHTNESS * looks[0]) * (1 + TINT * looks[1:4])
+        self._paint, self._color = REPAINT * abs(looks[4]), 127.5 * (1 + looks[5:])
 
     @property
     def nuisance(self) -> Float[np.ndarray, "4"]:
@@ -127,7 +148,9 @@ class Distractor:
     def draw(
         self, frame: UInt8[np.ndarray, "h w 3"], floor: Float[np.ndarray, "h w"] | None
     ) -> UInt8[np.ndarray, "h w 3"]:
-        """Return the frame with the background at opacity `floor` (0 to 1) and the camera's displacement."""
+        """Return the frame with other colors, the background at opacity `floor` (0 to 1), and displaced."""
+        if self._distraction.appearance:
+            frame = self._recolored(frame, floor)
         if self._distraction.background and floor is not None:
             frame = self._on_floor(frame, floor)
         if not self._distraction.shake:
@@ -136,6 +159,12 @@ class Distractor:
         x, y = np.round(self._shake * width).astype(int)
         rows, columns = (np.clip(np.arange(n) - by, 0, n - 1) for n, by in ((height, y), (width, x)))
         return frame[rows][:, columns]
+
+    def _recolored(self, frame: np.ndarray, floor: np.ndarray | None) -> np.ndarray:
+        mixed = frame.astype(np.float32)
+        if floor is not None:
+            mixed += self._paint * floor[..., None] * (self._color.astype(np.float32) - mixed)
+        return (mixed * self._gains.astype(np.float32)).round().clip(0, 255).astype(np.uint8)
 
     def _on_floor(self, frame: np.ndarray, floor: np.ndarray) -> np.ndarray:
         height, width = frame.shape[:2]

@@ -6,7 +6,9 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +33,18 @@ def check_lam(model: LatentActionModel, clip: Clip | None = None) -> None:
     """
     clip = clip or random_clip(model)
     model = deepcopy(model).eval()
-    for check in (_settings, _shapes, _transitions, _padding, _batch, _states, _forward, _training, _saved):
+    for check in (
+        _settings,
+        _shapes,
+        _transitions,
+        _padding,
+        _batch,
+        _states,
+        _forward,
+        _training,
+        _augmented,
+        _saved,
+    ):
         check(model, clip)
 
 
@@ -224,6 +237,25 @@ def _training(model: LatentActionModel, clip: Clip) -> None:
         "every parameter must get a gradient from loss or be frozen with requires_grad_(False)",
         f"none for {', '.join(unused[:3])}",
     )
+
+
+def _augmented(model: LatentActionModel, clip: Clip) -> None:
+    """Check that the loss takes the inputs that `augments` names."""
+    size = 0 if clip.states is None else clip.states.shape[2]
+    inputs: dict[str, Any] = {
+        "frames": {"observed": 255 - clip.frames},
+        "state": {"state_noise": torch.ones(len(clip.frames), size)},
+    }
+    plain = _loss(model, clip)
+    for name in model.augments:
+        changed = _loss(model, replace(clip, **inputs[name]))
+        _require(changed != plain, f"loss must depend on augmented {name}, which `augments` names", changed)
+
+
+def _loss(model: LatentActionModel, clip: Clip) -> float:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return float(deepcopy(model).train().loss(clip)[0])
 
 
 def _refuses(call: Callable[[], object], rule: str) -> None:

@@ -71,6 +71,8 @@ class LatentActionModel(nn.Module, ABC):
         uses_images: whether it uses frames, not only the robot state.
         generative: whether it has forward dynamics, so that `predict` works.
         actions: action space of its joint action head, or None.
+        augments: inputs that training can augment: "frames", if inverse dynamics in `loss` takes `clip.seen`,
+            and "state", if it adds `clip.state_noise` to the normalized states.
         renamed_weights: old -> new prefixes of weight names, for checkpoints written before a rename.
     """
 
@@ -82,6 +84,7 @@ class LatentActionModel(nn.Module, ABC):
     uses_images: bool = True
     generative: bool = True
     actions: ActionSpace | None = None
+    augments: tuple[str, ...] = ()
     renamed_weights: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: Any) -> None:

@@ -182,6 +182,12 @@ class Policy(nn.Module, ABC):
         return self.config.network.use_state or (self.decoder is not None and self.decoder.config.use_state)
 
     @property
+    def augments(self) -> tuple[str, ...]:
+        """Inputs that training can augment: "frames", if they are images, and "state"."""
+        inputs = {"frames": self.uses_frames, "state": self.uses_state}
+        return tuple(name for name, used in inputs.items() if used)
+
+    @property
     def uses_frames(self) -> bool:
         """Whether the network looks at frames; all do but those whose settings have `uses_frames`, false."""
         return getattr(self.config.network, "uses_frames", True)

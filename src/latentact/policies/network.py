@@ -119,6 +119,11 @@ class NetworkPolicy(Policy):
                 nn.Linear(width + tokens + 1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
             )
 
+    @property
+    def augments(self) -> tuple[str, ...]:
+        """Inputs that training can augment; grids of integers are no images."""
+        return tuple(name for name in super().augments if name != "frames" or not self.grid_values)
+
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:
         """Return one vector per observation: 256 numbers, or as many as the last layer of state has."""
         parts = [self.normal_state(state)] if self.config.network.use_state else []

@@ -9,6 +9,7 @@ from typing import Any
 from latentact.evaluation.policy.comparison import METHODS
 from latentact.evaluation.policy.latent_accuracy import BASELINES as PREDICTIONS
 from latentact.evaluation.policy.latent_accuracy import CONTROLS
+from latentact.evaluation.policy.rollout import conditions
 
 PROBES = {
     "latent_linear": "linear probe of the latent action",
@@ -59,7 +60,7 @@ def policy_card(
     env = (comparison or {}).get("env", "")
     baselines = [f"{METHODS.get(row['method'], row['method'])} {_score(row)}" for row in peers if row != own]
     results = [_eval_result(env, own, baselines)] if own else []
-    results += [_eval_result(rollout["env"], rollout, []) for rollout in rollouts]
+    results += [_eval_result(_where(rollout), rollout, []) for rollout in rollouts]
     results += _code_results(numbers.get("vla.json", {}))
     inputs, actions, latent = config["input_features"], spec["action_space"], config["latent"]
     state = f" and {spec['state_size']} state values" if "observation.state" in inputs else ""
@@ -91,7 +92,7 @@ def policy_card(
             [_comparison_cells(row, row is own) for row in peers],
         )
     if rollouts:
-        cells = [(f"`{r['env']}`", _score(r), _interval(r), r["episodes"], r["seed"]) for r in rollouts]
+        cells = [(f"`{_where(r)}`", _score(r), _interval(r), r["episodes"], r["seed"]) for r in rollouts]
         lines += _table(
             ("environment", "success or return", "95 % interval", "episodes", "first reset seed"), cells
         )
@@ -279,6 +280,12 @@ def _code_results(numbers: Mapping[str, Any]) -> list[Any]:
 
 def _score(row: Mapping[str, Any]) -> str:
     return f"return {row['return']:.3g}" if row["success"] is None else f"{row['success']:.3g}"
+
+
+def _where(rollout: Mapping[str, Any]) -> str:
+    """Return the environment of a `rollout.json`, and how its world differs from the plain one."""
+    changed = conditions(rollout)
+    return f"{rollout['env']} with {changed}" if changed else rollout["env"]
 
 
 def _interval(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from latentact.evaluation.policy.comparison import LIMITED, Result, aggregate
+from latentact.evaluation.policy.rollout import conditions
 from latentact.reporting.charts import curve_panels
 from latentact.reporting.comparison_plot import color, comparison_svg
 from latentact.reporting.html import Section, chart, figure, fold, table, text, video
@@ -113,6 +114,7 @@ def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
 def _reached(rollout: Rollout, shown: int) -> str:
     success, episodes = rollout.numbers.get("success"), rollout.numbers.get("episodes")
     parts = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
+    parts += filter(None, [conditions(rollout.numbers)])
     if shown < len(rollout.videos):
         parts.append(f"{shown} of {len(rollout.videos)} videos shown")
     return "; ".join(parts)

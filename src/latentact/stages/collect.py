@@ -83,8 +83,9 @@ class CollectConfig:
     frames: bool = True
     """Whether frames are drawn; otherwise they are black, for policies on the robot state alone."""
     distract: str = ""
-    """Distractors in the frames, each from 0 to 1: `background=0.5,shake=0.3,correlation=0.8`. Their state is
-    recorded as `observation.nuisance`."""
+    """Distractors in the frames, each from 0 to 1: `background=0.5,shake=0.3,correlation=0.8`; their state is
+    recorded as `observation.nuisance`. `appearance=0.5` gives every episode its own brightness, tint and
+    background color."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -107,7 +108,7 @@ class CollectConfig:
         left_out = ("out", "workers", "distract", "tasks", "frames")
         values = {k: v for k, v in asdict(self).items() if k not in left_out} | {"env": self.name}
         values |= {} if self.frames else {"frames": False}
-        return values | {"distract": vars(self.distraction)} if self.distraction else values
+        return values | {"distract": self.distraction.settings} if self.distraction else values
 
     @property
     def name(self) -> str:
@@ -294,7 +295,7 @@ def _staged(staging: Path, number: int) -> Path:
 
 
 def _record_spec(config: CollectConfig, spec: EnvSpec, height: int, width: int) -> RecordSpec:
-    return RecordSpec.of_env(spec, height, width, nuisance_names=NUISANCE if config.distraction else ())
+    return RecordSpec.of_env(spec, height, width, nuisance_names=NUISANCE if config.distraction.moves else ())
 
 
 def _attempt(config: CollectConfig, staging: Path, numbers: Sequence[int]) -> list[bool]:
@@ -321,7 +322,7 @@ def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[
     record: set[Recorded] = {"actions"}
     if spec.state_names:
         record.add("states")
-    if config.distraction:
+    if config.distraction.moves:
         record.add("nuisances")
     return run_episodes(
         ExpertActor(config.name, [env], seeds, config.explore),
@@ -351,5 +352,5 @@ def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Ep
         reward=np.array([*played.rewards, 0.0], np.float32),
         success=np.array([*successes, scored]),
         task=played.task,
-        nuisance=np.stack(played.nuisances) if config.distraction else None,
+        nuisance=np.stack(played.nuisances) if config.distraction.moves else None,
     )

@@ -32,6 +32,7 @@ from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError, require_between, require_one_of
 from latentact.evaluation.policy.comparison import Row
+from latentact.io.atomic import read_object
 from latentact.lams.contract import LAMS
 from latentact.lams.models.idm import IdmConfig
 from latentact.policies.contract import POLICIES
@@ -45,8 +46,10 @@ from latentact.stages import (
     finetune_vla,
     ground,
     label,
+    precompute,
     rollout,
     train_lam,
+    train_lerobot,
     train_policy,
     train_vla,
 )
@@ -68,6 +71,8 @@ METHODS = (
     "oracle",
     "oracle_finetuned",
 )
+LEROBOT = ("act_k", "diffusion_k", "lam_act_k")
+"""Rows of LeRobot's policies."""
 VLA = ("vla", "vla_scratch", "vla_oracle")
 """Rows of a vision-language-action model."""
 FINETUNED = {
@@ -97,9 +102,10 @@ class CompareConfig:
     distract: str = ""
     """Distractors in the environment, as for `collect`: background=0.5,shake=0.3,correlation=0.8."""
     methods: tuple[str, ...] = METHODS
-    """Rows; vla, vla_scratch and vla_oracle are also available. Rows that would equal another one are left
-    out: `*_finetuned` and `bc_k_self_training` without finetune_steps; with self_training,
-    `bc_k_finetuned`; without it, `latent_finetuned` and `bc_k_self_training`."""
+    """Rows; act_k, diffusion_k and lam_act_k (LeRobot's policies, for continuous actions), vla, vla_scratch
+    and vla_oracle are also available. Rows that would equal another one are left out: `*_finetuned` and
+    `bc_k_self_training` without finetune_steps; with self_training, `bc_k_finetuned`; without it,
+    `latent_finetuned` and `bc_k_self_training`."""
     ks: tuple[int, ...] = (5,)
     """Numbers of labeled episodes."""
     seeds: tuple[int, ...] = (0,)
@@ -146,6 +152,9 @@ class CompareConfig:
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether fine-tuning of `latent` and `latent_joint` uses all training episodes, as in ground."""
+    lerobot: train_lerobot.LerobotRecipe = field(default_factory=train_lerobot.LerobotRecipe)
+    """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k; steps and batch size are those of
+    policy_training."""
     vla: train_vla.TrainVlaRecipe = field(default_factory=train_vla.TrainVlaRecipe)
     """The vision-language-action model of the rows vla (latent actions first), vla_scratch (without them) and
     vla_oracle (all labels)."""
@@ -161,8 +170,8 @@ class CompareConfig:
         require_one_of("action_selection", self.action_selection, SELECTIONS)
         require_between("temperature", self.temperature, 1e-3, 1e3)
         for method in self.methods:
-            if method not in (*METHODS, *VLA):
-                raise UserError(f"methods must be among {', '.join((*METHODS, *VLA))}, got {method!r}.")
+            if method not in (known := (*METHODS, *LEROBOT, *VLA)):
+                raise UserError(f"methods must be among {', '.join(known)}, got {method!r}.")
         if not self.methods or (not self.ks and any("oracle" not in m for m in self.methods)):
             raise UserError(
                 f"methods and ks must have at least one value each, got {[*self.methods]} and {[*self.ks]}."
@@ -194,6 +203,8 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         channels=store.frames.shape[3],
         state_size=store.state.shape[1] if uses_state and store.state is not None else 0,
     )
+    if lerobot := [method for method in config.methods if method in LEROBOT]:
+        train_lerobot.check(store, lerobot)
     if vla:
         load_config(config.vla.model.vlm)
         HEADS[config.vla_finetuning.head.kind](config.vla_finetuning.head, store.action_space, 8)
@@ -266,6 +277,8 @@ class _Row:
             return Row.from_json(self._blind() | more | {"updates": 0, "run": self._run("rollout")})
         if self.method in VLA:
             folder, more["updates"] = self._vla()
+        elif self.method in LEROBOT:
+            folder, more["updates"] = self._lerobot()
         elif self.base in ("latent", "latent_joint"):
             folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
         elif self.base == "idm_k":
@@ -295,10 +308,12 @@ class _Row:
         labels before grounding, so all k share its artifacts, and a vision-language-action model learns from
         the same latent actions.
         """
-        early = name in ("lam", "labels", "policy")
+        early = name in ("lam", "labels", "policy", "tokens")
         method = self.base if early else self.method
         if early and self.method in VLA:
             method = "vla" if name == "policy" else "latent"
+        if early and self.method in LEROBOT and name != "policy":
+            method = "latent"
         shared = early and method in ("latent", "vla")
         k = "" if shared or self.k is None else f"_k{self.k}"
         return self.out / f"seed{self.seed}" / f"{method}{k}" / name
@@ -377,6 +392,36 @@ class _Row:
             held_out=c.held_out,
             split_seed=self.seed,
         )
+
+    def _lerobot(self) -> tuple[Path, int]:
+        """Return the folder of a LeRobot policy, and its number of updates."""
+        c, kind = self.config, self.method.removesuffix("_k")
+        store = open_store(c.data)
+        data = Path(store.path)
+        if kind == "lam_act":
+            tokens = precompute.PrecomputeConfig(
+                lam_model_path=str(self._latent_lam()),
+                dataset_root=str(data),
+                camera_key=c.data.camera,
+                output_dir=str(self._folder("tokens")),
+            )
+            data = precompute.run(tokens)
+        train, _ = split_episodes(store, held_out=c.held_out, seed=self.seed)
+        training, chosen = c.policy_training, choose_labeled(train, self.k, self.seed)
+        settings = train_lerobot.TrainLerobotConfig(
+            out=str(self._folder("policy")),
+            dataset_root=str(data),
+            policy=kind,
+            episodes=tuple(chosen.tolist()),
+            steps=training.steps,
+            batch_size=training.batch_size,
+            device=training.device,
+            seed=self.seed,
+            num_workers=training.num_workers,
+            overrides=tuple(getattr(c.lerobot, kind).split()),
+        )
+        folder = train_lerobot.run(settings)
+        return folder, int(read_object(folder / train_lerobot.RESULT)["steps"])
 
     def _vla(self) -> tuple[Path, int]:
         """Return the folder of a fine-tuned vision-language-action model, and its number of updates."""

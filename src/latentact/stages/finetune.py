@@ -178,7 +178,7 @@ def fill_actions(
     targets = torch.from_numpy(known[rows])
     torch.manual_seed(training.seed)
     teacher = ActionHead(features, targets[labeled], space)
-    fit(teacher, LabeledRows(features[labeled], None, targets[labeled]), training, out)
+    fit(teacher, LabeledRows(features[labeled], None, targets[labeled]), training.plain, out)
     with torch.inference_mode():
         predicted = teacher.cpu().predict(features)
     if space.discrete:
@@ -194,6 +194,7 @@ class _EndToEnd(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
+        self.augments, self.state_std = policy.augments, policy.state_std
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of robot actions."""

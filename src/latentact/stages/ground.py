@@ -74,6 +74,11 @@ class GroundConfig:
         require_between("split_seed", self.split_seed, 0, LARGEST)
         require_between("finetune_steps", self.finetune_steps, 0, 10**9)
         require_between("finetune_lr", self.finetune_lr, 1e-12, 100)
+        if self.training.augment.inputs and not self.finetune_steps:
+            raise UserError(
+                "training.augment must be off without finetune_steps, because the decoder learns from latent "
+                f"actions, got {sorted(self.training.augment.inputs)}. Set finetune_steps=N."
+            )
 
 
 def run(config: GroundConfig, out: Path) -> Path:
@@ -105,7 +110,7 @@ def run(config: GroundConfig, out: Path) -> Path:
     pairs = _latent_actions(policy, store, labels, steps, labeled)
     log.info("%d labeled steps of %d episodes", len(pairs), len(labeled))
     with run_folder(out, config):
-        fit(_DecoderTraining(policy.decoder), pairs, config.training, out)
+        fit(_DecoderTraining(policy.decoder), pairs, config.training.plain, out)
         unseen = _latent_actions(policy, store, labels, _labeled_steps(store, labels, held_out), held_out)
         result = {"labeled_steps": len(pairs), "held_out_score": _score(policy.decoder, unseen)}
         policy.cpu().write(out)

@@ -11,13 +11,19 @@ import torch
 
 from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
-from latentact.config import Count, Limit, OneOf, Seed
+from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.device import require_device
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import ENVS, VIEWS, env_spec
 from latentact.errors import UserError, require_between, require_one_of
-from latentact.evaluation.policy.rollout import PARTIAL, RolloutStoppedError, rollout, save_rollout
+from latentact.evaluation.policy.rollout import (
+    PARTIAL,
+    RolloutStoppedError,
+    conditions,
+    rollout,
+    save_rollout,
+)
 from latentact.io.atomic import read_object
 from latentact.policies.selection import SELECTIONS, Selection, Temperature, selector
 
@@ -43,10 +49,15 @@ class RolloutConfig:
     view: Annotated[str, OneOf(VIEWS)] = "agent"
     """"agent" or "full"; the view in which the policy's data was collected."""
     distract: str = ""
-    """Distractors in the frames, as for `collect`."""
+    """Distractors in the frames and random colors, as for `collect`."""
     max_steps: Limit = 0
     """Steps after which an episode ends; 0: the environment's own limit. Required for an environment without
     one (`max_episode_steps` None)."""
+    latency: Annotated[int, Between(0, 1000)] = 0
+    """Steps by which every action arrives late. Until the first one arrives, the action without effect is
+    executed; in environments that have none, the first action is."""
+    action_noise: Annotated[float, Between(0, 10)] = 0.0
+    """Standard deviation of noise on continuous actions, relative to half the range of each number."""
     record: Limit = 3
     """Number of episodes whose video is written."""
     action_selection: Selection = "greedy"
@@ -65,6 +76,7 @@ class RolloutConfig:
         """Validate the configuration."""
         require_one_of("--action-selection", self.action_selection, SELECTIONS)
         require_between("--temperature", self.temperature, 1e-3, 1e3)
+        check_bounds(self)
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps, record=self.record)
 
 
@@ -113,6 +125,8 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
             distract=distraction,
             max_steps=config.max_steps,
             record=config.record,
+            latency=config.latency,
+            action_noise=config.action_noise,
         )
     except RolloutStoppedError as error:
         if error.finished is None:
@@ -135,9 +149,10 @@ def _with_defaults(settings: Any) -> Any:
 
 def summary(result: dict[str, Any]) -> str:
     """Return the success, if the environment reports one, and the return of a `rollout.json` as one line."""
-    mean = f"return {result['return']:.3g}"
+    mean, changed = f"return {result['return']:.3g}", conditions(result)
+    end = f" with {changed}" if changed else ""
     if result["success"] is None:
         low, high = result["return_ci95"]
-        return f"{mean} ({low:.3g} to {high:.3g})"
+        return f"{mean} ({low:.3g} to {high:.3g}){end}"
     low, high = result["ci95"]
-    return f"success {result['success']:.3g} ({low:.3g} to {high:.3g}), {mean}"
+    return f"success {result['success']:.3g} ({low:.3g} to {high:.3g}), {mean}{end}"

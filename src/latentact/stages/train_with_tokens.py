@@ -6,8 +6,6 @@ separate file, the length is in epochs, and a killed run resumes from its last e
 
 from __future__ import annotations
 
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,18 +18,15 @@ from latentact.data.locate import local_dataset
 from latentact.device import require_device
 from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import write_json
-from latentact.progress import Progress
 from latentact.training.lerobot import (
     LeRobotTrainee,
     lerobot_settings,
     open_dataset,
     require_plugin,
+    run_epochs,
     seed_everything,
 )
-from latentact.training.metrics_csv import MetricsCsv
 from latentact.training.run_folder import Busy, finished, run_folder
-
-log = logging.getLogger(__name__)
 
 POLICIES = ("lam_diffusion", "lam_act")
 RESULT = "train_with_tokens.json"
@@ -94,29 +89,10 @@ def run(config: TrainWithTokensConfig) -> Path:
     with run_folder(out, config):
         try:
             with FileLock(out / ".lock", timeout=0):
-                _run_epochs(trainee, out, config.num_epochs)
+                run_epochs(trainee, out)
         except Timeout as error:
             raise Busy(
                 f"another process is training in {out}; wait for it, or give another --output-dir."
             ) from error
         write_json(out / RESULT, {"epochs": config.num_epochs, "steps": train.steps})
     return last
-
-
-def _run_epochs(trainee: LeRobotTrainee, out: Path, epochs: int) -> None:
-    checkpoints = out / "checkpoints"
-    for leftover in checkpoints.glob(".*.partial"):
-        shutil.rmtree(leftover)
-    newest = max((path for path in checkpoints.glob("*") if path.name.isdigit()), default=None)
-    step = trainee.load(newest) if newest else 0
-    if newest:
-        log.info("resuming from step %d of %s", step, out)
-    total, each = epochs * trainee.steps_per_epoch, trainee.steps_per_epoch
-    metrics = MetricsCsv(out, step)
-    with Progress("training", total, "steps", done=step) as progress:
-        for epoch in range(step // each, epochs):
-            trainee.epoch(progress)
-            step = (epoch + 1) * each
-            trainee.save(checkpoints / f"{step:0{max(6, len(str(total)))}d}", step)
-            metrics.log_metrics({"epoch": epoch + 1.0, "loss": trainee.loss}, step)
-            log.info("epoch %d of %d: loss %.4f", epoch + 1, epochs, trainee.loss)

@@ -10,6 +10,7 @@ from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from latentact.errors import UserError
 from latentact.training.settings import TrainingConfig
 
 
@@ -17,8 +18,9 @@ from latentact.training.settings import TrainingConfig
 class Trainable(Protocol):
     """A module that `fit` trains.
 
-    A module may also have `parameter_groups() -> list[ParameterGroup]`; its other parameters are trained with
-    the settings of `TrainingConfig`.
+    A module may also have `augments`, the inputs that training can augment ("frames", "state"); `state_std`,
+    which noise on a policy's state needs; and `parameter_groups() -> list[ParameterGroup]`: its other
+    parameters are trained with the settings of `TrainingConfig`.
     """
 
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,6 +60,13 @@ def fit(
     """
     from latentact.training.loop import train  # Lightning takes seconds to import
 
+    inputs, can = config.augment.inputs, getattr(model, "augments", ())
+    if refused := inputs - {*can}:
+        named = f"only the {' and '.join(can)}" if can else "no input"
+        raise UserError(
+            f"training.augment must not change the {' and '.join(sorted(refused))}, because {named} of "
+            f"this model can be augmented, got {config.augment}. Set the others to 0."
+        )
     if config.smoke_test:
         config = replace(config, steps=min(config.steps, 2))
     train(model, data, config, out, evaluate)

@@ -1,13 +1,16 @@
-"""Training of LeRobot policies on LAM tokens, with the parts of `lerobot-train`."""
+"""Training of LeRobot policies, also on LAM tokens, with the parts of `lerobot-train`."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import shutil
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import torch
 from safetensors.torch import load_model
 from torch.utils.data import DataLoader
@@ -16,13 +19,16 @@ from latentact.data.cache import DataConfig
 from latentact.data.latents import TokenFile, TokensRecord
 from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.token_dataset import TokenDataset
-from latentact.data.lerobot.writer import require_lerobot
+from latentact.data.lerobot.writer import number_statistics, require_lerobot
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_dir
 from latentact.io.records import read_record
 from latentact.progress import Progress
+from latentact.training.metrics_csv import MetricsCsv
 from latentact.types import LatentActionSpec
+
+log = logging.getLogger(__name__)
 
 PLUGIN = "lerobot_policy_latentact"
 
@@ -40,15 +46,19 @@ def require_plugin() -> None:
         ) from error
 
 
-def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
+def lerobot_settings(
+    config: Any, root: Path, tokens: TokenFile | None, episodes: list[int] | None = None
+) -> Any:
     """Return LeRobot's training configuration; the shape of the tokens comes from their metadata.
 
     Args:
-        config: the stage's `TrainWithTokensConfig`.
+        config: the stage's `TrainWithTokensConfig` or `TrainLerobotConfig`.
         root: LeRobot dataset.
         tokens: token file, if the tokens are not a column of the dataset.
+        episodes: episodes to train on; None: all.
     """
     import draccus
+    import lerobot.policies  # noqa: F401, it registers them
     from lerobot.configs import PreTrainedConfig
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.train import TrainPipelineConfig
@@ -59,7 +69,7 @@ def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
     sidecar = root / "meta" / "lam_tokens.json"
     if tokens is not None:
         known |= _shape(tokens.spec, tokens.tokens_kind)
-    elif sidecar.is_file():
+    elif config.policy.startswith("lam_") and sidecar.is_file():
         about = read_record(TokensRecord, sidecar)
         known |= _shape(about.spec.spec(), about.tokens)
     known |= dict(setting.split("=", 1) for setting in config.overrides)
@@ -77,7 +87,7 @@ def lerobot_settings(config: Any, root: Path, tokens: TokenFile | None) -> Any:
             "--lam-tokens-path must not be given with use_precomputed_lam_tokens=false; drop one of them."
         )
     repo_id = config.dataset_repo_id.partition("@")[0] or root.name
-    data = DatasetConfig(repo_id, root=str(root), video_backend="pyav")
+    data = DatasetConfig(repo_id, root=str(root), video_backend="pyav", episodes=episodes)
     return TrainPipelineConfig(
         dataset=data,
         policy=policy,
@@ -146,10 +156,11 @@ class LeRobotTrainee:
     Args:
         train: LeRobot's settings; the number of steps is set here.
         dataset: training data.
-        epochs: passes over the dataset.
+        epochs: passes over the dataset; None: as many as `steps` need.
+        steps: least number of steps, where `epochs` is None.
     """
 
-    def __init__(self, train: Any, dataset: Any, epochs: int) -> None:
+    def __init__(self, train: Any, dataset: Any, epochs: int | None, steps: int = 1) -> None:
         from accelerate import Accelerator
         from lerobot.datasets import EpisodeAwareSampler
         from lerobot.optim.factory import make_optimizer_and_scheduler
@@ -164,17 +175,21 @@ class LeRobotTrainee:
                 f"the policy's vision backbone cannot be downloaded ({error.reason}); try again, "
                 f"or start from random ones with --policy-override pretrained_backbone_weights=null."
             ) from error
-        self._before, self._after = make_pre_post_processors(policy, dataset_stats=meta.stats)
+        stats = meta.stats if dataset.episodes is None else {**meta.stats, "action": _action_stats(dataset)}
+        self._before, self._after = make_pre_post_processors(policy, dataset_stats=stats)
         sampler = EpisodeAwareSampler(
             meta.episodes["dataset_from_index"],
             meta.episodes["dataset_to_index"],
+            episode_indices_to_use=dataset.episodes,
+            absolute_to_relative_idx=dataset.absolute_to_relative_idx,
             drop_n_last_frames=getattr(policy, "drop_n_last_frames", 0),
             shuffle=True,
             seed=train.seed,
         )
         loader = DataLoader(dataset, train.batch_size, sampler=sampler, num_workers=train.num_workers)
         self.steps_per_epoch = len(loader)
-        train.steps = epochs * self.steps_per_epoch
+        self.epochs = -(-steps // self.steps_per_epoch) if epochs is None else epochs
+        train.steps = self.epochs * self.steps_per_epoch
         optimizer, schedule = make_optimizer_and_scheduler(train, self._policy)
         self._accelerator = Accelerator(step_scheduler_with_optimizer=False, cpu=policy.device == "cpu")
         self._model, self._optimizer, self._loader, self._schedule = self._accelerator.prepare(
@@ -232,3 +247,40 @@ class LeRobotTrainee:
         step, _, _ = load_training_state(folder, self._optimizer, self._schedule)
         self._loader.set_epoch(step // self.steps_per_epoch)
         return step
+
+
+def _action_stats(dataset: Any) -> dict[str, Any]:
+    """Return the statistics of the actions of the chosen episodes; those of all would use hidden labels."""
+    actions = np.stack([*dataset.hf_dataset.with_format("numpy")["action"]])
+    return number_statistics({"action": actions})["action"]
+
+
+def run_epochs(trainee: LeRobotTrainee, out: Path, checkpoints: int = 0) -> None:
+    """Train all epochs, or resume.
+
+    Args:
+        trainee: what is trained.
+        out: run folder.
+        checkpoints: how many to write, of which the last is kept; 0: one per epoch, and all are kept.
+    """
+    folder, epochs, each = out / "checkpoints", trainee.epochs, trainee.steps_per_epoch
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
+    newest = max((path for path in folder.glob("*") if path.name.isdigit()), default=None)
+    step = trainee.load(newest) if newest else 0
+    if newest:
+        log.info("resuming from step %d of %s", step, out)
+    total, every = epochs * each, max(1, epochs // checkpoints) if checkpoints else 1
+    metrics = MetricsCsv(out, step)
+    with Progress("training", total, "steps", done=step) as progress:
+        for epoch in range(step // each + 1, epochs + 1):
+            trainee.epoch(progress)
+            step = epoch * each
+            metrics.log_metrics({"epoch": float(epoch), "loss": trainee.loss}, step)
+            if epoch % every and epoch < epochs:
+                continue
+            older = [path for path in folder.glob("*") if path.name.isdigit()] if checkpoints else []
+            trainee.save(folder / f"{step:0{max(6, len(str(total)))}d}", step)
+            for path in older:
+                shutil.rmtree(path)
+            log.info("epoch %d of %d: loss %.4f", epoch, epochs, trainee.loss)

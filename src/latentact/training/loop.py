@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from latentact import preemption
+from latentact.data.transforms import augment_batch
 from latentact.device import keep_freed_memory
 from latentact.errors import UserError
 from latentact.training.checkpoint_io import FolderCheckpointIO
@@ -39,6 +40,8 @@ from latentact.training.strategies import ShardedLoss, build_environment, build_
 
 log = logging.getLogger(__name__)
 _STEPS_PER_QUESTION = 8
+_AUGMENT = 1
+"""Last number of the seeds of augmentation, which sets them apart from those of batches."""
 for _name in (
     "lightning.pytorch",
     "lightning.fabric",
@@ -142,6 +145,7 @@ class _Module(pl.LightningModule):
         self.config = config
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
+        self.state_std: Tensor | None = getattr(model, "state_std", None)
         self.slices: list[dict[str, Tensor]] = []
         """Loss and metrics of each slice of the current step."""
 
@@ -159,6 +163,10 @@ class _Module(pl.LightningModule):
             torch.manual_seed(self.config.seed * 1_000_003 + self.global_step + (self.global_rank << 40))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        if self.config.augment.inputs:
+            part = (self.global_rank, batch_idx % self.config.accumulate, _AUGMENT)
+            rng = np.random.default_rng((self.config.seed, self.global_step, *part))
+            batch = augment_batch(batch, self.config.augment, rng, self.state_std)
         loss, metrics = self.compute(batch)
         self.slices.append({"loss": loss.detach()} | metrics)
         return {"loss": loss}

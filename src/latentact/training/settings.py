@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from latentact.data.transforms import AugmentConfig
 from latentact.device import memory_bytes, require_device, supports_bf16
 from latentact.errors import UserError, require_between, require_one_of
 
@@ -86,6 +87,8 @@ class TrainingConfig:
     strategy: str = "auto"
     """auto: one process, or ddp with several devices; ddp: the whole model on every device; fsdp: weights,
     gradients and optimizer state in shards."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation of the observations; evaluation has none."""
     num_workers: int = 0
     """Data loader processes; the memory-mapped store rarely needs any."""
     compile: bool = False
@@ -116,6 +119,11 @@ class TrainingConfig:
             )
         if self.device != "auto":
             require_device(self.device)
+
+    @property
+    def plain(self) -> TrainingConfig:
+        """The same without augmentation, for training on features and latent actions."""
+        return replace(self, augment=AugmentConfig())
 
 
 _BYTES_PER_PARAMETER = {"cpu": 28, "cuda": 16}

@@ -31,6 +31,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         }
         tokens.check_rows(**rows, dataset=dataset.repo_id)
         self._dataset, self.meta = dataset, dataset.meta
+        self.episodes = self.absolute_to_relative_idx = None  # as of a dataset with all episodes
         self._deltas = deltas
         self._columns = {key: torch.from_numpy(tokens.tokens), VALID: torch.from_numpy(tokens.valid)}
         _, episode, length = np.unique(rows["episode_index"], return_inverse=True, return_counts=True)

@@ -4,7 +4,9 @@ Methods with k labeled episodes are `latent`, `latent_joint` (the LAM learns fro
 `idm_k`; `oracle` is BC on all labels (its k is None). `*_finetuned` and `*_self_training` add the training
 that the latent policy gets after grounding, so that all have the same number of updates. `vla` is a
 vision-language-action model that first learns latent actions, `vla_scratch` the same without that,
-`vla_oracle` the same on all labels. `uniform` and `frequencies` ignore observations.
+`vla_oracle` the same on all labels.
+`act_k`, `diffusion_k` and `lam_act_k` are policies of LeRobot. `uniform` and `frequencies` ignore
+observations.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from typing import Any
 from latentact.agents.blind import BLIND
 from latentact.evaluation.policy.intervals import success_interval
 
-LATENT = ("latent", "latent_finetuned", "latent_joint", "vla")
-BASELINES = ("bc_k", "bc_k_finetuned", "bc_k_self_training", "idm_k", "idm_k_finetuned", "vla_scratch")
+LATENT = ("latent", "latent_finetuned", "latent_joint", "vla", "lam_act_k")
+BASELINES = (
+    *("bc_k", "bc_k_finetuned", "bc_k_self_training", "idm_k", "idm_k_finetuned", "vla_scratch"),
+    *("act_k", "diffusion_k"),
+)
 LIMITED = (*LATENT, *BASELINES)
 ORACLES = {"oracle": "the oracle, BC on all labels", "vla_oracle": "the oracle VLA, trained on all labels"}
 METHODS = {
@@ -34,6 +39,9 @@ METHODS = {
     "idm_k": "IDM on k labels",
     "idm_k_finetuned": "IDM on k labels, fine-tuned",
     "vla_scratch": "VLA on k labels, not pretrained",
+    "act_k": "ACT on k labels (LeRobot)",
+    "diffusion_k": "Diffusion Policy on k labels (LeRobot)",
+    "lam_act_k": "ACT with LAM tokens on k labels (LeRobot)",
     "oracle": "Oracle BC (all labels)",
     "oracle_finetuned": "Oracle BC, fine-tuned",
     "vla_oracle": "Oracle VLA (all labels)",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def rollout(
     max_steps: int = 0,
     record: int = 0,
     num_envs: int = 64,
+    latency: int = 0,
+    action_noise: float = 0.0,
 ) -> Rollout:
     """Run `actor` for a number of episodes; one that needs no camera acts on black frames, except on video.
 
@@ -92,6 +95,8 @@ def rollout(
         max_steps: steps after which an episode ends; 0: the environment's own limit.
         record: number of episodes, from the first, whose frames are kept.
         num_envs: episodes run in parallel; affects speed only.
+        latency: steps from an observation to the action that answers it; see `Disturbed`.
+        action_noise: standard deviation of noise on continuous actions, relative to half their range.
 
     Raises:
         UserError: the environment is unknown, a number is out of range, or episodes have no step limit.
@@ -105,6 +110,7 @@ def rollout(
     start = time.monotonic()
     groups = np.array_split(np.arange(episodes), -(-episodes // num_envs))
     envs = [make_env(env_name, resolution=resolution, view=view, distract=distract) for _ in groups[0]]
+    ranges = _action_ranges(envs[0], env_name) if action_noise else None
     finished: list[Episode] = []
     videos: list[list[np.ndarray]] = [[] for _ in range(min(record, episodes))]
     error = None
@@ -113,8 +119,11 @@ def rollout(
         seeds, used = (seed + group).tolist(), envs[: len(group)]
         for env, number in zip(used, group, strict=True):
             env.draw(draws or bool(number < record))  # type: ignore[attr-defined]
+        acts = actor or ExpertActor(env_name, used, seeds)
+        if latency or action_noise:
+            acts = Disturbed(acts, seeds, latency, spec.hold, action_noise, ranges)
         played = run_episodes(
-            actor or ExpertActor(env_name, used, seeds),
+            acts,
             used,
             seeds,
             camera=spec.camera,
@@ -145,6 +154,82 @@ def rollout(
         raise RolloutStoppedError(str(error), result) from error
     assert result is not None
     return result
+
+
+class Disturbed:
+    """An actor whose actions arrive late and inexactly, as on a real robot.
+
+    Args:
+        actor: what acts.
+        seeds: of the episodes, and of the noise on the actions of each.
+        latency: steps by which actions arrive late. Until the first one arrives, `hold` is executed, or, if
+            there is none, the first action.
+        hold: action without effect, if there is one.
+        noise: standard deviation of the noise, relative to half the range of each number.
+        ranges: smallest and largest value of each number of an action, ``[2, a]``; None without noise.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        seeds: Sequence[int],
+        latency: int,
+        hold: int | None,
+        noise: float,
+        ranges: np.ndarray | None,
+    ) -> None:
+        self._actor, self._latency, self._hold = actor, latency, hold
+        self._noise, self._ranges = noise, ranges
+        self._rngs = [np.random.default_rng((seed, 4)) for seed in seeds]
+        self._sent: list[Any] = []
+
+    def reset(self, num_envs: int) -> None:
+        """Reset the actor for a batch of new episodes."""
+        self._actor.reset(num_envs)
+        self._sent = []
+
+    def act(self, observation: dict[str, Any]) -> Sequence[Any]:
+        """Return the actions that arrive now."""
+        self._sent.append(self._actor.act(observation))
+        if len(self._sent) > self._latency:
+            actions = self._sent.pop(0)
+        else:
+            actions = self._sent[0] if self._hold is None else [self._hold] * len(self._sent[0])
+        if self._ranges is None:
+            return actions
+        return [self._inexact(action, rng) for action, rng in zip(actions, self._rngs, strict=False)]
+
+    def _inexact(self, action: Any, rng: np.random.Generator) -> Any:
+        if action is None:
+            return None
+        assert self._ranges is not None
+        low, high = self._ranges
+        noise = self._noise * (high - low) / 2 * rng.standard_normal(low.shape)
+        return np.clip(action + noise, low, high).astype(np.float32)
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    """Return how the world of a `rollout.json` differs from the plain environment; empty: it does not."""
+    settings = result.get("config")
+    found = settings if isinstance(settings, dict) else {}
+    names = {"distract": "{}", "latency": "latency {} steps", "action_noise": "action noise {}"}
+    return ", ".join(text.format(found[name]) for name, text in names.items() if found.get(name))
+
+
+def _action_ranges(env: Any, name: str) -> np.ndarray:
+    """Return the smallest and largest value of each number of an action, ``[2, a]``.
+
+    Raises:
+        UserError: actions are discrete or have no bounds.
+    """
+    low, high = (getattr(env.action_space, bound, np.nan) for bound in ("low", "high"))
+    ranges = np.stack([low, high])
+    if ranges.ndim < 2 or not np.isfinite(ranges).all():
+        raise UserError(
+            f"action_noise must be 0 in {name}, whose actions are discrete or have no bounds, got noise. Use "
+            "latency, or an environment with continuous actions."
+        )
+    return ranges
 
 
 def save_rollout(result: Rollout, folder: Path, *, name: str = "rollout.json", **more: Any) -> None:

@@ -166,6 +166,8 @@ class Clam(LatentActionModel):
         self.bottleneck = c.bottleneck.build()
         latent_dim = self.bottleneck.tokens * self.bottleneck.token_dim
         self.uses_images = c.observations != "state"
+        inputs = {"frames": self.uses_images, "state": bool(c.state_size)}
+        self.augments = tuple(name for name, used in inputs.items() if used)
         self.generative = self.uses_images and c.target.kind == "pixels"
         if self.uses_images:
             channels = 12 if c.difference_input else 9
@@ -246,6 +248,7 @@ class Clam(LatentActionModel):
             normalize_frames(clip.frames, self.config.size) if self.uses_images else None,
             self._states(clip.states),
         )
+        seen = self._seen(observations, clip)
         device = clip.frames.device
         total, recon, prediction = torch.zeros((), device=device), torch.zeros((), device=device), None
         first, metrics = None, {}
@@ -253,7 +256,7 @@ class Clam(LatentActionModel):
             window = observations.cut(step, step + 3)
             if prediction is not None:
                 window = window.replaced(1, prediction)
-            latent = self._infer(window)
+            latent = self._infer(window if seen is None else seen.cut(step, step + 3))
             target = observations.cut(step + 1, step + 3)
             error, step_metrics, prediction = self._step(window, target, latent.vectors, clip)
             recon = recon + error.detach() / self.config.steps
@@ -270,6 +273,15 @@ class Clam(LatentActionModel):
             metrics["action"] = decoded.detach()
             total = total + self.config.action_weight * decoded
         return total, metrics
+
+    def _seen(self, observations: _Observations, clip: Clip) -> _Observations | None:
+        """Return augmented observations, at every timestep those of the data; None without augmentation."""
+        x, s = observations.x, observations.s
+        if x is not None and clip.observed is not None:
+            x = normalize_frames(clip.observed, self.config.size)
+        if s is not None and clip.state_noise is not None:
+            s = s + clip.state_noise[:, None]
+        return None if x is observations.x and s is observations.s else _Observations(x, s)
 
     def _step(
         self, window: _Observations, target: _Observations, latent: Tensor, clip: Clip

@@ -70,6 +70,7 @@ class Idm(LatentActionModel):
     def __init__(self, config: IdmConfig, actions: ActionSpace) -> None:
         super().__init__(config)
         self.actions, self.space = actions, actions
+        self.augments = () if config.backbone == "cells" else ("frames",)
         channels = 12 if config.difference_input else 9
         if config.backbone == "cells":
             self.encoder = CellEncoder(3, 3, config.size, config.grid_values)
@@ -121,7 +122,7 @@ class Idm(LatentActionModel):
         assert clip.action is not None
         assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
-        return action_loss(self._scores(clip.frames[:, -3:]), action, clip.labeled), {}
+        return action_loss(self._scores(clip.seen[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
         if self.config.backbone == "cells":

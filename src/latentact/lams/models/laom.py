@@ -104,6 +104,7 @@ class LaomConfig:
 class Laom(LatentActionModel):
     """LAOM with the networks of its config and `stack - 1` frames of context."""
 
+    augments = ("frames",)
     renamed_weights = {"pictures.": "pixel_decoder."}  # noqa: RUF012
     action_mean: Tensor
     action_std: Tensor
@@ -181,11 +182,12 @@ class Laom(LatentActionModel):
         """Return feature prediction loss + bottleneck loss + action loss on labeled steps."""
         c = self.config
         x = normalize_frames(clip.frames, c.size)
+        seen = x if clip.observed is None else normalize_frames(clip.observed, c.size)
         b, device = len(x), x.device
         ahead = torch.randint(1, c.horizon + 1, (b, 1), device=device)
         steps = torch.arange(c.stack, device=device)
-        future = x[torch.arange(b, device=device)[:, None], steps + ahead]
-        now, after, future = self._augmented(x[:, : c.stack], x[:, 1 : c.stack + 1], future)
+        future = seen[torch.arange(b, device=device)[:, None], steps + ahead]
+        now, after, future = self._augmented(seen[:, : c.stack], x[:, 1 : c.stack + 1], future)
         latent, features = self._infer(now, future)
         if self.fdm.average is not None:
             self.fdm.update_average(self.encoder)

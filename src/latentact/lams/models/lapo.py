@@ -196,6 +196,7 @@ class Lapo(LatentActionModel):
         self.register_buffer("action_std", torch.ones(action_dim))
         self.fdm = self._fdm()
         self.generative = config.target.kind == "pixels"
+        self.augments = () if config.integers else ("frames",)
         self.spec = self._new_spec(
             config.size,
             tokens=self.bottleneck.tokens,
@@ -275,7 +276,8 @@ class Lapo(LatentActionModel):
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstruction loss + bottleneck loss + action loss on labeled steps."""
         x = self._pixels(clip.frames[:, -3:])
-        latent, action_logits = self._infer(x)
+        seen = x if clip.observed is None else self._pixels(clip.observed[:, -3:])
+        latent, action_logits = self._infer(seen)
         if isinstance(self.fdm, FeatureFdm):
             recon, metrics = self.fdm.of_clip(latent.vectors, x, clip, self.context)
         else:

@@ -150,6 +150,8 @@ _COUNTERS = ("bottleneck.used", "bottleneck.step")
 class Laq(LatentActionModel):
     """LAQ with the sizes and the bottleneck of its config."""
 
+    augments = ("frames",)
+
     def __init__(self, config: LaqConfig) -> None:
         super().__init__(config)
         self.config: LaqConfig = config
@@ -221,8 +223,9 @@ class Laq(LatentActionModel):
         pixels = self._pixels(clip.frames[:, -2:])
         patches = self.net.patches(pixels)
         bias = self.net.bias(patches)
-        gain = self.config.difference_gain != 1
-        seen = self.net.patches(self._amplified(pixels)) if gain else patches
+        observed = pixels if clip.observed is None else self._pixels(clip.observed[:, -2:])
+        same = observed is pixels and self.config.difference_gain == 1
+        seen = patches if same else self.net.patches(self._amplified(observed))
         latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(seen, bias)))
         first = patches[:, :1].detach() if self.config.compat else patches[:, :1]
         now, target = pixels.unbind(1)

@@ -235,6 +235,7 @@ class VillaX(LatentActionModel):
             if config.state_weight or self.actions
             else None
         )
+        self.augments = ("frames", "state") if config.state_weight else ("frames",)
         self.spec = self._new_spec(
             config.resolution,
             tokens=config.num_learned_tokens,
@@ -307,8 +308,12 @@ class VillaX(LatentActionModel):
         steps = torch.arange(t, device=row.device)
         missing = (~clip.valid).sum(1, keepdim=True)  # frames that are not valid are all at the front
         order = (steps + missing).clamp(max=t - 1)  # attention is causal: frames after a window do not matter
-        x = self._pixels(self._cropped(clip.frames[row, order])).unflatten(0, (b, t))
-        stems = self.encoder.stem(x.flatten(0, 1)).unflatten(0, (b, t))
+        frames = clip.frames[row, order]
+        if clip.observed is not None:  # the same crop
+            frames = torch.cat([frames, clip.observed[row, order]], dim=1)
+        x = self._pixels(self._cropped(frames)).unflatten(0, (b, -1))
+        x, seen = x[:, :t], x[:, -t:]
+        stems = self.encoder.stem(seen.flatten(0, 1)).unflatten(0, (b, t))
         now = torch.minimum(
             steps[:-1], t - 2 - missing
         )  # the last transition replaces those that are missing
@@ -420,7 +425,9 @@ class Proprio(nn.Module):
                     f"{self.state_norm.num_features}."
                 )
             state, after = self.state_norm(torch.cat([*clip.states[:, -2:].unbind(1)])).chunk(2)
-        x = torch.cat([latent] if state is None else [latent, state], dim=1)
+        noise = clip.state_noise
+        seen = state if state is None or noise is None else state + noise
+        x = torch.cat([latent] if seen is None else [latent, seen], dim=1)
         x = F.gelu(self.enter(x) + self.embodiment)
         losses = {}
         if self.state_head is not None and state is not None and after is not None:
