@@ -3,7 +3,7 @@
 Disturbed: in PushT 30 % of the steps are somebody else's, five in a row to a random place nearby; in
 Meta-World actions have noise as with `collect --explore 1`.
 
-    python benchmarks/experts.py [--starts 5] [--pusht 60] [--tasks all]
+    python benchmarks/experts.py [--starts 5] [--pusht 60] [--tasks all] [--mazes 200]
 """
 
 from __future__ import annotations
@@ -83,18 +83,41 @@ def pusht(episodes: int, disturbed: bool) -> None:
     )
 
 
+def maze(name: str, levels: int) -> None:
+    """Play levels of Procgen's maze, and print the successes."""
+    env: Any = make_env(name)
+    successes, steps, planning = 0, 0, 0.0
+    for seed in range(levels):
+        env.reset(seed=seed)
+        began = time.process_time()
+        expert = make_expert(name, env, seed)
+        planning += time.process_time() - began
+        ended, info = False, {}
+        while not ended:
+            _, _, terminated, truncated, info = env.step(expert.act())
+            ended, steps = terminated or truncated, steps + 1
+        successes += info["is_success"]
+    print(
+        f"{name}: {successes} of {levels} levels, {steps / levels:.1f} steps, "
+        f"{1000 * planning / levels:.0f} CPU ms to plan a level"
+    )
+
+
 def main() -> None:
     """Print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="episodes of each task of Meta-World")
     parser.add_argument("--pusht", type=int, default=60, help="episodes of PushT")
     parser.add_argument("--tasks", default="all", help="tasks of Meta-World, separated by commas")
+    parser.add_argument("--mazes", type=int, default=0, help="levels of Procgen's maze (extra procgen)")
     parser.add_argument("--frames", type=int, default=300, help="steps whose rate is measured")
     options = parser.parse_args()
     for disturbed in (False, True):
         metaworld(options.tasks, options.starts, disturbed)
         pusht(options.pusht, disturbed)
     frames("drawer-open-v3", options.frames)
+    for name in ("procgen/maze", "procgen/maze-hard") if options.mazes else ():
+        maze(name, options.mazes)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def missing_extra(module: str, extra: str) -> UserError:
 EXTRAS = {
     "accelerate": "lerobot",
     "diffusers": "lerobot",
+    "envpool": "procgen",
     "gymnasium": "envs",
     "h5py": "export",
     "gym_pusht": "envs",

@@ -12,17 +12,23 @@ EXAMPLES = {
     "babyai": "babyai/GoToLocal",
     "gymnasium": "CartPole-v1",
     "metaworld": REACH,
+    "procgen": "procgen/coinrun-hard",
     "pusht": "pusht",
     "xland": "xland/R1-9x9/3",
 }
 PICTURES = [name for suite, name in EXAMPLES.items() if suite != "xland"]
-WITH_EXPERT = ["babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht", REACH, "xland/R1-9x9/3"]
+WITH_EXPERT = [
+    *("babyai/GoToRedBall", "babyai/GoToLocal", "babyai/PickupLoc", "pusht", REACH, "xland/R1-9x9/3"),
+    "procgen/maze",
+]
+EXTRAS = {"xland": "xminigrid", "procgen": "envpool"}
 
 
 @pytest.fixture(autouse=True)
 def _needs_its_extra(request):
-    if "xland" in request.node.name:
-        pytest.importorskip("xminigrid")
+    for suite, module in EXTRAS.items():
+        if suite in request.node.name:
+            pytest.importorskip(module)
 
 
 @pytest.fixture(params=[*EXAMPLES.values(), "full"])
@@ -50,7 +56,7 @@ def test_spec_matches_the_environment(made):
     spec = env_spec(name, view=view)
     observation, info = env.reset(seed=3)
     assert observation["pixels"].std() > 0
-    assert len(spec.state_names) == len(observation["agent_pos"])
+    assert len(spec.state_names) == len(observation.get("agent_pos", ()))
     assert bool(info["task"]) == (spec.camera != "observation.images.camera")
 
 

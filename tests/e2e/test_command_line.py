@@ -198,7 +198,7 @@ def test_help_comes_from_the_stage():
     assert "Successful episodes to collect." in shown
     assert "[default: 100]" in shown
     assert "agent|full" in shown
-    assert "suites: babyai, gymnasium, metaworld, pusht, xland." in shown
+    assert "suites: babyai, gymnasium, metaworld, procgen, pusht, xland." in shown
 
 
 def test_help_has_the_defaults_of_nested_settings():

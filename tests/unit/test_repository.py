@@ -143,8 +143,8 @@ def test_experiments_of_a_command_with_flags() -> None:
     values = yaml.safe_load((CONF / "rollout/experiment/lapo_xland.yaml").read_text())
     given = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     assert words == [*given, "--seed=5", "--smoke-test", "--record", "2"]  # of two values the last counts
-    with pytest.raises(UserError, match="unknown experiment 'lapo'; did you mean 'lapo_xland'"):
-        settings_as_flags(["experiment=lapo"], flags, "rollout")
+    with pytest.raises(UserError, match="unknown experiment 'lapo_xlan'; did you mean 'lapo_xland'"):
+        settings_as_flags(["experiment=lapo_xlan"], flags, "rollout")
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

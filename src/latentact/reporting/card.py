@@ -248,7 +248,9 @@ def _training_lines(numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         loss = training.get("val/loss")
         held_out = "" if loss is None else f", loss on held-out episodes {loss:.4g}"
         lines.append(f"- Training: {training['samples']} steps of {training['episodes']} episodes{held_out}.")
-    if grounding:
+    if grounding and "verdict" in grounding:  # mode=online
+        lines.append(f"- Grounding by reward. {grounding['verdict']}")
+    elif grounding:
         steps = grounding.get("labeled_steps", grounding.get("labelled_steps"))
         score = grounding.get("held_out_score")
         held_out = "" if score is None else f", decoder's score on held-out episodes {score:.3g}"

@@ -1,36 +1,40 @@
 """Learn latent action -> robot action from few labeled episodes: `latentact ground policy=DIR labels=DIR`.
 
 The folder holds the policy with its decoder; with `finetune_steps`, the subfolder `finetuned` holds the same
-policy after end-to-end fine-tuning.
+policy after end-to-end fine-tuning. `mode=online` learns from an environment's reward, without labels.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentact.config import LARGEST, choice
+from latentact.config import LARGEST, OneOf, choice
 from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import LabeledBatch, LabeledRows
 from latentact.data.splits import choose_labeled, split_episodes
-from latentact.errors import UserError, require_between
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.stages.finetune import finetune
+from latentact.stages.ground_online import OnlineConfig, check_online, ground_online, load_own_lam
 from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
+
+MODES = ("offline", "online")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,11 @@ class GroundConfig:
     policy: str
     """Folder of the latent policy."""
     labels: str
-    """Folder of the labels that it was trained on; their data must have robot actions."""
+    """Folder of the labels that it was trained on; offline, their data must have robot actions."""
+    mode: Annotated[str, OneOf(MODES)] = "offline"
+    """offline: on labeled episodes; online: by PPO in `online.env`, for its reward."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """mode=online: environment and PPO."""
     labeled_episodes: int = 5
     """k: training episodes whose actions are used."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -71,6 +79,7 @@ class GroundConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        require_one_of("mode", self.mode, MODES)
         require_between("split_seed", self.split_seed, 0, LARGEST)
         require_between("finetune_steps", self.finetune_steps, 0, 10**9)
         require_between("finetune_lr", self.finetune_lr, 1e-12, 100)
@@ -90,6 +99,8 @@ def run(config: GroundConfig, out: Path) -> Path:
     if latent.latent is None or not latent.targets.latent:
         raise UserError(f"{config.policy} predicts robot actions already; give a policy of latent actions.")
     latent.latent.check_compatible(labels.spec, "the policy", "the labels")
+    if config.mode == "online":
+        return _online(config, latent, labels, out)
     if store.action_space is None:
         raise UserError(
             f"{store.path} has no robot actions to ground in; give labels of data with robot actions."
@@ -104,9 +115,7 @@ def run(config: GroundConfig, out: Path) -> Path:
         raise UserError(f"{len(labeled)} labeled episodes have no latent action; increase labeled_episodes.")
     assert policy.decoder is not None
     policy.decoder.set_action_stats(np.ma.getdata(store.actions(labeled))[steps])
-    if config.decoder.mixture:
-        assert labels.codes is not None
-        policy.decoder.set_codebook(labels.codes[labels.valid, 0], labels.vectors[labels.valid, 0])
+    _set_codebook(policy, labels)
     pairs = _latent_actions(policy, store, labels, steps, labeled)
     log.info("%d labeled steps of %d episodes", len(pairs), len(labeled))
     with run_folder(out, config):
@@ -121,6 +130,36 @@ def run(config: GroundConfig, out: Path) -> Path:
             result["finetuned"] = "finetuned"
         write_json(out / "ground.json", result)
     return out
+
+
+def _online(config: GroundConfig, latent: Policy, labels: Labels, out: Path) -> Path:
+    """Ground a policy by acting; return its folder."""
+    online = config.online
+    if config.training.smoke_test:
+        online = replace(
+            online, play_steps=64, steps=64, finetune_steps=min(online.finetune_steps, 64), envs=2, episodes=2
+        )
+        online = replace(online, rollout_steps=16, max_steps=online.max_steps or 20)
+    env, lam = check_online(online, latent, config.policy), load_own_lam(online, latent)
+    torch.manual_seed(config.training.seed)
+    policy = latent.ground(config.decoder, env.action_space)
+    _set_codebook(policy, labels)
+    with run_folder(out, config):
+        result = ground_online(online, policy, lam, _fit(config.training), config.training.seed, out)
+        write_json(out / "ground.json", result)
+    return out
+
+
+def _fit(training: TrainingConfig) -> Callable[[ActionDecoder, LabeledRows, Path], None]:
+    return lambda decoder, pairs, folder: fit(_DecoderTraining(decoder), pairs, training, folder)
+
+
+def _set_codebook(policy: Policy, labels: Labels) -> None:
+    """Give a decoder of codes their vectors."""
+    assert policy.decoder is not None
+    if policy.decoder.config.mixture:
+        assert labels.codes is not None
+        policy.decoder.set_codebook(labels.codes[labels.valid, 0], labels.vectors[labels.valid, 0])
 
 
 def _labeled_steps(store: FrameStore, labels: Labels, episodes: np.ndarray) -> np.ndarray:
