@@ -35,14 +35,21 @@ needs_gl = pytest.mark.skipif(
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start deaf to Ctrl-C
 
 
-XLAND = ("tests/unit/test_xland.py", "tests/conformance/test_env_suites.py")
-"""Files whose tests of XLand load JAX, whose threads do not survive the forks of other tests."""
+THREADED = ("xland", "procgen")
+"""Suites whose libraries have threads that do not survive the forks of other tests."""
+OWN_PROCESS = (
+    "tests/unit/test_xland.py",
+    "tests/unit/test_procgen.py",
+    "tests/conformance/test_env_suites.py",
+)
+"""Files with tests of these suites."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among parallel workers, leave the tests of XLand to the process that `test_own_process` starts."""
+    """Among parallel workers, leave tests with threads to the process that `test_own_process` starts."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items[:] = [i for i in items if not ("xland" in i.nodeid and i.nodeid.startswith(XLAND))]
+        own = [i for i in items if i.nodeid.startswith(OWN_PROCESS) and any(s in i.nodeid for s in THREADED)]
+        items[:] = [item for item in items if item not in own]
 
 
 @pytest.fixture(autouse=True, scope="session")

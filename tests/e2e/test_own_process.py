@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import XLAND
+from conftest import OWN_PROCESS, THREADED
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(
     "PYTEST_XDIST_WORKER" not in os.environ, reason="without workers they run in this process"
 )
-def test_xland():
-    pytest.importorskip("xminigrid")
+def test_suites_with_threads():
     alone = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "xland", *XLAND]
+    chosen = ("-k", " or ".join(THREADED), *OWN_PROCESS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
