@@ -36,6 +36,6 @@ def _silence_libraries() -> None:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     if sys.argv[1:2] != ["record"]:  # which opens a window
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "datasets"):
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "datasets", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|pygame|gymnasium|lerobot)(\.|$)")
