@@ -247,6 +247,19 @@ def test_predict(model: LatentActionModel) -> None:
     assert predicted.dtype == torch.uint8
 
 
+def test_vectors_are_the_sum_of_the_codebook_entries(model: LatentActionModel) -> None:
+    codebook = model.codebook()
+    assert (codebook is None) == (model.spec.codebook_size is None)
+    if codebook is not None:
+        latent = encode(model.eval(), clip(model).frames, last=True)
+        codes, vectors = latent.codes[:, -1], latent.vectors[:, -1].flatten(1)
+        expected = sum(table[codes[:, token]] for token, table in enumerate(codebook))
+        if model.spec.robot_actions:  # probabilities of classes
+            assert torch.equal(expected.argmax(1), vectors.argmax(1))
+        else:
+            torch.testing.assert_close(expected, vectors)
+
+
 def test_save_and_load_are_bit_equal(model: LatentActionModel, tmp_path) -> None:
     model.eval().save_pretrained(tmp_path / "lam")
     loaded = load_lam(tmp_path / "lam")

@@ -40,6 +40,7 @@ TESTED_ELSEWHERE = {
     "decoder.csv": "tests/e2e/test_ground_online.py",
     "finetuned.csv": "tests/e2e/test_ground_online.py",
     "scratch.csv": "tests/e2e/test_ground_online.py",
+    "guidance.html": "tests/e2e/test_imitate.py",
     "guidance.json": "tests/e2e/test_imitate.py",
     "job.json": "tests/unit/test_cluster.py",
     "runs/lam/job.json": "tests/unit/test_cluster.py",

@@ -27,6 +27,7 @@ from latentact.policies.network import NetworkConfig
 from latentact.policies.spec import PolicySpec, Target
 from latentact.quantizers.none import WhitenedConfig
 from latentact.robots import setup
+from latentact.stages import check_guidance
 from latentact.types import ActionSpace
 from toy_lerobot import SMALL
 
@@ -164,7 +165,7 @@ def test_the_decoder_alone_acts(made):
     guide, policy = inference.guide, Policy.from_pretrained(made / "ground")
     state = np.array([100.0, 200.0], np.float32)
     for step in range(3):
-        latent = torch.from_numpy(guide.continuous[step].reshape(1, 1, -1))
+        latent = torch.from_numpy(guide.continuous[step].reshape(1, 1, -1).copy())
         scores = policy.decoder(
             (latent - policy.mean) / policy.std, policy.normal_state(torch.from_numpy(state)[None])
         )
@@ -349,17 +350,127 @@ def test_the_guide_of_another_lam_is_refused(made, tmp_path):
     assert "got other weights" in refused(*given, *saved)
 
 
+@pytest.fixture(scope="module")
+def guides(made):
+    """A second guide, as one file, and its video; the first is the folder `latents`."""
+    with av.open(str(made / "demo.mp4")) as video:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    write_video(made / "other.mp4", frames[::-1][:10], 10)
+    extract = (*flags(made, "extract_only"), "--video-path", made / "other.mp4", "--blend", "0,1")
+    ok("imitate", *extract, "--output-dir", made / "other")
+    return made / "latents", made / "other/latents.safetensors"
+
+
+def test_guides_are_edited_blended_and_joined(made, guides, tmp_path):
+    a, b = map(Guide.load, guides)
+    assert (len(a), len(b)) == (15, 9)
+    out = tmp_path / "x.safetensors"
+    done = ok("guide", "edit", guides[0], "--apply", "slice=2:8", "--apply", "scale=0.5", "--out", out)
+    edited = Guide.load(out)
+    np.testing.assert_array_equal(edited.continuous, a.slice(2, 8).scale(0.5).continuous)
+    assert edited.provenance == (f"extract {made / 'demo.mp4'}", "slice 2:8", "scale 0.5")
+    assert "6 latent actions (0.6 s) of lapo, 1 x 4 values over 0.1 s" in done.stdout
+    ok("guide", "edit", out, "--apply", f"replace=0:2,{guides[1]}", "--apply", "time_warp=2", "--out", out)
+    assert len(Guide.load(out)) == 7  # (6 - 2 + 9) / 2, rounded
+    ok("guide", "blend", *guides, "--weights", "1,3", "--out", tmp_path / "folder")
+    np.testing.assert_array_equal(
+        Guide.load(tmp_path / "folder/latents.pt").vectors, Guide.blend([a, b], [1.0, 3.0]).vectors
+    )
+    found = json.loads(ok("guide", "concat", *guides, "--transition", "4", "--out", out, "--json").stdout)
+    assert (found["path"], found["guides"][0]["latent_actions"]) == (str(out), 15 + 4 + 9)
+    found = json.loads(ok("guide", "info", *guides, "--json").stdout)
+    assert [guide["seconds"] for guide in found["guides"]] == [1.5, 0.9]
+
+
+def test_imitate_follows_an_edited_guide_and_a_blend_of_videos(made, guides, tmp_path):
+    out, act = tmp_path / "out", ("--policy-path", made / "ground", "--output-dir")
+    ok("guide", "edit", guides[0], "--apply", "slice=0:5", "--out", tmp_path / "x.safetensors")
+    ok("imitate", "--guide", tmp_path / "x.safetensors", *act, out, "--no-render")
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 5
+    videos = ("--video-path", made / "demo.mp4", "--video-path", made / "other.mp4", "--blend", "0.5,0.5")
+    ok("imitate", *videos, "--lam-model-path", made / "lam", *act, out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["guide"]["latent_actions"]) == (12, 12)
+    assert metrics["guide"]["provenance"] == [
+        f"blend 0.5 (extract {made / 'demo.mp4'}) + 0.5 (extract {made / 'other.mp4'})"
+    ]
+    assert Guide.load(out).provenance == tuple(metrics["guide"]["provenance"])
+    with av.open(str(out / "imitation.mp4")) as video:
+        frame = next(video.decode(video=0))
+    assert frame.width == 3 * frame.height  # demonstration, demonstration, rollout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("guide", "shout", "{a}"), "ACTION must be info, edit, blend or concat, got 'shout'"),
+        (("guide", "info"), "PATHS must be at least one guide"),
+        (("guide", "info", "{a}", "--out", "{out}"), "--out must be given for edit, blend and concat only"),
+        (("guide", "edit", "{a}", "--out", "{out}"), "edit needs one guide and --apply"),
+        (("guide", "edit", "{a}", "--apply", "flip=1", "--out", "{out}"), "unknown operation 'flip'"),
+        (("guide", "edit", "{a}", "--apply", "slice=3", "--out", "{out}"), "slice must look like slice=3:40"),
+        (("guide", "edit", "{a}", "--apply", "slice=0:99", "--out", "{out}"), "the 15 steps of the guide"),
+        (("guide", "edit", "{a}", "--apply", "replace=0:1,no", "--out", "{out}"), "no is missing"),
+        (("guide", "edit", "{a}", "--apply", "set-code=0:1,0", "--out", "{out}"), "needs a guide with codes"),
+        (
+            ("guide", "edit", "{a}", "--apply", "scale=1", "--out", "x.json"),
+            "must be a file *.safetensors or",
+        ),
+        (("guide", "info", "{a}", "--weights", "1"), "--weights must be given for blend only, got info"),
+        (("guide", "blend", "{a}", "--out", "{out}"), "blend needs at least two guides"),
+        (("guide", "blend", "{a}", "{b}", "--weights", "1,x", "--out", "{out}"), "must be numbers such as"),
+        (("guide", "blend", "{a}", "{b}", "--weights", "1", "--out", "{out}"), "got 1 for 2 guides"),
+        (("guide", "concat", "{a}", "{lam}", "--out", "{out}"), "is missing"),
+        (("imitate", "--guide", "{a}", "--blend", "1,1", "--output-dir", "{out}"), "--blend must be given"),
+    ],
+)
+def test_invalid_edits_are_one_sentence(made, guides, tmp_path, arguments, message):
+    places = {"a": guides[0], "b": guides[1], "lam": made / "lam", "out": tmp_path / "out"}
+    assert message in refused(*(argument.format(**places) for argument in arguments))
+    assert not (tmp_path / "out").exists()
+
+
 def checking(root, out, policy="guided"):
     given = ("--policy-path", root / policy, "--lam-model-path", root / "lam", "--output-dir", out)
     return ("check-guidance", *given, "--demos", "2", "--seed", "500005")
 
 
-def test_check_guidance_reports_an_untrained_policy(made, tmp_path):
-    done = ok(*checking(made, tmp_path / "out"))
+def shorten(monkeypatch, steps=20):
+    """Cut demonstrations to their first steps, which saves time."""
+    own = check_guidance._demonstrations
+
+    def cut(config):
+        for seed, demo in own(config):
+            yield (
+                seed,
+                replace(
+                    demo,
+                    pixels=demo.pixels[: steps + 1],
+                    agent=demo.agent[: steps + 1],
+                    block=demo.block[:steps],
+                    coverage=demo.coverage[:steps],
+                ),
+            )
+
+    monkeypatch.setattr(check_guidance, "_demonstrations", cut)
+
+
+def test_check_guidance_reports_an_untrained_policy(made, tmp_path, monkeypatch):
+    shorten(monkeypatch)
+    done = ok(*checking(made, tmp_path / "out"), "--operations")
     result = json.loads((tmp_path / "out/guidance.json").read_text())
     assert "The policy ignores its guide" in result["verdict"]
     assert done.stdout.splitlines()[-1] == result["verdict"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == [*result["conditions"]]
+    names = [*result["conditions"], *result["operations"]]
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == names
+    for name, found in result["operations"].items():
+        assert f"{name:11s} {'pass' if found['passes'] else 'fail'}  {found['verdict']}" in done.stdout
+        assert found["numbers"]["margin"]["mean"] == pytest.approx(
+            np.mean([row[name]["margin"] for row in result["edited"] if row[name]])
+        )
+    assert result["operations"]["interpolate"]["passes"]
+    assert result["operations"]["replace"]["numbers"]["before"]["mean"] == 0
+    assert result["operations"]["interpolate"]["verdict"] in (tmp_path / "out/guidance.html").read_text()
     assert [*result["conditions"]] == ["matching", "wrong", "none"]
     rows = result["rows"]
     assert rows[0]["seed"] == 500005

@@ -171,6 +171,12 @@ USES = {
         "*.safetensors",
         weight=6,
     ),
+    "guide blend": Use(
+        "guide",
+        lambda w, b, o: ("guide", "blend", b, w / "guide", "--weights", "1,2", "--out", o),
+        "*.safetensors",
+        weight=4,
+    ),
     "guide pickle": Use(
         "guide",
         lambda w, b, o: (

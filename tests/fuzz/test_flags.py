@@ -31,6 +31,7 @@ BASES = {
     "rollout": "--policy {w}/ground --env babyai/GoToLocal --out {o} --episodes 1 --max-steps 2 --record 0",
     "imitate": "--mode extract_only --video-path {w}/videos/a.mp4 --lam-model-path {w}/lam --output-dir {o} "
     "--lam-resolution 32",
+    "guide": "concat {w}/guide {w}/guide --out {o}",
     "check-guidance": "--policy-path {w}/guided --lam-model-path {w}/lam --output-dir {o} --demos 1",
     "inspect": "{w}/lam --data {w}/blocks.npz --out {o} --max-transitions 8",
     "demo": "--out {o} --episodes 5 --k 5",

@@ -13,6 +13,7 @@ NOT_RESUMABLE = {
     "check-data",
     "check-guidance",
     "doctor",
+    "guide",
     "imitate",
     "inspect",
     "preview-augment",
@@ -269,6 +270,19 @@ def _imitate(config: Any, result: Any) -> str:
     return "\n".join(lines if config.mode == "extract_only" else [*lines, headline(result)])
 
 
+@stage_command("guide", "GuideConfig", argument="action paths")
+def _guide(config: Any, result: Any) -> str:
+    """Describe guides, edit one, blend several or join them.
+
+    Examples: latentact guide info runs/a; latentact guide edit runs/a --apply slice=10:60 --apply scale=0.5
+    --out a.safetensors; latentact guide blend a.safetensors runs/b --weights 0.7,0.3 --out c.safetensors;
+    latentact guide concat a.safetensors runs/b --transition 10 --out d.safetensors
+    """
+    from latentact.stages.guide import summary
+
+    return "\n".join(line for guide in result["guides"] for line in summary(guide))
+
+
 @stage_command(
     "check-guidance",
     "CheckGuidanceConfig",
@@ -277,7 +291,8 @@ def _imitate(config: Any, result: Any) -> str:
 def _check_guidance(config: Any, result: Any) -> str:
     """Roll out a guided policy with the matching demonstration, with a wrong one and with none.
 
-    Example: latentact check-guidance --policy-path runs/guided --lam-model-path runs/lam --output-dir check
+    Example: latentact check-guidance --policy-path runs/guided --lam-model-path runs/lam --operations
+    --output-dir check
     """
     lines = []
     for condition, metrics in result["conditions"].items():
@@ -286,7 +301,11 @@ def _check_guidance(config: Any, result: Any) -> str:
             for name, value in metrics.items()
         ]
         lines.append(f"{condition:9s} {', '.join(numbers)}")
-    return "\n".join([*lines, result["verdict"]])
+    edits = [
+        f"{name:11s} {'pass' if found['passes'] else 'fail'}  {found['verdict']}"
+        for name, found in result.get("operations", {}).items()
+    ]
+    return "\n".join([*lines, *edits, result["verdict"]])
 
 
 hydra_command(

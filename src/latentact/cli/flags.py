@@ -25,8 +25,9 @@ SYNONYMS = {
     "dataset.root": ("dataset_root", "data", "path"),
     "policy.path": ("policy_path", "policy"),
     "output_dir": ("output_dir", "out"),
+    "latents_path": ("guide",),
 }
-"""LeRobot's flag name -> fields that it may set; a command uses the first that its stage has."""
+"""LeRobot's or an older flag name -> fields that it may set; a command uses the first that its stage has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,9 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
         key, equals, value = word.partition("=")
         if key == "data.mixture" or value.startswith("data.mixture="):
             raise UserError(MIXTURE)
-        name = key.removeprefix("--").replace("output-dir", "output_dir")
+        name = (
+            key.removeprefix("--").replace("output-dir", "output_dir").replace("latents-path", "latents_path")
+        )
         target = targets.get(name) if key.startswith("--") else None
         if target is None:
             dashed = key.replace("_", "-") if key.startswith("--") else key

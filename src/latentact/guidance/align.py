@@ -51,20 +51,12 @@ def sample_tokens(guide: Guide, position: np.ndarray, kind: str) -> Float32[np.n
         position: result of `align_to_rate`.
         kind: continuous, vectors or codes (as floats).
     """
-    if kind == "codes" or (kind == "vectors" and guide.spec.codebook_size is not None):
-        values = guide.codes if kind == "codes" else guide.vectors
-        if values is None:
-            raise UserError(
-                f"the policy needs codes, but the guide of {guide.spec.model} has none. Extract it with the "
-                "LAM that labeled the policy's data."
-            )
-        nearest = np.floor(position + 0.5).astype(int)
-        return values[nearest].reshape(len(position), -1).astype(np.float32)
-    values = (guide.continuous if kind == "continuous" else guide.vectors).reshape(len(guide), -1)
-    low = np.floor(position).astype(int)
-    part = (position - low)[:, None]
-    high = np.minimum(low + 1, len(guide) - 1)
-    return (values[low] * (1 - part) + values[high] * part).astype(np.float32)
+    if kind == "codes" and guide.codes is None:
+        raise UserError(
+            f"the policy needs codes, but the guide of {guide.spec.model} has none. Extract it with the "
+            "LAM that labeled the policy's data."
+        )
+    return getattr(guide.at(position), kind).reshape(len(position), -1).astype(np.float32)
 
 
 def latent_agreement(guide: Guide, achieved: Guide, position: np.ndarray) -> dict[str, Any]:

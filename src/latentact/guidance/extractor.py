@@ -73,7 +73,8 @@ class LatentActionExtractor:
         fps, info = self.video_fps(video_path, target_fps), _probe(Path(video_path))
         total = min(max_frames or sys.maxsize, round(info.frames * fps / info.fps))
         with Progress("extracting latent actions", total, "frames") as progress:
-            return self._encode(_counted(video_frames(video_path, fps, max_frames), progress), fps)
+            frames = _counted(video_frames(video_path, fps, max_frames), progress)
+            return self._encode(frames, fps, source=str(video_path))
 
     def extract_from_frames(
         self,
@@ -133,13 +134,20 @@ class LatentActionExtractor:
     def _resized(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
 
-    def _encode(self, frames: Iterable[np.ndarray], fps: float, states: np.ndarray | None = None) -> Guide:
-        """Encode a stream of frames in the same windows as labeling."""
+    def _encode(
+        self,
+        frames: Iterable[np.ndarray],
+        fps: float,
+        states: np.ndarray | None = None,
+        source: str = "frames",
+    ) -> Guide:
+        """Encode a stream of frames in the same windows as labeling, and its first frame as no change."""
         spec, context = self.model.spec, self.model.context
         gap = self.gap(fps)
         held: list[np.ndarray] = []  # frames from number `first` on
         first = done = total = 0
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+        still: tuple[np.ndarray, ...] = ()
         for frame in itertools.chain(self._resized(frames), (None,)):
             if frame is not None:
                 held.append(frame)
@@ -147,6 +155,9 @@ class LatentActionExtractor:
             ready = max(0, total - gap)
             if ready - done < BATCH and not (frame is None and ready > done):
                 continue
+            if not parts:
+                rest = None if states is None else states[:1].repeat(gap + 1, axis=0)
+                still = self._window(np.stack(held[:1] * (gap + 1)), np.zeros(1, int), 0, gap, rest)[:2]
             parts.append(self._window(np.stack(held), np.arange(done, ready), first, gap, states))
             done = ready
             held = held[max(0, done - context * gap) - first :]
@@ -157,6 +168,7 @@ class LatentActionExtractor:
                 "another --target-fps."
             )
         vectors, continuous, codes = zip(*parts, strict=True)
+        codebook = None if codes[0] is None else self.model.codebook()
         known = replace(spec, frame_gap=gap, frame_gap_s=gap / fps, fps=fps) if fps else spec
         return Guide(
             spec=known,
@@ -164,6 +176,9 @@ class LatentActionExtractor:
             vectors=np.concatenate(vectors),
             continuous=np.concatenate(continuous),
             codes=None if codes[0] is None else np.concatenate(codes),
+            codebook=None if codebook is None else codebook.float().numpy(force=True),
+            still=np.concatenate(still),
+            provenance=(f"extract {source}".encode(errors="backslashreplace").decode()[:1000],),
         )
 
     @torch.inference_mode()

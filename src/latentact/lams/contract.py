@@ -31,7 +31,7 @@ from latentact.io.tensors import (
     settings_of,
     weights_hash,
 )
-from latentact.quantizers.quantizer import Quantized
+from latentact.quantizers.quantizer import Quantized, Quantizer
 from latentact.registry import Registry
 from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
@@ -131,6 +131,14 @@ class LatentActionModel(nn.Module, ABC):
     @abstractmethod
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the training loss of a batch and scalar metrics without gradients."""
+
+    def codebook(self) -> Float[Tensor, "k m f"] | None:
+        """Return what each code of each token adds to the vectors; None without codes, or if unknown.
+
+        See `Quantizer.codebook`.
+        """
+        bottleneck = next((module for module in self.modules() if isinstance(module, Quantizer)), None)
+        return None if bottleneck is None else bottleneck.codebook()
 
     def _new_spec(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ
 
 from latentact.errors import UserError
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, per_token
 
 
 @QUANTIZERS.register("fsq")
@@ -61,3 +61,7 @@ class Fsq(Quantizer):
         return Quantized(
             vectors=vectors.flatten(1), continuous=x, codes=codes.long(), loss=vectors.new_zeros(())
         )
+
+    def _codebook(self) -> Tensor:
+        codes = torch.arange(self.codebook_size or 0, device=next(self.buffers()).device)
+        return per_token(self.fsq.indices_to_codes(codes), self.tokens)

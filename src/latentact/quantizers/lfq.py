@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import LFQ
 
 from latentact.errors import UserError
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size, per_token
 from latentact.quantizers.usage import usage
 
 
@@ -64,3 +64,7 @@ class Lfq(Quantizer):
         return Quantized(
             vectors=vectors.flatten(1), continuous=x, codes=codes.long(), loss=loss, metrics=usage(used)
         )
+
+    def _codebook(self) -> Tensor:
+        codes = torch.arange(self.codebook_size or 0, device=next(self.buffers()).device)
+        return per_token(self.lfq.indices_to_codes(codes), self.tokens)

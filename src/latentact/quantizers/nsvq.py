@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size, per_token
 from latentact.quantizers.usage import UsageGuard, across_ranks, agreed, usage
 from latentact.quantizers.vq import nearest
 
@@ -69,6 +69,9 @@ class Nsvq(Quantizer):
         """Substitute noise in training; take the nearest entries in evaluation."""
         with torch.autocast(x.device.type, enabled=False):
             return self._quantize(x.float())
+
+    def _codebook(self) -> Tensor:
+        return per_token(self.codebooks, self.tokens)
 
     def _quantize(self, x: Tensor) -> Quantized:
         flat = rearrange(x, "b (k d) -> (b k) d", k=self.tokens)

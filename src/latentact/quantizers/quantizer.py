@@ -14,6 +14,8 @@ from latentact.errors import UserError
 from latentact.registry import Registry
 
 Size = Annotated[int, Between(1, 1 << 20)]
+LARGEST = 1 << 22
+"""Maximum number of values of `Quantizer.codebook`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,28 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
         """Return latent actions for features."""
+
+    def codebook(self) -> Float[Tensor, "k m f"] | None:
+        """Return what each code of each token adds to a latent action; None without codes, or if very large.
+
+        The vectors of a latent action are the sum of the entries of its codes, flattened to f = k x d values.
+        """
+        if self.codebook_size is None or self.codebook_size * self.tokens**2 * self.token_dim > LARGEST:
+            return None
+        return self._codebook()
+
+    def _codebook(self) -> Float[Tensor, "k m f"] | None:
+        """Return the codebook of a bottleneck with codes; None if it is unknown."""
+        return None
+
+
+def per_token(entries: Float[Tensor, "m d"], tokens: int) -> Float[Tensor, "k m f"]:
+    """Return the codebook of k tokens that share entries, each with its own d of the f = k x d values."""
+    size, dim = entries.shape
+    found = entries.new_zeros(tokens, size, tokens, dim)
+    for token in range(tokens):
+        found[token, :, token] = entries
+    return found.flatten(2)
 
 
 QUANTIZERS: Registry[type[BottleneckConfig]] = Registry("bottleneck", "latentact.quantizers")

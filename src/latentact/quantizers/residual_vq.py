@@ -7,6 +7,7 @@ contract: no token corresponds to a single code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,3 +82,11 @@ class Residual(Quantizer):
             loss=losses.sum(),
             metrics=usage(used),
         )
+
+    def _codebook(self) -> Tensor:
+        entries: Any = self.vq.codebooks  # [q, m, d]
+        q, m, d = entries.shape
+        found = entries.new_zeros(self.positions, q, m, self.positions, d)
+        for position in range(self.positions):
+            found[position, :, :, position] = entries
+        return found.flatten(3).flatten(0, 1)

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size
+from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized, Quantizer, Size, per_token
 from latentact.quantizers.usage import UsageGuard, usage
 
 
@@ -61,6 +61,9 @@ class Vq(Quantizer):
         """Take the nearest entries, with a straight-through gradient."""
         with torch.autocast(x.device.type, enabled=False):
             return self._quantize(x.float())
+
+    def _codebook(self) -> Tensor:
+        return per_token(self.embedding.weight, self.tokens)
 
     def _quantize(self, x: Tensor) -> Quantized:
         flat, codebook = rearrange(x, "b (k d) -> (b k) d", k=self.tokens), self.embedding.weight

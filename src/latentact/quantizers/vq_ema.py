@@ -81,6 +81,14 @@ class VqEma(Quantizer):
         with torch.autocast(x.device.type, enabled=False):
             return self._quantize(x.float())
 
+    def _codebook(self) -> Tensor:
+        n, m, d = self.embedding.shape
+        found = self.embedding.new_zeros(n, self.positions, m, n, d, self.positions)
+        for i in range(n):
+            for j in range(self.positions):
+                found[i, j, :, i, :, j] = self.embedding[i]
+        return found.flatten(3).flatten(0, 1)
+
     def _quantize(self, x: Tensor) -> Quantized:
         split = "b (n d h) -> n (b h) d"
         vectors = rearrange(x, split, n=len(self.embedding), h=self.positions)

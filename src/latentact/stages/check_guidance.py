@@ -2,17 +2,19 @@
 
 From the start states of new expert demonstrations, the policy is rolled out with the demonstration's video as
 its guide, with another demonstration's, and without a guide. A policy that follows its guide stays near the
-demonstration only in the first case.
+demonstration only in the first case. With `operations`, guides are edited, and the rollouts must do what each
+edit says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 
 from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
@@ -23,10 +25,12 @@ from latentact.envs.episode import Actor, EpisodeEnd, ExpertActor, run_episodes,
 from latentact.envs.spec import ENVS, EnvSpec, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.evaluation.policy.guidance import CONDITIONS, EpisodeTrace, compare_traces, summarize
+from latentact.evaluation.policy.guide_operations import Rollouts, evaluate, measure
 from latentact.guidance.extractor import LatentActionExtractor
 from latentact.guidance.inference import Guide, LatentGuidedInference
 from latentact.io.atomic import write_json
 from latentact.progress import Progress
+from latentact.reporting.pages.guidance import write_page
 
 MAX_STEPS = 1000
 """Steps after which an expert's attempt fails."""
@@ -41,13 +45,15 @@ class CheckGuidanceConfig:
     lam: str
     """Folder or hub id of the LAM that extracts the guides from the demonstrations."""
     out: str
-    """Output folder for `guidance.json`."""
+    """Output folder for `guidance.json`, and with --operations for `guidance.html`."""
     env: Annotated[str, OneOf(ENVS)] = "pusht"
     """Environment with an expert and a state whose first two dimensions are the agent's position."""
     demos: Count = 30
     """Number of demonstrations."""
     seed: Seed = 500_000
     """Reset seed of the first demonstration; training data starts at 0 by default."""
+    operations: bool = False
+    """Whether rollouts of edited guides are checked as well: blend, interpolate, concat, replace, scale."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
@@ -93,11 +99,58 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
                 row[condition] = compare_traces(demo, _trace(env, spec, seed, actor, steps)[0])
             rows.append(row)
             progress.advance(1)
-    env.close()
     result = {"config": asdict(config), **summarize(rows), "rows": rows}
+    if config.operations:
+        edited = [measure(rollouts) for rollouts in _edited(env, spec, agent, demos, guides)]
+        result |= {"operations": evaluate(edited), "edited": edited}
+    env.close()
     Path(config.out).mkdir(parents=True, exist_ok=True)
     write_json(Path(config.out) / "guidance.json", result)
+    if config.operations:
+        write_page(Path(config.out) / "guidance.html", result)
     return result
+
+
+def _edited(
+    env: Any, spec: EnvSpec, agent: Agent, demos: Sequence[tuple[int, EpisodeTrace]], guides: Sequence[Guide]
+) -> Iterator[Rollouts]:
+    """Yield the rollouts of edited guides of each demonstration and the next, from the start of the first."""
+    latent = agent.spec.latent
+    assert latent is not None
+    horizon, transition = max(latent.offsets) + latent.stride - 1, max(1, round(spec.fps))
+    with Progress("following edited guides", len(demos), "demonstrations") as progress:
+        for number, (seed, _) in enumerate(demos):
+            following = (number + 1) % len(guides)
+            a, b = guides[number], guides[following]
+            half, first = max(1, len(a) // 2), len(a) // 3
+            segment = range(first, first + max(1, min(len(a) // 6, len(b) // 2)))
+            middle = len(b) // 3
+            edits = {
+                "a": a,
+                "b": b,
+                "blend": Guide.blend([a, b], [0.5, 0.5]),
+                "start": a.interpolate(b, 0.0),
+                "end": a.interpolate(b, 1.0),
+                "concat": a.slice(0, half).concat(b, transition),
+                "replace": a.replace(segment, b.slice(middle, middle + len(segment))),
+                "scale": a.scale(0.0),
+            }
+            yield Rollouts(
+                paths={name: _path(env, spec, seed, agent, guide) for name, guide in edits.items()},
+                second=demos[following][1].agent,
+                first_end=half,
+                second_start=half + transition,
+                segment=segment,
+                horizon=horizon,
+            )
+            progress.advance(1)
+
+
+def _path(env: Any, spec: EnvSpec, seed: int, agent: Agent, guide: Guide) -> np.ndarray:
+    """Return the agent's path while it follows a guide to its end; a policy's noise depends on the seed."""
+    torch.manual_seed(seed)
+    inference = LatentGuidedInference(agent, guide, fps=float(spec.fps))
+    return _trace(env, spec, seed, inference, len(inference))[0].agent
 
 
 def _check_one_step(
@@ -111,6 +164,9 @@ def _check_one_step(
         cameras=agent.spec.cameras,
         state_size=agent.spec.state_size,
     )
+    lam = extractor.model
+    if config.operations and lam.spec.codebook_size is not None and lam.codebook() is None:
+        raise UserError(f"--operations needs the codebook of {lam.spec.model}, got none. Leave it out.")
     env = make_env(config.env)
     observation, info = env.reset(seed=config.seed)
     make_expert(config.env, env, config.seed)

@@ -25,6 +25,7 @@ from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
 from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
 from latentact.errors import UserError, require_one_of
 from latentact.guidance.align import TIME_BASES, latent_agreement
+from latentact.guidance.edits import blend
 from latentact.guidance.extractor import LatentActionExtractor, video_frames
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import LatentGuidedInference
@@ -51,10 +52,12 @@ class ImitateConfig:
 
     output_dir: str
     """Output folder; an older result is replaced."""
-    video_path: str = ""
-    """The demonstration."""
-    latents_path: str = ""
-    """Guide of an earlier run, instead of the video."""
+    video_path: tuple[str, ...] = ()
+    """The demonstration; several are blended by --blend."""
+    guide: str = ""
+    """Guide of an earlier run or of `guide`, instead of the video."""
+    blend: str = ""
+    """Weights of several videos, for example 0.5,0.5."""
     policy_path: str = ""
     """Folder or hub id of a policy that is conditioned on latent actions."""
     lam_model_path: str = ""
@@ -92,8 +95,15 @@ class ImitateConfig:
     def __post_init__(self) -> None:
         """Validate the configuration."""
         require_one_of("--mode", self.mode, MODES)
-        if bool(self.video_path) == bool(self.latents_path):
-            raise UserError("give either --video-path of the demonstration or --latents-path of its guide.")
+        if isinstance(self.video_path, str):
+            object.__setattr__(self, "video_path", (self.video_path,) if self.video_path else ())
+        if bool(self.video_path) == bool(self.guide):
+            raise UserError("give either --video-path of the demonstration or --guide with its guide.")
+        if (len(self.video_path) > 1) != bool(self.blend):
+            raise UserError(
+                f"--blend must be given for several videos only, got {self.blend or 'none'} for "
+                f"{len(self.video_path)}. Give one weight per --video-path."
+            )
         if self.video_path and not self.lam_model_path:
             raise UserError("--lam-model-path must be given, got none. Give the LAM that extracts the guide.")
         if self.mode != "extract_only" and not self.policy_path:
@@ -122,7 +132,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     extractor = None
     if config.lam_model_path:
         extractor = LatentActionExtractor(config.lam_model_path, config.lam_resolution, config.device)
-    guide = _guide(config, extractor)
+    guide, lengths = _guide(config, extractor)
     if config.mode == "extract_only":
         out.mkdir(parents=True, exist_ok=True)
         guide.save(out)
@@ -138,7 +148,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
         raise result.error
     if extractor is not None and len(result.frames) and not extractor.model.state_size:
         metrics["agreement"] = _agreement(guide, extractor, result)
-    frames = _compose(config, guide, result) if config.render and len(result.frames) else None
+    frames = _compose(config, guide, lengths, result) if config.render and len(result.frames) else None
     if frames is not None and config.save_video:
         write_video(out / VIDEO, frames, result.fps)
     write_json(out / METRICS, metrics)
@@ -150,29 +160,26 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _guide(config: ImitateConfig, extractor: LatentActionExtractor | None) -> Guide:
+def _guide(config: ImitateConfig, extractor: LatentActionExtractor | None) -> tuple[Guide, tuple[int, ...]]:
+    """Return the guide, and the number of latent actions of each video."""
     if config.video_path:
         assert extractor is not None
-        return extractor.extract(config.video_path, config.target_fps, config.max_frames)
-    guide = Guide.load(config.latents_path)
+        guides = [extractor.extract(path, config.target_fps, config.max_frames) for path in config.video_path]
+        guide = blend(guides, config.blend, "--blend") if config.blend else guides[0]
+        return guide, tuple(map(len, guides))
+    guide = Guide.load(config.guide)
     if extractor is not None and extractor.model.spec.weights != guide.spec.weights:
         raise UserError(
-            f"{config.latents_path} must come from the LAM {config.lam_model_path}, got other weights. "
+            f"{config.guide} must come from the LAM {config.lam_model_path}, got other weights. "
             "Give the LAM that extracted it, or extract it again."
         )
-    return guide
+    return guide, ()
 
 
 def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
     return {
         "config": asdict(config),
-        "guide": {
-            "source": config.video_path or config.latents_path,
-            "latent_actions": len(guide),
-            "fps": guide.fps,
-            "seconds": len(guide) / guide.fps if guide.fps else None,
-            "spec": asdict(guide.spec),
-        },
+        "guide": {"source": ", ".join(config.video_path) or config.guide, **guide.about()},
     }
 
 
@@ -369,22 +376,30 @@ def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -
     return latent_agreement(guide, achieved, result.position)
 
 
-def _compose(config: ImitateConfig, guide: Guide, result: Result) -> UInt8[np.ndarray, "t h w 3"]:
-    """Return demonstration | rollout side by side; without a demonstration video, the rollout alone."""
+def _compose(
+    config: ImitateConfig, guide: Guide, lengths: tuple[int, ...], result: Result
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """Return demonstrations | rollout side by side; without a demonstration video, the rollout alone."""
     frames = result.frames.frames
     if not config.video_path:
         return frames
+    shown = [
+        _demonstration(config, path, guide.fps, result.position * (length / len(guide)))
+        for path, length in zip(config.video_path, lengths, strict=True)
+    ]
     both = FrameSpool()
-    for ours, theirs in zip(frames, _demonstration(config, guide, result), strict=False):
-        both.append(np.concatenate([_fitted(theirs, ours.shape[0]), ours], axis=1))
+    for ours, *theirs in zip(frames, *shown, strict=False):
+        both.append(np.concatenate([*(_fitted(each, ours.shape[0]) for each in theirs), ours], axis=1))
     return both.frames
 
 
-def _demonstration(config: ImitateConfig, guide: Guide, result: Result) -> Iterator[np.ndarray]:
-    """Yield the demonstration's frame at each control step, then repeat the next one forever."""
-    frames = enumerate(video_frames(config.video_path, guide.fps, config.max_frames))
+def _demonstration(
+    config: ImitateConfig, path: str, fps: float, positions: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield a demonstration's frame at each control step, then repeat the next one forever."""
+    frames = enumerate(video_frames(path, fps, config.max_frames))
     number, frame = next(frames)
-    for position in result.position:
+    for position in positions:
         while number < int(position):
             number, frame = next(frames)
         yield frame

@@ -111,6 +111,11 @@ class Idm(LatentActionModel):
         codes = vectors.argmax(-1) if self.space.discrete else None
         return LatentActions(vectors=vectors, continuous=vectors, codes=codes, valid=transition_valid)
 
+    def codebook(self) -> Float[Tensor, "k m f"] | None:
+        """Return one unit vector per class; None for continuous actions."""
+        size = self.spec.codebook_size
+        return None if size is None else torch.eye(size)[None]
+
     def predict(
         self, frames: UInt8[Tensor, "b t c h w"], vectors: Float[Tensor, "b k d"]
     ) -> UInt8[Tensor, "b c h2 w2"]:
