@@ -123,6 +123,7 @@ def load_vlm(name: str, resolution: int) -> tuple[nn.Module, Any]:
         UserError: the model cannot be read, or is not an image-text-to-text model.
     """
     _require_transformers()
+    vlm: Any
     if name == TINY:
         vlm, processor = tiny()
     else:
