@@ -10,10 +10,10 @@ export PYTHONDONTWRITEBYTECODE =
 demo: .venv/demo
 	$(BIN)/latentact demo
 
-# Three processes of one thread each, because some tests wait for other processes.
+# Two processes of one thread each: tests are many small steps.
 test test-slurm check: export OMP_NUM_THREADS = 1
 test: static slurm
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
 test-slurm: .venv/ready
@@ -27,7 +27,7 @@ slurm:
 	  || echo "SLURM cannot be installed; its tests are skipped."; fi
 
 check: static
-	$(BIN)/pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 static: .venv/ready
 	$(BIN)/ruff format --check .

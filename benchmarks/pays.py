@@ -4,8 +4,9 @@ Run: python benchmarks/pays.py --out runs/pays      (re-run an interrupted comma
 
 Every cell is one environment, with or without distractors that move with the actions; each is one run of
 `latentact compare` with equal numbers of updates per row, for every k and seed. The page answers for every k
-whether the best latent row is ahead of the best row without latent actions, and says first where it is not.
-`--quick` has one k, one seed, fewer updates and episodes, and the cells with cheap environments.
+whether the best latent row is ahead of the best row without latent actions, both by their success in the
+evaluation, and first lists the cells where it is not. `--quick` uses one k, one seed, fewer updates and
+episodes, and the cells with cheap environments.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ def relation(latent: Result, plain: Result) -> str:
         return "ahead"
     if latent.interval[1] < plain.interval[0]:
         return "behind"
+    if latent.score == plain.score:
+        return "equal"
     return "ahead, intervals overlap" if latent.score > plain.score else "behind, intervals overlap"
 
 
@@ -125,11 +128,16 @@ def write(out: Path, results: dict[str, list[Result]]) -> None:
             for cell, (latent, _) in pairs.items()
             if (oracle := next((r for r in results[cell] if r.method == "oracle"), None)) and oracle.score > 0
         ]
-        verdicts.append(
-            f"With k = {k}, latent actions do not clearly pay on {', '.join(losing) or 'no cell'}; they are "
-            f"ahead with intervals apart in {apart} of {len(found)} cells; the best latent row reaches "
-            f"{sum(shares) / max(len(shares), 1):.2f} of the oracle on average."
-        )
+        if losing:
+            first = f"With k = {k}, latent actions do not clearly pay on {', '.join(losing)}"
+        else:
+            first = f"With k = {k}, latent actions are clearly ahead in every cell"
+        verdict = f"{first}; they are ahead with intervals apart in {apart} of {len(found)} cells"
+        if shares:
+            verdict += (
+                f"; the best latent row reaches {sum(shares) / len(shares):.2f} of the oracle on average"
+            )
+        verdicts += [f"{verdict}.", ""]
         lines += [f"## k = {k}", "", "| method | " + " | ".join(results) + " |"]
         lines += ["| --- |" + " --- |" * len(results)]
         for method, label in METHODS.items():
@@ -140,7 +148,7 @@ def write(out: Path, results: dict[str, list[Result]]) -> None:
             if any(cells.values()):
                 lines += [f"| {label} | " + " | ".join(_cell(r) for r in cells.values()) + " |"]
         lines += ["| best latent row | " + " | ".join(found.get(cell, "") for cell in results) + " |", ""]
-    text = "\n".join(["# Do latent actions pay?", "", *verdicts, "", *lines])
+    text = "\n".join(["# Do latent actions pay?", "", *verdicts, *lines])
     with atomic_write(out / "does_it_pay.md") as partial:
         partial.write_text(text + "\n")
 

@@ -251,3 +251,7 @@ def test_long_provenance_is_shortened():
         guide = latentact.Guide.blend([guide, guide], [1.0, 1.0])
     assert len(guide.provenance) == 1
     assert len(guide.provenance[0]) == 1000
+
+
+def test_rates_that_agree_elsewhere_agree_here():
+    assert len(A.concat(replace(B, fps=9.99))) == len(A) + len(B)

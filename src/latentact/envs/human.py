@@ -58,7 +58,7 @@ HELP = {
 
 @runtime_checkable
 class Device(Protocol):
-    """What a person sees and presses."""
+    """Display and input device."""
 
     step_by_step: bool
     """Whether keys are never held, so that the environment waits for each."""
@@ -301,7 +301,7 @@ class Window:
         pygame.display.flip()
 
     def poll(self) -> list[str]:
-        """Return the keys that were pressed; closing the window is escape."""
+        """Return the keys that were pressed; closing the window counts as escape."""
         pygame, pressed = self._pygame, []
         for event in pygame.event.get():
             if event.type == pygame.QUIT:

@@ -16,7 +16,8 @@ def align(
 ) -> tuple[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]]:
     """Return the matched steps of both, from (0, 0) to (n - 1, m - 1), each 0 or 1 after the previous.
 
-    The sum of squared distances of matched steps is the smallest; among equal ones both move on.
+    The sum of squared distances of matched steps is the smallest; ties are broken in favor of advancing both
+    sequences.
 
     Raises:
         UserError: the sequences are too long.

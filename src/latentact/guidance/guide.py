@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from pydantic import Field
 
 from latentact.data.latents import LatentSequence, check_arrays, read_arrays, write_arrays
+from latentact.data.time_base import gaps_agree, rates_agree
 from latentact.errors import UserError
 from latentact.guidance.dtw import align
 from latentact.io.records import Record, parse_record
@@ -379,8 +381,9 @@ class Guide(LatentSequence):
         """Raise a UserError unless another guide comes from the same LAM, frame gap, rate and camera."""
         fields = ("weights", *(each.name for each in dataclasses.fields(self.spec)))
         pairs = [(name, getattr(self.spec, name), getattr(other.spec, name)) for name in fields]
+        agree = {"rate": rates_agree, "fps": rates_agree, "frame_gap_s": gaps_agree}
         for name, a, b in (*pairs, ("rate", self.fps, other.fps)):
-            if a != b:
+            if not agree.get(name, operator.eq)(a, b):
                 raise UserError(
                     f"guides must be of one LAM, frame gap, rate and camera, got {name} {a!r} and {b!r}. "
                     "Extract both with the same LAM and --target-fps."

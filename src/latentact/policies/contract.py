@@ -189,7 +189,7 @@ class Policy(nn.Module, ABC):
 
     @property
     def uses_frames(self) -> bool:
-        """Whether the network looks at frames; all do but those whose settings have `uses_frames`, false."""
+        """Whether the network uses frames; all do but those whose settings have `uses_frames`, false."""
         return getattr(self.config.network, "uses_frames", True)
 
     def add_decoder(self, config: DecoderConfig) -> None:

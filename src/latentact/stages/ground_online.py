@@ -2,9 +2,9 @@
 
 The latent policy is frozen, and its decoder learns from the environment's reward with PPO;
 `online.finetune_steps` then trains both. With `online.lam`, the decoder first learns from pairs of random
-actions and the latent actions of what they did, which cost no labels. PPO of the same network from random
-weights, on as many steps, is always beside it. Departure from LAPO: pairs come first, not all the time, and
-fine-tuning takes the place of a second head.
+actions and the latent actions of the resulting transitions, which need no labels. A policy of the same
+network, trained from scratch by PPO for as many steps, is always the baseline. Unlike LAPO, the pairs are
+used only before PPO, and fine-tuning replaces the second head.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from latentact.config import Between, Count, Limit, OneOf, Seed
+from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.data.samples import LabeledRows
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
-from latentact.errors import UserError, missing_extra, require_between, require_one_of
+from latentact.errors import UserError, missing_extra, require_one_of
 from latentact.evaluation.policy.rollout import rollout as roll_out
 from latentact.evaluation.policy.rollout import save_rollout
 from latentact.io.atomic import read_object
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 
 CRITIC = "critic.safetensors"
 SMALL = 0.01
-"""Factor of the weights of the layer that outputs actions, so that PPO starts by drawing them evenly."""
+"""Factor of the weights of the layer that outputs actions, so that PPO starts with a nearly uniform action
+distribution."""
 ROWS = {
     "paired": "the decoder on random play",
     "decoder": "the decoder",
@@ -64,7 +65,8 @@ class OnlineConfig:
     max_steps: Limit = 0
     """Steps after which an episode ends; 0: the environment's own limit."""
     lam: str = ""
-    """Folder of the LAM: the decoder first learns from random actions and their latent actions; empty: no."""
+    """Folder of the LAM: the decoder first learns from random actions and their latent actions; empty: skip
+    this step."""
     play_steps: Count = 10_000
     """lam: environment steps of random actions."""
     steps: Count = 50_000
@@ -76,7 +78,7 @@ class OnlineConfig:
     finetune_lr: Annotated[float, Between(0, 1)] = 1e-3
     """Learning rate of those steps, and of PPO from scratch."""
     envs: Annotated[int, Between(1, 256)] = 16
-    """Environments in which the policy acts side by side."""
+    """Number of parallel environments."""
     rollout_steps: Annotated[int, Between(2, 10**6)] = 32
     """Steps per environment between updates."""
     batch_size: Annotated[int, Between(2, 10**6)] = 256
@@ -101,13 +103,7 @@ class OnlineConfig:
         require_one_of("online.view", self.view, VIEWS)
         require_one_of("online.action_selection", self.action_selection, SELECTIONS)
         check_ranges(episodes=self.episodes, seed=self.eval_seed, max_steps=self.max_steps)
-        for name, low, high in (
-            *(("play_steps", 1, 10**9), ("steps", 1, 10**9)),
-            *(("finetune_steps", 0, 10**9), ("lr", 0, 1), ("finetune_lr", 0, 1)),
-            *(("envs", 1, 256), ("rollout_steps", 2, 10**6), ("batch_size", 2, 10**6), ("epochs", 1, 1000)),
-            *(("gamma", 0, 1), ("gae_lambda", 0, 1), ("entropy", 0, 100)),
-        ):
-            require_between(f"online.{name}", getattr(self, name), low, high)
+        check_bounds(self, "online.")
 
 
 def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
@@ -187,7 +183,7 @@ def ground_online(
         policy: latent policy with a new decoder.
         lam: its LAM, or None.
         fit: trains a decoder on pairs, with checkpoints in a folder.
-        seed: of everything that is drawn.
+        seed: random seed.
         out: run folder.
     """
     from latentact.training.ppo import ObservedEnv, from_scratch, train_ppo
@@ -211,7 +207,7 @@ def ground_online(
     if lam is not None:
         folders["paired"] = out / "paired"
         if not (folders["paired"] / "config.json").exists():
-            env = observed(policy, config.play_steps)
+            env = observed(policy, config.envs)  # a number that no environment of PPO has
             fit(policy.decoder, random_play(env, policy, lam, config.play_steps, seed), out)
             policy.cpu().save_pretrained(folders["paired"])
         policy = Policy.from_pretrained(folders["paired"])
@@ -253,7 +249,7 @@ def ground_online(
 
 
 def _verdict(rows: dict[str, dict[str, Any]], steps: int) -> str:
-    """Return how the policy does beside PPO from scratch, and all rows, in plain words."""
+    """Return a comparison with PPO from scratch and the scores of all rows."""
     own, scratch = (score([row]) for row in (rows.get("finetuned", rows["decoder"]), rows["scratch"]))
     compared = "no better and no worse than"
     if own.above(scratch) or scratch.above(own):
@@ -322,7 +318,7 @@ def _bounds(config: OnlineConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spread(config: OnlineConfig, scale: Any) -> None:
-    """Let -1 and 1 be the bounds of a continuous action.
+    """Scale continuous actions so that their bounds map to -1 and 1.
 
     Args:
         config: settings.

@@ -1,4 +1,4 @@
-"""Look at guides and edit them: `latentact guide info|edit|blend|concat PATH... --out FILE`."""
+"""Inspect and edit guides: `latentact guide info|edit|blend|concat PATH... --out FILE`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Train LeRobot's ACT or Diffusion Policy on the labeled episodes of a dataset: rows of `compare`.
 
-`lam_act` also gets the tokens of a latent action model, hidden in half of its samples, because a rollout has
-no demonstration to take them from.
+`lam_act` also gets the tokens of a latent action model, dropped in half of its samples, because a rollout has
+no guide.
 """
 
 from __future__ import annotations

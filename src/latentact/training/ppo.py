@@ -1,7 +1,7 @@
-"""PPO of stable-baselines3 for a policy of ours, with the environment's reward.
+"""Train a policy with stable-baselines3's PPO on the environment's reward.
 
 The network is the policy's own, so the result is saved as any policy is, and nothing is pickled. With a
-frozen latent policy only its decoder learns: what the policy makes of a frame is computed once, when acting.
+frozen latent policy only its decoder learns: the policy's features are computed once per environment step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLUMNS = ("step", "train/return", "train/success", "train/episodes")
 
 
 class ObservedEnv(gym.Wrapper):
-    """An environment of `make_env` as a policy sees it: its last frames, and state and task words.
+    """An environment of `make_env` with a policy's observations: recent frames, state and task words.
 
     Args:
         env: the environment.
@@ -99,7 +99,7 @@ class ObservedEnv(gym.Wrapper):
 
 
 class _Sight(nn.Module):
-    """What the actor and the critic get: the decoder's input or the scores of actions, and the features."""
+    """Inputs of the actor and the critic: the decoder's input or the scores of actions, and the features."""
 
     def __init__(self, policy: NetworkPolicy, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Sight(nn.Module):
 
 
 class _Frozen(VecEnvWrapper):
-    """Environments whose observations are what `_Sight` makes of them."""
+    """Environments that return policy features instead of raw observations."""
 
     def __init__(self, envs: DummyVecEnv, sight: _Sight) -> None:
         self._sight = sight
@@ -142,7 +142,7 @@ class _Frozen(VecEnvWrapper):
         return {"seen": np.concatenate(self._seen(self.venv.reset()), axis=1)}
 
     def step_wait(self) -> Any:
-        """Return what the environments do; a cut episode's last observation is seen, too."""
+        """Return the step results, with features also for the last observation of a cut episode."""
         observations, rewards, dones, infos = self.venv.step_wait()
         for info in infos:
             if last := info.get("terminal_observation"):
@@ -246,7 +246,7 @@ def train_ppo(
         steps: environment steps.
         lr: learning rate at the beginning; it falls to 0 linearly.
         frozen: whether only the decoder learns.
-        seed: of everything that is drawn.
+        seed: random seed.
         name: of the run, for progress.
         metrics: CSV file with return and success by step.
         critic: file of the weights of the critic to start with; None: random ones.

@@ -35,7 +35,7 @@ ACTIONS = (
 )
 """Nine moves and six keys, whose meaning is the game's."""
 MOVES = tuple(ACTIONS.index(name) for name in ("left", "down", "up", "right"))
-"""Those that a maze needs."""
+"""Moves that the maze planner uses."""
 LARGEST_LEVEL = 2**31 - 1
 GOAL = b""
 """In place of the state at the goal, where episodes end."""
@@ -103,7 +103,7 @@ class Procgen:
 
 
 class _MazePlanner(Expert):
-    """Walks through every place of a level once; then the shortest way to the goal from any frame is known.
+    """Explores every reachable state once, then plans shortest paths to the goal.
 
     A maze is deterministic; its state is the frame and where the mouse looks, which few pixels may hide.
     """

@@ -1,4 +1,4 @@
-"""Do edited guides do in an environment what the edit says? Measures of their rollouts, and verdicts.
+"""Measure whether rollouts follow edited guides. Measures of their rollouts, and verdicts.
 
 Paths are positions of the agent, `[t + 1, 2]` in the environment's units; row i is the state before action i.
 """
