@@ -24,7 +24,7 @@ from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.data.samples import LabeledRows
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
-from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
+from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env, make_expert
 from latentact.errors import UserError, missing_extra, require_one_of
 from latentact.evaluation.policy.rollout import rollout as roll_out
 from latentact.evaluation.policy.rollout import save_rollout
@@ -355,16 +355,21 @@ def _evaluate(config: OnlineConfig, policy: Path, out: Path) -> dict[str, Any]:
 def _expert(config: OnlineConfig, out: Path) -> dict[str, Any] | None:
     """Return the rollout of the environment's expert on the same seeds; None without one."""
     if not (out / "rollout.json").exists():
+        env = make_env(config.env, view=config.view)
+        env.reset(seed=config.eval_seed)
         try:
-            played = roll_out(
-                None,
-                config.env,
-                episodes=config.episodes,
-                seed=config.eval_seed,
-                view=config.view,
-                max_steps=config.max_steps,
-            )
-        except UserError:
+            make_expert(config.env, env, config.eval_seed)
+        except UserError:  # it has none; what fails later is an error
             return None
+        finally:
+            env.close()
+        played = roll_out(
+            None,
+            config.env,
+            episodes=config.episodes,
+            seed=config.eval_seed,
+            view=config.view,
+            max_steps=config.max_steps,
+        )
         save_rollout(played, out)
     return read_object(out / "rollout.json")

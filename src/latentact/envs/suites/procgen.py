@@ -9,7 +9,6 @@ those of openai/procgen and of LAPO's data. The expert of maze walks through a l
 from __future__ import annotations
 
 import collections
-import difflib
 import functools
 import importlib.util
 import re
@@ -49,10 +48,9 @@ class Procgen:
         """Raise a UserError if there is no such game, or envpool is not installed."""
         game, level = _parts(name)
         if game.removesuffix("-hard") not in GAMES:
-            near = difflib.get_close_matches(game, GAMES, n=3) or GAMES[:3]
             raise UserError(
-                f"unknown Procgen game {game!r}{did_you_mean(game, near)} Hard levels are such as "
-                "procgen/maze-hard."
+                f"unknown Procgen game {game!r}{did_you_mean(game, GAMES)} For hard levels, append -hard, as "
+                "in procgen/maze-hard."
             )
         if level and not (re.fullmatch(r"0|[1-9]\d{0,9}", level) and int(level) <= LARGEST_LEVEL):
             raise UserError(
