@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from latentact.agents.load import load_agent
     from latentact.agents.own import PolicyActor
     from latentact.data.cache import DataConfig, FrameStore, open_store
-    from latentact.data.format_checks import check_format
+    from latentact.data.conformance import check_format
     from latentact.envs.conformance import check_env
     from latentact.errors import UserError
     from latentact.guidance.extractor import LatentActionExtractor
     from latentact.guidance.guide import Guide
     from latentact.guidance.inference import LatentGuidedInference
     from latentact.labeling.stream import TokenStream, camera_deltas
-    from latentact.lams.checks import check_lam
+    from latentact.lams.conformance import check_lam
     from latentact.lams.contract import LatentActionModel, load_lam
     from latentact.nn.int8 import int8
-    from latentact.policies.check import check_policy
+    from latentact.policies.conformance import check_policy
     from latentact.policies.contract import Policy
     from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 
@@ -46,9 +46,9 @@ _WHERE = {
     "TokenStream": "labeling.stream",
     "UserError": "errors",
     "camera_deltas": "labeling.stream",
-    "check_format": "data.format_checks",
-    "check_lam": "lams.checks",
-    "check_policy": "policies.check",
+    "check_format": "data.conformance",
+    "check_lam": "lams.conformance",
+    "check_policy": "policies.conformance",
     "check_env": "envs.conformance",
     "int8": "nn.int8",
     "load_agent": "agents.load",

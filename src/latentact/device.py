@@ -26,6 +26,21 @@ def require_device(device: str) -> None:
         raise UserError(f"device must be {usable} on this machine, got {device!r}.")
 
 
+def select_device(device: str) -> str:
+    """Return a device that torch can use; `auto` is CUDA, else MPS, else the CPU, as in LeRobot.
+
+    Raises:
+        UserError: as in `require_device`.
+    """
+    import torch
+
+    if device == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    require_device(device)
+    return device
+
+
 def memory_bytes(device: str) -> int:
     """Return the memory size of a device (cpu or cuda) in bytes."""
     import torch

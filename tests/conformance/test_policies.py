@@ -13,7 +13,7 @@ from latentact.data.cache import FrameStore
 from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
-from latentact.policies.check import check_policy, random_batch
+from latentact.policies.conformance import check_policy, random_batch
 from latentact.policies.contract import POLICIES, Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.policies.guided import GuidedConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import cli, contents, fork, ok, refused
-from latentact.envs import human
+from latentact.envs import input_devices
 from latentact.envs.spec import make_env
 
 pygame = pytest.importorskip("pygame")
@@ -29,7 +29,7 @@ CODES = {
 
 def typed(keys):
     """Make the window see one more key at each look, as events; "[d" holds d and "]d" releases it."""
-    script, own = iter([*keys, *[""] * 99]), human.Window.poll
+    script, own = iter([*keys, *[""] * 99]), input_devices.Window.poll
 
     def poll(window):
         key = next(script)  # an exhausted script is an error, not a person who thinks
@@ -49,11 +49,11 @@ def typed(keys):
 @pytest.fixture(autouse=True)
 def _window(monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    monkeypatch.setattr(human.Window, "wait", lambda *_: None)
+    monkeypatch.setattr(input_devices.Window, "wait", lambda *_: None)
 
 
 def record(monkeypatch, keys, out, *settings, env=ENV):
-    monkeypatch.setattr(human.Window, "poll", typed(keys))
+    monkeypatch.setattr(input_devices.Window, "poll", typed(keys))
     return ok("record", env, "--out", out, *settings)
 
 
@@ -109,13 +109,13 @@ def test_escape_keeps_what_was_recorded(monkeypatch, tmp_path):
     record(monkeypatch, ["w", "enter", "d", "d", "escape"], tmp_path / "mine")
     (episode,) = rows(tmp_path / "mine")
     assert len(episode["action"]) == 2
-    monkeypatch.setattr(human.Window, "poll", typed(["w", "escape"]))
+    monkeypatch.setattr(input_devices.Window, "poll", typed(["w", "escape"]))
     assert "no episode was recorded" in refused("record", ENV, "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def _killed(keys, arguments):
-    human.Window.poll, human.Window.wait = typed(keys), lambda *_: None
+    input_devices.Window.poll, input_devices.Window.wait = typed(keys), lambda *_: None
     cli(*arguments)
 
 
@@ -131,7 +131,7 @@ def test_a_killed_recording_is_resumed(monkeypatch, tmp_path):
     assert len([*(tmp_path / "cut.partial").glob("*.npz")]) == 2
     record(monkeypatch, keys[7:], tmp_path / "cut", "--episodes", "4")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-    monkeypatch.setattr(human.Window, "poll", typed(["escape"]))
+    monkeypatch.setattr(input_devices.Window, "poll", typed(["escape"]))
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial/settings.json").write_text('{"env": "pusht"}')
     assert "unfinished recording with other settings" in refused("record", ENV, "--out", tmp_path / "other")
@@ -140,7 +140,7 @@ def test_a_killed_recording_is_resumed(monkeypatch, tmp_path):
 def test_held_keys_move_a_continuous_action(monkeypatch, tmp_path):
     """PushT takes positions on a screen of 512 pixels: a held key moves the target by 5 % of them a step."""
     moments = itertools.count()
-    monkeypatch.setattr(human.time, "monotonic", lambda: next(moments) * 0.1)  # one step a look
+    monkeypatch.setattr(input_devices.time, "monotonic", lambda: next(moments) * 0.1)  # one step a look
     keys = ["[d", "", "", "]d", "[w", "]w", "", "p", "", "", "p", "+", "", "right"]
     record(monkeypatch, keys, tmp_path / "mine", "--no-only-successes", "--episodes", "1", env="pusht")
     (episode,) = rows(tmp_path / "mine")

@@ -153,7 +153,7 @@ def test_recorded_and_learned_from_without_loss(suite, tmp_path):
 
 def test_grids_of_the_policy_are_checked():
     from latentact.policies.bc import BcConfig
-    from latentact.policies.check import check_policy
+    from latentact.policies.conformance import check_policy
     from latentact.policies.network import NetworkConfig
     from latentact.policies.spec import PolicySpec, Target
     from latentact.types import ActionSpace

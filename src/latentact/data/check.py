@@ -30,7 +30,7 @@ from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.lerobot.metadata import cameras, read_info
 from latentact.data.lerobot.openable import problems, total_problems
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
-from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem
+from latentact.data.time_base import LEROBOT_TOLERANCE_S, clock_problem, is_integer_rate
 from latentact.errors import UserError
 from latentact.io.records import parse_json, read_text
 from latentact.progress import Progress
@@ -39,8 +39,6 @@ SIZE = 96
 """Height and width in pixels at which frames are compared."""
 STILL_S = 1.0
 """Seconds without a change that count as a still span."""
-WHOLE_RATE = 1e-3
-"""Maximum distance of the frame rate from an integer, which LeRobot datasets require."""
 _STILL_LEVELS = 0.5
 _SHOWN = 8
 
@@ -250,11 +248,7 @@ def _check_conversion(check: DataCheck, source: Source, version: str) -> None:
     if not isinstance(source, (LeRobotSource, VideoFolderSource)):
         check.warnings.append(f"{check.kind} cannot become a LeRobot dataset{refused} them")
         return
-    if (
-        not version.startswith("v3")
-        and not source.uneven
-        and abs(source.fps - round(source.fps)) > WHOLE_RATE
-    ):
+    if not version.startswith("v3") and not source.uneven and not is_integer_rate(source.fps):
         check.warnings.append(f"{source.fps:g} frames per second is not an integer{refused} it")
     if not isinstance(source, VideoFolderSource):
         return

@@ -18,6 +18,7 @@ from latentact.data.lerobot.convert import VIDEO_KEY, EpisodeData, write_episode
 from latentact.data.lerobot.metadata import BOOKKEEPING, Feature, read_episode_table
 from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.stream import FrameStream
+from latentact.data.time_base import is_integer_rate
 from latentact.errors import UserError
 
 
@@ -131,7 +132,7 @@ def _collect(
         features = {VIDEO_KEY: {"dtype": "video", "shape": (0, 0, 3), "names": None}}
     else:
         raise UserError(f"{stream.path} must be a LeRobot dataset or a folder of videos; {remedy}.")
-    if abs(fps - round(fps)) > 1e-3:
+    if not is_integer_rate(fps):
         raise UserError(
             f"{stream.path} must have an integer number of frames per second, as LeRobot datasets do, got "
             f"{fps:g}; {remedy}."

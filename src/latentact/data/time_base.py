@@ -29,6 +29,8 @@ GAP_TOLERANCE = 0.25
 """Relative difference up to which two time gaps agree."""
 RATE_TOLERANCE = 0.01
 """Relative difference up to which two frame rates agree."""
+INTEGER_RATE_TOLERANCE = 1e-3
+"""Maximum distance of a frame rate from an integer, which conversion to LeRobot v3.0 requires."""
 _JITTER = 0.25
 """Maximum difference between the times of a row and of its frame, in frames."""
 _UNEVEN = 0.1
@@ -43,6 +45,11 @@ def gaps_agree(seconds: float, reference: float) -> bool:
 def rates_agree(fps: float, reference: float) -> bool:
     """Return whether a rate is within `RATE_TOLERANCE` of a reference."""
     return bool(abs(fps - reference) <= RATE_TOLERANCE * reference)
+
+
+def is_integer_rate(fps: float) -> bool:
+    """Return whether a rate is within `INTEGER_RATE_TOLERANCE` of an integer."""
+    return abs(fps - round(fps)) <= INTEGER_RATE_TOLERANCE
 
 
 def require_gap(seconds: float) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from latentact.data.decode.resize import resize
 from latentact.data.decode.video import VideoInfo, decode, probe
 from latentact.data.format import Unreadable
-from latentact.data.time_base import at_times, lam_frame_gap
-from latentact.device import require_device
+from latentact.data.time_base import at_times, lam_frame_gap, rates_agree
+from latentact.device import select_device
 from latentact.errors import UserError
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import BATCH
@@ -32,14 +32,13 @@ class LatentActionExtractor:
         lam_model_path: folder, file or hub id of the LAM.
         lam_resolution: height and width to which frames are resized before the LAM, which then resizes them
             to its own resolution; 0: unchanged.
-        device: cpu, cuda or mps.
+        device: cpu, cuda or mps; None: the fastest available.
     """
 
     def __init__(
         self, lam_model_path: str | Path, lam_resolution: int = 224, device: str | None = None
     ) -> None:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        require_device(device)
+        device = select_device(device or "auto")
         if lam_resolution < 0:
             raise UserError(f"lam_resolution must be at least 0, got {lam_resolution}. Give pixels, or 0.")
         self.model = load_lam(lam_model_path, device)
@@ -117,7 +116,7 @@ class LatentActionExtractor:
                 f"{fps:g}. Give another video or --target-fps."
             )
         self.gap(fps)
-        if fps > 1.1 * info.fps:
+        if fps > info.fps and not rates_agree(fps, info.fps):
             raise UserError(
                 f"{video_path} must have at least {fps:g} frames per second, got {info.fps:g}. Record the "
                 f"demonstration at that rate, or give --target-fps {info.fps:g}."

@@ -20,7 +20,8 @@ from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, 
 from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_step_limit
 from latentact.envs.episode import Recorded, run_episodes
-from latentact.envs.human import Device, Human, Outcome, Terminal, Window, describe_keys
+from latentact.envs.human import Human, Outcome, describe_keys
+from latentact.envs.input_devices import Device, Terminal, Window
 from latentact.envs.spec import VIEWS, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, require_one_of
 from latentact.io.staging import locked_staging

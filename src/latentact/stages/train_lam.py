@@ -19,6 +19,7 @@ from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.time_base import frames_in_gap
 from latentact.data.windows import Clips
+from latentact.device import select_device
 from latentact.errors import UserError, require_between
 from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
@@ -82,8 +83,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
-    cuda = config.training.device in ("auto", "cuda") and torch.cuda.is_available()
-    lam, features = with_features(config.lam, store, "cuda" if cuda else "cpu")
+    lam, features = with_features(config.lam, store, select_device(config.training.device))
     torch.manual_seed(config.training.seed)
     model = _or_refuse(lambda: _built(lam, store.action_space, config.training.device), lam.kind)
     model.spec = replace(

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from latentact.data.cache import FrameStore
 from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.writer import require_lerobot
+from latentact.device import select_device
 from latentact.errors import UserError
 from latentact.io.atomic import write_json
 from latentact.training.lerobot import (
@@ -95,10 +95,9 @@ def run(config: TrainLerobotConfig) -> Path:
         return out
     if config.policy.startswith("lam_"):
         require_plugin()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = lerobot_settings(replace(config, device=device), root, None, [*config.episodes])
+    train = lerobot_settings(
+        replace(config, device=select_device(config.device)), root, None, [*config.episodes]
+    )
     seed_everything(config.seed)
     trainee = LeRobotTrainee(train, open_dataset(train, None), None, config.steps)
     with run_folder(out, config):
