@@ -10,10 +10,10 @@ export PYTHONDONTWRITEBYTECODE =
 demo: .venv/demo
 	$(BIN)/latentact demo
 
-# Two processes of one thread each: tests are many small steps.
+# Three processes of one thread each, since some tests wait: they are many small steps.
 test test-slurm check: export OMP_NUM_THREADS = 1
 test: static slurm
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
 test-slurm: .venv/ready
