@@ -1,4 +1,5 @@
 import logging
+import tracemalloc
 from dataclasses import replace
 
 import av
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.latents import read_labels
+from latentact.data.latents import read_arrays, read_labels, write_arrays
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
+from latentact.io.arrays import load_npy
+from latentact.io.tensors import require_array
 from latentact.labeling import precision
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.labeling.units import Shard, units_of
@@ -334,3 +337,18 @@ def test_progress_off_a_terminal_says_rate_and_time_left(caplog, monkeypatch):
         "running: 1550 steps (50 steps/s)",
     ]
     assert duration(7500.0) == "2 h 5 min"
+
+
+def test_large_files_are_written_and_read_without_a_copy_in_memory(tmp_path):
+    file, shape = tmp_path / "vectors.npy", (8 << 20, 1, 1)  # 32 MiB
+    np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape).flush()
+    tracemalloc.start()
+    write_arrays(tmp_path / "labels.safetensors", {"vectors": load_npy(file, "")}, None)
+    arrays, _ = read_arrays(tmp_path / "labels.safetensors")
+    require_array(file, "vectors", arrays["vectors"], shape, ("float32",))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    arrays["vectors"][-1] = np.nan
+    with pytest.raises(UserError, match="finite"):
+        require_array(file, "vectors", arrays["vectors"], shape, ("float32",))

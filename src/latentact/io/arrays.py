@@ -31,7 +31,7 @@ DAMAGED = (
 
 
 def load_npy(path: Path, remedy: str) -> np.ndarray:
-    """Return the array of an npy file, memory-mapped read-only.
+    """Return the array of an npy file, memory-mapped; the file stays as it is, whatever is assigned to it.
 
     Args:
         path: file.
@@ -41,7 +41,7 @@ def load_npy(path: Path, remedy: str) -> np.ndarray:
         UserError: the file is missing or damaged; its content is never executed.
     """
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="c")
     except DAMAGED as error:
         raise _damaged(path, error, remedy) from error
 
