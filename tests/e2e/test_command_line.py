@@ -77,6 +77,7 @@ def test_json_is_one_line(command, artifacts, blocks):
 STUBBED = {
     "collect": (("pusht", "--out", "data"), {"path": "data", "episodes": 1}),
     "record": (("pusht", "--out", "data"), {"path": "data", "episodes": 1}),
+    "relabel": (("data", "--out", "corrected"), {"path": "corrected", "labels": 1}),
     "train-with-tokens": (("--dataset-root", "data", "--output-dir", "out"), {"path": "out"}),
     "rollout": (("--policy", "p", "--env", "pusht", "--out", "out"), {"success": 0.5}),
     "imitate": (("--mode=extract_only", "--latents-path=l", "--output-dir=out"), {"guide": {"fps": 10.0}}),

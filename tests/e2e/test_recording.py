@@ -8,14 +8,19 @@ import signal
 
 import numpy as np
 import pytest
+from test_export import write_moves
 
 from conftest import cli, contents, fork, ok, refused
+from latentact.agents.agent import AgentSpec
+from latentact.data.cache import DataConfig, flagged_rows, open_store
 from latentact.envs import input_devices
 from latentact.envs.spec import make_env
+from latentact.types import ActionSpace
 
 pygame = pytest.importorskip("pygame")
 pytest.importorskip("lerobot")
 ENV = "babyai/PickupLoc"
+TAKEOVER = ("executed_action", "intervention", "labeled")
 CODES = {
     "right": pygame.K_RIGHT,
     "left": pygame.K_LEFT,
@@ -65,7 +70,7 @@ def rows(folder):
     episodes = np.array([int(e) for e in table["episode_index"]])
     return [
         {name: np.array([np.asarray(table[int(i)][name]) for i in np.flatnonzero(episodes == e)]).squeeze()
-         for name in ("action", "next.success", "next.reward")}
+         for name in {"action", "next.success", "next.reward", *TAKEOVER} & {*dataset.features}}
         for e in range(dataset.num_episodes)
     ]  # fmt: skip
 
@@ -96,8 +101,6 @@ def test_twenty_episodes_of_which_three_fail_are_dropped(monkeypatch, tmp_path):
 
 
 def test_frames_are_those_of_the_environment(monkeypatch, tmp_path):
-    from latentact.data.cache import DataConfig, open_store
-
     record(monkeypatch, ["d", "w", "w", "right"], tmp_path / "mine", "--episodes", "1", "--no-only-successes")
     env = make_env(ENV)
     frames = [env.reset(seed=0)[0]["pixels"], *(env.step(action)[0]["pixels"] for action in (1, 2, 2))]
@@ -189,3 +192,97 @@ def test_only_record_leaves_sdl_its_real_windows(monkeypatch, command, driver):
     monkeypatch.delenv("SDL_VIDEODRIVER")
     assert cli(command, "--help").returncode == 0
     assert os.environ.get("SDL_VIDEODRIVER") == driver
+
+
+class TurnsLeft:
+    """An agent that always turns left."""
+
+    spec = AgentSpec(action_space=ActionSpace(kind="discrete", size=7))
+
+    def reset(self, num_envs):
+        self.steps = 0
+
+    def act(self, observation, latent=None):
+        self.steps += 1
+        return np.zeros(len(observation["task"]), np.int64)
+
+
+def test_a_person_takes_over_a_policy(monkeypatch, tmp_path):
+    moments = itertools.count()
+    monkeypatch.setattr(input_devices.time, "monotonic", lambda: next(moments) * 1.0)  # a step a look
+    monkeypatch.setattr("latentact.stages.record.load_agent", lambda where: TurnsLeft())
+    keys = ["", "", "w", "", "d", "right"]
+    settings = ("--no-only-successes", "--episodes", "1", "--policy", "runs/bc")
+    record(monkeypatch, keys, tmp_path / "mine", *settings)
+    (episode,) = rows(tmp_path / "mine")
+    assert episode["action"].tolist()[:5] == [0, 0, 2, 0, 1]
+    assert np.array_equal(episode["executed_action"], episode["action"])
+    own = [False, False, True, False, True, False]
+    assert episode["intervention"].tolist() == episode["labeled"].tolist() == own
+    assert json.loads((tmp_path / "mine/meta/record.json").read_text())["policy"] == "runs/bc"
+
+
+def relabel(monkeypatch, keys, data, out, *settings):
+    monkeypatch.setattr(input_devices.Window, "poll", typed(keys))
+    return ok("relabel", data, "--out", out, *settings)
+
+
+def test_frames_are_labeled_afterwards(monkeypatch, tmp_path):
+    keys = ["w", "w", "w", "right", "a", "a", "right"]
+    record(monkeypatch, keys, tmp_path / "mine", "--no-only-successes", "--episodes", "2")
+    # d; the executed action is kept; back to it and a instead; no label; d; end before the last one
+    given = ["d", "enter", "left", "a", "right", "d", "escape"]
+    done = relabel(monkeypatch, given, tmp_path / "mine", tmp_path / "mine_labeled")
+    assert "3 labels, 3 other than what was executed" in done.stdout
+    before, after = rows(tmp_path / "mine"), rows(tmp_path / "mine_labeled")
+    assert [each["action"].tolist()[:-1] for each in before] == [[2, 2, 2], [0, 0]]
+    for old, new in zip(before, after, strict=True):
+        assert new["executed_action"].tolist() == old["action"].tolist()
+    assert [each["labeled"].tolist() for each in after] == [[True, True, False, False], [True, False, False]]
+    assert [each["action"].tolist()[:-1] for each in after] == [[1, 0, 2], [1, 0]]
+    info = [json.loads((tmp_path / name / "meta/info.json").read_text()) for name in ("mine", "mine_labeled")]
+    assert info[1]["features"]["action"] == info[0]["features"]["action"]
+    store = open_store(DataConfig(path=str(tmp_path / "mine_labeled")))
+    assert flagged_rows(store, "labeled").sum() == 3
+
+
+def test_labels_of_numbers_move_by_keys(monkeypatch, tmp_path):
+    moves = write_moves(tmp_path, episodes=2)
+    given = ["d", "d", "enter", "s", "enter", "escape"]
+    relabel(monkeypatch, given, moves, tmp_path / "labeled", "--every", "4", "--stroke", "0.5")
+    (before, after), _ = ((rows(moves)[i], rows(tmp_path / "labeled")[i]) for i in range(2))
+    span = np.ptp(np.concatenate([each["action"] for each in rows(moves)]), axis=0)
+    changed = after["action"] - before["action"]
+    assert np.allclose(changed[0], [span[0], 0])
+    assert np.allclose(changed[4], [0, -span[1] / 2])
+    assert after["labeled"].tolist() == [row in (0, 4) for row in range(len(before["action"]))]
+
+
+def _killed_while_labeling(keys, data, out):
+    input_devices.Window.poll, input_devices.Window.wait = typed(keys), lambda *_: None
+    cli("relabel", data, "--out", out)
+
+
+@pytest.mark.slow
+def test_a_killed_labeling_is_resumed(monkeypatch, tmp_path):
+    keys = ["w", "w", "w", "right", "a", "a", "right"]
+    record(monkeypatch, keys, tmp_path / "mine", "--no-only-successes", "--episodes", "2")
+    given = ["d", "enter", "a", "d", "d"]
+    relabel(monkeypatch, given, tmp_path / "mine", tmp_path / "whole")
+    process = fork(_killed_while_labeling, [*given[:3], "KILL"], tmp_path / "mine", tmp_path / "cut")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    relabel(monkeypatch, given[3:], tmp_path / "mine", tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_what_cannot_be_labeled(monkeypatch, tmp_path):
+    monkeypatch.setattr(input_devices.Window, "poll", typed(["escape"]))
+    moves = write_moves(tmp_path, episodes=1)
+    assert "no frame was labeled" in refused("relabel", moves, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "exists").mkdir()
+    assert "must not exist yet" in refused("relabel", moves, "--out", tmp_path / "exists")
+    (tmp_path / "videos").mkdir()
+    assert "LeRobot v3 dataset" in refused("relabel", tmp_path / "videos", "--out", tmp_path / "out")

@@ -40,6 +40,7 @@ BASES = {
     "shard": "--data {w}/blocks.npz --out {o}",
     "adapt-policy": "--policy {w}/ground --data {w}/column --out {o}",
     "record": "babyai/GoToRedBallNoDists --device terminal --out {o} --episodes 1",
+    "relabel": "{w}/column --device terminal --out {o}",
     "export": "--policy {w}/ground --labels {w}/labels --out {o} --labeled-episodes 2 --steps 2",
 }
 """Command -> flags with which it ends quickly."""

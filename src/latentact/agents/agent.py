@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
+from latentact.envs.checks import check_compatible
+from latentact.envs.spec import EnvSpec
 from latentact.errors import UserError
 from latentact.types import ActionSpace, LatentActionSpec
 
@@ -60,6 +62,17 @@ class AgentSpec:
     """Robot actions per second in its training data; 0: unknown."""
     latent: LatentInput | None = None
     """Latent actions it is conditioned on; None if it is conditioned on observations only."""
+
+    def check_env(self, env: EnvSpec, source: str) -> None:
+        """Raise a UserError if the agent, loaded from `source`, cannot act in an environment."""
+        check_compatible(
+            env,
+            source,
+            actions=self.action_space,
+            cameras=self.cameras,
+            channels=self.channels,
+            state_size=self.state_size,
+        )
 
 
 @runtime_checkable

@@ -43,6 +43,15 @@ def _record(config: Any, result: Any) -> str:
     return f"{result.episodes} episodes, {result.frames} frames, {result.dropped} dropped: {result.path}"
 
 
+@stage_command("relabel", "RelabelConfig", argument="data")
+def _relabel(config: Any, result: Any) -> str:
+    """Label the frames of a recorded dataset with your own actions; re-run to resume.
+
+    Example: latentact relabel data/rollouts --out data/corrected
+    """
+    return f"{result.labels} labels, {result.changed} other than what was executed: {result.path}"
+
+
 @stage_command("cache", "CacheConfig")
 def _cache(config: Any, result: Any) -> str:
     """Show the cache of decoded frames, fill it for a dataset, or clear it.

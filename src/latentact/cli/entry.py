@@ -34,7 +34,7 @@ def main() -> None:
 def _silence_libraries() -> None:
     """Keep banners and warnings of libraries off the terminal."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    if sys.argv[1:2] != ["record"]:  # which opens a window
+    if sys.argv[1:2] not in (["record"], ["relabel"]):  # which open a window
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed", "datasets", "jax"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A person as the actor of an environment.
+"""A person as the actor of an environment, alone or by taking over a policy.
 
 Keys that control the recording are those of `lerobot-record` (right, left, escape), and those that it lacks.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from latentact.envs.episode import Actor
 from latentact.envs.input_devices import MOVES, Device
 from latentact.envs.spec import EnvSpec
 from latentact.errors import UserError
@@ -45,6 +46,7 @@ HELP = {
     "u": "undo the last episode",
     "+": "faster",
     "-": "slower",
+    "space": "let the policy act (in a terminal)",
 }
 """Keys that control the recording, and what they do."""
 
@@ -57,7 +59,8 @@ class Human:
         spec: environment.
         low: smallest value of each dimension of a continuous action, [a].
         high: largest values.
-        realtime: whether a discrete environment steps without waiting for a key.
+        realtime: whether a discrete environment steps without waiting for a key, as it does with a policy.
+        policy: what acts while no key is pressed; in a terminal, when space is pressed.
         stroke: change of a continuous action by a held key, as a fraction of its range.
         on_undo: called when the person undoes the last episode; returns what to display.
     """
@@ -70,18 +73,21 @@ class Human:
         high: np.ndarray,
         *,
         realtime: bool = False,
+        policy: Actor | None = None,
         stroke: float = 0.05,
         on_undo: Callable[[], str] = lambda: "",
     ) -> None:
         self.device, self.spec, self.low, self.high = device, spec, low, high
-        self.waits = device.step_by_step or (spec.action_space.discrete and not realtime)
-        self.stroke, self.on_undo = stroke, on_undo
+        self.waits = device.step_by_step or (spec.action_space.discrete and not realtime and policy is None)
+        self.policy, self.stroke, self.on_undo = policy, stroke, on_undo
         self.relative = bool(np.all(low == -high))
         """Whether actions are changes, which are 0 without a key; else a key moves the last action on."""
         self.speed = 1.0
         """Steps per second, relative to the environment's rate."""
         self.outcome: Outcome | None = None
         """How the person ended the episode; None: the environment ended it."""
+        self.interventions: list[bool] = []
+        """Whether each action of the episode is the person's."""
         self.title = ""
         """Text before the number of the step."""
         self._classes = class_keys(spec.action_space, spec.action_names)
@@ -92,6 +98,9 @@ class Human:
         self.outcome, self._step, self._paused, self._note = None, 0, False, ""
         self._due = time.monotonic()
         self._last: Any = None
+        self.interventions = []
+        if self.policy is not None:
+            self.policy.reset(num_envs)
 
     def act(self, observation: dict[str, Any]) -> Sequence[Any]:
         """Return the person's action once there is one; None ends the episode.
@@ -103,6 +112,7 @@ class Human:
         state = observation.get("observation.state")
         if self._last is None:
             self._last = self._rest(None if state is None else state[0])
+        own = None if self.policy is None else self.policy.act(observation)[0]
         task = f"{observation['task'][0]} | " if observation.get("task", [""])[0] else ""
         while True:
             paused = " | paused" if self._paused else ""
@@ -116,14 +126,19 @@ class Human:
                     self.outcome = Outcome(key)
                     return [None]
                 self._control(key)
-                if self.waits and not self._paused and (action := self._action({key}, [])) is not None:
-                    return [self._taken(action)]
+                action = self._action({key}, [])
+                if (
+                    self.waits
+                    and not self._paused
+                    and (action is not None or (key == "space" and own is not None))
+                ):
+                    return [self._taken(action, own)]
                 pressed.add(key)
             now = time.monotonic()
             if not self.waits and not self._paused and now >= self._due:
                 self._due = max(self._due + 1 / (self.spec.fps * self.speed), now)
                 action = self._action(self.device.held() | pressed, self.device.axes())
-                return [self._taken(self._idle() if action is None else action)]
+                return [self._taken(action, self._idle() if own is None else own)]
             self.device.wait(0.02 if self.waits or self._paused else min(0.02, self._due - now))
 
     def _control(self, key: str) -> None:
@@ -135,10 +150,12 @@ class Human:
             self.speed *= 1.25 if key == "+" else 0.8
             self._note = f"| speed {self.speed:.2f}"
 
-    def _taken(self, action: Any) -> Any:
+    def _taken(self, action: Any, otherwise: Any) -> Any:
+        """Return the person's action, or the other one without one."""
+        self.interventions.append(action is not None)
         self._step += 1
-        self._last = action
-        return action
+        self._last = otherwise if action is None else action
+        return self._last
 
     def _rest(self, state: np.ndarray | None) -> Any:
         """Return the action before the first key."""

@@ -177,6 +177,7 @@ class Terminal:
         "\r": "enter",
         "\x7f": "backspace",
         "\x08": "backspace",
+        " ": "space",
     }
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
 from latentact.config import Count, OneOf, Seed
 from latentact.device import require_device
-from latentact.envs.checks import check_compatible, check_ranges
+from latentact.envs.checks import check_ranges
 from latentact.envs.episode import Actor, EpisodeEnd, ExpertActor, run_episodes, to_observation
 from latentact.envs.spec import ENVS, EnvSpec, env_spec, make_env, make_expert
 from latentact.errors import UserError
@@ -157,13 +157,7 @@ def _check_one_step(
     config: CheckGuidanceConfig, spec: EnvSpec, agent: Agent, extractor: LatentActionExtractor
 ) -> None:
     """Predict one action with a guide of still frames, so that mismatches fail at once."""
-    check_compatible(
-        spec,
-        config.policy,
-        actions=agent.spec.action_space,
-        cameras=agent.spec.cameras,
-        state_size=agent.spec.state_size,
-    )
+    agent.spec.check_env(spec, config.policy)
     lam = extractor.model
     if config.operations and lam.spec.codebook_size is not None and lam.codebook() is None:
         raise UserError(f"--operations needs the codebook of {lam.spec.model}, got none. Leave it out.")

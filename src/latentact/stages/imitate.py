@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from latentact.config import Limit, OneOf, Pixels, Rate, Seconds, Seed
 from latentact.data.decode.resize import resize
 from latentact.device import require_device
-from latentact.envs.checks import check_compatible, check_ranges
+from latentact.envs.checks import check_ranges
 from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
 from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
 from latentact.errors import UserError, require_one_of
@@ -240,13 +240,7 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     agent = inference.agent.spec
     view = next(iter(agent.cameras), "").rpartition(".")[2]
     spec = env_spec(name, view=view if view in VIEWS else "agent")
-    check_compatible(
-        spec,
-        config.policy_path,
-        actions=agent.action_space,
-        cameras=agent.cameras,
-        state_size=agent.state_size,
-    )
+    agent.check_env(spec, config.policy_path)
     env = make_env(name, view=view if view in VIEWS else "agent")
     frames, steps = FrameSpool(), _steps(config, inference)
     try:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
+from latentact.agents.agent import Agent
+from latentact.agents.load import load_agent
 from latentact.config import Between, Count, Limit, OneOf, Pixels, Seed
 from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
 from latentact.envs import episode as envs_episode
@@ -53,6 +55,9 @@ class RecordConfig:
     """Seed of the first attempt; attempt i uses seed + i."""
     only_successes: bool = True
     """Whether to drop episodes that neither the environment nor you (enter) call a success."""
+    policy: str = ""
+    """Policy that acts while you press no key; a key takes over. Your actions are marked in the columns
+    `intervention` and `labeled`."""
     realtime: bool = False
     """Whether an environment of discrete actions steps without a key; continuous ones do so in a window."""
     speed: Annotated[float, Between(0.05, 20)] = 1.0
@@ -105,19 +110,23 @@ def run(config: RecordConfig) -> RecordResult:
     check_step_limit(spec, config.max_steps)
     env = make_env(config.env, resolution=config.resolution, view=config.view)
     staging = out.with_name(out.name + ".partial")
+    agent = load_agent(config.policy) if config.policy else None
+    if agent is not None:
+        agent.spec.check_env(spec, config.policy)
     with locked_staging(staging, out, config.identity(), "recording"):
         device = DEVICES[config.device]()
         try:
             for line in describe_keys(spec):
                 log.info("%s", line)
             attempts = _Attempts(staging)
-            _record(config, env, spec, device, attempts)
+            _record(config, env, spec, device, agent, attempts)
         finally:
             device.close()
             env.close()
         if not attempts.kept:
             raise UserError(f"no episode was recorded, so {out} is not written. Re-run the command.")
-        record = RecordSpec.of_env(spec, *env.observation_space["pixels"].shape[:2])  # type: ignore[index]
+        height, width = env.observation_space["pixels"].shape[:2]  # type: ignore[index]
+        record = RecordSpec.of_env(spec, height, width, takeover=agent is not None)
         dropped = len(attempts.all) - len(attempts.kept)
         staged = [attempts.path(number) for number in attempts.kept]
         rows = write_dataset(
@@ -159,7 +168,9 @@ class _Attempts:
         return f"episode {len(kept)} undone"
 
 
-def _record(config: RecordConfig, env: Any, spec: EnvSpec, device: Device, attempts: _Attempts) -> None:
+def _record(
+    config: RecordConfig, env: Any, spec: EnvSpec, device: Device, agent: Agent | None, attempts: _Attempts
+) -> None:
     """Run attempts until enough are kept or the person stops."""
     space = env.action_space
     low, high = (np.zeros(0, np.float32),) * 2 if spec.action_space.discrete else (space.low, space.high)
@@ -169,6 +180,7 @@ def _record(config: RecordConfig, env: Any, spec: EnvSpec, device: Device, attem
         low,
         high,
         realtime=config.realtime,
+        policy=agent,
         stroke=config.stroke,
         on_undo=attempts.undo,
     )
@@ -198,6 +210,9 @@ def _record(config: RecordConfig, env: Any, spec: EnvSpec, device: Device, attem
             attempts.drop(number)
         else:
             episode = _episode(spec, played, frames, success)
+            if agent is not None:
+                own = np.array([*human.interventions, False])
+                episode = replace(episode, executed_action=episode.action, intervention=own, labeled=own)
             stage_episode(attempts.path(number), RecordSpec.of_env(spec, *frames[0].shape[:2]), episode)
         device.show(frames[-1], "success" if success else "no success")
         log.info("attempt %d: %d steps, %s", number, played.steps, "success" if success else "no success")

@@ -13,7 +13,7 @@ from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
 from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.device import require_device
-from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
+from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import ENVS, VIEWS, env_spec
 from latentact.errors import UserError, require_between, require_one_of
@@ -106,14 +106,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     agent = agent or load_agent(config.policy, config.device, choose=choose)
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
-    check_compatible(
-        spec,
-        config.policy,
-        actions=agent.spec.action_space,
-        cameras=agent.spec.cameras,
-        channels=agent.spec.channels,
-        state_size=agent.spec.state_size,
-    )
+    agent.spec.check_env(spec, config.policy)
     torch.manual_seed(config.seed)  # diffusion policies and action_selection=sample draw random numbers
     try:
         result = rollout(

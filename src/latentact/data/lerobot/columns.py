@@ -39,11 +39,13 @@ class Column:
     """Values per row."""
     read: Callable[[int, int], Shaped[np.ndarray, "m size"]]
     """`read(begin, end)` returns the values of these rows, counted over all files sorted by name."""
+    names: Any = None
+    """Names of the values, as in `meta/info.json`."""
 
     @property
     def feature(self) -> dict[str, Any]:
         """The feature of the column in `meta/info.json`."""
-        return {"dtype": self.dtype, "shape": [self.size], "names": None}
+        return {"dtype": self.dtype, "shape": [self.size], "names": self.names}
 
 
 def add_columns(source: Path, out: Path, columns: Mapping[str, Column]) -> None:

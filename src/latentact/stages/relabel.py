@@ -1,0 +1,225 @@
+"""Relabel a dataset: a person says what they would have done at each frame that somebody else recorded.
+
+The output is a copy of the dataset, as DAgger writes it: `action` is the person's where they gave one, and
+`executed_action` what was executed; `labeled` marks the rows to learn from (`train-policy only=labeled`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from latentact.config import Between, Count, OneOf
+from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.lerobot.columns import Column, add_columns
+from latentact.data.lerobot.source import lerobot_version
+from latentact.data.lerobot.writer import require_lerobot
+from latentact.envs.human import MOVES, class_keys
+from latentact.envs.input_devices import Device, Terminal, Window
+from latentact.errors import UserError, require_one_of
+from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.io.staging import locked_staging
+
+log = logging.getLogger(__name__)
+
+LABELS, SIDECAR = "labels.json", "relabel.json"
+DEVICES = {"keyboard": Window, "terminal": Terminal}
+HELP = "enter: keep the action, right: no label, left: one frame back, escape: end and write the dataset"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelConfig:
+    """Label the frames of a recorded dataset with your own actions, by keyboard or terminal."""
+
+    data: str
+    """LeRobot v3 dataset with actions, such as one of `record --policy`."""
+    out: str
+    """Folder of the new dataset; its videos are hard links."""
+    device: Annotated[str, OneOf(DEVICES)] = "keyboard"
+    """"keyboard" opens a window; "terminal" needs no display."""
+    camera: str = ""
+    """Camera key; empty: the only camera."""
+    every: Count = 1
+    """Ask for the action of every n-th frame of an episode."""
+    stroke: Annotated[float, Between(0.001, 1)] = 0.05
+    """Change of a continuous action by a key, as a fraction of its range in the data."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_one_of("--device", self.device, DEVICES)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that an interrupted labeling must share."""
+        return {name: value for name, value in asdict(self).items() if name in ("data", "camera", "every")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelResult:
+    """Result of a labeling."""
+
+    path: Path
+    """The dataset."""
+    labels: int
+    """Number of labels."""
+    changed: int
+    """Number of labels that differ from the executed action."""
+
+
+def run(config: RelabelConfig) -> RelabelResult:
+    """Label frames, or resume an interrupted labeling, and write the dataset.
+
+    Raises:
+        UserError: the data is not a LeRobot v3 dataset with actions, the device cannot be used, the folder
+            exists or is in use by another process, or no frame was labeled.
+    """
+    out, root = Path(config.out).absolute(), Path(config.data)
+    if out.exists():
+        raise UserError(f"{out} must not exist yet, got a folder or file. Choose another --out.")
+    require_lerobot()
+    if not lerobot_version(root).startswith("v3"):
+        raise UserError(
+            f"--data must be a LeRobot v3 dataset, got {root}. Convert it with latentact precompute, or "
+            "record one with latentact record."
+        )
+    store = open_store(DataConfig(path=config.data, camera=config.camera, resolution=0))
+    if store.action_space is None:
+        raise UserError(f"{root} must have the column 'action', got none. Record it with actions.")
+    executed = np.ma.getdata(store.actions(range(store.num_episodes)))
+    class_keys(store.action_space, store.action_names)
+    staging = out.with_name(out.name + ".partial")
+    with locked_staging(staging, out, config.identity(), "labeling"):
+        file = staging / LABELS
+        labels = {int(row): label for row, label in (read_json(file) if file.exists() else {}).items()}
+        device = DEVICES[config.device]()
+        try:
+            _ask(config, store, executed, device, labels, file)
+        finally:
+            device.close()
+        if not labels:
+            raise UserError(f"no frame was labeled, so {out} is not written. Re-run the command.")
+        changed = _write(config, store, executed, labels, out)
+        shutil.rmtree(staging)
+    return RelabelResult(path=out, labels=len(labels), changed=changed)
+
+
+def _ask(
+    config: RelabelConfig,
+    store: FrameStore,
+    executed: np.ndarray,
+    device: Device,
+    labels: dict[int, Any],
+    file: Path,
+) -> None:
+    """Ask for the labels of all frames that have none yet; each is written to the file at once.
+
+    Args:
+        config: settings.
+        store: frames and texts.
+        executed: class `[n]` or values `[n, a]` of each row.
+        device: what the person uses.
+        labels: row -> action; gets the new ones.
+        file: JSON file of the labels.
+    """
+    space = store.action_space
+    assert space is not None
+    keys = {key: _class(space.values, value) for key, value in class_keys(space, store.action_names).items()}
+    ends = store.starts + store.lengths - 1  # the last action of an episode is not executed
+    rows = [
+        row for first, end in zip(store.starts, ends, strict=True) for row in range(first, end, config.every)
+    ]
+    step = config.stroke * np.ptp(executed, axis=0)
+    log.info("%s", HELP)
+    log.info("%s", _describe(store, keys))
+    at = next((i for i, row in enumerate(rows) if row not in labels), len(rows))
+    while at < len(rows):
+        row = int(rows[at])
+        action = np.array(labels.get(row, executed[row]), executed.dtype)
+        key = ""
+        while key not in ("enter", "left", "right", "escape"):
+            device.show(store.frames[row], _text(store, row, action))
+            key = next(iter(device.poll()), "")
+            if key in keys:
+                action, key = np.asarray(keys[key]), "enter"
+            for i, (less, more) in enumerate(MOVES[: 0 if space.discrete else space.size]):
+                action[i] += ((key == more) - (key == less)) * step[i]
+            if not key:
+                device.wait(0.02)
+        if key == "escape":
+            return
+        if key == "left":
+            at = max(0, at - 1)
+            continue
+        if key == "enter":
+            labels[row] = action.tolist()
+        else:
+            labels.pop(row, None)
+        write_json(file, labels)
+        at += 1
+
+
+def _class(values: tuple[int, ...], value: int) -> int:
+    return values.index(value) if values else value
+
+
+def _describe(store: FrameStore, keys: dict[str, int]) -> str:
+    """Return a line that explains the keys of actions."""
+    space, names = store.action_space, store.action_names
+    assert space is not None
+    if space.discrete:
+        return ", ".join(f"{key}: {names[index] if names else index}" for key, index in keys.items())
+    shown = names or tuple(map(str, range(space.size)))
+    return ", ".join(
+        f"{less} / {more}: {name} - / +" for (less, more), name in zip(MOVES, shown, strict=False)
+    )
+
+
+def _text(store: FrameStore, row: int, action: np.ndarray) -> str:
+    """Return the line below a frame."""
+    episode = int(store.episode[row])
+    if action.ndim:
+        shown = ", ".join(f"{value:.3g}" for value in action)
+    else:
+        shown = store.action_names[int(action)] if store.action_names else str(int(action))
+    task = store.task_texts[store.task[row]]
+    frame = f"frame {row - store.starts[episode] + 1} of {store.lengths[episode]}"
+    parts = (task, f"episode {episode + 1} of {store.num_episodes}", frame, shown)
+    return " | ".join(filter(None, parts))
+
+
+def _write(
+    config: RelabelConfig, store: FrameStore, executed: np.ndarray, labels: dict[int, Any], out: Path
+) -> int:
+    """Write the dataset with the labels; return how many differ from the executed action."""
+    space = store.action_space
+    assert space is not None
+    given = executed.copy()
+    rows = np.array(sorted(labels))
+    given[rows] = np.array([labels[row] for row in rows.tolist()], executed.dtype)
+    labeled = np.zeros(len(executed), bool)
+    labeled[rows] = True
+    feature = read_json(Path(config.data) / "meta/info.json")["features"]["action"]
+
+    def column(values: np.ndarray, dtype: str, names: Any) -> Column:
+        if space.values and dtype != "bool":
+            values = np.array(space.values)[values]
+        table = np.zeros((int(store.source_rows.max()) + 1, values[:1].size), values.dtype)
+        table[store.source_rows] = values.reshape(len(values), -1)
+        return Column(dtype=dtype, size=table.shape[1], read=lambda a, b: table[a:b], names=names)
+
+    columns = {
+        "action": column(given, feature["dtype"], feature["names"]),
+        "executed_action": column(executed, feature["dtype"], feature["names"]),
+        "labeled": column(labeled, "bool", None),
+    }
+    changed = int((given != executed).reshape(len(given), -1).any(1).sum())
+    about = {**config.identity(), "labels": len(rows), "changed": changed}
+    with atomic_dir(out) as folder:
+        add_columns(Path(config.data), folder, columns)
+        write_json(folder / "meta" / SIDECAR, about)
+    log.info("%s: %d labels, %d of them differ from the executed action", out, len(rows), changed)
+    return changed
