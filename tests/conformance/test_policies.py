@@ -136,8 +136,9 @@ class StateOutsideTheCheckpoint(NetworkPolicy):
         super().__init__(*arguments)
         self.offset = torch.rand(())
 
-    def forward(self, frames, state, words, guide=None):
-        return super().forward(frames, state, words, guide) + self.offset
+    def forward_with_features(self, frames, state, words, guide=None):
+        out, features = super().forward_with_features(frames, state, words, guide)
+        return out + self.offset, features
 
 
 class StateOptional(NetworkPolicy):
@@ -155,6 +156,18 @@ class NanGuideIsZero(NetworkPolicy):
         return super().normal_guide(None if guide is None else guide.nan_to_num(), batch_size)
 
 
+class OtherFeatures(NetworkPolicy):
+    def forward_with_features(self, frames, state, words, guide=None):
+        out, features = super().forward_with_features(frames, state, words, guide)
+        return out, 2 * features
+
+
+class NotTheOutputLayer(NetworkPolicy):
+    @property
+    def output_layer(self):
+        return self.guide[2]
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -167,6 +180,8 @@ class NanGuideIsZero(NetworkPolicy):
         (StateOptional, "must reject a missing state"),
         (GuideIgnored, "must depend on the guide"),
         (NanGuideIsZero, "must treat a guide of NaN as no guide"),
+        (OtherFeatures, "forward_with_features must return the results of forward and features"),
+        (NotTheOutputLayer, "output_layer must be the layer that forward ends with"),
     ],
 )
 def test_the_public_check_finds_planted_faults(fault, message, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -138,11 +139,33 @@ def test_every_stage_takes_it(outside: OutsidePackage, tmp_path: Path) -> None:
         ],
         ["imitate", "--video-path", "demo.mp4", "--lam-model-path", "lam", "--policy-path", "ground"],
     ]
-    commands[-2] += [*training, "finetune_steps=2", "record=0", "methods=[latent,bc_k]", "out=compare"]
-    commands[-1] += ["--env-name", "babyai/GoToLocal", "--max-steps", "3", "--output-dir", "imitated"]
+    if importlib.util.find_spec("stable_baselines3"):
+        commands += _online(data, short)
+    commands[7] += [*training, "finetune_steps=2", "record=0", "methods=[latent,bc_k]", "out=compare"]
+    commands[8] += ["--env-name", "babyai/GoToLocal", "--max-steps", "3", "--output-dir", "imitated"]
     outside.stages(*commands)
     for name in ("rollout", "rollout_bc"):
         assert json.loads((tmp_path / name / "rollout.json").read_text())["episodes"] == 2
     rows = json.loads((tmp_path / "compare/comparison.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"latent", "bc_k", "uniform", "frequencies"}
     assert json.loads((tmp_path / "imitated/metrics.json").read_text())["steps"] <= 3
+    if importlib.util.find_spec("stable_baselines3"):
+        grounded = json.loads((tmp_path / "online/ground.json").read_text())
+        assert [*grounded["rows"]] == ["paired", "decoder", "finetuned", "scratch", "expert"]
+        assert grounded["environment_steps"] == 32 + 32 + 16
+
+
+def _online(data: list[str], short: list[str]) -> list[list[str]]:
+    """Return the commands that ground a policy of one latent action per step by acting."""
+    steps = ["policy.network.chunk_size=1", "policy.network.n_action_steps=1"]
+    ppo = {"envs": 2, "rollout_steps": 8, "batch_size": 16, "epochs": 1, "steps": 32, "finetune_steps": 32}
+    ppo |= {"play_steps": 16, "episodes": 2, "max_steps": 6, "env": "babyai/GoToLocal", "lam": "step_lam"}
+    return [
+        ["train-lam", *data, *TINY, *short, "frame_gap_s=0", "out=step_lam"],
+        ["label", "--lam", "step_lam", "--data", "data", "--out", "step_labels"],
+        ["train-policy", "labels=step_labels", "policy=outside", *steps, *short, "out=step_policy"],
+        [
+            *("ground", "mode=online", "policy=step_policy", "labels=step_labels", *short, "out=online"),
+            *(f"online.{name}={value}" for name, value in ppo.items()),
+        ],
+    ]

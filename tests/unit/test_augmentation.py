@@ -108,8 +108,6 @@ def test_targets_stay_as_they_are() -> None:
 class Mean(nn.Module):
     """Learn the mean brightness of what it observes."""
 
-    augments = ("frames",)
-
     def __init__(self) -> None:
         super().__init__()
         self.level = nn.Parameter(torch.zeros(()))
@@ -148,7 +146,7 @@ def trained(out: Path, steps: int, augment: AugmentConfig, **more: Any) -> list[
                             precision="32-true", warmup_steps=0, final_lr_factor=1.0, augment=augment,
                             **more)  # fmt: skip
     torch.manual_seed(0)
-    fit(Mean(), Noise(), config, out)
+    fit(Mean(), Noise(), config, out, augments=("frames",))
     return losses(out)
 
 

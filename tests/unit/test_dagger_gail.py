@@ -17,10 +17,10 @@ import torch
 from latentact.data.cache import DataConfig, open_store
 from latentact.envs.spec import EXPERTS, Expert, env_spec, make_env, make_expert
 from latentact.errors import UserError
-from latentact.learners.adversarial.discriminator import Discriminator, imitation_reward
 from latentact.learners.contract import LEARNERS, LearnerTools, score
 from latentact.learners.dagger import DaggerConfig
 from latentact.learners.gail import GailConfig
+from latentact.learners.ppo.discriminator import Discriminator, encode_steps, imitation_reward
 from latentact.policies.bc import BcConfig
 from latentact.policies.network import NetworkConfig
 from latentact.policies.selection import greedy
@@ -252,10 +252,10 @@ def test_the_verdict_on_dagger_is_that_of_the_intervals():
     same = [row(method, [0.0, 2.0] * 20, 10) for method in ("dagger", "bc")]
     good, bad, wide = [9.0, 11.0] * 20, [0.0, 2.0] * 20, [-30.0, 40.0] * 5
     say = lambda a, b: config.verdict([*same, row("dagger", a, 20), row("bc", b, 20)])  # noqa: E731
-    assert say(good, bad).startswith("DAgger beats behavior cloning: return 10 (")
+    assert say(good, bad).startswith("DAgger is better than behavior cloning: return 10 (")
     assert "ahead at 1 and behind at 0" in say(good, bad)
-    assert say(bad, good).startswith("DAgger loses to behavior cloning")
-    assert say(wide, bad).startswith("DAgger does not beat behavior cloning")
+    assert say(bad, good).startswith("DAgger is worse than behavior cloning")
+    assert say(wide, bad).startswith("DAgger is no better and no worse than behavior cloning")
 
 
 def test_the_verdict_on_gail_names_what_the_control_says():
@@ -268,6 +268,9 @@ def test_the_verdict_on_gail_names_what_the_control_says():
     assert "does as well" in said
     said = config.verdict([*rows, row("control", [9.0] * 20, demonstrated=9.3)])
     assert "though" not in said
+    said = GailConfig(control="shuffled").verdict([*rows, row("control", [9.0] * 20, demonstrated=None)])
+    assert said.endswith("The control, GAIL on shuffled actions, reaches 9 (9 to 9).")
+    assert GailConfig(control="silly") == GailConfig(control="constant")  # as run folders may have it
 
 
 @pytest.mark.parametrize(
@@ -300,17 +303,17 @@ def test_the_discriminator_says_expert_above_zero():
 
 
 def test_a_fixed_horizon_repeats_the_last_observation():
-    from latentact.learners.adversarial.environment import NormalizedEnv, encode_steps
+    from latentact.learners.ppo.environment import PolicyEnv
 
     spec = env_spec("CartPole-v1")
     about = PolicySpec(
         resolution=16, state_size=4, target=Target(kind="classes", size=2), action_space=spec.action_space
     )
     policy = STATE.build(about)
-    policy.state_std.fill_(0.5)
-    env = NormalizedEnv(make_env("CartPole-v1", frames=False), policy, spec.action_space, 30, 0, 0)
+    env = PolicyEnv(make_env("CartPole-v1", frames=False), policy, max_steps=0, seed=0, horizon=30)
     first, _ = env.reset()
-    assert np.abs(first).max() <= 0.1  # CartPole starts within 0.05
+    assert first.keys() == {"state"}
+    assert np.abs(first["state"]).max() <= 0.05  # as CartPole starts
     seen = [env.step(0) for _ in range(30)]
     ends = [info["over"] for *_, info in seen]
     fell = ends.index(True)
@@ -320,7 +323,7 @@ def test_a_fixed_horizon_repeats_the_last_observation():
     assert [truncated for _, _, _, truncated, _ in seen] == [False] * 29 + [True]
     assert [reward for _, reward, *_ in seen] == [1.0] * fell + [0.0] * (30 - fell)
     assert seen[-1][-1]["return"] == fell
-    assert np.array_equal(seen[fell][0], seen[-1][0])
+    assert np.array_equal(seen[fell][0]["state"], seen[-1][0]["state"])
     states = np.zeros((2, 4), np.float32)
     steps = encode_steps(states, np.array([1, 1]), np.array([False, True]), spec.action_space)
     assert steps.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]

@@ -10,12 +10,13 @@ pytest.importorskip("stable_baselines3")
 from latentact.data.samples import PolicyBatch
 from latentact.envs.spec import make_env
 from latentact.lams.contract import LatentActionModel
+from latentact.learners.ppo.environment import PolicyEnv
+from latentact.learners.ppo.online import Actor, PolicyFeatures, from_scratch, train_online
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
 from latentact.policies.spec import PolicySpec, Target
-from latentact.stages.ground_online import OnlineConfig, _spread, random_play
-from latentact.training.ppo import ObservedEnv, _Actor, _Sight, from_scratch, train_ppo
+from latentact.stages.ground_online import OnlineConfig, _scale_actions_to_bounds, random_play
 from latentact.types import ActionSpace, LatentActions, LatentActionSpec
 from toy_env import toy
 
@@ -62,14 +63,14 @@ def test_the_actor_gives_the_scores_of_the_policy(case, scratch):
     policy = from_scratch(policy) if scratch else policy
     frames = torch.randint(0, 256, (6, 2, 32, 32, 3), dtype=torch.uint8)
     size, words = policy.spec.state_size, len(policy.spec.words)
-    numbers = torch.randn(6, size + words)
-    observation = {"frames": frames.flatten(1)} | ({"numbers": numbers} if size + words else {})
-    latent, features = _Sight(policy, (32, 32, 3))(observation)
+    inputs = {"state": torch.randn(6, size), "words": torch.randn(6, words)}
+    observation = {"frames": frames} | {name: value for name, value in inputs.items() if value.shape[1]}
+    latent, features = PolicyFeatures(policy)(observation)
     batch = PolicyBatch(
-        frames=frames.permute(0, 1, 4, 2, 3), state=numbers[:, :size] if size else None,
-        words=numbers[:, size:], target=torch.zeros(6, 0, 1), mask=torch.zeros(6, 0, dtype=torch.bool),
+        frames=frames.permute(0, 1, 4, 2, 3), state=observation.get("state"),
+        words=inputs["words"], target=torch.zeros(6, 0, 1), mask=torch.zeros(6, 0, dtype=torch.bool),
     )  # fmt: skip
-    actor = _Actor(policy, latent.shape[1])
+    actor = Actor(policy, latent.shape[1])
     scores = actor(torch.cat([latent, features], dim=1))
     torch.testing.assert_close(scores, policy.action_scores(batch)[:, 0])
 
@@ -87,13 +88,13 @@ def pull():
 def test_numbers_are_learned_between_their_bounds(tmp_path):
     config = OnlineConfig(env=pull(), envs=4, rollout_steps=32, batch_size=32, epochs=4, lr=0.01, entropy=0.0)
     policy = grounded("vectors", DecoderConfig(hidden=(8,)), CONTINUOUS)
-    _spread(config, policy.decoder)
+    _scale_actions_to_bounds(config, policy.decoder, CONTINUOUS)
     assert policy.decoder.mean.tolist() == [3, 0]
     assert policy.decoder.std.tolist() == [2, 2]
     before = {key: value.clone() for key, value in policy.state_dict().items()}
-    train_ppo(
-        policy, lambda number: ObservedEnv(make_env("Pull-v0"), policy, 3, (0, number)), config, steps=1000,
-        lr=0.01, frozen=True, seed=0, name="toy", metrics=tmp_path / "toy.csv",
+    train_online(
+        policy, lambda number: PolicyEnv(make_env("Pull-v0"), policy, max_steps=3, seed=(0, number)), config,
+        steps=1000, lr=0.01, frozen=True, seed=0, name="toy", metrics=tmp_path / "toy.csv",
     )  # fmt: skip
     changed = {key for key, value in policy.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"decoder.net.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
@@ -129,7 +130,7 @@ def test_random_actions_are_paired_with_what_they_did():
 
     name = toy("Bright-v0", action=gymnasium.spaces.Discrete(4), observe=observe, limit=5)
     policy = grounded("vectors", DecoderConfig(hidden=(8,)), DISCRETE)
-    pairs = random_play(ObservedEnv(make_env(name), policy, 0, 0), policy, Brightness(), 12, seed=3)
+    pairs = random_play(OnlineConfig(env=name, play_steps=12), policy, Brightness(), seed=3)
     assert len(pairs) == 12
     assert set(pairs.actions.flatten().tolist()) == {0, 1, 2, 3}
     assert torch.equal(pairs.inputs[:, 0], 10.0 + 50 * pairs.actions[:, 0])

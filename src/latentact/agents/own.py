@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Shaped, UInt8
 
 from latentact.agents.agent import (
     IMAGES,
@@ -22,6 +23,69 @@ from latentact.data.samples import PolicyBatch, count_words
 from latentact.errors import UserError
 from latentact.policies.contract import Policy
 from latentact.policies.selection import Choose, greedy
+
+
+class PolicyObservations:
+    """Prepare observations for a policy: recent frames, robot state and the words of the task.
+
+    Args:
+        policy: the policy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._spec = policy.spec
+        self._length = (policy.config.network.n_obs_steps - 1) * policy.spec.stride + 1
+        self._state_size = policy.spec.state_size if policy.uses_state else 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear the frame history; new episodes start."""
+        self._history: list[np.ndarray] = []
+
+    def append(self, observation: dict[str, Any]) -> None:
+        """Add the frames of the next timestep; the first ones also stand for those before."""
+        frames = select_image(observation, self._spec.camera)
+        self._history = [*(self._history or [frames] * self._length), frames][-self._length :]
+
+    @property
+    def frames(self) -> UInt8[np.ndarray, "b o h w c"]:
+        """The recent frames, latest last."""
+        return np.stack(self._history[:: self._spec.stride], axis=1)
+
+    def state(self, observation: dict[str, Any]) -> Float32[np.ndarray, "b s"] | None:
+        """Return the robot state of an observation; None if the policy does not use it.
+
+        Raises:
+            UserError: the state is missing or has a different size.
+        """
+        return select_state(observation, self._state_size) if self._state_size else None
+
+    def words(self, tasks: Sequence[str]) -> Float32[np.ndarray, "b v"]:
+        """Return how often each word of the policy's vocabulary occurs in task texts."""
+        counts = [count_words(task, self._spec.words) for task in tasks]
+        return np.asarray(counts, np.float32).reshape(len(tasks), len(self._spec.words))
+
+    def batch(self, observation: dict[str, Any], latent: np.ndarray | None = None) -> PolicyBatch:
+        """Return the policy's inputs at the timestep that was appended last, without targets.
+
+        Args:
+            observation: of this timestep; see `agents.agent`.
+            latent: latent actions of a guide, ``[b, offsets, k * d]``; None: without a guide.
+
+        Raises:
+            UserError: the state is missing or has a different size.
+        """
+        frames, state = self.frames, self.state(observation)
+        b = len(frames)
+        tasks = observation[TASK] if self._spec.words else [""] * b
+        return PolicyBatch(
+            frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
+            state=None if state is None else torch.from_numpy(state),
+            words=torch.from_numpy(self.words(tasks)),
+            target=torch.zeros(b, 0, 1),
+            mask=torch.zeros(b, 0, dtype=torch.bool),
+            guide=None if latent is None else torch.from_numpy(latent),
+        )
 
 
 class PolicyAgent:
@@ -43,11 +107,12 @@ class PolicyAgent:
         self.policy = policy.eval().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device, self.autocast, self._choose = device, autocast, choose
         self.spec = agent_spec(policy)
+        self._observations = PolicyObservations(policy)
         self.reset(0)
 
     def reset(self, num_envs: int) -> None:
         """Clear the frame history and the action chunk of every episode."""
-        self._history: list[np.ndarray] = []
+        self._observations.reset()
         self._chunk: Any = None
         self._used = 0
 
@@ -55,34 +120,15 @@ class PolicyAgent:
         self, observation: dict[str, Any], latent: Float32[np.ndarray, "b o f"] | None = None
     ) -> Shaped[np.ndarray, "b *a"]:
         """Return one robot action per episode; see `Agent.act`. NaN in a row of `latent` hides that row."""
-        spec, network = self.policy.spec, self.policy.config.network
-        frames = select_image(observation, spec.camera)
-        keep = (network.n_obs_steps - 1) * spec.stride + 1
-        self._history = [*(self._history or [frames] * keep), frames][-keep:]
-        if self._chunk is None or self._used == network.n_action_steps * spec.stride:
-            batch = self._batch(observation, latent).to(self.device)
+        self._observations.append(observation)
+        steps = self.policy.config.network.n_action_steps * self.policy.spec.stride
+        if self._chunk is None or self._used == steps:
+            batch = self._observations.batch(observation, latent).to(self.device)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
                 actions = self.policy.actions(batch, self._choose)
             self._chunk, self._used = to_env_actions(self.spec.action_space, actions), 0
         self._used += 1
         return self._chunk[:, self._used - 1]
-
-    def _batch(self, observation: dict[str, Any], latent: np.ndarray | None) -> PolicyBatch:
-        spec = self.policy.spec
-        frames = np.stack(self._history[:: spec.stride], axis=1)
-        state = select_state(observation, self.spec.state_size) if self.spec.state_size else None
-        b = len(frames)
-        words = np.zeros((b, 0), np.float32)
-        if spec.words:
-            words = np.asarray([count_words(task, spec.words) for task in observation[TASK]], np.float32)
-        return PolicyBatch(
-            frames=torch.from_numpy(frames).permute(0, 1, 4, 2, 3),
-            state=None if state is None else torch.from_numpy(state),
-            words=torch.from_numpy(words),
-            target=torch.zeros(b, 0, 1),
-            mask=torch.zeros(b, 0, dtype=torch.bool),
-            guide=None if latent is None else torch.from_numpy(latent),
-        )
 
 
 def agent_spec(policy: Policy) -> AgentSpec:

@@ -17,7 +17,7 @@ import numpy as np
 from latentact.data.cache import FrameStore
 from latentact.envs.spec import EnvSpec, make_env
 from latentact.evaluation.policy.intervals import mean_interval, success_interval
-from latentact.policies.contract import PolicyConfig
+from latentact.policies.contract import PolicyConfig, uses_frames
 from latentact.policies.selection import Choose
 from latentact.registry import Registry
 
@@ -29,7 +29,7 @@ class LearnerTools:
     env: EnvSpec
     """The environment."""
     view: str
-    """As for `make_env`."""
+    """View of the frames; see `make_env`."""
     resolution: int
     """Height and width of the frames in pixels; 0: the environment's own."""
     max_steps: int
@@ -37,29 +37,30 @@ class LearnerTools:
     policy: PolicyConfig
     """The policy that learns."""
     choose: Choose
-    """Takes a class of a discrete action."""
+    """Selects the class of a discrete action."""
     data: str
-    """Demonstrations, a dataset; empty: none were given."""
+    """Path of a dataset of demonstrations; empty: none were given."""
     first_seed: int
     """Reset seed of the first episode to learn from; that of episode i is this plus i."""
     seed: int
-    """Seed of everything that is drawn while learning."""
-    expert: Callable[[Path], dict[str, Any]]
-    """`expert(folder)` rolls the environment's expert out on the evaluation seeds; `rollout.json`."""
+    """Random seed of the learner."""
+    expert: Callable[[Path], dict[str, Any] | None]
+    """`expert(folder)` rolls the environment's expert out on the evaluation seeds and returns `rollout.json`;
+    None if the environment has no expert."""
     collect: Callable[[Path, int], Path]
-    """`collect(folder, episodes)` writes demonstrations of the expert; the folder."""
+    """`collect(folder, episodes)` writes demonstrations of the expert and returns the folder."""
     train: Callable[..., Path]
-    """`train(data, folder, only="", episodes=None)` trains the policy, from scratch or from the given start,
-    on the steps of a dataset where the column `only` is true, of some or all episodes; the folder."""
+    """`train(data, folder, only="", episodes=None)` trains the policy, from scratch or from `start`, on the
+    steps of a dataset where the column `only` is true, of some or all episodes, and returns the folder."""
     open: Callable[[Path], FrameStore]
     """`open(data)` returns the frames, states and actions of a dataset."""
     rollout: Callable[[Path, Path], dict[str, Any]]
-    """`rollout(policy, folder)` rolls a policy out on the evaluation seeds; `rollout.json`."""
+    """`rollout(policy, folder)` rolls a policy out on the evaluation seeds and returns `rollout.json`."""
 
     @property
     def uses_frames(self) -> bool:
         """Whether the policy looks at frames."""
-        return getattr(self.policy.network, "uses_frames", True)
+        return uses_frames(self.policy)
 
     def make_env(self) -> Any:
         """Return the environment; its frames are black if the policy does not look at them."""
@@ -88,7 +89,7 @@ class LearnerConfig(Protocol):
         ...
 
     def verdict(self, rows: Sequence[dict[str, Any]]) -> str:
-        """Return what the rows of all seeds say, baseline included, in plain words."""
+        """Return a comparison of the policies and their baselines over the rows of all seeds."""
         ...
 
 
@@ -109,12 +110,19 @@ class Score:
     """Upper end."""
 
     def above(self, other: Score) -> bool:
-        """Return whether this is better, with intervals apart."""
+        """Return whether this score is higher and the intervals do not overlap."""
         return self.low > other.high
 
     def __str__(self) -> str:
         """Return the mean and the interval."""
         return f"{self.mean:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def compare_scores(own: Score, other: Score) -> str:
+    """Return "better than" or "worse than"; with overlapping intervals, "no better and no worse than"."""
+    if own.above(other):
+        return "better than"
+    return "worse than" if other.above(own) else "no better and no worse than"
 
 
 def score(rows: Sequence[dict[str, Any]]) -> Score:

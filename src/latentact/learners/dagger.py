@@ -1,12 +1,12 @@
-"""DAgger (Ross et al., arXiv 1011.0686) beside behavior cloning on as many labels of the same expert.
+"""DAgger (Ross et al., arXiv 1011.0686), compared with behavior cloning on as many labels of the same expert.
 
-The learner acts, the expert says in every state what it would do, and the learner is trained from scratch on
-all labels so far. A frame that has a label gets no second one: a policy that is stuck would otherwise ask for
-the same label again and again. The baseline learns from the expert's own episodes. Rounds are counted in
-labels, not in episodes.
+The learner acts, the expert labels the visited states with its actions, and the learner is trained from
+scratch on all labels so far. A frame is labeled only once: a learner that is stuck would otherwise spend its
+labels on one frame. The baseline learns from the expert's own episodes. Rounds are counted in labels, not in
+episodes.
 
-Each round is a folder of episodes with a manifest that is written last and holds their hashes; one without a
-manifest is played again, with the same result.
+Each round is a folder of episodes with a manifest that is written last and holds their hashes; a round
+without a manifest is played again, with the same result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import itertools
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,17 +26,17 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from latentact.agents.agent import Agent
+from latentact.agents.agent import STATE, TASK, Agent
 from latentact.agents.load import load_agent
-from latentact.config import Between
+from latentact.config import Between, check_bounds
 from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
-from latentact.envs.episode import to_observation
-from latentact.envs.spec import Expert, ExpertStuckError, make_expert
-from latentact.errors import UserError, require_between
+from latentact.envs.episode import run_episodes
+from latentact.envs.spec import EnvSpec, ExpertStuckError, make_expert
+from latentact.errors import UserError
 from latentact.io.arrays import load_npy
 from latentact.io.atomic import atomic_write, read_json, write_json
 from latentact.io.records import Record, read_record
-from latentact.learners.contract import LEARNERS, LearnerTools, score
+from latentact.learners.contract import LEARNERS, LearnerTools, compare_scores, score
 from latentact.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ class DaggerConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        require_between("learner.beta", self.beta, 0, 1)
-        require_between("learner.cap", self.cap, 0, 1000)
+        check_bounds(self, "learner.")
         ascending = all(a < b for a, b in itertools.pairwise((0, *self.labels)))
         if not self.labels or not ascending or self.labels[-1] > 10**7:
             raise UserError(f"learner.labels must be ascending numbers from 1 to 10^7, got {[*self.labels]}.")
@@ -79,6 +78,7 @@ class DaggerConfig:
     def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
         """Run both arms and return a row per arm and number of labels."""
         expert = tools.expert(out / "expert")
+        assert expert is not None  # see `check`
         limit = math.ceil(self.cap * float(np.mean(expert["lengths"])))
         rows = [expert | {"method": "expert", "labels": None, "run": "expert"}]
         for method in ("dagger", "bc"):
@@ -88,21 +88,17 @@ class DaggerConfig:
         return rows
 
     def verdict(self, rows: Sequence[dict[str, Any]]) -> str:
-        """Return whether DAgger beats behavior cloning at the most labels, and at how many of the others."""
+        """Return how DAgger compares with behavior cloning at the most labels, and at the other counts."""
 
         def at(method: str, labels: int) -> Any:
             return score([row for row in rows if (row["method"], row["labels"]) == (method, labels)])
 
         pairs = {n: (at("dagger", n), at("bc", n)) for n in self.labels}
         learner, cloning = pairs[self.labels[-1]]
-        numbers = f"{learner.name} {learner} against {cloning}"
-        with_labels = f"with {self.labels[-1]} labels of the expert each"
-        if learner.above(cloning):
-            first = f"DAgger beats behavior cloning: {numbers}, {with_labels}."
-        elif cloning.above(learner):
-            first = f"DAgger loses to behavior cloning: {numbers}, {with_labels}."
-        else:
-            first = f"DAgger does not beat behavior cloning: {numbers}, {with_labels}; the intervals overlap."
+        first = (
+            f"DAgger is {compare_scores(learner, cloning)} behavior cloning: {learner.name} {learner} "
+            f"against {cloning}, with {self.labels[-1]} labels of the expert each."
+        )
         later = [pair for n, pair in pairs.items() if n != self.labels[0]]
         ahead, behind = (sum(a.above(b) for a, b in each) for each in (later, [pair[::-1] for pair in later]))
         return (
@@ -217,7 +213,7 @@ class _Arm:
         Args:
             folder: gets the episodes.
             agent: the learner; None: the expert acts.
-            beta: probability that the expert acts all the same.
+            beta: probability that the expert's action is executed in place of the learner's.
             known: keys of frames that have a label; the new ones are added.
             first: number of the first episode.
             target: labels to reach.
@@ -243,65 +239,57 @@ class _Arm:
     def _episode(
         self, env: Any, number: int, agent: Agent | None, beta: float, known: set[int], target: int
     ) -> tuple[Episode | None, list[int]]:
-        """Play one episode; return it, or None if the expert knows nothing, and the keys of its labels."""
-        spec, seed = self.tools.env, self.tools.first_seed + number
-        observation, info = env.reset(seed=seed)
-        task, random = info["task"], np.random.default_rng((seed, 2))
-        expert: Expert = make_expert(spec.name, env, seed)
-        if agent is not None:
-            agent.reset(1)
-            torch.manual_seed(seed)
-        observations, labels, executed, rewards = [observation], [], [], []
-        successes, interventions, labeled, keys = [], [], [], []
-        limit = self.tools.max_steps if agent is None else min(self.tools.max_steps or self.limit, self.limit)
-        over = False
-        while not over:
-            try:
-                label = expert.act()
-            except ExpertStuckError:
-                break
-            key = self._key(observation, task)
-            own = agent and agent.act(to_observation([observation], [task], spec.camera))[0]
-            intervenes = agent is None or random.random() < beta
-            action = label if intervenes else _within(env.action_space, own)
-            asked = key not in known and (not spec.action_space.discrete or label != spec.hold)
-            if asked:
-                known.add(key)
-                keys.append(key)
-            observation, reward, terminated, truncated, info = env.step(action)
-            if not intervenes:
-                expert.took(action)
-            observations.append(observation)
-            labels.append(label)
-            executed.append(action)
-            rewards.append(reward)
-            successes.append(bool(info.get("is_success", False)))
-            interventions.append(intervenes)
-            labeled.append(asked)
-            over = terminated or truncated or len(rewards) == limit or len(keys) == target
-        if not rewards:
-            return None, keys
-        dtype = np.int64 if spec.action_space.discrete else np.float32
-        hold = [] if spec.hold is None else [spec.hold]
-        return Episode(
-            frames=np.stack([each["pixels"] for each in observations]),
-            state=np.stack([each["agent_pos"] for each in observations]) if spec.state_names else None,
-            action=np.array([*labels, *(hold or labels[-1:])], dtype),
-            executed_action=np.array([*executed, *(hold or executed[-1:])], dtype),
-            intervention=np.array([*interventions, False]),
-            labeled=np.array([*labeled, False]),
-            reward=np.array([*rewards, 0.0], np.float32),
-            success=np.array([*successes, successes[-1]]),
-            task=task,
-        ), keys
+        """Play one episode; return it and the keys of its labels; None if the expert has no first action.
 
-    def _key(self, observation: dict[str, np.ndarray], task: str) -> int:
-        """Return 64 bits of a hash of what the policy looks at."""
-        parts = [task.encode()]
+        Args:
+            env: the environment.
+            number: number of the episode, which gives its seed.
+            agent: as in `_play`.
+            beta: as in `_play`.
+            known: as in `_play`.
+            target: labels after which the episode ends.
+        """
+        spec, seed = self.tools.env, self.tools.first_seed + number
+        actor = _LabelingActor(
+            env, spec, seed, agent=agent, beta=beta, key=self._key, known=known, target=target
+        )
+        limit = self.tools.max_steps if agent is None else min(self.tools.max_steps or self.limit, self.limit)
+        frames: list[np.ndarray] = []
+        (played,) = run_episodes(
+            actor,
+            [env],
+            [seed],
+            camera=spec.camera,
+            max_steps=limit,
+            frames=[frames],
+            record=("actions", "states") if spec.state_names else ("actions",),
+        )
+        if played.error is not None:
+            raise played.error
+        if not played.steps:
+            return None, actor.keys
+        dtype = np.int64 if spec.action_space.discrete else np.float32
+        labels, executed, hold = actor.labels, played.actions, spec.hold
+        success = [bool(each) for each in played.successes]
+        return Episode(
+            frames=np.stack(frames),
+            state=np.stack(played.states) if spec.state_names else None,
+            action=np.array([*labels, labels[-1] if hold is None else hold], dtype),
+            executed_action=np.array([*executed, executed[-1] if hold is None else hold], dtype),
+            intervention=np.array([*actor.interventions, False]),
+            labeled=np.array([*actor.labeled, False]),
+            reward=np.array([*played.rewards, 0.0], np.float32),
+            success=np.array([*success, success[-1]]),
+            task=played.task,
+        ), actor.keys
+
+    def _key(self, observation: dict[str, Any]) -> int:
+        """Return a 64-bit hash of the policy's inputs in an observation of one episode."""
+        parts = [observation[TASK][0].encode()]
         if self.tools.uses_frames:
-            parts.append(observation["pixels"].tobytes())
+            parts.append(observation[self.tools.env.camera][0].tobytes())
         if self.tools.policy.network.use_state:
-            parts.append(observation["agent_pos"].tobytes())
+            parts.append(observation[STATE][0].tobytes())
         return int.from_bytes(hashlib.blake2b(b"\0".join(parts), digest_size=8).digest())
 
     @functools.cached_property
@@ -320,6 +308,81 @@ class _Arm:
         staged = sorted(path for folder in rounds for path in folder.glob("*.npz"))
         shutil.rmtree(data, ignore_errors=True)
         write_dataset(data, self._record_spec(), staged, sidecars={SIDECAR: content})
+
+
+class _LabelingActor:
+    """The actor of one episode: the learner or the expert acts, and the expert labels every state.
+
+    Args:
+        env: the environment.
+        spec: its specification.
+        seed: seed of the episode.
+        agent: the learner; None: the expert acts.
+        beta: probability that the expert's action is executed in place of the learner's.
+        key: observation -> hash of the policy's inputs.
+        known: keys of frames that have a label; the new ones are added.
+        target: labels after which the episode ends.
+
+    Attributes:
+        labels: the expert's action at each step.
+        interventions: whether the expert's action was executed, at each step.
+        labeled: whether the step counts as a label, at each step.
+        keys: keys of the steps that count.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        spec: EnvSpec,
+        seed: int,
+        *,
+        agent: Agent | None,
+        beta: float,
+        key: Callable[[dict[str, Any]], int],
+        known: set[int],
+        target: int,
+    ) -> None:
+        self._env, self._spec, self._seed = env, spec, seed
+        self._agent, self._beta = agent, beta
+        self._key, self._known, self._target = key, known, target
+        self.labels: list[Any] = []
+        self.interventions: list[bool] = []
+        self.labeled: list[bool] = []
+        self.keys: list[int] = []
+
+    def reset(self, num_envs: int) -> None:
+        """Make the expert, for the environment that was just reset."""
+        self._random = np.random.default_rng((self._seed, 2))
+        self._expert = make_expert(self._spec.name, self._env, self._seed)
+        self._taken: Any = None
+        if self._agent is not None:
+            self._agent.reset(num_envs)
+            torch.manual_seed(self._seed)
+
+    def act(self, observation: dict[str, Any]) -> list[Any]:
+        """Return the action; None after `target` labels, or if the expert is stuck."""
+        if self._taken is not None:
+            self._expert.took(self._taken)
+        if len(self.keys) == self._target:
+            return [None]
+        try:
+            label = self._expert.act()
+        except ExpertStuckError:
+            return [None]
+        key, action, intervenes = self._key(observation), label, True
+        if self._agent is not None:
+            own = self._agent.act(observation)[0]
+            intervenes = self._random.random() < self._beta
+            action = label if intervenes else _within(self._env.action_space, own)
+        self._taken = None if intervenes else action
+        asked = key not in self._known and (not self._spec.action_space.discrete or label != self._spec.hold)
+        if asked:
+            self._known.add(key)
+            self.keys.append(key)
+        self.labels.append(label)
+        self.interventions.append(intervenes)
+        self.labeled.append(asked)
+        return [action]
 
 
 def _within(space: Any, action: Any) -> Any:

@@ -1,32 +1,33 @@
 """GAIL (Ho and Ermon, arXiv 1606.03476): a policy that a discriminator cannot tell from demonstrations.
 
-PPO maximizes the discriminator's reward, in place of the environment's. Such a reward pays for staying alive
-or for ending, whatever the demonstrations show, so the same training on worthless demonstrations is always
-run beside it, and behavior cloning on the same demonstrations.
+PPO maximizes the discriminator's reward instead of the environment's. Such a reward pays for staying alive or
+for ending, whatever the demonstrations show. So there are always two baselines: the same training on
+worthless demonstrations, which is the control, and behavior cloning on the same demonstrations.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 
-from latentact.config import Between, Count, OneOf
+from latentact.config import Between, Count, OneOf, check_bounds
 from latentact.data.cache import FrameStore
 from latentact.data.splits import choose_labeled
+from latentact.envs.episode import Episode, run_episodes
 from latentact.envs.spec import make_expert
-from latentact.errors import UserError, missing_extra, require_between, require_one_of
-from latentact.learners.contract import LEARNERS, LearnerTools, score
+from latentact.errors import UserError, missing_extra, require_one_of
+from latentact.learners.contract import LEARNERS, LearnerTools, compare_scores, score
+from latentact.learners.ppo.discriminator import encode_steps, normalize_states
 from latentact.policies.contract import Policy
-from latentact.policies.network import STATE_LIMIT
 
 REWARDS = ("gail", "airl", "neg")
-CONTROLS = ("silly", "shuffled")
+CONTROLS = ("constant", "shuffled")
 
 
 @LEARNERS.register("gail")
@@ -36,7 +37,7 @@ class GailConfig:
 
     kind: str = "gail"
     """Registered name."""
-    demos: Count = 10
+    demos: Annotated[int, Between(1, 10**6)] = 10
     """Demonstrations."""
     steps: Count = 40_000
     """Environment steps of PPO."""
@@ -46,13 +47,13 @@ class GailConfig:
     horizon: Annotated[int, Between(0, 10**6)] = 0
     """Steps of every episode: after its end the last observation repeats, so that its length carries no
     information. 0: the environment's own ends."""
-    control: Annotated[str, OneOf(CONTROLS)] = "silly"
-    """Demonstrations of the control. silly: an expert that always takes the same action; shuffled: the
+    control: Annotated[str, OneOf(CONTROLS)] = "constant"
+    """Demonstrations of the control. constant: an expert that always takes the same action; shuffled: the
     expert's states with its actions in random order."""
     warm_start: bool = False
     """Whether PPO starts with the weights of behavior cloning."""
     envs: Annotated[int, Between(1, 256)] = 8
-    """Environments in which PPO acts side by side."""
+    """Environments in which PPO acts in parallel."""
     rollout_steps: Annotated[int, Between(2, 10**6)] = 128
     """Steps per environment between updates."""
     batch_size: Annotated[int, Between(2, 10**6)] = 256
@@ -82,16 +83,11 @@ class GailConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
+        if self.control == "silly":  # its name in earlier releases
+            object.__setattr__(self, "control", "constant")
         require_one_of("learner.reward", self.reward, REWARDS)
         require_one_of("learner.control", self.control, CONTROLS)
-        for name, low, high in (
-            *(("demos", 1, 10**6), ("steps", 1, 10**9), ("horizon", 0, 10**6), ("envs", 1, 256)),
-            *(("rollout_steps", 2, 10**6), ("batch_size", 2, 10**6), ("epochs", 1, 1000), ("lr", 0, 1)),
-            *(("gamma", 0, 1), ("gae_lambda", 0, 1), ("entropy", 0, 100), ("log_std", -20, 5)),
-            *(("discriminator_lr", 0, 1), ("discriminator_batch", 1, 10**6), ("gradient_penalty", 0, 1000)),
-            ("discriminator_updates", 1, 10**4),
-        ):
-            require_between(f"learner.{name}", getattr(self, name), low, high)
+        check_bounds(self, "learner.")
 
     def learn(self, tools: LearnerTools, out: Path) -> list[dict[str, Any]]:
         """Clone the demonstrations, run GAIL and its control, and return a row of each."""
@@ -103,8 +99,8 @@ class GailConfig:
         demos = _demonstrations(store, chosen, cloned)
         rows = _expert_rows(tools, store, chosen, out)
         worthless = demos.shuffled(tools.seed)
-        if self.control == "silly":
-            worthless = _silly(tools, self.demos, cloned)
+        if self.control == "constant":
+            worthless = _constant(tools, self.demos, cloned)
         for method, shown in (("bc", demos), ("gail", demos), ("control", worthless)):
             policy, rollout = out / method / "policy", out / method / "rollout"
             if not (policy / "config.json").exists():
@@ -114,25 +110,26 @@ class GailConfig:
         return [row | {"labels": None, "demos": self.demos} for row in rows]
 
     def verdict(self, rows: Sequence[dict[str, Any]]) -> str:
-        """Return how GAIL does beside behavior cloning, the demonstrations and the control."""
+        """Return a comparison of GAIL with behavior cloning, the expert and the control."""
         found = {m: score(some) for m in ("expert", "bc", "gail", "control") if (some := _of(rows, m))}
         own, cloning, control = found["gail"], found["bc"], found["control"]
-        compared = "no better and no worse than"
-        if own.above(cloning) or cloning.above(own):
-            compared = "better than" if own.above(cloning) else "worse than"
         count = f"{self.demos} demonstration{'s' if self.demos > 1 else ''}"
         first = (
-            f"GAIL is {compared} behavior cloning: {own.name} {own} against {cloning}, from the same {count}"
+            f"GAIL is {compare_scores(own, cloning)} behavior cloning: {own.name} {own} against {cloning}, "
+            f"from the same {count}"
         )
         first += f"; the expert reaches {found['expert']}." if "expert" in found else "."
-        worthless = "an expert that always does the same" if self.control == "silly" else "shuffled actions"
-        shown = np.mean([row["demonstrated"] for row in _of(rows, "control")])
+        if self.control == "constant":
+            worthless = "an expert that always takes the same action"
+            shown = np.mean([row["demonstrated"] for row in _of(rows, "control")])
+        else:
+            worthless, shown = "shuffled actions", math.inf  # whose return is unknown
         if not own.above(control):
             second = (
                 f"The control, GAIL on {worthless}, does as well: {control}. The form of the reward explains "
                 "the result, not the demonstrations."
             )
-        elif self.control == "silly" and own.name == "return" and control.low > shown:
+        elif own.name == "return" and control.low > shown:
             second = (
                 f"The control, GAIL on {worthless}, reaches {control}, though that expert has {shown:.3g}: a "
                 f"part of the result comes from the form of the reward ({self.reward}), not from the "
@@ -168,22 +165,24 @@ class GailConfig:
 
     def _imitate(self, tools: LearnerTools, cloned: Policy, demos: _Demos, folder: Path) -> None:
         """Train a policy with PPO and save it; one that is interrupted starts again, with the same result."""
-        from latentact.learners.adversarial.environment import NormalizedEnv, encode_steps
-        from latentact.learners.adversarial.ppo import train_ppo
+        from latentact.learners.ppo.environment import PolicyEnv
+        from latentact.learners.ppo.gail import train_gail
 
-        space = tools.env.action_space
         demos = demos.until(self.horizon)
-        expert = encode_steps(demos.states, demos.actions, demos.over, space)
+        expert = encode_steps(demos.states, demos.actions, demos.over, tools.env.action_space)
 
-        def make_env(number: int) -> NormalizedEnv:
-            inner = tools.make_env()
-            return NormalizedEnv(
-                inner, cloned, space, self.horizon, tools.max_steps, (tools.first_seed, number)
+        def make_env(number: int) -> PolicyEnv:
+            return PolicyEnv(
+                tools.make_env(),
+                cloned,
+                max_steps=tools.max_steps,
+                seed=(tools.first_seed, number),
+                horizon=self.horizon,
             )
 
         policy = cloned.config.build(cloned.spec)
         policy.load_state_dict(cloned.state_dict())
-        train_ppo(
+        train_gail(
             policy,
             make_env,
             expert,
@@ -198,7 +197,7 @@ class GailConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _Demos:
-    """Steps of demonstrations, one after the other."""
+    """Steps of demonstrations, concatenated."""
 
     states: np.ndarray
     """Normalized, `[n, s]`."""
@@ -219,7 +218,7 @@ class _Demos:
         return replace(self, actions=self.actions[order], mean_return=None)
 
     def until(self, horizon: int) -> _Demos:
-        """Return every episode with as many steps, the last state repeated after its end; 0: as they are."""
+        """Return all episodes with `horizon` steps, the last state repeated after the end; 0: unchanged."""
         if not horizon:
             return self
         states, actions, over, first = [], [], [], 0
@@ -251,7 +250,7 @@ def _demonstrations(store: FrameStore, episodes: np.ndarray, policy: Policy) -> 
             "Give data of one of them."
         )
     assert store.state is not None
-    states = _normal(policy, store.state)
+    states = normalize_states(policy, store.state)
     actions = np.ma.getdata(store.actions(episodes))
     if not policy.spec.action_space.discrete:  # type: ignore[union-attr]
         actions = (actions - policy.mean.numpy()) / policy.std.numpy()
@@ -268,38 +267,49 @@ def _demonstrations(store: FrameStore, episodes: np.ndarray, policy: Policy) -> 
     )
 
 
-def _normal(policy: Policy, states: np.ndarray) -> np.ndarray:
-    """Return states as the policy's network gets them."""
-    return policy.normal_state(torch.from_numpy(states)).clamp(-STATE_LIMIT, STATE_LIMIT).numpy()
+class _ConstantActor:
+    """Always takes the same action."""
+
+    def __init__(self, action: Any) -> None:
+        self._action = action
+
+    def reset(self, num_envs: int) -> None:
+        """Begin new episodes."""
+        self._num_envs = num_envs
+
+    def act(self, observation: dict[str, Any]) -> list[Any]:
+        """Return the action, once per episode."""
+        return [self._action] * self._num_envs
 
 
-def _silly(tools: LearnerTools, episodes: int, policy: Policy) -> _Demos:
+def _constant(tools: LearnerTools, episodes: int, policy: Policy) -> _Demos:
     """Return episodes of an expert that always takes the first class, or the lower bound."""
     env, space = tools.make_env(), tools.env.action_space
     action: Any = (space.values or (0,))[0] if space.discrete else env.action_space.low
-    states, lasts, lengths, returns = [], [], [], []
+    played: list[Episode] = []
     for number in range(episodes):
-        observation, _ = env.reset(seed=tools.first_seed + number)
-        over, steps, total = False, 0, 0.0
-        while not over:
-            states.append(observation["agent_pos"])
-            observation, reward, terminated, truncated, _ = env.step(action)
-            steps, total = steps + 1, total + float(reward)
-            over = terminated or truncated or steps == tools.max_steps
-        lasts.append(observation["agent_pos"])
-        lengths.append(steps)
-        returns.append(total)
+        played += run_episodes(
+            _ConstantActor(action),
+            [env],
+            [tools.first_seed + number],
+            camera=tools.env.camera,
+            max_steps=tools.max_steps,
+            record=("states",),
+        )
+        if error := played[-1].error:
+            raise error
     env.close()
+    states = np.stack([state for episode in played for state in episode.states[:-1]])
     encoded = np.zeros(len(states), np.int64)
     if not space.discrete:
         encoded = np.tile((action - policy.mean.numpy()) / policy.std.numpy(), (len(states), 1))
     return _Demos(
-        states=_normal(policy, np.stack(states)),
+        states=normalize_states(policy, states),
         actions=encoded,
         over=np.zeros(len(states), bool),
-        lasts=_normal(policy, np.stack(lasts)),
-        lengths=np.array(lengths),
-        mean_return=float(np.mean(returns)),
+        lasts=normalize_states(policy, np.stack([episode.states[-1] for episode in played])),
+        lengths=np.array([episode.steps for episode in played]),
+        mean_return=float(np.mean([episode.total_reward for episode in played])),
     )
 
 
@@ -307,10 +317,9 @@ def _expert_rows(
     tools: LearnerTools, store: FrameStore, episodes: np.ndarray, out: Path
 ) -> list[dict[str, Any]]:
     """Return the row of the environment's expert; without one, of demonstrations with rewards."""
-    try:
-        return [{**tools.expert(out / "expert"), "method": "expert", "run": "expert"}]
-    except UserError:
-        rewards, successes = (store.column(name) for name in ("next.reward", "next.success"))
+    if expert := tools.expert(out / "expert"):
+        return [expert | {"method": "expert", "run": "expert"}]
+    rewards, successes = (store.column(name) for name in ("next.reward", "next.success"))
     if rewards is None:
         return []
     mine = [store.episode == episode for episode in episodes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from latentact.types import ActionSpace
 def check_policy(policy: Policy) -> None:
     """Check that a policy keeps the contract; its weights and its random state stay as they are.
 
-    Outputs, features and actions must have the right shapes and types. Evaluation must be deterministic, and
+    Outputs, features and actions must have the right shapes and types, and `forward_with_features` and
+    `output_layer` must agree with `forward` and `features`. Evaluation must be deterministic, and
     the samples of a batch independent. The loss must be finite, ignore masked targets and reach every
     trainable parameter. Frames of any size must be accepted, a missing state rejected, and a guide of NaN
     treated as no guide. A saved policy must load bit-equal.
@@ -40,6 +42,7 @@ def check_policy(policy: Policy) -> None:
             _check_loss(policy)
             _check_actions(policy)
             _check_checkpoint(policy)
+            _check_output_layer(policy)
         finally:
             policy.train(training)
             policy.zero_grad(set_to_none=True)
@@ -103,6 +106,12 @@ def _check_outputs(policy: Policy) -> None:
     _require(
         torch.equal(out, _outputs(policy, batch)),
         "forward must be deterministic in evaluation mode, got different outputs for the same batch.",
+    )
+    with torch.no_grad():
+        both = policy.forward_with_features(batch.frames, batch.state, batch.words, batch.guide)
+    _require(
+        _same(both[0], out) and _same(both[1], features),
+        "forward_with_features must return the results of forward and features, got others.",
     )
     order = torch.arange(size - 1, -1, -1)
     present = {key: value for key, value in vars(batch).items() if value is not None}
@@ -202,6 +211,20 @@ def _check_checkpoint(policy: Policy) -> None:
         and torch.equal(_outputs(loaded, batch), _outputs(policy, batch)),
         "a saved policy must load bit-equal, got different outputs. Keep all state in parameters and "
         "buffers, and all settings in the config.",
+    )
+
+
+@torch.no_grad()
+def _check_output_layer(policy: Policy) -> None:
+    if policy.output_layer is None:
+        return
+    policy = copy.deepcopy(policy)
+    assert policy.output_layer is not None
+    for parameter in policy.output_layer.parameters():
+        parameter.zero_()
+    _require(
+        not _outputs(policy, random_batch(policy)).any(),
+        "output_layer must be the layer that forward ends with, got outputs other than 0 for weights of 0.",
     )
 
 

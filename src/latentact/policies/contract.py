@@ -109,11 +109,21 @@ class PolicyConfig(Protocol):
 POLICIES: Registry[type[PolicyConfig]] = Registry("policy", "latentact.policies")
 
 
+def uses_frames(config: PolicyConfig) -> bool:
+    """Return whether a policy looks at frames; all do but those whose network settings say otherwise.
+
+    Args:
+        config: the policy; its `network` may have a property `uses_frames`.
+    """
+    return getattr(config.network, "uses_frames", True)
+
+
 class Policy(nn.Module, ABC):
     """A network from observations to a chunk of targets; a grounded latent policy also has a decoder.
 
     A subclass implements `features` and `forward`, and overrides `loss` if it has its own loss or sampling
-    (as in diffusion).
+    (as in diffusion). For `ground mode=online` it may also override `forward_with_features`, for speed, and
+    `output_layer`.
 
     Args:
         config: settings.
@@ -171,6 +181,17 @@ class Policy(nn.Module, ABC):
             float32 ``[b, chunk_size, spec.target.outputs]``.
         """
 
+    def forward_with_features(
+        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b l f"], Float[Tensor, "b d"]]:
+        """Return the results of `forward` and of `features`; override it to compute both in one pass."""
+        return self(frames, state, words, guide), self.features(frames, state, words)
+
+    @property
+    def output_layer(self) -> nn.Linear | None:
+        """The linear layer that `forward` ends with, which PPO initializes; None: it ends otherwise."""
+        return None
+
     @property
     def targets(self) -> Targets:
         """What the policy learns from."""
@@ -189,8 +210,8 @@ class Policy(nn.Module, ABC):
 
     @property
     def uses_frames(self) -> bool:
-        """Whether the network uses frames; all do but those whose settings have `uses_frames`, false."""
-        return getattr(self.config.network, "uses_frames", True)
+        """Whether the network uses frames."""
+        return uses_frames(self.config)
 
     def add_decoder(self, config: DecoderConfig) -> None:
         """Append a decoder with random weights to the network."""

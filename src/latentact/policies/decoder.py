@@ -71,6 +71,11 @@ class ActionDecoder(nn.Module):
         if codes:
             self.register_buffer("codebook", torch.zeros(codes, latent_size))
 
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer."""
+        return self.net[-1]  # type: ignore[return-value]
+
     def set_codebook(self, codes: np.ndarray, vectors: np.ndarray) -> None:
         """Set the vectors of codes, normalized by those given; codes without one keep the mean, 0.
 

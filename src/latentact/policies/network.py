@@ -120,6 +120,11 @@ class NetworkPolicy(Policy):
             )
 
     @property
+    def output_layer(self) -> nn.Linear:
+        """The last layer."""
+        return self.head
+
+    @property
     def augments(self) -> tuple[str, ...]:
         """Inputs that training can augment; grids of integers are no images."""
         return tuple(name for name in super().augments if name != "frames" or not self.grid_values)
@@ -155,11 +160,18 @@ class NetworkPolicy(Policy):
         self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
     ) -> Float[Tensor, "b l f"]:
         """Return the outputs of the last layer."""
-        features = self.features(frames, state, words)
+        return self.forward_with_features(frames, state, words, guide)[0]
+
+    def forward_with_features(
+        self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b l f"], Float[Tensor, "b d"]]:
+        """Return the outputs of the last layer, and the features."""
+        features = inputs = self.features(frames, state, words)
         if self.guide is not None:
             guidance = self.normal_guide(guide, len(features))
-            features = self.guide(torch.cat([features, guidance], dim=1))
-        return self.head(features).unflatten(1, (self.config.network.chunk_size, -1)).float()
+            inputs = self.guide(torch.cat([features, guidance], dim=1))
+        out = self.head(inputs).unflatten(1, (self.config.network.chunk_size, -1)).float()
+        return out, features
 
 
 def _layers(inputs: int, widths: tuple[int, ...]) -> nn.Sequential:

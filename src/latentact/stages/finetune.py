@@ -127,7 +127,7 @@ def finetune(
     )
     samples.past = samples.past * stride
     out.mkdir(parents=True, exist_ok=True)
-    fit(_EndToEnd(tuned), samples, training, out)
+    fit(_EndToEnd(tuned), samples, training, out, augments=tuned.augments, state_std=tuned.state_std)
     tuned.cpu().write(out)
 
 
@@ -194,7 +194,6 @@ class _EndToEnd(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
-        self.augments, self.state_std = policy.augments, policy.state_std
 
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of robot actions."""

@@ -26,7 +26,7 @@ from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.stages.finetune import finetune
-from latentact.stages.ground_online import OnlineConfig, check_online, ground_online, load_own_lam
+from latentact.stages.ground_online import OnlineConfig, check_online, ground_online, load_matching_lam
 from latentact.training.cluster.contract import CLUSTERS
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
@@ -140,7 +140,7 @@ def _online(config: GroundConfig, latent: Policy, labels: Labels, out: Path) -> 
             online, play_steps=64, steps=64, finetune_steps=min(online.finetune_steps, 64), envs=2, episodes=2
         )
         online = replace(online, rollout_steps=16, max_steps=online.max_steps or 20)
-    env, lam = check_online(online, latent, config.policy), load_own_lam(online, latent)
+    env, lam = check_online(online, latent, config.policy), load_matching_lam(online, latent)
     torch.manual_seed(config.training.seed)
     policy = latent.ground(config.decoder, env.action_space)
     _set_codebook(policy, labels)

@@ -9,7 +9,6 @@ used only before PPO, and fine-tuning replaces the second head.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -20,29 +19,28 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from latentact.agents.agent import to_env_actions
 from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.data.samples import LabeledRows
+from latentact.envs.adapt import import_gymnasium
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
-from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env, make_expert
+from latentact.envs.episode import run_episodes
+from latentact.envs.spec import ENVS, VIEWS, EnvSpec, env_spec, make_env
 from latentact.errors import UserError, missing_extra, require_one_of
-from latentact.evaluation.policy.rollout import rollout as roll_out
-from latentact.evaluation.policy.rollout import save_rollout
-from latentact.io.atomic import read_object
 from latentact.io.tensors import save_tensors
 from latentact.lams.contract import LatentActionModel, load_lam
-from latentact.learners.contract import score
+from latentact.learners.contract import compare_scores, score
 from latentact.policies.contract import Policy
 from latentact.policies.decoder import ActionDecoder
-from latentact.policies.network import NetworkPolicy
 from latentact.policies.selection import SELECTIONS, Selection
-from latentact.stages import rollout
+from latentact.stages.rollout import evaluate, evaluate_expert
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
 
 CRITIC = "critic.safetensors"
-SMALL = 0.01
+OUTPUT_LAYER_SCALE = 0.01
 """Factor of the weights of the layer that outputs actions, so that PPO starts with a nearly uniform action
 distribution."""
 ROWS = {
@@ -115,18 +113,18 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
         source: its folder, for messages.
 
     Raises:
-        UserError: PPO cannot train the policy's decoder there.
+        UserError: PPO cannot train the policy's decoder in the environment, or stable-baselines3 is missing.
     """
     if not config.env:
         raise UserError("online.env must be set for mode=online, got none. Give an environment to act in.")
     if importlib.util.find_spec("stable_baselines3") is None:
         raise missing_extra("stable_baselines3", "gail")
-    chunk = policy.config.network.chunk_size
-    if not isinstance(policy, NetworkPolicy) or policy.spec.stride != 1 or chunk != 1:
+    stride, chunk_size = policy.spec.stride, policy.config.network.chunk_size
+    if (stride, chunk_size) != (1, 1):
         raise UserError(
-            f"mode=online needs policy=latent with one latent action per environment step, got {source} "
-            f"with policy={policy.config.kind}, {policy.spec.stride} steps per latent action and "
-            f"policy.network.chunk_size={chunk}. Train one with frame_gap_s=0 and chunk_size=1."
+            f"mode=online needs a policy with one latent action per environment step, got {source} with "
+            f"{stride} steps per latent action and policy.network.chunk_size={chunk_size}. Train one with "
+            "frame_gap_s=0 and policy.network.chunk_size=1."
         )
     env = env_spec(config.env, view=config.view)
     check_step_limit(env, config.max_steps)
@@ -140,15 +138,16 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
     )
     try_step(config.env, view=config.view, distract=Distraction(), seed=config.eval_seed)
     if not env.action_space.discrete:
-        low, high = _bounds(config)
+        low, high = _action_bounds(config)
         if not np.isfinite([low, high]).all():
             raise UserError(
-                f"mode=online needs finite bounds of actions, got those of {config.env}. Use others."
+                f"mode=online needs finite bounds of actions, got {low.tolist()} to {high.tolist()} in "
+                f"{config.env}. Choose another environment."
             )
     return env
 
 
-def load_own_lam(config: OnlineConfig, policy: Policy) -> LatentActionModel | None:
+def load_matching_lam(config: OnlineConfig, policy: Policy) -> LatentActionModel | None:
     """Return the LAM of `online.lam`; None without.
 
     Raises:
@@ -186,32 +185,29 @@ def ground_online(
         seed: random seed.
         out: run folder.
     """
-    from latentact.training.ppo import ObservedEnv, from_scratch, train_ppo
+    from latentact.learners.ppo.environment import PolicyEnv
+    from latentact.learners.ppo.online import from_scratch, train_online
 
-    assert isinstance(policy, NetworkPolicy)
-    assert policy.decoder is not None
+    def train(trained: Policy, name: str, steps: int, lr: float, **more: Any) -> Any:
+        def make(number: int) -> PolicyEnv:
+            env = make_env(config.env, view=config.view, frames=trained.uses_frames)
+            return PolicyEnv(env, trained, max_steps=config.max_steps, seed=(seed, number))
 
-    def observed(learner: NetworkPolicy, number: int) -> ObservedEnv:
-        env = make_env(config.env, view=config.view, frames=learner.uses_frames or lam is not None)
-        return ObservedEnv(env, learner, config.max_steps, (seed, number))
-
-    def train(learner: NetworkPolicy, name: str, steps: int, lr: float, **more: Any) -> Any:
-        make, metrics = functools.partial(observed, learner), out / f"{name}.csv"
-        return train_ppo(
-            learner, make, config, steps=steps, lr=lr, seed=seed, name=name, metrics=metrics, **more
+        metrics = out / f"{name}.csv"
+        return train_online(
+            trained, make, config, steps=steps, lr=lr, seed=seed, name=name, metrics=metrics, **more
         )
 
-    _spread(config, policy.decoder)
-    _shrink(policy.decoder.net[-1])
+    assert policy.decoder is not None
+    _scale_actions_to_bounds(config, policy.decoder, policy.decoder.space)
+    _shrink_output_layer(policy.decoder)
     folders: dict[str, Path] = {}
     if lam is not None:
         folders["paired"] = out / "paired"
         if not (folders["paired"] / "config.json").exists():
-            env = observed(policy, config.envs)  # a number that no environment of PPO has
-            fit(policy.decoder, random_play(env, policy, lam, config.play_steps, seed), out)
+            fit(policy.decoder, random_play(config, policy, lam, seed), out)
             policy.cpu().save_pretrained(folders["paired"])
         policy = Policy.from_pretrained(folders["paired"])
-        assert isinstance(policy, NetworkPolicy)
     folders["decoder"] = out
     if not (out / "config.json").exists():
         critic = train(policy, "decoder", config.steps, config.lr, frozen=True)
@@ -220,7 +216,7 @@ def ground_online(
     if config.finetune_steps:
         folders["finetuned"] = out / "finetuned"
         if not (folders["finetuned"] / "config.json").exists():
-            tuned: Any = Policy.from_pretrained(out)
+            tuned = Policy.from_pretrained(out)
             steps, lr = config.finetune_steps, config.finetune_lr
             train(tuned, "finetuned", steps, lr, frozen=False, critic=out / CRITIC)
             tuned.save_pretrained(folders["finetuned"])
@@ -229,12 +225,15 @@ def ground_online(
     if not (folders["scratch"] / "config.json").exists():
         torch.manual_seed(seed)
         scratch = from_scratch(policy)
-        _spread(config, scratch)
-        _shrink(scratch.head)
+        assert scratch.spec.action_space is not None
+        _scale_actions_to_bounds(config, scratch, scratch.spec.action_space)
+        _shrink_output_layer(scratch)
         train(scratch, "scratch", total, config.finetune_lr, frozen=False)
         scratch.save_pretrained(folders["scratch"])
-    rows = {name: _evaluate(config, folder, out / "rollouts" / name) for name, folder in folders.items()}
-    if expert := _expert(config, out / "rollouts" / "expert"):
+    rows = {
+        name: evaluate(config, folder, out / "rollouts" / name, record=0) for name, folder in folders.items()
+    }
+    if expert := evaluate_expert(config, out / "rollouts" / "expert"):
         rows["expert"] = expert
     verdict = _verdict(rows, total)
     log.info(verdict)
@@ -251,125 +250,109 @@ def ground_online(
 def _verdict(rows: dict[str, dict[str, Any]], steps: int) -> str:
     """Return a comparison with PPO from scratch and the scores of all rows."""
     own, scratch = (score([row]) for row in (rows.get("finetuned", rows["decoder"]), rows["scratch"]))
-    compared = "no better and no worse than"
-    if own.above(scratch) or scratch.above(own):
-        compared = "better than" if own.above(scratch) else "worse than"
     scores = [f"{ROWS[name]} {score([row])}" for name, row in rows.items()]
     return (
-        f"The latent policy is {compared} PPO from scratch after {steps} environment steps each; "
-        f"{own.name}: {', '.join(scores)}."
+        f"The latent policy is {compare_scores(own, scratch)} PPO from scratch after {steps} environment "
+        f"steps each; {own.name}: {', '.join(scores)}."
     )
 
 
-@torch.no_grad()
-def random_play(
-    env: Any, policy: NetworkPolicy, lam: LatentActionModel, steps: int, seed: int
-) -> LabeledRows:
-    """Return random actions with the latent actions of what they did, as inputs of the policy's decoder.
+class _RandomActor:
+    """Draws the actions of one episode after the other uniformly, as a decoder can output them.
 
     Args:
-        env: an `ObservedEnv`.
-        policy: latent policy with a decoder.
-        lam: its LAM.
-        steps: actions to take.
-        seed: of the actions.
+        decoder: the decoder.
+        seed: seed of the actions.
+
+    Attributes:
+        actions: the actions so far: class indices, or float32 ``[a]`` in the environment's units.
     """
-    env.action_space.seed(seed)
-    inputs, states, actions = [], [], []
-    frames: list[np.ndarray] = []
-    seen: list[np.ndarray] = []
-    ended = True
-    for step in range(steps + 1):
-        if ended or step == steps:
-            if frames:
-                clip = torch.from_numpy(np.stack([*frames, env.latest["pixels"]])).permute(0, 3, 1, 2)
-                held = torch.from_numpy(np.stack([*seen, _state(env)]))
-                latents = lam.encode(clip, states=held if lam.state_size else None)
-                column = getattr(latents, policy.targets.column)[0]
-                inputs.append(policy.normal_latent(column.flatten(1)))
-                states.append(held[:-1])
-            if step == steps:
-                break
-            frames, seen = [], []
-            env.reset()
-        frames.append(env.latest["pixels"])
-        seen.append(_state(env))
-        actions.append(env.action_space.sample())
-        _, _, terminated, truncated, _ = env.step(actions[-1])
-        ended = terminated or truncated
-    env.close()
-    taken = torch.from_numpy(np.stack(actions))
+
+    def __init__(self, decoder: ActionDecoder, seed: int) -> None:
+        spaces = import_gymnasium().spaces
+        self._decoder, size = decoder, decoder.space.size
+        self._space = (
+            spaces.Discrete(size) if decoder.space.discrete else spaces.Box(-1, 1, (size,), np.float32)
+        )
+        self._space.seed(seed)
+        self.actions: list[Any] = []
+
+    def reset(self, num_envs: int) -> None:
+        """Begin the next episode."""
+
+    def act(self, observation: dict[str, Any]) -> Any:
+        """Return an action, ``[1]`` or ``[1, a]``."""
+        action = self._space.sample()
+        if not self._decoder.space.discrete:
+            action = self._decoder.unnormalize(torch.from_numpy(action)).numpy()
+        self.actions.append(action)
+        return to_env_actions(self._decoder.space, np.stack([action]))
+
+
+@torch.no_grad()
+def random_play(config: OnlineConfig, policy: Policy, lam: LatentActionModel, seed: int) -> LabeledRows:
+    """Take `play_steps` random actions; return them with the latent actions of their transitions.
+
+    Args:
+        config: settings.
+        policy: latent policy with a decoder, whose inputs the latent actions become.
+        lam: its LAM.
+        seed: random seed.
+
+    Raises:
+        EnvError: the environment failed.
+    """
     assert policy.decoder is not None
-    if not policy.decoder.space.discrete:
-        taken = policy.decoder.unnormalize(taken)
-    state = policy.normal_state(torch.cat(states)) if policy.spec.state_size else None
-    return LabeledRows(torch.cat(inputs), state, taken[:, None])
+    env, spec = make_env(config.env, view=config.view), env_spec(config.env, view=config.view)
+    # PPO's environments have the numbers below `envs`.
+    actor, reset_seeds = _RandomActor(policy.decoder, seed), np.random.default_rng((seed, config.envs))
+    inputs, states = [], []
+    while left := config.play_steps - len(actor.actions):
+        frames: list[np.ndarray] = []
+        (episode,) = run_episodes(
+            actor,
+            [env],
+            [int(reset_seeds.integers(2**31))],
+            camera=spec.camera,
+            max_steps=min(left, config.max_steps or left),
+            frames=[frames],
+            record=("states",) if spec.state_names else (),
+        )
+        if episode.error:
+            raise episode.error
+        clip = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        state = torch.from_numpy(np.stack(episode.states)) if spec.state_names else None
+        latents = getattr(lam.encode(clip, states=state if lam.state_size else None), policy.targets.column)
+        inputs.append(policy.normal_latent(latents[0].flatten(1)))
+        if state is not None and policy.spec.state_size:
+            states.append(policy.normal_state(state[:-1]))
+    env.close()
+    actions = torch.from_numpy(np.stack(actor.actions))
+    return LabeledRows(torch.cat(inputs), torch.cat(states) if states else None, actions[:, None])
 
 
-def _state(env: Any) -> np.ndarray:
-    return np.asarray(env.latest.get("agent_pos", ()), np.float32)
-
-
-def _bounds(config: OnlineConfig) -> tuple[np.ndarray, np.ndarray]:
+def _action_bounds(config: OnlineConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and largest continuous action, ``[a]`` each."""
     env: Any = make_env(config.env, view=config.view)
     low, high = env.action_space.low, env.action_space.high
     env.close()
     return low, high
 
 
-def _spread(config: OnlineConfig, scale: Any) -> None:
-    """Scale continuous actions so that their bounds map to -1 and 1.
-
-    Args:
-        config: settings.
-        scale: decoder, or policy without one, with mean and deviation of actions.
-    """
-    space: ActionSpace = scale.space if hasattr(scale, "space") else scale.spec.action_space
-    if not space.discrete:
-        low, high = (torch.from_numpy(bound) for bound in _bounds(config))
-        scale.mean.copy_((low + high) / 2)
-        scale.std.copy_((high - low) / 2)
+def _scale_actions_to_bounds(
+    config: OnlineConfig, module: ActionDecoder | Policy, actions: ActionSpace
+) -> None:
+    """Set mean and deviation of a module's continuous actions so that the bounds are -1 and 1."""
+    if not actions.discrete:
+        low, high = (torch.from_numpy(bound) for bound in _action_bounds(config))
+        module.mean.copy_((low + high) / 2)
+        module.std.copy_((high - low) / 2)
 
 
 @torch.no_grad()
-def _shrink(layer: Any) -> None:
-    layer.weight.mul_(SMALL)
-    layer.bias.zero_()
-
-
-def _evaluate(config: OnlineConfig, policy: Path, out: Path) -> dict[str, Any]:
-    settings = rollout.RolloutConfig(
-        policy=str(policy),
-        env=config.env,
-        out=str(out),
-        episodes=config.episodes,
-        seed=config.eval_seed,
-        view=config.view,
-        max_steps=config.max_steps,
-        record=0,
-        action_selection=config.action_selection,
-    )
-    return rollout.run(settings)
-
-
-def _expert(config: OnlineConfig, out: Path) -> dict[str, Any] | None:
-    """Return the rollout of the environment's expert on the same seeds; None without one."""
-    if not (out / "rollout.json").exists():
-        env = make_env(config.env, view=config.view)
-        env.reset(seed=config.eval_seed)
-        try:
-            make_expert(config.env, env, config.eval_seed)
-        except UserError:  # it has none; what fails later is an error
-            return None
-        finally:
-            env.close()
-        played = roll_out(
-            None,
-            config.env,
-            episodes=config.episodes,
-            seed=config.eval_seed,
-            view=config.view,
-            max_steps=config.max_steps,
-        )
-        save_rollout(played, out)
-    return read_object(out / "rollout.json")
+def _shrink_output_layer(module: ActionDecoder | Policy) -> None:
+    """Scale the weights of a module's last layer down and set its bias to 0, if it has a linear one."""
+    if (layer := module.output_layer) is not None:
+        layer.weight.mul_(OUTPUT_LAYER_SCALE)
+        if layer.bias is not None:
+            layer.bias.zero_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,9 @@ from latentact.envs.checks import check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import ENVS, VIEWS, env_spec
 from latentact.errors import UserError, require_between, require_one_of
-from latentact.evaluation.policy.rollout import rollout as roll_out
-from latentact.evaluation.policy.rollout import save_rollout
 from latentact.io.atomic import read_object, write_json
 from latentact.learners.contract import LEARNERS, LearnerTools, score
-from latentact.policies.contract import POLICIES, Policy, PolicyConfig
+from latentact.policies.contract import POLICIES, Policy, PolicyConfig, uses_frames
 from latentact.policies.selection import SELECTIONS, Selection, Temperature, selector
 from latentact.stages import collect, finetune, rollout, train_policy
 from latentact.training.cluster.contract import CLUSTERS
@@ -151,23 +150,9 @@ def _policy(config: LearnConfig) -> PolicyConfig:
 
 
 def _tools(config: LearnConfig, spec: Any, policy: PolicyConfig, seed: int, cache: Path) -> LearnerTools:
-    uses_frames = getattr(policy.network, "uses_frames", True)
-    resolution = config.resolution or (0 if uses_frames else BLACK)
+    resolution = config.resolution or (0 if uses_frames(policy) else BLACK)
     training = replace(config.training, seed=seed)
     first_seed = 10**6 * (seed + 1)
-
-    def expert(folder: Path) -> dict[str, Any]:
-        if not (folder / "rollout.json").exists():
-            result = roll_out(
-                None,
-                config.env,
-                episodes=config.episodes,
-                seed=config.eval_seed,
-                view=config.view,
-                max_steps=config.max_steps,
-            )
-            save_rollout(result, folder)
-        return read_object(folder / "rollout.json")
 
     def collected(folder: Path, episodes: int) -> Path:
         settings = collect.CollectConfig(
@@ -179,7 +164,7 @@ def _tools(config: LearnConfig, spec: Any, policy: PolicyConfig, seed: int, cach
             view=config.view,
             max_steps=config.max_steps,
             workers=1,
-            frames=uses_frames,
+            frames=uses_frames(policy),
         )
         return collect.run(settings).path
 
@@ -198,19 +183,7 @@ def _tools(config: LearnConfig, spec: Any, policy: PolicyConfig, seed: int, cach
         )
 
     def evaluated(folder: Path, out: Path) -> dict[str, Any]:
-        settings = rollout.RolloutConfig(
-            policy=str(folder),
-            env=config.env,
-            out=str(out),
-            episodes=config.episodes,
-            seed=config.eval_seed,
-            view=config.view,
-            max_steps=config.max_steps,
-            record=config.record,
-            action_selection=config.action_selection,
-            temperature=config.temperature,
-        )
-        return rollout.run(settings)
+        return rollout.evaluate(config, folder, out, record=config.record, temperature=config.temperature)
 
     return LearnerTools(
         env=spec,
@@ -222,7 +195,7 @@ def _tools(config: LearnConfig, spec: Any, policy: PolicyConfig, seed: int, cach
         data=config.data,
         first_seed=first_seed,
         seed=seed,
-        expert=expert,
+        expert=partial(rollout.evaluate_expert, config),
         collect=collected,
         train=train,
         open=lambda data: open_store(DataConfig(**frames(data))),

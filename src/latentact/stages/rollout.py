@@ -15,7 +15,7 @@ from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.device import require_device
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
-from latentact.envs.spec import ENVS, VIEWS, env_spec
+from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env, make_expert
 from latentact.errors import UserError, require_between, require_one_of
 from latentact.evaluation.policy.rollout import (
     PARTIAL,
@@ -131,6 +131,62 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     written = read_object(out / "rollout.json")
     log.info("%s: %s", config.env, summary(written))
     return written
+
+
+def evaluate(config: Any, policy: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Roll a policy out on the evaluation episodes of a stage and return the content of `rollout.json`.
+
+    Args:
+        config: settings of the stage: `env`, `view`, `max_steps`, `episodes`, `eval_seed` and
+            `action_selection`.
+        policy: folder of the policy.
+        out: folder of the rollout.
+        more: further settings of the rollout.
+    """
+    return run(
+        RolloutConfig(
+            policy=str(policy),
+            env=config.env,
+            out=str(out),
+            episodes=config.episodes,
+            seed=config.eval_seed,
+            view=config.view,
+            max_steps=config.max_steps,
+            action_selection=config.action_selection,
+            **more,
+        )
+    )
+
+
+def evaluate_expert(config: Any, out: Path) -> dict[str, Any] | None:
+    """Roll the environment's expert out on the same episodes; return None if the environment has no expert.
+
+    Args:
+        config: settings of the stage, as in `evaluate`.
+        out: folder of the rollout; a finished one is not repeated.
+
+    Raises:
+        EnvError: the environment failed.
+    """
+    if not (out / "rollout.json").exists():
+        env = make_env(config.env, view=config.view)
+        env.reset(seed=config.eval_seed)
+        try:
+            make_expert(config.env, env, config.eval_seed)
+        except UserError:  # it has none; a failure of the rollout is an error
+            return None
+        finally:
+            env.close()
+        result = rollout(
+            None,
+            config.env,
+            episodes=config.episodes,
+            seed=config.eval_seed,
+            view=config.view,
+            max_steps=config.max_steps,
+        )
+        save_rollout(result, out)
+    return read_object(out / "rollout.json")
 
 
 def _with_defaults(settings: Any) -> Any:

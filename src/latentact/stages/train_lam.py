@@ -144,7 +144,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     if not saved_steps(out):
         _or_refuse(lambda: _try(model, data), lam.kind)
     with run_folder(out, config):
-        fit(model, data, config.training, out, evaluate)
+        fit(model, data, config.training, out, evaluate, augments=model.augments)
         if not evaluated:  # the run was killed after its last step
             evaluate(True)
         evaluation = evaluated[0]

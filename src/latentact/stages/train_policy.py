@@ -138,7 +138,15 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         return {"val/loss": policy.loss(batch.to(device))[0].item()}
 
     with run_folder(out, config):
-        fit(policy, samples, config.training, out, evaluate)
+        fit(
+            policy,
+            samples,
+            config.training,
+            out,
+            evaluate,
+            augments=policy.augments,
+            state_std=policy.state_std,
+        )
         policy.cpu().write(out)
         write_json(out / "policy.json", {"samples": len(samples), "episodes": len(train), **evaluate()})
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
@@ -18,9 +18,8 @@ from latentact.training.settings import TrainingConfig
 class Trainable(Protocol):
     """A module that `fit` trains.
 
-    A module may also have `augments`, the inputs that training can augment ("frames", "state"); `state_std`,
-    which noise on a policy's state needs; and `parameter_groups() -> list[ParameterGroup]`: its other
-    parameters are trained with the settings of `TrainingConfig`.
+    A module may also have `parameter_groups() -> list[ParameterGroup]`: its other parameters are trained with
+    the settings of `TrainingConfig`.
     """
 
     def loss(self, batch: Any, /) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,6 +43,9 @@ def fit(
     config: TrainingConfig,
     out: Path,
     evaluate: Callable[[bool], dict[str, float]] | None = None,
+    *,
+    augments: Collection[str] = (),
+    state_std: Tensor | None = None,
 ) -> None:
     """Train `model` in place; resume from the newest checkpoint in `out`, if there is one.
 
@@ -57,16 +59,21 @@ def fit(
         out: run folder for `metrics.csv`, `tensorboard/` and `checkpoints/`.
         evaluate: called with the model in evaluation mode and whether this is the last call; returns scalars
             to log.
+        augments: inputs that `config.augment` may change: "frames", "state".
+        state_std: standard deviations of a policy's state in the data, for noise on it; ``[s]``.
+
+    Raises:
+        UserError: `config.augment` changes other inputs, the training diverges, or another process trains in
+            `out`.
     """
     from latentact.training.loop import train  # Lightning takes seconds to import
 
-    inputs, can = config.augment.inputs, getattr(model, "augments", ())
-    if refused := inputs - {*can}:
-        named = f"only the {' and '.join(can)}" if can else "no input"
+    if refused := config.augment.inputs - {*augments}:
+        named = f"only the {' and '.join(augments)}" if augments else "no input"
         raise UserError(
             f"training.augment must not change the {' and '.join(sorted(refused))}, because {named} of "
             f"this model can be augmented, got {config.augment}. Set the others to 0."
         )
     if config.smoke_test:
         config = replace(config, steps=min(config.steps, 2))
-    train(model, data, config, out, evaluate)
+    train(model, data, config, out, evaluate, state_std)

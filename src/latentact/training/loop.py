@@ -55,6 +55,7 @@ def train(
     config: TrainingConfig,
     out: Path,
     evaluate: Callable[[bool], dict[str, float]] | None,
+    state_std: Tensor | None,
 ) -> None:
     """Implementation of `training.fit.fit`."""
     checkpoints = out / "checkpoints"
@@ -97,7 +98,8 @@ def train(
     )
     keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
-    module = _ShardedModule(model, config) if config.strategy == "fsdp" else _Module(model, config)
+    kind = _ShardedModule if config.strategy == "fsdp" else _Module
+    module = kind(model, config, state_std)
     try:
         with training_lock(out, trainer.global_rank, world), preemption.deferred():
             if trainer.is_global_zero:
@@ -136,7 +138,7 @@ class HasOrder(Protocol):
 class _Module(pl.LightningModule):
     """Loss, optimizer and schedule for Lightning."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, state_std: Tensor | None) -> None:
         super().__init__()
         if any(parameter.ndim == 5 for parameter in model.parameters()):  # which cannot be channels last
             self.model = model
@@ -145,7 +147,7 @@ class _Module(pl.LightningModule):
         self.config = config
         loss: Any = model.loss
         self.compute = torch.compile(loss) if config.compile else loss
-        self.state_std: Tensor | None = getattr(model, "state_std", None)
+        self.state_std = state_std
         self.slices: list[dict[str, Tensor]] = []
         """Loss and metrics of each slice of the current step."""
 
@@ -223,8 +225,8 @@ class _Module(pl.LightningModule):
 class _ShardedModule(_Module):
     """The same for a sharded copy of the model."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: nn.Module, config: TrainingConfig, state_std: Tensor | None) -> None:
+        super().__init__(model, config, state_std)
         self.model = ShardedLoss(model)
         self.compute = self.model.__call__  # the module itself would be registered twice
         self.sharded = False

@@ -9,10 +9,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
+
+from latentact.policies.contract import Policy
+from latentact.policies.network import STATE_LIMIT
+from latentact.types import ActionSpace
 
 RewardKind = Literal["gail", "airl", "neg"]
 
@@ -63,3 +68,27 @@ class Discriminator(nn.Module):
         loss.backward()
         self.optimizer.step()
         return ((theirs > 0).float().mean() + (ours < 0).float().mean()).item() / 2
+
+
+def normalize_states(policy: Policy, states: Float32[np.ndarray, "n s"]) -> Float32[np.ndarray, "n s"]:
+    """Return states as the network of a policy of `backbone=state` gets them: normalized and limited."""
+    return policy.normal_state(torch.from_numpy(states)).clamp(-STATE_LIMIT, STATE_LIMIT).numpy()
+
+
+def encode_steps(
+    states: Float32[np.ndarray, "n s"],
+    actions: Shaped[np.ndarray, "n *a"],
+    over: Shaped[np.ndarray, " n"],
+    space: ActionSpace,
+) -> Float32[np.ndarray, "n f"]:
+    """Return steps as the discriminator gets them: state, then action.
+
+    Args:
+        states: states of `normalize_states`.
+        actions: class indices, or normalized actions.
+        over: whether a step was after the end of its episode; its action is then hidden.
+        space: robot action space.
+    """
+    encoded = np.eye(space.size, dtype=np.float32)[actions] if space.discrete else actions
+    encoded = np.where(over[:, None], 0, encoded)
+    return np.concatenate([states, encoded], axis=1).astype(np.float32)
