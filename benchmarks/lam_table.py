@@ -129,7 +129,7 @@ def _refuse_other_settings(path: Path, options: argparse.Namespace) -> None:
     free = ("out", "page", "models", "seeds", "kinds")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     if path.is_file() and read_json(path) != settings:
-        raise SystemExit(f"{path.parent} holds a table with other settings. Give another --out.")
+        raise SystemExit(f"{path.parent} holds a table with other settings. Choose another --out.")
     write_json(path, settings)
 
 

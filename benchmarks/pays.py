@@ -132,7 +132,7 @@ def write(out: Path, results: dict[str, list[Result]]) -> None:
             first = f"With k = {k}, latent actions do not clearly pay on {', '.join(losing)}"
         else:
             first = f"With k = {k}, latent actions are clearly ahead in every cell"
-        verdict = f"{first}; they are ahead with intervals apart in {apart} of {len(found)} cells"
+        verdict = f"{first}; they are ahead with non-overlapping intervals in {apart} of {len(found)} cells"
         if shares:
             verdict += (
                 f"; the best latent row reaches {sum(shares) / len(shares):.2f} of the oracle on average"

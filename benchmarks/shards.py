@@ -1,7 +1,7 @@
 """Benchmark shards: frames at random places through the store, against decoding the same bytes in memory.
 
 `store` reads byte ranges of the tars and decodes them, one batch of pairs at a time; `plain` decodes the same
-images from memory with PIL. Both use one thread and are timed in CPU seconds, side by side. Then the memory
+images from memory with PIL. Both use one thread and are timed in CPU seconds, alternately. Then the memory
 that the index of a large dataset takes is measured in a process of its own.
 
     python benchmarks/shards.py [--frames 6400] [--side 128] [--batches 40] [--rows 2000000]

@@ -338,7 +338,7 @@ CASES = {
     "lam: extra weights": (lambda f: ("label", "--lam", f.root / "extra"), "has unknown 'stranger'"),
     "lam: config not json": (lambda f: ("label", "--lam", f.root / "not_json"), "cannot read"),
     "lam: unknown kind": (lambda f: ("label", "--lam", f.root / "unknown"), "did you mean 'lapo'?"),
-    "lam: a policy": (lambda f: ("label", "--lam", f.root / "policy"), "is not a latent action model"),
+    "lam: a policy": (lambda f: ("label", "--lam", f.root / "policy"), "must be a latent action model"),
     "lam: no spec": (
         lambda f: ("label", "--lam", f.root / "no_spec"),
         "spec.json: the content must be an object",
@@ -353,7 +353,7 @@ CASES = {
     ),
     "policy: a LAM": (
         lambda f: ("ground", f"policy={f.root}/lam", f"labels={f.root}/labels"),
-        "is not a policy",
+        "must be a policy",
     ),
     "policy: a pickle": (
         lambda f: ("rollout", "--policy", f.root / "evil.pt", "--env", "babyai/GoToLocal"),
@@ -377,7 +377,7 @@ CASES = {
     ),
     "labels: latent ones for bc": (
         lambda f: policy("policy=bc", f"labels={f.root}/labels"),
-        "policy=bc learns from robot actions",
+        "labels must be robot actions for policy=bc",
     ),
     "report: nothing there": (lambda f: ("report", f.root / "nowhere"), "nowhere"),
     "report: nothing to report": (lambda f: ("report", f.root / "empty"), "empty"),
@@ -461,7 +461,7 @@ def test_a_place_below_a_file(given, tmp_path):
         ("inspect", given.root / "lam", "--data", given.blocks, "--out", place),
         lam(given, f"out={place}"),
     ):
-        assert "give another path" in sentence(cli(*command))
+        assert "choose another path" in sentence(cli(*command))
 
 
 def test_k_larger_than_the_episodes_in_compare(tmp_path):

@@ -137,7 +137,8 @@ def test_the_page_first_says_where_latent_actions_do_not_pay(tmp_path: Path) -> 
     lines = (tmp_path / "does_it_pay.md").read_text().splitlines()
     assert lines[2] == (
         "With k = 5, latent actions do not clearly pay on B (behind, intervals overlap); they are ahead with "
-        "intervals apart in 1 of 2 cells; the best latent row reaches 0.79 of the oracle on average."
+        "non-overlapping intervals in 1 of 2 cells; the best latent row reaches 0.79 of the oracle on "
+        "average."
     )
     assert "| IDM on k labels | 0.50 (0.40 to 0.60) | 0.66 (0.56 to 0.75) |" in lines
     assert "| best latent row | ahead | behind, intervals overlap |" in lines

@@ -200,7 +200,7 @@ def test_a_camera_of_the_other_view_names_that_view(tmp_path):
 
 def test_several_images_and_the_remedy(right, tmp_path):
     two = toy("ToyEdge-v0", observation=Dict(top=IMAGE, wrist=IMAGE))
-    assert "calls the one to use 'pixels'" in refuse_rollout(right, two, tmp_path / "out")
+    assert "names the one to use 'pixels'" in refuse_rollout(right, two, tmp_path / "out")
     space = Dict(pixels=IMAGE, wrist=IMAGE)
     mended = toy("ToyEdge-v0", observation=space, observe=lambda _: {"pixels": FRAME, "wrist": FRAME})
     assert rollout(right, mended, tmp_path / "out", "--episodes", 1)["lengths"] == [5]
@@ -430,7 +430,7 @@ def test_compare_tries_the_environment_before_it_trains(tmp_path, kind):
     given = (f"data.path={data}", "data.resolution=32", "ks=[1]", f"out={tmp_path / 'out'}", f"env={name}")
     assert message in refused("compare", *given)
     given = (*given[:-1], f"env={toy('ToyPlain-v0', action=Discrete(4))}", "distract=background=0.3")
-    assert "ToyPlain-v0 cannot have a distracting background" in refused("compare", *given)
+    assert "ToyPlain-v0 must have a background mask" in refused("compare", *given)
     assert not (tmp_path / "out").exists()
 
 

@@ -305,12 +305,12 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either --video-path"),
+        ((), "exactly one of --video-path and --guide"),
         (("--video-path", "a.mp4"), "--lam-model-path must be given"),
         (("--latents-path", "{root}/latents"), "--policy-path must be given"),
         (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "Ground it first"),
-        (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "is not a policy"),
+        (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "must be a policy"),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--mode", "robot"),
             "--robot-config must be given",
@@ -404,8 +404,8 @@ def test_imitate_follows_an_edited_guide_and_a_blend_of_videos(made, guides, tmp
     ("arguments", "message"),
     [
         (("guide", "shout", "{a}"), "ACTION must be info, edit, blend or concat, got 'shout'"),
-        (("guide", "info"), "PATHS must be at least one guide"),
-        (("guide", "info", "{a}", "--out", "{out}"), "--out must be given for edit, blend and concat only"),
+        (("guide", "info"), "PATHS must name at least one guide"),
+        (("guide", "info", "{a}", "--out", "{out}"), "--out must be empty for info"),
         (("guide", "edit", "{a}", "--out", "{out}"), "edit needs one guide and --apply"),
         (("guide", "edit", "{a}", "--apply", "flip=1", "--out", "{out}"), "unknown operation 'flip'"),
         (("guide", "edit", "{a}", "--apply", "slice=3", "--out", "{out}"), "slice must look like slice=3:40"),

@@ -173,5 +173,5 @@ def test_gail_refuses_environments_that_end_by_success(tmp_path):
     pytest.importorskip("stable_baselines3")
     refused = cli("gail", "env=babyai/GoToRedBall", f"out={tmp_path / 'out'}", *TINY)
     assert refused.returncode == 2
-    assert "ends episodes by success" in refused.stderr
+    assert "learner.horizon must be set" in refused.stderr
     assert not (tmp_path / "out").exists(), "nothing is written"

@@ -562,7 +562,7 @@ def test_datasets_that_a_vla_cannot_learn_from(world: Path, tmp_path: Path) -> N
     from lerobot_policy_latentact.modeling_lam_vla import LamVlaPolicy
 
     policy = LamVlaPolicy.from_pretrained(world / "latent/checkpoints/last/pretrained_model")
-    with pytest.raises(UserError, match="the model predicts latent actions"):
+    with pytest.raises(UserError, match="the model must output robot actions"):
         policy.predict_action_chunk(
             {CAMERA: torch.rand(1, 3, 32, 32), "observation.state": torch.rand(1, 2), "task": ["go"]}
         )

@@ -169,7 +169,7 @@ def test_same_command_again_changes_nothing(runs, stage):
     [
         ("lam", ("training.lr=0.5",), "training.lr = 0.0003, not 0.5"),
         ("lam", ("lam.bottleneck.dim=5",), "lam.bottleneck.dim = 4, not 5"),
-        ("labels", ("--target-fps", "5"), "other labels"),
+        ("labels", ("--target-fps", "5"), "got labels with other settings"),
         ("policy", ("policy.target=vectors",), "policy.target = 'continuous', not 'vectors'"),
         ("ground", ("labeled_episodes=3",), "labeled_episodes = 2, not 3"),
     ],
@@ -237,7 +237,7 @@ def test_idm_labels_train_bc(blocks, tmp_path):
     lapo = refused(
         "ground", f"policy={tmp_path}/policy", f"labels={tmp_path}/labels", f"out={tmp_path}/ground"
     )
-    assert "predicts robot actions already" in lapo
+    assert "must be a latent policy, got one that predicts robot actions" in lapo
 
 
 def test_bc_on_robot_actions(blocks, tmp_path):

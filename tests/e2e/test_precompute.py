@@ -360,7 +360,7 @@ def test_bad_places_are_one_sentence(data, lam, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     for more in ((), ("--overwrite",)):
-        assert "must be a folder of LAM tokens or not exist" in refused(*command(data, lam, out, *more))
+        assert "must be new or hold LAM tokens" in refused(*command(data, lam, out, *more))
     assert (out / "mine.txt").exists()
 
 

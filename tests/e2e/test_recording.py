@@ -233,7 +233,7 @@ def test_frames_are_labeled_afterwards(monkeypatch, tmp_path):
     # d; the executed action is kept; back to it and a instead; no label; d; end before the last one
     given = ["d", "enter", "left", "a", "right", "d", "escape"]
     done = relabel(monkeypatch, given, tmp_path / "mine", tmp_path / "mine_labeled")
-    assert "3 labels, 3 other than what was executed" in done.stdout
+    assert "3 labels, 3 different from the executed action" in done.stdout
     before, after = rows(tmp_path / "mine"), rows(tmp_path / "mine_labeled")
     assert [each["action"].tolist()[:-1] for each in before] == [[2, 2, 2], [0, 0]]
     for old, new in zip(before, after, strict=True):

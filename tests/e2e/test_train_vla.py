@@ -268,14 +268,16 @@ def test_bad_input(runs, tmp_path):
     labels = f"labels={root}/labels"
     assert "labels must be a folder that `latentact label` wrote" in refused("train-vla")
     assert "resolution" in refused("train-vla", *SMALL, labels, "resolution=-1")
-    assert "no observation.state" in refused("train-vla", *SMALL, labels, "model.use_state=true")
+    assert "must have observation.state, got none" in refused(
+        "train-vla", *SMALL, labels, "model.use_state=true"
+    )
     assert "vlm must be tiny, a folder or a hub id" in refused(
         "train-vla", *SMALL, labels, f"model.vlm={tmp_path}", f"out={tmp_path}/out"
     )
     assert not (tmp_path / "out").exists()
     assert "regression must be l1 or mse" in refused("train-vla", *SMALL, labels, "model.regression=huber")
     for wrong, message in {
-        f"vla={root}/lam": "is not a vision-language-action model",
+        f"vla={root}/lam": "must be a vision-language-action model",
         "labeled_episodes=50": "number of training episodes, got 50",
         "head.kind=flow": "head.kind must be chunk for discrete actions",
         "head.chunk_size=0": "chunk_size must be between 1 and 1024",
@@ -283,7 +285,7 @@ def test_bad_input(runs, tmp_path):
         typed = ("finetune-vla", *FINETUNE, f"vla={root}/vla", labels, f"out={tmp_path}/out", wrong)
         assert message in refused(*typed)
     assert not (tmp_path / "out").exists()
-    assert "predicts latent actions" in refused(
+    assert "must output robot actions" in refused(
         "rollout", "--policy", root / "vla", "--env", "babyai/GoToRedBall", "--out", tmp_path / "rollout"
     )
 

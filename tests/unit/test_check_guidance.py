@@ -64,7 +64,7 @@ def along(*x):
 
 
 def rollouts(**changes):
-    """Rollouts that do what the edits say; a goes up to 8, b down to -8, on the horizontal axis."""
+    """Rollouts that follow the edits; a goes up to 8, b down to -8, on the horizontal axis."""
     a, b = along(*range(9)), along(*(-i for i in range(9)))
     paths = {
         "a": a,
@@ -105,7 +105,7 @@ def test_rollouts_that_do_not_do_what_the_edits_say():
     found = evaluate([measure(rollouts(paths=wrong)), measure(rollouts(paths=wrong))])
     assert [name for name in found if found[name]["passes"]] == []
     assert found["replace"]["numbers"]["margin"]["mean"] == -4  # step 1 is outside of the segment
-    assert found["scale"]["verdict"] == "Not with this LAM and policy: scaled by 0 the rollout stands still."
+    assert found["scale"]["verdict"] == "Not with this LAM and policy: scaled by 0, the agent stands still."
     assert all(each["passes"] for each in evaluate([measure(rollouts())]).values())
 
 
@@ -119,7 +119,7 @@ def test_rollouts_that_end_early_are_not_evaluated(tmp_path):
     result = {**summarize(rows([10, 12], [100, 120])), "operations": only, "config": {"policy": "<p>"}}
     write_page(tmp_path / "guidance.html", result)
     page = (tmp_path / "guidance.html").read_text()
-    assert "3 of 5 operations on guides do what they say." in page
+    assert "Rollouts follow 3 of 5 operations on guides." in page
     assert "&lt;p&gt;" in page
 
 

@@ -52,8 +52,8 @@ def test_the_first_sentence_names_the_winner_whoever_it_is(method, name):
     assert message.startswith(
         f"{name} wins with 5 labeled episodes: success 0.80 (0.71 to 0.87) against 0.30"
     )
-    assert "the next best; the intervals are apart." in message
-    assert message.endswith("is 89% of the oracle, BC on all labels, which reaches 0.90 (0.83 to 0.94).")
+    assert "the next best; the intervals do not overlap." in message
+    assert message.endswith("scores 89% of the oracle, BC on all labels, which reaches 0.90 (0.83 to 0.94).")
 
 
 def test_when_a_baseline_wins_the_latent_policy_is_still_reported():
@@ -69,7 +69,8 @@ def test_when_latent_policies_lead_the_best_baseline_is_reported():
         "for Latent policy, the next best; the intervals overlap, so more episodes or seeds could" in message
     )
     assert (
-        "The best baseline, IDM on k labels, reaches 0.50 (0.40 to 0.60); the intervals are apart." in message
+        "The best baseline, IDM on k labels, reaches 0.50 (0.40 to 0.60); the intervals do not overlap."
+        in message
     )
 
 
@@ -83,11 +84,11 @@ def test_ties_failures_and_loneliness():
 def test_what_observes_nothing_is_a_floor():
     message = verdict([*rows(latent=0.5, bc_k=0.2, idm_k=0.27), *blind(uniform=0.27, frequencies=0.1)])
     assert message.endswith(
-        "Without observing anything, uniformly random actions reach 0.27 (0.19 to 0.36); no better: IDM on k "
-        "labels (5 labeled episodes), BC on k labels (5 labeled episodes)."
+        "Without observations, uniformly random actions reach 0.27 (0.19 to 0.36); no better than that: "
+        "IDM on k labels (5 labeled episodes), BC on k labels (5 labeled episodes)."
     )
     message = verdict([*rows(latent=0.5, bc_k=0.2), *blind(uniform=0.1, frequencies=0.15)])
-    assert message.endswith("anything, random actions of the data reach 0.15 (0.09 to 0.23).")
+    assert message.endswith("observations, random actions of the data reach 0.15 (0.09 to 0.23).")
 
 
 def blind(**success):
@@ -101,17 +102,18 @@ def test_a_vla_stands_beside_the_same_without_pretraining():
     )
     assert (
         "At equal steps of fine-tuning, latent actions of the video take the VLA from 0.30 to 0.60; the "
-        "intervals are apart." in message
+        "intervals do not overlap." in message
     )
     assert (
-        "is not behind the oracle, BC on all labels, which reaches 0.50 (0.40 to 0.60). The best" in message
+        "is at least as good as the oracle, BC on all labels, which reaches 0.50 (0.40 to 0.60). The best"
+        in message
     )
     assert message.endswith(
-        "is 75% of the oracle VLA, trained on all labels, which reaches 0.80 (0.71 to 0.87)."
+        "scores 75% of the oracle VLA, trained on all labels, which reaches 0.80 (0.71 to 0.87)."
     )
     message = verdict(rows(vla=0.2, vla_scratch=0.5, bc_k=0.1))
     assert message.startswith("VLA on k labels, not pretrained wins with 5 labeled episodes")
-    assert "take the VLA from 0.50 to 0.20; the intervals are apart." in message
+    assert "take the VLA from 0.50 to 0.20; the intervals do not overlap." in message
     assert "of the VLA" not in message
 
 
@@ -124,7 +126,7 @@ def test_several_k():
     assert message.startswith("The winner depends on k: Latent policy at k = 1, BC on k labels at k = 50. ")
     assert "Latent policy wins with 1 labeled episode: success 0.60" in message
     assert message.endswith(
-        "The best with 50 labeled episodes is not behind the oracle, BC on all labels, "
+        "The best method with 50 labeled episodes is at least as good as the oracle, BC on all labels, "
         "which reaches 0.90 (0.83 to 0.94)."
     )
     assert verdict([*few, row("latent", 0.7, k=9), row("bc_k", 0.2, k=9)]).startswith(

@@ -134,7 +134,7 @@ def test_the_camera_of_any_environment_can_shake():
 
 def test_a_background_needs_to_be_known():
     with pytest.raises(
-        UserError, match=r"CartPole-v1 cannot have a distracting background, .* Give shake alone"
+        UserError, match=r"CartPole-v1 must have a background mask .* Use shake or appearance"
     ):
         make_env("CartPole-v1", distract=ALL)
 

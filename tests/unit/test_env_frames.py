@@ -161,7 +161,7 @@ def test_the_image_of_an_observation(space, value):
 def test_of_several_images_one_must_be_called_pixels():
     space = Dict(cameras=Dict(top=IMAGE, wrist=IMAGE))
     with pytest.raises(
-        UserError, match=r"one camera, got cameras\.top, cameras\.wrist.*calls the one to use 'pix"
+        UserError, match=r"one camera, got cameras\.top, cameras\.wrist.*names the one to use 'pix"
     ):
         env_spec(toy("ToyTwo-v0", observation=space))
 

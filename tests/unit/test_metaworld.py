@@ -146,7 +146,8 @@ def test_what_does_not_exist_is_one_sentence(monkeypatch):
     ):
         env_spec("metaworld/reach-v3,drawer-open-v4")
     assert (
-        "tasks must come with metaworld/all" in cli("collect", "pusht", "--tasks", "a", "--out", "x").stderr
+        "tasks must be given with metaworld/all only"
+        in cli("collect", "pusht", "--tasks", "a", "--out", "x").stderr
     )
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "metaworld" else find(name))

@@ -86,7 +86,9 @@ def test_recorded_and_played(tmp_path):
     assert [*rows] == ["paired", "decoder", "finetuned", "scratch", "expert"]
     assert rows["expert"]["success"] >= 0.5  # of two episodes of at most 20 steps
     ok("rollout", "experiment=lapo_procgen", "smoke_test=true", "--policy", ground, "--out", tmp_path / "r")
-    assert "others have no expert" in refused("collect", "procgen/bigfish", "--out", tmp_path / "no")
+    assert "only these games have an expert" in refused(
+        "collect", "procgen/bigfish", "--out", tmp_path / "no"
+    )
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_a_start_that_cannot_be_safe_is_refused():
     ("settings", "message"),
     [
         ({"limits": {"z": [0, 1]}}, "no joint 'z'"),
-        ({"limits": {"x": [1, 0]}}, r"safety.limits.x must be \[smallest, largest\], got \[1.0, 0.0\]"),
-        ({"limits": {"x": 3}}, r"safety.limits.x must be \[smallest, largest\], got 3"),
+        ({"limits": {"x": [1, 0]}}, r"safety.limits.x must be \[min, max\], got \[1.0, 0.0\]"),
+        ({"limits": {"x": 3}}, r"safety.limits.x must be \[min, max\], got 3"),
         ({"limits": {"x": [0, math.nan]}}, "safety.limits.x must be a finite number, got nan"),
         ({"max_step": {"x": 0}}, "safety.max_step.x must be greater than 0 and finite, got 0.0"),
         ({"max_step": 3}, "safety.max_step must map joints to values, got 3"),

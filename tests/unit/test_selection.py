@@ -57,7 +57,7 @@ def test_a_rollout_of_an_earlier_release_is_still_finished(tmp_path) -> None:
     del content["config"]["action_selection"], content["config"]["temperature"]
     written.write_text(json.dumps(content))
     assert played(tmp_path, "old") == []  # not played again
-    with pytest.raises(UserError, match="holds a different rollout"):
+    with pytest.raises(UserError, match="must be empty or hold this rollout"):
         played(tmp_path, "old", action_selection="sample")
 
 

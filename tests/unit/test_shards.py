@@ -445,7 +445,7 @@ def test_patterns(shards, tmp_path):
     assert 0 < opened(f"{shards}/shard-{{000000,000001}}.tar").num_episodes < 8
     with pytest.raises(UserError, match=r"shard-000099.tar \(it does not exist\)"):
         opened(f"{shards}/shard-{{000000,000099}}.tar")
-    with pytest.raises(UserError, match="must name tars that exist"):
+    with pytest.raises(UserError, match="must match existing tar files"):
         opened(f"{tmp_path}/none-*.tar")
 
 

@@ -22,13 +22,17 @@ AVOIDED = {
     "moments": "timesteps or times",
     "footage": "video or frames",
     "go on where": "resume",
-    "goes on where": "resumes",
+    "goes on": "resumes or continues",
     "going on from": "resuming from",
-    "goes on from": "resumes from",
     "same command again": "re-run the command",
     "whole or not at all": "atomically",
     "what is there": "the available data",
     "for ever": "forever",
+    "says": "reports, shows or returns",
+    "say so": "report it",
+    "side by side": "next to each other, in parallel or alternately",
+    "give such": "what to give",
+    "give another": "choose another X",
 }
 """Word or phrase -> what PyTorch, LeRobot and Gymnasium write instead."""
 PLACES = ("src", "plugins", "benchmarks", "examples", "docs", "README.md", "CONTRIBUTING.md", "AGENTS.md")

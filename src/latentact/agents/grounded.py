@@ -74,8 +74,8 @@ class DecoderAgent:
         scores = self._decoder(tokens[:, None], state)
         if not scores.isfinite().all():
             raise UserError(
-                "the actions of the policy must be finite, got NaN or infinity. Train it again, with a "
-                "smaller learning rate."
+                "the actions of the policy must be finite, got NaN or infinity. Train it again with a lower "
+                "learning rate."
             )
         space = self.spec.action_space
         chosen = self._choose(scores) if space.discrete else self._decoder.unnormalize(scores)

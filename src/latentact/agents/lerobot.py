@@ -86,7 +86,8 @@ class LeRobotAgent:
             known |= {VALID, CODES}
         if other := sorted(set(config.input_features) - known):
             raise UserError(
-                f"{folder} must read images and {STATE} only, got {', '.join(other)}. Train it without them."
+                f"{folder} must have only images and {STATE} as inputs, got {', '.join(other)}. Train it "
+                "without the other inputs."
             )
         latent = None
         if conditioned:

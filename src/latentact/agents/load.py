@@ -57,12 +57,15 @@ def load_agent(
         return VlaAgent(Vla.from_pretrained(folder, device), device, choose)
     policy = Policy.from_pretrained(folder, device)
     if policy.spec.action_space is None:
-        raise UserError(f"{where} predicts latent actions. Ground it first: latentact ground --help.")
+        raise UserError(
+            f"{where} must output robot actions, got latent actions. Ground it first: latentact ground "
+            "--help."
+        )
     if not guided or policy.spec.guide is not None:
         return PolicyAgent(policy, device, choose=choose)
     if policy.latent is None or policy.decoder is None:
         raise UserError(
-            f"{where} is not conditioned on latent actions. Give a grounded latent policy, one of "
-            "policy=guided, or lam_diffusion or lam_act."
+            f"{where} is not conditioned on latent actions. Give a grounded latent policy, a guided policy "
+            "(policy=guided), or a lam_diffusion or lam_act policy."
         )
     return DecoderAgent(policy, device, choose)

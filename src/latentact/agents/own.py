@@ -139,7 +139,10 @@ def agent_spec(policy: Policy) -> AgentSpec:
     """
     spec, latent = policy.spec, None
     if spec.action_space is None:
-        raise UserError("the policy predicts latent actions. Ground it first: latentact ground --help.")
+        raise UserError(
+            "the policy must output robot actions, got latent actions. Ground it first: latentact ground "
+            "--help."
+        )
     if spec.guide is not None:
         latent = LatentInput(
             size=spec.guide.size,

@@ -29,7 +29,10 @@ class VlaAgent:
     def __init__(self, model: Vla, device: str = "cpu", choose: Choose = greedy) -> None:
         spec = model.spec
         if spec.action_space is None or model.head is None:
-            raise UserError("the model predicts latent actions. Fine-tune it: latentact finetune-vla --help.")
+            raise UserError(
+                "the model must output robot actions, got latent actions. Fine-tune it first: latentact "
+                "finetune-vla --help."
+            )
         self.model, self.device, self._steps = model.eval().to(device), device, model.head.n_action_steps
         self._choose = choose
         self.spec = AgentSpec(

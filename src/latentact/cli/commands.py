@@ -49,7 +49,7 @@ def _relabel(config: Any, result: Any) -> str:
 
     Example: latentact relabel data/rollouts --out data/corrected
     """
-    return f"{result.labels} labels, {result.changed} other than what was executed: {result.path}"
+    return f"{result.labels} labels, {result.changed} different from the executed action: {result.path}"
 
 
 @stage_command("cache", "CacheConfig")

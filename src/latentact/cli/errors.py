@@ -54,7 +54,7 @@ def describe(error: BaseException) -> str | None:
         if disk_full(error):
             return "the disk is full; free some space and re-run the command."
         if error.errno in PATH_ERRORS and error.filename:
-            return f"{error.filename}: {error.strerror}; give another path."
+            return f"{error.filename}: {error.strerror}; choose another path."
     return None
 
 

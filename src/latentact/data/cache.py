@@ -289,7 +289,10 @@ def flagged_rows(store: FrameStore, column: str) -> Bool[np.ndarray, " n"]:
         return np.ones(len(store.episode), bool)
     values = store.column(column)
     if values is None:
-        raise UserError(f"{store.path} must have the column {column!r}, got none. Give another, or none.")
+        raise UserError(
+            f"{store.path} must have the column {column!r}, got none. Leave the setting empty to use all "
+            "rows."
+        )
     return np.asarray(values.reshape(len(values), -1).any(1))
 
 

@@ -170,7 +170,9 @@ class MixedStore(FrameStore):
     def actions(self, episodes: Collection[int] | np.ndarray) -> np.ma.MaskedArray:
         """Return the robot actions of the given episodes; all other actions are masked."""
         if self.action_space is None:
-            raise UserError(f"{self.path} must have one action space, got none or several. Keep them apart.")
+            raise UserError(
+                f"{self.path} must have one action space, got none or several. Train on each dataset alone."
+            )
         chosen = np.array(list(episodes), np.int64)
         spans = zip(self.parts, self._first_episodes[:-1], self._first_episodes[1:], strict=True)
         return np.ma.concatenate(

@@ -1,9 +1,9 @@
 """Augmentation of training batches: one draw per clip, the same for all of its frames; never of targets.
 
 The random shift is DrQ's (arXiv 2004.13649): pixels from outside the image repeat its edge. Brightness,
-contrast and saturation are torchvision's, with one rounding at the end. The draws of a step follow from the
-random generator that the caller seeds, so that a resumed training repeats them. Flips and rotations are left
-out: they change what an action means.
+contrast and saturation are torchvision's, with one rounding at the end. All random numbers come from the
+generator that the caller seeds, so that a resumed training repeats them. There are no flips or rotations,
+because they change the meaning of an action.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AugmentConfig:
     blur: Fraction = 0.0
     """Maximum weight of the image blurred over 3 x 3 pixels."""
     cutout: Fraction = 0.0
-    """Maximum side of a gray square at a random place, as a fraction of the image's side."""
+    """Maximum side of a gray square at a random position, as a fraction of the image's side."""
     state_noise: Annotated[float, Between(0, 10)] = 0.0
     """Standard deviation of noise on the robot state, in standard deviations of the state in the data."""
 
@@ -72,7 +72,7 @@ def augment_batch[B: (Clip, PolicyBatch)](
 
     Args:
         batch: training batch.
-        config: what to draw.
+        config: strength of each augmentation.
         rng: the only source of randomness.
         state_std: policies: standard deviations of the state in the data.
     """
@@ -91,7 +91,7 @@ def augment_batch[B: (Clip, PolicyBatch)](
 def augment_frames(
     frames: UInt8[Tensor, "b t c h w"], config: AugmentConfig, rng: np.random.Generator
 ) -> UInt8[Tensor, "b t c h w"]:
-    """Return clips of frames, each with its own draw."""
+    """Return augmented clips, with one draw per clip."""
     x = frames.permute(0, 1, 3, 4, 2)  # as the cache stores them
     if config.shift:
         x = _shifted(x, rng.integers(-config.shift, config.shift + 1, (len(x), 2)))
@@ -108,7 +108,7 @@ def augment_frames(
 
 
 def _shifted(x: UInt8[Tensor, "b t h w c"], shifts: np.ndarray) -> UInt8[Tensor, "b t h w c"]:
-    """Return clips that are moved up and to the left by integers ``[b, 2]``."""
+    """Return clips shifted up and to the left by integers ``[b, 2]``."""
     pad, (h, w) = int(np.abs(shifts).max(initial=0)), x.shape[2:4]
     corners = zip(_padded(x, pad), (shifts + pad).tolist(), strict=True)
     return torch.stack([clip[:, top : top + h, left : left + w] for clip, (top, left) in corners])

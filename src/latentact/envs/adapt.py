@@ -134,11 +134,14 @@ def _adapter() -> Callable[..., gym.Env]:
         def distract(self, distraction: Distraction) -> None:
             """Add distractors to the frames from the next reset on; `info["nuisance"]` holds their state."""
             if distraction and self._heading is None:
-                raise UserError(f"{self._name} has no distractors. Choose an environment with images.")
+                raise UserError(
+                    f"{self._name} must have image observations for distractors, got none. Choose an "
+                    "environment with images."
+                )
             if distraction.background and self._floor is None:
                 raise UserError(
-                    f"{self._name} cannot have a distracting background, as nothing says which pixels show "
-                    "the background. Give shake alone, or use babyai/LEVEL, pusht or metaworld/TASK."
+                    f"{self._name} must have a background mask for the distractor background, got none. Use "
+                    "shake or appearance, or an environment of babyai, pusht or metaworld."
                 )
             self._distraction = distraction
 

@@ -27,15 +27,15 @@ def check_ranges(**settings: int) -> None:
     for name, value in settings.items():
         low, high = RANGES[name]
         if not low <= value <= high:
-            raise UserError(f"{name} must be between {low} and {high}, got {value}. Give such a number.")
+            raise UserError(f"{name} must be between {low} and {high}, got {value}.")
 
 
 def check_step_limit(env: EnvSpec, max_steps: int) -> None:
     """Raise a UserError if neither the environment nor `max_steps` (0: none) ends an episode."""
     if not env.time_limit and not max_steps:
         raise UserError(
-            f"{env.name} must have a time limit, and its max_episode_steps is None. Give the number of steps "
-            "after which an episode ends with --max-steps (in compare: max_steps=N)."
+            f"{env.name} must have a time limit, got max_episode_steps=None. Set the maximum number of steps "
+            "per episode with --max-steps (in compare: max_steps=N)."
         )
 
 

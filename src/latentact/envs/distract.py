@@ -2,8 +2,8 @@
 
 Motion that the robot does not cause misleads latent action models, in particular when it correlates with the
 action (LAOM, arXiv 2502.00379). Here both motions are generated, known and recorded: at correlation 0 they
-are noise, at 1 the action determines them. Random colors of each episode (domain randomization, arXiv
-1703.06907) prepare a policy for a world that looks different.
+are noise, at 1 the action determines them. Random colors per episode (domain randomization, arXiv 1703.06907)
+prepare a policy for environments that look different.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Distraction:
             if not 0 <= getattr(self, field.name) <= 1:
                 value = getattr(self, field.name)
                 raise UserError(
-                    f"distractor {field.name} must be between 0 and 1, got {value:g}. Give such a number."
+                    f"distractor {field.name} must be between 0 and 1, got {value:g}. Choose a strength in "
+                    f"this range, as in {field.name}=0.5."
                 )
 
     def __bool__(self) -> bool:

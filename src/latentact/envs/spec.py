@@ -39,7 +39,7 @@ class EnvSpec:
     state_names: tuple[str, ...]
     """Names of the dimensions of `agent_pos`; empty for an environment without a state."""
     hold: int | None = None
-    """Discrete action without effect, for an episode's last row; None: the last action is repeated."""
+    """Discrete no-op action, for an episode's last row; None: the last action is repeated."""
     time_limit: bool = True
     """Whether the environment truncates every episode after some number of steps."""
 
@@ -145,7 +145,8 @@ def make_env(
     """
     if resolution < 0:
         raise UserError(
-            f"resolution must be at least 0, got {resolution}. Give pixels, or 0 for the environment's own."
+            f"resolution must be at least 0, got {resolution}. Give the size in pixels, or 0 for the "
+            "environment's own."
         )
     suite, name = _suite(name, view)
     env: Any = suite.make(name, resolution, view)

@@ -25,7 +25,8 @@ def align(
     n, m = len(a), len(b)
     if n * m > LARGEST:
         raise UserError(
-            f"guides must have at most {LARGEST} pairs of steps to be aligned, got {n} x {m}. Slice them."
+            f"guides must have at most {LARGEST} pairs of steps to be aligned, got {n} x {m}. Shorten them "
+            "with slice=START:STOP."
         )
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
     distance = np.maximum(distance, 0)

@@ -51,7 +51,9 @@ def apply_edit(guide: Guide, text: str) -> Guide:
         codes = [int(code) for code in rest.split(",")]
         return guide.set_code(_steps(first), codes[0] if len(codes) == 1 else codes)
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{name} must look like {EDITS[name]}, got {text!r}. Give such a value.") from error
+        raise UserError(
+            f"{name} must look like {EDITS[name]}, got {text!r}. See latentact guide --help."
+        ) from error
 
 
 def blend(guides: Sequence[Guide], weights: str, flag: str) -> Guide:
@@ -63,7 +65,9 @@ def blend(guides: Sequence[Guide], weights: str, flag: str) -> Guide:
     try:
         numbers = [float(each) for each in weights.split(",")]
     except ValueError as error:
-        raise UserError(f"{flag} must be numbers such as 0.5,0.5, got {weights!r}. Give such.") from error
+        raise UserError(
+            f"{flag} must be numbers such as 0.5,0.5, got {weights!r}. Give one number per guide."
+        ) from error
     return Guide.blend(guides, numbers)
 
 

@@ -40,7 +40,10 @@ class LatentActionExtractor:
     ) -> None:
         device = select_device(device or "auto")
         if lam_resolution < 0:
-            raise UserError(f"lam_resolution must be at least 0, got {lam_resolution}. Give pixels, or 0.")
+            raise UserError(
+                f"lam_resolution must be at least 0, got {lam_resolution}. Give the size in pixels, or 0 for "
+                "the video's own."
+            )
         self.model = load_lam(lam_model_path, device)
         self.resolution, self.device = lam_resolution, device
         self.loaded_fps: float | None = None
@@ -113,7 +116,7 @@ class LatentActionExtractor:
         if fps < 0 or not info.fps:
             raise UserError(
                 f"{video_path} must have a rate above 0, got {info.fps:g} frames per second and target_fps "
-                f"{fps:g}. Give another video or --target-fps."
+                f"{fps:g}. Set --target-fps."
             )
         self.gap(fps)
         if fps > info.fps and not rates_agree(fps, info.fps):
@@ -163,8 +166,8 @@ class LatentActionExtractor:
             first = max(0, done - context * gap)
         if not parts:
             raise UserError(
-                f"the demonstration must have at least {gap + 1} frames, got {total}. Give a longer one, or "
-                "another --target-fps."
+                f"the demonstration must have at least {gap + 1} frames, got {total}. Record a longer "
+                "demonstration, or raise --target-fps."
             )
         vectors, continuous, codes = zip(*parts, strict=True)
         codebook = None if codes[0] is None else self.model.codebook()
@@ -214,7 +217,7 @@ def video_frames(
         for _, _, frame in itertools.islice(picked, max_frames or None):
             yield frame
     except StopIteration as error:
-        raise UserError(f"{path} has no frames. Give another video.") from error
+        raise UserError(f"{path} must have at least one frame, got none. Record the video again.") from error
     except Unreadable as error:
         raise UserError(f"{path} cannot be read: {error}. Give an undamaged video.") from error
 

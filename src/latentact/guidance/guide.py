@@ -113,7 +113,9 @@ class Guide(LatentSequence):
     def scale(self, factor: float) -> Guide:
         """Return latent actions with `factor` times the difference to no change; 0: no change at all."""
         if not abs(factor) <= 1000:
-            raise UserError(f"the factor of scale must be from -1000 to 1000, got {factor:g}. Give another.")
+            raise UserError(
+                f"the factor of scale must be between -1000 and 1000, got {factor:g}. Use 1 for no scaling."
+            )
         if factor == 1:
             return self._noted("scale 1")
         still = np.zeros((2, *self.vectors.shape[1:]), np.float32) if self.still is None else self.still
@@ -141,7 +143,8 @@ class Guide(LatentSequence):
         row = np.array([code] * k if isinstance(code, int) else [*code])
         if row.shape != (k,) or not 0 <= row.min() <= row.max() < size:
             raise UserError(
-                f"the code must be one or {k} integers from 0 to {size - 1}, got {row.tolist()}. Give others."
+                f"the code must be one or {k} integers from 0 to {size - 1}, got {row.tolist()}. Give one "
+                "code for all tokens, or one per token."
             )
         vectors, continuous, codes = self.vectors.copy(), self.continuous.copy(), self.codes.copy()
         codes[steps] = row
@@ -153,7 +156,9 @@ class Guide(LatentSequence):
         """Return this guide, `transition` steps that change linearly from its end to the other, the other."""
         self._check_same(other)
         if not 0 <= transition <= 100_000:
-            raise UserError(f"transition must be from 0 to 100000 steps, got {transition}. Give another.")
+            raise UserError(
+                f"transition must be between 0 and 100000 steps, got {transition}. Use 0 for none."
+            )
         parts = [self, other]
         if transition:
             last, first = self.at(np.full(transition, len(self) - 1.0)), other.at(np.zeros(transition))
@@ -167,7 +172,8 @@ class Guide(LatentSequence):
         """
         if not 0.001 <= speed <= 1000:
             raise UserError(
-                f"the speed of time_warp must be from 0.001 to 1000, got {speed:g}. Give another."
+                f"the speed of time_warp must be between 0.001 and 1000, got {speed:g}. Use 2 for half the "
+                "steps, 0.5 for twice as many."
             )
         return self._stretched(_length(len(self) / speed))._noted(f"time_warp {speed:g}")
 
@@ -178,7 +184,9 @@ class Guide(LatentSequence):
         """
         self._check_same(other)
         if not 0 <= t <= 1:
-            raise UserError(f"t of interpolate must be from 0 to 1, got {t:g}. Give another.")
+            raise UserError(
+                f"t of interpolate must be between 0 and 1, got {t:g}. Use 0 for this guide, 1 for the other."
+            )
         steps = _length((1 - t) * len(self) + t * len(other))
         mixed = self._stretched(steps)._mixed(other._stretched(steps), t)
         return mixed._noted(f"interpolate to {_history(other)} at {t:g}")
@@ -198,10 +206,15 @@ class Guide(LatentSequence):
             UserError: the weights do not fit, the guides do not match, or they are too long to align.
         """
         if not guides or len(weights) != len(guides):
-            raise UserError(f"blend needs one weight per guide, got {len(weights)} for {len(guides)} guides.")
+            raise UserError(
+                f"blend must have one weight per guide, got {len(weights)} for {len(guides)} guides."
+            )
         if not all(0 <= weight <= 1e9 for weight in weights) or not sum(weights) > 0:
             shown = ", ".join(f"{weight:g}" for weight in weights)
-            raise UserError(f"weights must be from 0 to 1e9 and not all 0, got {shown}. Give others.")
+            raise UserError(
+                f"weights must be between 0 and 1e9 with at least one above 0, got {shown}. Use equal "
+                "weights for the mean."
+            )
         for other in guides[1:]:
             guides[0]._check_same(other)
         used = [(guide, weight) for guide, weight in zip(guides, weights, strict=True) if weight]
@@ -223,7 +236,8 @@ class Guide(LatentSequence):
         """
         if not 1 <= window <= 100_001 or window % 2 == 0:
             raise UserError(
-                f"the window of smooth must be odd, from 1 to 100001, got {window}. Give another."
+                f"the window of smooth must be odd and between 1 and 100001, got {window}. Choose an odd "
+                "number such as 5."
             )
         if window == 1:
             return self._noted("smooth 1")
@@ -245,7 +259,9 @@ class Guide(LatentSequence):
             UserError: a value is not finite.
         """
         if not (np.isfinite(self.vectors).all() and np.isfinite(self.continuous).all()):
-            raise UserError("the values of a guide must be finite, got too large ones. Scale it by less.")
+            raise UserError(
+                "the values of a guide must be finite, got NaN or infinity. Scale it by a smaller factor."
+            )
         arrays = {
             "latent_actions": self.continuous,
             "vectors": self.vectors,
@@ -272,9 +288,7 @@ class Guide(LatentSequence):
         path = path / GUIDE if path.is_dir() else path
         arrays, metadata = read_arrays(path)
         if metadata is None:
-            raise UserError(
-                f"{path} holds no guide. Extract one with: latentact imitate --mode extract_only."
-            )
+            raise UserError(f"{path} holds no guide. Extract one with latentact imitate --mode extract_only.")
         about = parse_record(_GuideRecord, metadata, str(path))
         spec, n = about.spec.spec(), len(np.atleast_1d(arrays.get("timestamps", ())))
         if n == 0:
@@ -374,7 +388,7 @@ class Guide(LatentSequence):
         if steps.step != 1 or not 0 <= steps.start < steps.stop <= len(self):
             raise UserError(
                 f"steps must be a range within the {len(self)} steps of the guide, got {steps.start} to "
-                f"{steps.stop}. Give at least one step, counted from 0."
+                f"{steps.stop}. Steps count from 0, and the last one is excluded."
             )
 
     def _check_same(self, other: Guide) -> None:

@@ -101,6 +101,6 @@ def read_pickled(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} must contain a dict of weights, got {type(values).__name__}; give another file."
+            f"{path} must contain a dict of weights, got {type(values).__name__}; give a checkpoint."
         )
     return values

@@ -241,7 +241,10 @@ def _rename_weights(model: LatentActionModel, tensors: dict[str, Tensor], prefix
 def _own(folder: Path, keywords: dict[str, Any]) -> LatentActionModel:
     values = read_json(folder / "config.json")
     if not isinstance(values, dict) or not isinstance(values.get("lam"), dict) or "kind" not in values["lam"]:
-        raise UserError(f"{folder} is not a latent action model. Give the folder of a train-lam run.")
+        raise UserError(
+            f"{folder} must be a latent action model, got another checkpoint. Give the folder of a train-lam "
+            "run."
+        )
     with naming(folder / "config.json"):
         config = from_dict(LAMS.get(str(values["lam"]["kind"])), {**values["lam"], **keywords}, "lam")
         actions = from_dict(ActionSpace, values["actions"], "actions") if values.get("actions") else None

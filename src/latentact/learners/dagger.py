@@ -102,8 +102,8 @@ class DaggerConfig:
         later = [pair for n, pair in pairs.items() if n != self.labels[0]]
         ahead, behind = (sum(a.above(b) for a, b in each) for each in (later, [pair[::-1] for pair in later]))
         return (
-            f"{first} Of {len(later)} label counts after the first, where both are the same, it is ahead at "
-            f"{ahead} and behind at {behind} with intervals apart."
+            f"{first} At the first label count both are identical. Of the later counts ({len(later)}), "
+            f"DAgger is better at {ahead} and worse at {behind}, with intervals that do not overlap."
         )
 
 
@@ -231,8 +231,8 @@ class _Arm:
                     break
                 if without == PATIENCE:
                     raise UserError(
-                        f"learner.labels must be reachable, but {PATIENCE} episodes in a row had no frame "
-                        f"without a label after {len(new)} of {target} new ones. Give fewer labels."
+                        f"learner.labels must be reachable, got {len(new)} of {target} new labels before "
+                        f"{PATIENCE} episodes in a row had no unlabeled frame. Give fewer labels."
                     )
         return number - first + 1, new
 
@@ -399,18 +399,20 @@ def _verified(folder: Path) -> _Round:
         UserError: a file is not the one that the round wrote, or does not belong to it.
     """
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} must hold the manifest {MANIFEST}, got none. Delete it, and re-run.")
+        raise UserError(
+            f"{folder} must hold the manifest {MANIFEST}, got none. Delete the folder and re-run."
+        )
     manifest = read_record(_Round, folder / MANIFEST)
     known = {each.file: each.sha256 for each in manifest.files}
     for path in sorted(folder.iterdir()):
         regular = path.is_file() and not path.is_symlink()
         if path.name != MANIFEST and not (regular and _sha256(path) == known.pop(path.name, "")):
             raise UserError(
-                f"{path} must be a file as the round left it, got another one; it was not opened. Delete "
-                f"{folder.name} and later rounds, and re-run the command."
+                f"{path} must be unchanged since its round finished, got a different file, which was not "
+                f"opened. Delete {folder.name} and later rounds, and re-run the command."
             )
     if known:
-        raise UserError(f"{folder} must hold {min(known)}, got no such file. Delete it, and re-run.")
+        raise UserError(f"{folder} must hold {min(known)}, got no such file. Delete the folder and re-run.")
     return manifest
 
 

@@ -53,7 +53,7 @@ class GailConfig:
     warm_start: bool = False
     """Whether PPO starts with the weights of behavior cloning."""
     envs: Annotated[int, Between(1, 256)] = 8
-    """Environments in which PPO acts in parallel."""
+    """Parallel environments of PPO."""
     rollout_steps: Annotated[int, Between(2, 10**6)] = 128
     """Steps per environment between updates."""
     batch_size: Annotated[int, Between(2, 10**6)] = 256
@@ -131,9 +131,9 @@ class GailConfig:
             )
         elif own.name == "return" and control.low > shown:
             second = (
-                f"The control, GAIL on {worthless}, reaches {control}, though that expert has {shown:.3g}: a "
-                f"part of the result comes from the form of the reward ({self.reward}), not from the "
-                "demonstrations."
+                f"The control, GAIL on {worthless}, reaches {control}, although that expert's return is "
+                f"{shown:.3g}: part of the result comes from the form of the reward ({self.reward}), not "
+                "from the demonstrations."
             )
         else:
             second = f"The control, GAIL on {worthless}, reaches {control}."
@@ -145,9 +145,10 @@ class GailConfig:
             raise missing_extra("stable_baselines3", "gail")
         network = tools.policy.network
         if tools.uses_frames or tools.policy.kind != "bc" or network.chunk_size != 1:
+            backbone = getattr(network, "backbone", "none")
             raise UserError(
                 "gail needs policy=bc with policy.network.backbone=state and chunk_size=1, got "
-                f"policy={tools.policy.kind} of another form. Set these."
+                f"policy={tools.policy.kind} with {backbone} and {network.chunk_size}. Set all three."
             )
         env = tools.make_env()
         env.reset(seed=tools.first_seed)
@@ -155,8 +156,9 @@ class GailConfig:
         info = env.step(env.action_space.sample())[-1]
         if "is_success" in info and not self.horizon:
             raise UserError(
-                f"{tools.env.name} ends episodes by success, which the reward of GAIL pays for or against "
-                "whatever the demonstrations show. Set learner.horizon, the steps of every episode."
+                f"learner.horizon must be set for {tools.env.name}, whose episodes end on success, got 0: "
+                "GAIL rewards or penalizes such an end whatever the demonstrations show. Set it to the "
+                "number of steps of every episode."
             )
         if not tools.data:
             env.reset(seed=tools.first_seed)
@@ -247,7 +249,7 @@ def _demonstrations(store: FrameStore, episodes: np.ndarray, policy: Policy) -> 
     if policy.spec.words:
         raise UserError(
             f"gail needs demonstrations of one task, got {len(store.task_texts)} task texts in {store.path}. "
-            "Give data of one of them."
+            "Give a dataset with a single task."
         )
     assert store.state is not None
     states = normalize_states(policy, store.state)

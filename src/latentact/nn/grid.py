@@ -113,7 +113,7 @@ class CellEncoder(nn.Module):
 class CellMixer(nn.Module):
     """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
 
-    The latent vector says for every cell of the next frame from which cells of the last ones it comes, as
+    The latent vector selects for every cell of the next frame from which cells of the last ones it comes, as
     turning and walking move all cells together, and adds what is new.
 
     Args:

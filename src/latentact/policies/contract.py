@@ -227,8 +227,9 @@ class Policy(nn.Module, ABC):
                 or not space.discrete
             ):
                 raise UserError(
-                    f"decoder.mixture must be false for {target.num_tokens} {target.kind} per step and "
-                    f"{space.kind} actions. Train a policy with policy.target=codes on labels with one code."
+                    f"decoder.mixture needs one code per step and discrete actions, got {target.num_tokens} "
+                    f"x {target.kind} and {space.kind} actions. Set it to false, or train the policy with "
+                    "policy.target=codes on labels with one code."
                 )
             size, codes = self.latent.token_dim, target.size
         self.decoder = ActionDecoder(config, size, state, self.spec.action_space, self.spec.stride, codes)
@@ -352,12 +353,15 @@ class Policy(nn.Module, ABC):
         """
         space = self.spec.action_space
         if space is None:
-            raise UserError("this policy predicts latent actions; ground it first: latentact ground --help.")
+            raise UserError(
+                "the policy must output robot actions, got latent actions. Ground it first: latentact ground "
+                "--help."
+            )
         scores = self.action_scores(batch)
         if not scores.isfinite().all():
             raise UserError(
-                "the actions of the policy must be finite, got NaN or infinity. Train it again, with a "
-                "smaller learning rate."
+                "the actions of the policy must be finite, got NaN or infinity. Train it again with a lower "
+                "learning rate."
             )
         if space.discrete:
             return choose(scores).numpy(force=True)
@@ -411,13 +415,18 @@ class Policy(nn.Module, ABC):
         values = read_json(folder / "config.json")
         known = isinstance(values, dict) and {"policy", "spec", "decoder"} <= values.keys()
         if not known or not isinstance(values["policy"], dict):
-            raise UserError(f"{folder} is not a policy; give the folder of a train-policy or ground run.")
+            raise UserError(
+                f"{folder} must be a policy, got another checkpoint. Give the folder of a train-policy or "
+                "ground run."
+            )
         with naming(folder / "config.json"):
             config = from_dict(POLICIES.get(str(values["policy"].get("kind"))), values["policy"], "policy")
             decoder = from_dict(DecoderConfig, values["decoder"], "decoder") if values["decoder"] else None
             spec = from_dict(PolicySpec, _current_target(values["spec"]), "spec")
             if decoder and spec.action_space is None:
-                raise UserError("spec.action_space must be set for a decoder, got none. Ground it again.")
+                raise UserError(
+                    "spec.action_space must be set for a decoder, got none. Ground the policy again."
+                )
         latent = load_spec(folder / "spec.json") if (folder / "spec.json").exists() else None
         tensors = load_tensors(folder / WEIGHTS)
 

@@ -46,7 +46,7 @@ class GuidedConfig:
     def targets(self, latent: LatentActionSpec | None, actions: ActionSpace | None) -> Targets:
         """Return robot actions, guided by the latent actions of the labels."""
         if latent is None:
-            raise UserError(f"policy={self.kind} is guided by latent actions; give labels=DIR.")
+            raise UserError(f"policy={self.kind} needs latent actions, got no labels. Give labels=DIR.")
         tokens: Literal["continuous", "vectors"] = self.tokens  # type: ignore[assignment]
         guide = GuideSpec(
             offsets=self.offsets,

@@ -61,7 +61,7 @@ class NetworkConfig:
         if self.backbone == "state":
             object.__setattr__(self, "use_state", True)
             if not self.hidden or min(self.hidden) < 1:
-                raise UserError(f"network.hidden must be one or more widths, got {[*self.hidden]}.")
+                raise UserError(f"network.hidden must have widths of at least 1, got {[*self.hidden]}.")
         require_between("network.impala_scale", self.impala_scale, 1, 256)
         require_between("network.patch", self.patch, 1, 1 << 14)
         require_between("network.n_obs_steps", self.n_obs_steps, 1, 256)

@@ -67,8 +67,8 @@ def robot_action_target(actions: ActionSpace | None, kind: str) -> Target:
     """
     if actions is None:
         raise UserError(
-            f"policy={kind} learns from robot actions, but the data has none; give labels=DIR with "
-            f"policy=latent."
+            f"the data must have robot actions for policy={kind}, got none. Give data with actions, or "
+            "labels=DIR with policy=latent."
         )
     return Target(kind="classes" if actions.discrete else "continuous", size=actions.size)
 
@@ -85,13 +85,16 @@ def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str
         UserError: there are no labels, or `column` is codes and they have none.
     """
     if latent is None:
-        raise UserError(f"policy={kind} learns from latent actions; give labels=DIR.")
+        raise UserError(
+            f"labels must be given for policy={kind}, got none. Give labels=DIR, the output of latentact "
+            "label."
+        )
     if column != "codes":
         return Target(kind="continuous", size=latent.tokens * latent.token_dim)
     if latent.codebook_size is None:
         raise UserError(
-            f"policy.target must not be codes for labels of {latent.model}, which have none; use "
-            f"policy.target=vectors."
+            f"policy.target must be continuous or vectors for labels of {latent.model}, which have no codes, "
+            "got codes. Use policy.target=vectors."
         )
     return Target(kind="classes", size=latent.codebook_size, num_tokens=latent.tokens)
 

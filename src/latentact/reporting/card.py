@@ -285,7 +285,7 @@ def _score(row: Mapping[str, Any]) -> str:
 
 
 def _where(rollout: Mapping[str, Any]) -> str:
-    """Return the environment of a `rollout.json`, and how its world differs from the plain one."""
+    """Return the environment of a `rollout.json`, with the settings that change it."""
     changed = conditions(rollout)
     return f"{rollout['env']} with {changed}" if changed else rollout["env"]
 

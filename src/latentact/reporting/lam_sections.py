@@ -73,13 +73,13 @@ def probe_section(lam: LamRun) -> Section | str:
             low, high = (float(edge) for edge in probes[name].get("ci95") or (score, score))
             items.append((title, why, score, (low, high), name in CONTROLS))
     accuracy = next(iter(probes.values()))["metric"] == "accuracy"
-    scale = "the share of actions read correctly" if accuracy else "R2 (1 is exact, 0 is guessing the mean)"
+    scale = "accuracy" if accuracy else "R2 (1: exact, 0: no better than the mean)"
     return Section(
         anchor="probes",
         title="Do latents hold the action?",
-        what="A probe reads the robot's action from a latent. It is fitted on half of the held-out "
-        f"episodes and scored on the others by {scale}. Gray bars are controls: what rises "
-        "above them was found in the change.",
+        what="A probe predicts the robot's action from a latent. It is fitted on half of the held-out "
+        f"episodes and scored on the others by {scale}. Gray bars are controls: only a score above them "
+        "is information from the change between frames.",
         body=figure(bars(items), "Brackets are 95 % intervals over the scored episodes."),
     )
 

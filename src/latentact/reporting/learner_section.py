@@ -20,8 +20,8 @@ WHAT = {
     "dagger": "Both are trained from scratch on the same number of the expert's labels, with the same steps "
     "and a learning rate that falls to zero, and evaluated on the same seeds. Behavior cloning learns from "
     "the expert's own episodes; DAgger from states that the learner visits.",
-    "gail": "The control is the same training on worthless demonstrations: what it reaches comes from the "
-    "form of the reward, which pays for staying alive or for ending, and not from imitation.",
+    "gail": "The control is the same training on worthless demonstrations: its score comes from the form of "
+    "the reward, which favors long or short episodes, and not from imitation.",
 }
 
 

@@ -25,8 +25,8 @@ def comparison_section(comparison: Comparison, number: int) -> Section:
     results = aggregate(comparison.rows)
     body = _comparison_table(results) + figure(
         f'<div class="plot">{comparison_svg(results, title=comparison.env)}</div>',
-        "Bars are 95 % intervals over the episodes of all seeds: where two do not touch, the difference "
-        "is not due to chance. The dashed line is the oracle, which is trained on all labels.",
+        "Bars are 95 % intervals over the episodes of all seeds: if two do not overlap, the difference is "
+        "unlikely to be due to chance. The dashed line is the oracle, which is trained on all labels.",
     )
     return Section(
         anchor=f"comparison{number or ''}",
@@ -34,8 +34,8 @@ def comparison_section(comparison: Comparison, number: int) -> Section:
         what="Same network, training steps, labeled episodes and evaluation seeds in every row; k is "
         "the number of labeled episodes. BC on k labels does not use the other videos. IDM on k labels "
         "learns actions from the k episodes and predicts those of all others. Latent policies are then "
-        "fine-tuned for some more steps, as configured; decoder only is the result before that. VLA rows "
-        "share their own network, a vision-language model.",
+        "fine-tuned for additional steps, as configured; 'decoder only' is the result before fine-tuning. "
+        "VLA rows share their own network, a vision-language model.",
         body=body,
     )
 

@@ -144,7 +144,9 @@ class RobotConnection:
         try:
             self._result(self._submit(self.robot.connect), CONNECT_S, "connecting")
         except RobotError as error:
-            raise UserError(f"the robot {self.robot.name} cannot be used: {error}. Check it.") from error
+            raise UserError(
+                f"the robot {self.robot.name} cannot be used: {error}. Check its connection and settings."
+            ) from error
 
     def observe(self, timeout: float, stale_s: float) -> dict[str, Any]:
         """Return a complete, finite observation that was requested less than `stale_s` ago.

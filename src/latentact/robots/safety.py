@@ -61,14 +61,15 @@ class SafetyConfig:
         for joint, (low, high) in self.limits.items():
             if not low < high:
                 raise UserError(
-                    f"safety.limits.{joint} must be [smallest, largest], got {[low, high]}. Give two numbers "
-                    "in that order."
+                    f"safety.limits.{joint} must be [min, max], got {[low, high]}. Give two numbers in "
+                    "ascending order."
                 )
         above = {f"max_step.{joint}": step for joint, step in self.max_step.items()}
         for name, value in {**above, "stale_s": self.stale_s, "stop_after_s": self.stop_after_s}.items():
             if not 0 < value < math.inf:
                 raise UserError(
-                    f"safety.{name} must be greater than 0 and finite, got {value!r}. Give such a number."
+                    f"safety.{name} must be greater than 0 and finite, got {value!r}. Leave it out for the "
+                    "default."
                 )
 
     @classmethod
@@ -80,7 +81,7 @@ class SafetyConfig:
         """
         names = list(cls.__dataclass_fields__)
         if not isinstance(values, dict):
-            raise UserError(f"safety must be a mapping, got {values!r}. Give {', '.join(names)}.")
+            raise UserError(f"safety must be a mapping, got {values!r}. Its keys are {', '.join(names)}.")
         built: dict[str, Any] = {}
         for name, value in values.items():
             if name not in names:
@@ -212,13 +213,13 @@ class Safety:
 
 def _number(value: Any, name: str) -> float:
     if not _is_number(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}. Give such a number.")
+        raise UserError(f"{name} must be a finite number, got {value!r}. Correct it in the robot's file.")
     return float(value)
 
 
 def _pair(value: Any, name: str) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
-        raise UserError(f"{name} must be [smallest, largest], got {value!r}. Give two numbers.")
+        raise UserError(f"{name} must be [min, max], got {value!r}. Give two numbers.")
     return _number(value[0], name), _number(value[1], name)
 
 

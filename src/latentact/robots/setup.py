@@ -60,8 +60,8 @@ class RobotSetup:
         cameras = values.get("cameras") or {}
         if not isinstance(cameras, dict):
             raise UserError(
-                f"{path}: cameras must map the robot's cameras to the policy's keys, got {cameras!r}. Give "
-                "such a mapping."
+                f"{path}: cameras must map the robot's cameras to the policy's keys, got {cameras!r}. Write "
+                "for example cameras: {front: observation.images.front}."
             )
         return cls(
             robot=values["robot"],

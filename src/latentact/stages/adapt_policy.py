@@ -63,7 +63,7 @@ def run(config: AdaptPolicyConfig) -> Adapted:
         done = read_object(out / SIDECAR) if (out / SIDECAR).is_file() else {}
         if done.get("asked") != asked:
             raise UserError(
-                f"{out} must be empty or hold this policy, got other files or settings. Give another --out."
+                f"{out} must be empty or hold this policy, got other files or settings. Choose another --out."
             )
         log.info("%s is already finished", out)
         return Adapted(path=out, numbers=done)

@@ -2,8 +2,8 @@
 
 From the start states of new expert demonstrations, the policy is rolled out with the demonstration's video as
 its guide, with another demonstration's, and without a guide. A policy that follows its guide stays near the
-demonstration only in the first case. With `operations`, guides are edited, and the rollouts must do what each
-edit says.
+demonstration only in the first case. With `operations`, guides are edited as well, and rollouts are checked
+for the effect of each edit.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
     if len(spec.state_names) < 2:
         raise UserError(
             f"{config.env} must have the agent's position in its state, got a state of "
-            f"{len(spec.state_names)} dimensions. Give another environment, such as pusht."
+            f"{len(spec.state_names)} dimensions. Choose an environment such as pusht."
         )
     agent = load_agent(config.policy, config.device, guided=True)
     extractor = LatentActionExtractor(config.lam, device=config.device)
@@ -114,7 +114,7 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
 def _edited(
     env: Any, spec: EnvSpec, agent: Agent, demos: Sequence[tuple[int, EpisodeTrace]], guides: Sequence[Guide]
 ) -> Iterator[Rollouts]:
-    """Yield the rollouts of edited guides of each demonstration and the next, from the start of the first."""
+    """Yield rollouts of edited guides for each demonstration and the next, from the first's start state."""
     latent = agent.spec.latent
     assert latent is not None
     horizon, transition = max(latent.offsets) + latent.stride - 1, max(1, round(spec.fps))
@@ -185,7 +185,7 @@ def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeT
                 return
     raise UserError(
         f"the expert of {config.env} must succeed in {config.demos} of {attempts} episodes, got {found}. "
-        "Give another environment."
+        "Choose another environment, or use fewer --demos."
     )
 
 

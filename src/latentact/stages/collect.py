@@ -91,16 +91,19 @@ class CollectConfig:
         """Validate the configuration."""
         Distraction.parse(self.distract)
         if self.tasks and not self.env.endswith("/all"):
-            raise UserError(f"tasks must come with metaworld/all, got {self.env}. Give them as the level.")
+            raise UserError(
+                f"tasks must be given with metaworld/all only, got {self.env}. Name the task in the "
+                "environment, as in metaworld/drawer-open-v3."
+            )
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps)
         if self.workers < 0:
-            raise UserError(f"workers must be 0 or more, got {self.workers}. Give 0 for one per core.")
+            raise UserError(f"workers must be at least 0, got {self.workers}. Use 0 for one per core.")
         if not 0 <= self.explore <= 1:
-            raise UserError(f"explore must be between 0 and 1, got {self.explore}. Give a probability.")
+            raise UserError(f"explore must be between 0 and 1, got {self.explore}. Use 0 for none.")
         if self.resolution and not 16 <= self.resolution <= 2048:
             raise UserError(
-                f"resolution must be 0 or between 16 and 2048 pixels, got {self.resolution}. Give such "
-                "a number."
+                f"resolution must be 0 or between 16 and 2048 pixels, got {self.resolution}. Use 0 for the "
+                "environment's own."
             )
 
     def identity(self) -> dict[str, Any]:

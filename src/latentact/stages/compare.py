@@ -152,7 +152,7 @@ class CompareConfig:
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether fine-tuning of `latent` and `latent_joint` uses all training episodes, as in ground."""
-    lerobot: train_lerobot.LerobotRecipe = field(default_factory=train_lerobot.LerobotRecipe)
+    lerobot: train_lerobot.LeRobotRecipe = field(default_factory=train_lerobot.LeRobotRecipe)
     """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k; steps and batch size are those of
     policy_training."""
     vla: train_vla.TrainVlaRecipe = field(default_factory=train_vla.TrainVlaRecipe)
@@ -191,7 +191,9 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     check_step_limit(env, config.max_steps)
     store = open_store(config.data)
     if store.action_space is None:
-        raise UserError(f"{config.data.path} has no actions; give demonstrations of {config.env}.")
+        raise UserError(
+            f"{config.data.path} must have robot actions, got none. Give demonstrations of {config.env}."
+        )
     vla = any(method in VLA for method in config.methods)
     uses_state = config.policy.network.use_state or config.decoder.use_state
     uses_state |= vla and config.vla.model.use_state
@@ -217,8 +219,8 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
         others = ",".join(method for method in config.methods if method != "latent_joint")
         raise UserError(
             f"lam must support an action head for the row latent_joint, got lam={config.lam.kind} with "
-            f"settings without one. Set methods=[{others}], or a LAM with one, such as lapo with "
-            f"lam.bottleneck.kind=none."
+            f"settings without one. Set methods=[{others}], or choose a LAM with an action head, such as "
+            "lapo with lam.bottleneck.kind=none."
         )
     if not finished(out, config, "comparison.json"):
         begin_run(out, config)
@@ -408,7 +410,7 @@ class _Row:
             data = precompute.run(tokens)
         train, _ = split_episodes(store, held_out=c.held_out, seed=self.seed)
         training, chosen = c.policy_training, choose_labeled(train, self.k, self.seed)
-        settings = train_lerobot.TrainLerobotConfig(
+        settings = train_lerobot.TrainLeRobotConfig(
             out=str(self._folder("policy")),
             dataset_root=str(data),
             policy=kind,

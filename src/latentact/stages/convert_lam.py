@@ -42,7 +42,9 @@ def run(config: ConvertLamConfig) -> Path:
     """
     folder = Path(config.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{config.out} must be a new or empty folder. Give another --out.")
+        raise UserError(
+            f"--out must be a new or empty folder, got {config.out}. Choose another --out, or delete it."
+        )
     settings = {name: getattr(config, name) for name in ("window", "image_size", "code_seq_len")}
     model = load_lam(config.where, **{name: value for name, value in settings.items() if value})
     model.save_pretrained(folder)

@@ -107,7 +107,7 @@ def run(config: ExportConfig) -> Exported:
         done = read_object(out / SIDECAR) if (out / SIDECAR).is_file() else {}
         if done.get("asked") != to_dict(config):
             raise UserError(
-                f"{out} must be empty or hold this export, got other files or settings. Give another --out."
+                f"{out} must be empty or hold this export, got other files or settings. Choose another --out."
             )
         log.info("%s is already finished", out)
         return Exported(path=out, numbers=done)
@@ -186,7 +186,9 @@ def _policy(config: ExportConfig, labels: Labels) -> Policy | None:
         )
     policy = Policy.from_pretrained(config.policy)
     if policy.latent is None or not policy.targets.latent:
-        raise UserError(f"{config.policy} must be a latent policy, got one of robot actions. Give another.")
+        raise UserError(
+            f"{config.policy} must be a latent policy, got one of robot actions. Give one of policy=latent."
+        )
     policy.latent.check_compatible(labels.spec, "the policy", "the labels")
     return policy
 

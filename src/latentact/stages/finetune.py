@@ -72,7 +72,10 @@ def run(config: FinetuneConfig, out: Path) -> Path:
         return out
     policy, store = Policy.from_pretrained(config.policy), open_store(config.data)
     if policy.spec.action_space is None:
-        raise UserError(f"{config.policy} predicts latent actions; ground it first: latentact ground --help.")
+        raise UserError(
+            f"{config.policy} must output robot actions, got latent actions. Ground it first: latentact "
+            "ground --help."
+        )
     if store.action_space != policy.spec.action_space:
         raise UserError(
             f"{config.policy} outputs {policy.spec.action_space}, but {store.path} has "

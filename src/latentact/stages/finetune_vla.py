@@ -116,7 +116,7 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
     space = store.action_space
     if space is None:
         raise UserError(
-            f"{store.path} has no robot actions to learn; give labels of data with robot actions."
+            f"{store.path} must have robot actions, got none. Give labels of data with robot actions."
         )
     base.spec = replace(base.spec, camera=store.camera)  # of the robot; stage 2 may have used other video
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)

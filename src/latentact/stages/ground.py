@@ -97,13 +97,16 @@ def run(config: GroundConfig, out: Path) -> Path:
     latent = Policy.from_pretrained(config.policy)
     labels, store = read_labels(config.labels)
     if latent.latent is None or not latent.targets.latent:
-        raise UserError(f"{config.policy} predicts robot actions already; give a policy of latent actions.")
+        raise UserError(
+            f"{config.policy} must be a latent policy, got one that predicts robot actions. Give the folder "
+            "of a train-policy run with policy=latent."
+        )
     latent.latent.check_compatible(labels.spec, "the policy", "the labels")
     if config.mode == "online":
         return _online(config, latent, labels, out)
     if store.action_space is None:
         raise UserError(
-            f"{store.path} has no robot actions to ground in; give labels of data with robot actions."
+            f"{store.path} must have robot actions, got none. Give labels of data with robot actions."
         )
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
@@ -112,7 +115,10 @@ def run(config: GroundConfig, out: Path) -> Path:
     policy = latent.ground(config.decoder, store.action_space)
     steps = _labeled_steps(store, labels, labeled)
     if not len(steps):
-        raise UserError(f"{len(labeled)} labeled episodes have no latent action; increase labeled_episodes.")
+        raise UserError(
+            f"labeled_episodes must include a step with a latent action, got none in {len(labeled)} labeled "
+            "episodes. Increase it."
+        )
     assert policy.decoder is not None
     policy.decoder.set_action_stats(np.ma.getdata(store.actions(labeled))[steps])
     _set_codebook(policy, labels)
@@ -133,7 +139,7 @@ def run(config: GroundConfig, out: Path) -> Path:
 
 
 def _online(config: GroundConfig, latent: Policy, labels: Labels, out: Path) -> Path:
-    """Ground a policy by acting; return its folder."""
+    """Ground a policy by reward; return its folder."""
     online = config.online
     if config.training.smoke_test:
         online = replace(
@@ -155,7 +161,7 @@ def _fit(training: TrainingConfig) -> Callable[[ActionDecoder, LabeledRows, Path
 
 
 def _set_codebook(policy: Policy, labels: Labels) -> None:
-    """Give a decoder of codes their vectors."""
+    """Set the codebook of a decoder that takes codes."""
     assert policy.decoder is not None
     if policy.decoder.config.mixture:
         assert labels.codes is not None

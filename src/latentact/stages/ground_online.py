@@ -116,15 +116,15 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
         UserError: PPO cannot train the policy's decoder in the environment, or stable-baselines3 is missing.
     """
     if not config.env:
-        raise UserError("online.env must be set for mode=online, got none. Give an environment to act in.")
+        raise UserError("online.env must be set for mode=online, got none. Give one, as in online.env=pusht.")
     if importlib.util.find_spec("stable_baselines3") is None:
         raise missing_extra("stable_baselines3", "gail")
     stride, chunk_size = policy.spec.stride, policy.config.network.chunk_size
     if (stride, chunk_size) != (1, 1):
         raise UserError(
             f"mode=online needs a policy with one latent action per environment step, got {source} with "
-            f"{stride} steps per latent action and policy.network.chunk_size={chunk_size}. Train one with "
-            "frame_gap_s=0 and policy.network.chunk_size=1."
+            f"{stride} steps per latent action and policy.network.chunk_size={chunk_size}. Train the LAM with "
+            "frame_gap_s=0, label with it, and train the policy with policy.network.chunk_size=1."
         )
     env = env_spec(config.env, view=config.view)
     check_step_limit(env, config.max_steps)
@@ -141,8 +141,8 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
         low, high = _action_bounds(config)
         if not np.isfinite([low, high]).all():
             raise UserError(
-                f"mode=online needs finite bounds of actions, got {low.tolist()} to {high.tolist()} in "
-                f"{config.env}. Choose another environment."
+                f"the actions of {config.env} must have finite bounds for mode=online, got {low.tolist()} to "
+                f"{high.tolist()}. Choose an environment with bounded or discrete actions."
             )
     return env
 
@@ -160,7 +160,7 @@ def load_matching_lam(config: OnlineConfig, policy: Policy) -> LatentActionModel
     if lam.spec.weights != policy.latent.weights:
         raise UserError(
             f"online.lam must be the LAM of the policy's labels, with weights {policy.latent.weights}, got "
-            f"{config.lam} with {lam.spec.weights}. Give that one."
+            f"{config.lam} with {lam.spec.weights}. Give the LAM that made the policy's labels."
         )
     return lam
 

@@ -38,22 +38,29 @@ class GuideConfig:
         require_one_of("ACTION", self.action, ACTIONS)
         check_bounds(self)
         if not self.paths:
-            raise UserError("PATHS must be at least one guide, got none. Give files that imitate wrote.")
+            raise UserError(
+                "PATHS must name at least one guide, got none. Give the output folder of latentact imitate."
+            )
         for name, action in (("apply", "edit"), ("weights", "blend"), ("transition", "concat")):
             if getattr(self, name) and self.action != action:
                 raise UserError(f"--{name} must be given for {action} only, got {self.action}. Leave it out.")
         if self.action == "edit" and (len(self.paths) != 1 or not self.apply):
             raise UserError(
                 f"edit needs one guide and --apply, got {len(self.paths)} guides and {len(self.apply)} "
-                f"operations. Give for example --apply {EDITS['scale']}."
+                f"operations. Give an operation, for example --apply {EDITS['scale']}."
             )
         if self.action in ("blend", "concat") and len(self.paths) < 2:
-            raise UserError(f"{self.action} needs at least two guides, got one. Give another.")
-        if (self.action != "info") != bool(self.out):
-            given = self.out or "none"
-            raise UserError(f"--out must be given for edit, blend and concat only, got {given}. Change it.")
+            raise UserError(f"{self.action} needs at least two guides, got one. Give all of them as PATHS.")
+        if self.action == "info" and self.out:
+            raise UserError(f"--out must be empty for info, got {self.out}. Leave it out.")
+        if self.action != "info" and not self.out:
+            raise UserError(
+                f"--out must be given for {self.action}, got none. Give a file *{SUFFIX} or a folder."
+            )
         if self.out and (Path(self.out).suffix or SUFFIX) != SUFFIX:
-            raise UserError(f"--out must be a file *{SUFFIX} or a folder, got {self.out}. Give another.")
+            raise UserError(
+                f"--out must be a file *{SUFFIX} or a folder, got {self.out}. Change its suffix to {SUFFIX}."
+            )
 
 
 def run(config: GuideConfig) -> dict[str, Any]:
@@ -74,8 +81,8 @@ def run(config: GuideConfig) -> dict[str, Any]:
         made = functools.reduce(lambda a, b: a.concat(b, config.transition), guides)
     out = Path(config.out)
     if out.is_dir() == (out.suffix == SUFFIX) and out.exists():
-        kind = "file" if out.suffix == SUFFIX else "folder"
-        raise UserError(f"--out must be a {kind}, got {out}, which is none. Give another.")
+        kind, other = ("file", "folder") if out.is_dir() else ("folder", "file")
+        raise UserError(f"--out must be a {kind}, got the {other} {out}. Choose a new name.")
     made.save(out)
     return {"path": config.out, "guides": [{"path": config.out, **made.about()}]}
 

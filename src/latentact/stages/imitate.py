@@ -1,7 +1,7 @@
 """Imitate one demonstration video: `latentact imitate --video-path V --policy-path P ...`.
 
 The output folder holds the guide (`latents.safetensors`, `latents.pt`) and, if a policy acted,
-`metrics.json`, the video `imitation.mp4` (demonstration and rollout side by side) and the page `report.html`.
+`metrics.json`, the video `imitation.mp4` (demonstration | rollout) and the page `report.html`.
 """
 
 from __future__ import annotations
@@ -98,11 +98,15 @@ class ImitateConfig:
         if isinstance(self.video_path, str):
             object.__setattr__(self, "video_path", (self.video_path,) if self.video_path else ())
         if bool(self.video_path) == bool(self.guide):
-            raise UserError("give either --video-path of the demonstration or --guide with its guide.")
+            given = "both" if self.guide else "neither"
+            raise UserError(
+                f"exactly one of --video-path and --guide must be given, got {given}. Give the video of a "
+                "demonstration, or its guide."
+            )
         if (len(self.video_path) > 1) != bool(self.blend):
             raise UserError(
-                f"--blend must be given for several videos only, got {self.blend or 'none'} for "
-                f"{len(self.video_path)}. Give one weight per --video-path."
+                "--blend must be given if and only if there are several videos, got "
+                f"{self.blend or 'none'} for {len(self.video_path)}. Give one weight per --video-path."
             )
         if self.video_path and not self.lam_model_path:
             raise UserError("--lam-model-path must be given, got none. Give the LAM that extracts the guide.")
@@ -113,7 +117,9 @@ class ImitateConfig:
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} must be at least 0, got {getattr(self, name)}. Give such a number.")
+                raise UserError(
+                    f"{flag} must be at least 0 and finite, got {getattr(self, name)}. Use 0 for the default."
+                )
         check_ranges(seed=self.seed, max_steps=self.max_steps)
 
 
@@ -126,7 +132,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     require_device(config.device)
     out = Path(config.output_dir)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--output-dir must be a folder, got the file {out}. Give another.")
+        raise UserError(f"--output-dir must be a folder, got the file {out}. Choose another.")
     setup = RobotSetup.read(config.robot_config) if config.mode == "robot" else None
     robot = make_robot(setup.robot) if setup else None
     extractor = None
@@ -356,7 +362,7 @@ def _steps(config: ImitateConfig, inference: LatentGuidedInference) -> int:
     if config.control_time_s and not limits[2]:
         raise UserError(
             f"--control-time-s must be at least one step of {1 / inference.fps:g} s, got "
-            f"{config.control_time_s:g}. Give more."
+            f"{config.control_time_s:g}. Increase it."
         )
     return min(limit for limit in limits if limit)
 
@@ -373,7 +379,7 @@ def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -
 def _compose(
     config: ImitateConfig, guide: Guide, lengths: tuple[int, ...], result: Result
 ) -> UInt8[np.ndarray, "t h w 3"]:
-    """Return demonstrations | rollout side by side; without a demonstration video, the rollout alone."""
+    """Return the frames demonstrations | rollout; without a demonstration video, the rollout alone."""
     frames = result.frames.frames
     if not config.video_path:
         return frames

@@ -78,11 +78,14 @@ def run(config: LabelConfig) -> Path:
         kinds = {"model": type(model.config), "data": DataConfig}  # newer settings get their defaults
         asked |= {"lam": config.lam}  # weights and settings identify it; its folder may have moved
         if asked | {name: updated(kind, asked.get(name)) for name, kind in kinds.items()} != requested:
-            raise UserError(f"{out} holds other labels. Give another --out, or delete the folder.")
+            raise UserError(
+                f"{out} must be new or hold these labels, got labels with other settings. Choose another "
+                "--out, or delete the folder."
+            )
         log.info("%s is already finished", out)
         return out
     if out.exists():
-        raise UserError(f"{out} must be a folder of labels or not exist. Give another --out.")
+        raise UserError(f"{out} must be new or hold labels, got other files. Choose another --out.")
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, stream.path, config.frame_gap_s)
     encoded = encode_dataset(model, stream, gap, options, config.build(shard, config.lam, data))

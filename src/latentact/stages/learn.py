@@ -101,8 +101,8 @@ def run(config: LearnConfig, out: Path) -> dict[str, Any]:
     try_step(config.env, view=config.view, distract=Distraction(), seed=config.eval_seed)
     if policy.network.use_state and not spec.state_names:
         raise UserError(
-            f"{config.env} must have a robot state for policy.network.use_state, got none. Set it to false, "
-            "with policy.network.backbone=impala or patch."
+            f"{config.env} must have a robot state for policy.network.use_state, got none. Set "
+            "policy.network.use_state=false, with policy.network.backbone=impala or patch."
         )
     config.learner.check(_tools(config, spec, policy, config.seeds[0], out / "frames"))
     begin_run(out, config)
@@ -143,8 +143,8 @@ def _policy(config: LearnConfig) -> PolicyConfig:
         return policy.config
     if config.policy.kind == "latent":
         raise UserError(
-            "policy=latent must start from a grounded latent policy, got no start. Give start=DIR, the "
-            "folder of a ground run."
+            "policy=latent must start from a grounded latent policy, got no start. Give "
+            "start=DIR, the folder of a ground run."
         )
     return config.policy
 

@@ -190,12 +190,17 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, la
         return False
     sidecar = next((file for file in (out / "meta" / SIDECAR, out / SIDECAR) if file.is_file()), None)
     if sidecar is None:
-        raise UserError(f"{out} must be a folder of LAM tokens or not exist. Give another --output-dir.")
+        raise UserError(
+            f"{out} must be new or hold LAM tokens, got other files. Choose another --output-dir."
+        )
     if config.overwrite:
         return False
     asked = read_object(sidecar).get("asked")
     if not isinstance(asked, dict) or {**asked, "model": updated(lam, asked.get("model"))} != requested:
-        raise UserError(f"{out} holds other LAM tokens. Give another --output-dir, or --overwrite.")
+        raise UserError(
+            f"{out} must be new or hold these LAM tokens, got tokens with other settings. Choose another "
+            "--output-dir, or add --overwrite."
+        )
     log.info("%s is already finished", out)
     return True
 

@@ -1,7 +1,7 @@
-"""Relabel a dataset: a person says what they would have done at each frame that somebody else recorded.
+"""Relabel a dataset: a person gives the action that they would have taken in each recorded frame.
 
-The output is a copy of the dataset, as DAgger writes it: `action` is the person's where they gave one, and
-`executed_action` what was executed; `labeled` marks the rows to learn from (`train-policy only=labeled`).
+The output is a copy of the dataset in the format of DAgger: `action` is the person's where they gave one,
+`executed_action` the recorded one; `labeled` marks the rows to learn from (`train-policy only=labeled`).
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def run(config: RelabelConfig) -> RelabelResult:
     require_lerobot()
     if not lerobot_version(root).startswith("v3"):
         raise UserError(
-            f"--data must be a LeRobot v3 dataset, got {root}. Convert it with latentact precompute, or "
-            "record one with latentact record."
+            f"DATA must be a LeRobot v3 dataset, got {root}. Convert it with latentact precompute, or record "
+            "one with latentact record."
         )
     store = open_store(DataConfig(path=config.data, camera=config.camera, resolution=0))
     if store.action_space is None:
-        raise UserError(f"{root} must have the column 'action', got none. Record it with actions.")
+        raise UserError(f"{root} must have the column 'action', got none. Give a dataset with actions.")
     executed = np.ma.getdata(store.actions(range(store.num_episodes)))
     class_keys(store.action_space, store.action_names)
     staging = out.with_name(out.name + ".partial")
@@ -121,7 +121,7 @@ def _ask(
         config: settings.
         store: frames and texts.
         executed: class `[n]` or values `[n, a]` of each row.
-        device: what the person uses.
+        device: display and keyboard.
         labels: row -> action; gets the new ones.
         file: JSON file of the labels.
     """

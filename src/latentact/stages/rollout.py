@@ -54,10 +54,10 @@ class RolloutConfig:
     """Steps after which an episode ends; 0: the environment's own limit. Required for an environment without
     one (`max_episode_steps` None)."""
     latency: Annotated[int, Between(0, 1000)] = 0
-    """Steps by which every action arrives late. Until the first one arrives, the action without effect is
-    executed; in environments that have none, the first action is."""
+    """Steps by which every action arrives late. Until the first one arrives, the environment's no-op is
+    executed; in environments without a no-op, the first action is."""
     action_noise: Annotated[float, Between(0, 10)] = 0.0
-    """Standard deviation of noise on continuous actions, relative to half the range of each number."""
+    """Standard deviation of noise on continuous actions, relative to half the range of each dimension."""
     record: Limit = 3
     """Number of episodes whose video is written."""
     action_selection: Selection = "greedy"
@@ -68,7 +68,7 @@ class RolloutConfig:
     device: str = "cpu"
     """cpu, cuda or mps."""
     smoke_test: bool = False
-    """Whether to play two episodes of at most 20 steps only, to see that everything works."""
+    """Whether to run only two episodes of at most 20 steps, as a check."""
     overwrite: bool = False
     """Whether to replace a finished rollout."""
 
@@ -92,14 +92,17 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     """
     out, distraction = Path(config.out), Distraction.parse(config.distract)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out must be a folder, got the file {out}. Give another.")
+        raise UserError(f"--out must be a folder, got the file {out}. Choose another.")
     settings = {key: value for key, value in asdict(config).items() if key != "overwrite"}
     if config.smoke_test:
         config = replace(config, episodes=2, max_steps=20)
     if not config.overwrite and (out / "rollout.json").exists():
         found = read_object(out / "rollout.json")
         if _with_defaults(found.get("config")) != {**settings, "overwrite": False}:
-            raise UserError(f"{out} holds a different rollout. Give another --out, or delete the folder.")
+            raise UserError(
+                f"{out} must be empty or hold this rollout, got one with other settings. Choose another "
+                "--out, or delete the folder."
+            )
         return found
     require_device(config.device)
     choose = selector(config.action_selection, config.temperature)

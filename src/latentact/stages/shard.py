@@ -157,7 +157,7 @@ def _require_same(file: Path, identity: dict[str, Any], out: Path) -> None:
     if changed := [name for name in identity if held.get(name) != identity[name]]:
         name = changed[0]
         raise UserError(
-            f"{out} holds shards with {name} = {held.get(name)!r}, not {identity[name]!r}. Give another "
+            f"{out} holds shards with {name} = {held.get(name)!r}, not {identity[name]!r}. Choose another "
             f"--out, or delete the folder."
         )
 
@@ -167,16 +167,16 @@ def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Lock the folder for this process and these settings."""
     work, known = out / WORK, {MANIFEST, WORK}
     if out.is_file():
-        raise UserError(f"{out} must be a folder, got a file. Give another --out.")
+        raise UserError(f"{out} must be a folder, got a file. Choose another --out.")
     others = [f.name for f in out.iterdir() if f.name not in known] if out.is_dir() else []
     if not work.is_dir() and any(not name.startswith("shard-") for name in others):
-        raise UserError(f"{out} holds other files, such as {others[0]}. Give another --out.")
+        raise UserError(f"{out} holds other files, such as {others[0]}. Choose another --out.")
     work.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(work / "lock").acquire(blocking=False)
     except Timeout as error:
         raise UserError(
-            f"another process writes shards in {out}. Wait for it, or give another --out."
+            f"another process writes shards in {out}. Wait for it, or choose another --out."
         ) from error
     with lock:
         note = work / "settings.json"

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 
+from latentact.config import BatchSize, Between, Count, OneOf, Seed, Workers, check_bounds
 from latentact.data.cache import FrameStore
 from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.device import select_device
-from latentact.errors import UserError
+from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import write_json
 from latentact.training.lerobot import (
     LeRobotTrainee,
@@ -28,6 +30,7 @@ from latentact.training.lerobot import (
 from latentact.training.run_folder import Busy, finished, run_folder
 from latentact.types import ActionSpace
 
+POLICIES = ("act", "diffusion", "lam_act")
 RESULT = "train_lerobot.json"
 CHECKPOINTS = 4
 ACT = (
@@ -37,7 +40,7 @@ ACT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LerobotRecipe:
+class LeRobotRecipe:
     """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k: `KEY=VALUE KEY=VALUE`."""
 
     act: str = ACT
@@ -55,40 +58,47 @@ class LerobotRecipe:
         for name, settings in vars(self).items():
             for setting in settings.split():
                 if "=" not in setting:
-                    raise UserError(f"lerobot.{name} must be KEY=VALUE KEY=VALUE, got {setting!r}.")
+                    raise UserError(
+                        f"lerobot.{name} must be KEY=VALUE pairs separated by spaces, got {setting!r}."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainLerobotConfig:
+class TrainLeRobotConfig:
     """Train a LeRobot policy on some episodes of a LeRobot dataset."""
 
     out: str
     """Run folder; re-run the same command to resume."""
     dataset_root: str
     """LeRobot v3 dataset with actions and states."""
-    policy: str
+    policy: Annotated[str, OneOf(POLICIES)]
     """act, diffusion or lam_act."""
     episodes: tuple[int, ...]
     """Episodes whose actions are used."""
-    steps: int
+    steps: Count
     """Updates, rounded up to whole passes over the episodes."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Samples per step."""
-    learning_rate: float = 0.0
+    learning_rate: Annotated[float, Between(0, 100)] = 0.0
     """Peak learning rate; 0: the policy's own."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, order and noise."""
-    num_workers: int = 0
-    """Data loader processes."""
+    num_workers: Workers = 0
+    """Data loader processes; 0: load in the main process."""
     overrides: tuple[str, ...] = field(default=())
     """Settings of the policy, as KEY=VALUE."""
     dataset_repo_id: str = ""
     """Name of the dataset; empty: that of its folder."""
 
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        require_one_of("policy", self.policy, POLICIES)
+        check_bounds(self)
 
-def run(config: TrainLerobotConfig) -> Path:
+
+def run(config: TrainLeRobotConfig) -> Path:
     """Train; return the run folder, which is also an agent's."""
     out, root = Path(config.out), Path(config.dataset_root)
     if finished(out, config, RESULT):
@@ -105,7 +115,9 @@ def run(config: TrainLerobotConfig) -> Path:
             with FileLock(out / ".lock", timeout=0):
                 run_epochs(trainee, out, CHECKPOINTS)
         except Timeout as error:
-            raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
+            raise Busy(
+                f"another process is training in {out}; wait for it, or choose another out=."
+            ) from error
         write_json(out / RESULT, {"episodes": len(config.episodes), "steps": train.steps})
     return out
 
@@ -117,11 +129,13 @@ def check(store: FrameStore, methods: list[str]) -> None:
     space: ActionSpace | None = store.action_space
     if space is None or space.discrete:
         raise UserError(
-            f"the rows {named} need continuous actions, got {space}: LeRobot's ACT and Diffusion Policy "
-            "regress numbers. Leave them out of methods."
+            f"the actions of {store.path} must be continuous for {named}, because LeRobot's ACT and "
+            f"Diffusion Policy are regressors, got {space or 'none'}. Remove these rows from methods."
         )
-    if store.state is None or not lerobot_version(Path(store.path)).startswith("v3"):
+    version = lerobot_version(Path(store.path))
+    if store.state is None or not version.startswith("v3"):
+        found = f"LeRobot {version}" if version else "another format"
         raise UserError(
-            f"the rows {named} need a LeRobot v3 dataset with observation.state, got {store.path}. Leave "
-            "them out of methods."
+            f"{store.path} must be a LeRobot v3 dataset with observation.state for {named}, got {found} "
+            f"{'without' if store.state is None else 'with'} a state. Remove these rows from methods."
         )

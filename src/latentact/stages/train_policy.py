@@ -167,7 +167,7 @@ def _labeled_actions(labels: Labels, kind: str) -> tuple[np.ndarray, np.ndarray]
     """Return the robot actions that an inverse dynamics model gave every step, and where they exist."""
     if not labels.spec.robot_actions or labels.spec.frame_gap != 1:
         raise UserError(
-            f"policy={kind} learns from robot actions, but these labels are latent actions of "
-            f"{labels.spec.model}; use policy=latent, or label with a LAM of lam=idm."
+            f"labels must be robot actions for policy={kind}, got latent actions of {labels.spec.model}. Use "
+            "policy=latent, or label with a model of lam=idm."
         )
     return labels.vectors[:, 0] if labels.codes is None else labels.codes, labels.valid

@@ -156,7 +156,7 @@ def vla_spec(store: FrameStore, use_state: bool) -> VlaSpec:
         UserError: the model uses the state, and the data has none.
     """
     if use_state and store.state is None:
-        raise UserError(f"{store.path} has no observation.state; set model.use_state=false.")
+        raise UserError(f"{store.path} must have observation.state, got none. Set model.use_state=false.")
     return VlaSpec(
         resolution=store.frames.shape[1],
         state_size=0 if store.state is None else store.state.shape[1],

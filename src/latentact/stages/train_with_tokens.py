@@ -92,7 +92,7 @@ def run(config: TrainWithTokensConfig) -> Path:
                 run_epochs(trainee, out)
         except Timeout as error:
             raise Busy(
-                f"another process is training in {out}; wait for it, or give another --output-dir."
+                f"another process is training in {out}; wait for it, or choose another --output-dir."
             ) from error
         write_json(out / RESULT, {"epochs": config.num_epochs, "steps": train.steps})
     return last

@@ -89,11 +89,12 @@ def _set_features(config: Any, meta: Any, policy: Path, dataset: Path) -> None:
 
     features = dataset_to_policy_features(meta.features)
     if ACTION not in features:
-        raise UserError(f"{dataset} must have robot actions, got none. Give labeled data.")
+        raise UserError(f"{dataset} must have robot actions, got none. Give labeled episodes.")
     inputs = config.input_features or {}
     if STATE in inputs and STATE not in features:
         raise UserError(
-            f"{dataset} must have the column {STATE}, which {policy} reads, got none. Give data with it."
+            f"{dataset} must have the column {STATE}, which {policy} reads, got none. Give a dataset with "
+            "this column."
         )
     cameras = [key for key, feature in inputs.items() if feature.type is FeatureType.VISUAL]
     present = [key for key, feature in features.items() if feature.type is FeatureType.VISUAL]

@@ -52,7 +52,7 @@ def lerobot_settings(
     """Return LeRobot's training configuration; the shape of the tokens comes from their metadata.
 
     Args:
-        config: the stage's `TrainWithTokensConfig` or `TrainLerobotConfig`.
+        config: the stage's `TrainWithTokensConfig` or `TrainLeRobotConfig`.
         root: LeRobot dataset.
         tokens: token file, if the tokens are not a column of the dataset.
         episodes: episodes to train on; None: all.
@@ -157,7 +157,7 @@ class LeRobotTrainee:
         train: LeRobot's settings; the number of steps is set here.
         dataset: training data.
         epochs: passes over the dataset; None: as many as `steps` need.
-        steps: least number of steps, where `epochs` is None.
+        steps: minimum number of steps if `epochs` is None.
     """
 
     def __init__(self, train: Any, dataset: Any, epochs: int | None, steps: int = 1) -> None:

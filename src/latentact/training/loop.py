@@ -41,7 +41,7 @@ from latentact.training.strategies import ShardedLoss, build_environment, build_
 log = logging.getLogger(__name__)
 _STEPS_PER_QUESTION = 8
 _AUGMENT = 1
-"""Last number of the seeds of augmentation, which sets them apart from those of batches."""
+"""Last number of the seeds of augmentation, so that they differ from those of batches."""
 for _name in (
     "lightning.pytorch",
     "lightning.fabric",

@@ -24,7 +24,7 @@ def training_lock(out: Path, rank: int, world: int) -> Iterator[None]:
     try:
         lock = _lock(out, rank).acquire(timeout=0)
     except Timeout as error:
-        raise Busy(f"another process is training in {out}; wait for it, or give another out=.") from error
+        raise Busy(f"another process is training in {out}; wait for it, or choose another out=.") from error
     with lock:
         try:
             yield

@@ -53,7 +53,7 @@ def check_settings(out: Path, config: Any) -> None:
             key, old, new = different
             raise UserError(
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
-                f"give another out=, or delete the folder."
+                f"choose another out=, or delete the folder."
             )
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with out=.")
@@ -68,7 +68,7 @@ def discard_run(out: Path) -> None:
     if (out / "config.yaml").is_file():
         shutil.rmtree(out)
     elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} holds no run to overwrite; give another out=, or delete the folder.")
+        raise UserError(f"{out} holds no run to overwrite; choose another out=, or delete the folder.")
 
 
 def begin_run(out: Path, config: Any) -> None:

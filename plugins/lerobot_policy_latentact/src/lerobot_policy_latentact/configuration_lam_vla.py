@@ -56,7 +56,7 @@ class LamVlaConfig(StandardConfig):
                 "latentact train-vla or finetune-vla."
             )
         if not self.image_features:
-            raise UserError("lam_vla must have an image, got a dataset without a camera. Give another one.")
+            raise UserError("lam_vla must have an image, got a dataset without a camera. Add one.")
 
     @property
     def observation_delta_indices(self) -> None:

@@ -233,7 +233,7 @@ class _Dataset:
         camera = self.camera if self.camera in config.image_features else next(iter(config.image_features))
         state = config.robot_state_feature
         if config.vla.use_state and state is None:
-            raise UserError(f"{self.name} has no {OBS_STATE}; set policy.vla.use_state=false.")
+            raise UserError(f"{self.name} must have {OBS_STATE}, got none. Set policy.vla.use_state=false.")
         kept = {camera, OBS_STATE} if config.vla.use_state else {camera}
         config.input_features = {k: v for k, v in (config.input_features or {}).items() if k in kept}
         spec = VlaSpec(
@@ -256,7 +256,9 @@ class _Dataset:
         """Return the model with a new action head, initialized with the statistics of the dataset."""
         space, actions = self.source.action_space, self.column(ACTION)
         if space is None or actions is None:
-            raise UserError(f"{self.name} has no robot actions to learn; give a dataset with robot actions.")
+            raise UserError(
+                f"{self.name} must have robot actions, got none. Give a dataset with robot actions."
+            )
         assert config.head is not None
         model = model.with_actions(config.vla, space, config.head, config.latent_weight)
         assert model.own.actions is not None

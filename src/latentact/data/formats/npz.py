@@ -104,7 +104,7 @@ class NpzSource:
             first = next(iter(scans.values()), scan)
             if "error" not in scan and scan["fps"] != first["fps"]:
                 rates = f"{scan['fps']:g} and the files before it {first['fps']:g}"
-                scan = {"error": f"it has {rates} frames per second; keep rates apart"}
+                scan = {"error": f"it has {rates} frames per second; use one folder per rate"}
             if "error" in scan:
                 self.unreadable[name] = scan["error"]
                 continue
@@ -201,8 +201,8 @@ class NpzSource:
                 if [got_kind, got_shape] != [kind, shape]:
                     raise UserError(
                         f"{path}: `{name}` must have the same type and shape in every file, got {kind} "
-                        f"[n{_more(shape)}] in {file} and {got_kind} [n{_more(got_shape)}] in {other}; keep "
-                        f"them apart."
+                        f"[n{_more(shape)}] in {file} and {got_kind} [n{_more(got_shape)}] in {other}; put "
+                        f"them into separate folders."
                     )
             if len(found) == len(scans):
                 columns[name] = [kind, shape]

@@ -94,7 +94,7 @@ class ShardSource:
         """Tars that were truncated or altered, or are missing: name -> reason."""
         files = tar_files(path)
         if not files:
-            raise UserError(f"{path} must name tars that exist, got none. Check the pattern.")
+            raise UserError(f"{path} must match existing tar files, got none. Check the pattern.")
         root = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
         megabytes = sum(file.stat().st_size for file in files if file.is_file()) >> 20
         with Progress("checking shards", megabytes, "MB") as progress:
@@ -226,8 +226,8 @@ class ShardSource:
             rows = [self._rows(*each, name) for each in places] if some else []
             if len(shapes := {each.shape[1:] for each in rows}) > 1:
                 raise UserError(
-                    f"{self._path}: rows of {name} must have one shape, got {sorted(shapes)}. Keep the tars "
-                    f"apart."
+                    f"{self._path}: rows of {name} must have one shape, got {sorted(shapes)}. Read the "
+                    f"tars as separate datasets."
                 )
             self._columns[name] = np.concatenate(rows) if rows else None
         return self._columns[name]
@@ -300,7 +300,7 @@ class ShardSource:
         self.uneven = len(known) > 1 and not rates_agree(max(known), min(known))
         self.fps = min(known, default=1.0)
         if 0.0 in rates:
-            self.notes.append(f"some clips have no fps and count as {self.fps:g} frames per second")
+            self.notes.append(f"some clips have no fps: {self.fps:g} frames per second are assumed")
             self._episodes = [
                 (tar, [clip if clip.fps else clip.at_rate(self.fps) for clip in scene])
                 for tar, scene in self._episodes
@@ -312,7 +312,8 @@ class ShardSource:
         spaces = [(shard.action_space, shard.action_names) for shard in shards]
         if any(space != spaces[0] for space in spaces):
             raise UserError(
-                f"{self._path} must have one action space in all tars, got several. Keep them apart."
+                f"{self._path} must have one action space in all tars, got several. Read them as separate "
+                "datasets."
             )
         if spaces:
             space, self.action_names = spaces[0]

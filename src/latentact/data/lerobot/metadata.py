@@ -283,7 +283,9 @@ def read_episodes(path: Path, needed: Sequence[str], optional: Sequence[str] = (
     try:
         return pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
-        raise UserError(f"the files of {path / 'meta/episodes'} do not fit together ({error}).") from error
+        raise UserError(
+            f"the files of {path / 'meta/episodes'} do not fit together ({error}); copy the dataset again."
+        ) from error
 
 
 def _require_numbers(table: pa.Table, names: Sequence[str], file: Path) -> None:

@@ -105,8 +105,8 @@ class Gymnasium:
             return EXPERTS.get(name)(env, seed)
         suites = ", ".join(suite for suite in ENVS.names() if suite != "gymnasium")
         raise UserError(
-            f"{name} must belong to a suite with a scripted expert to collect from it. Choose one of "
-            f"{suites}, {', '.join(EXPERTS.names())}, register an expert for it, or give a dataset."
+            f"{name} must have a scripted expert for demonstrations, got none. Choose an environment of "
+            f"{suites}, {', '.join(EXPERTS.names())}, register an expert, or use a dataset."
         )
 
 
@@ -155,7 +155,7 @@ def _image(name: str, space: Any) -> tuple[str, ...] | None:
     if len(found) > 1 and chosen is found:
         raise UserError(
             f"{name} must have one camera, got {', '.join('.'.join(keys) for keys in found)}. Register a "
-            "version of it whose observation holds one image, or calls the one to use 'pixels'."
+            "version of it whose observation holds one image, or names the one to use 'pixels'."
         )
     return chosen[0] if chosen else None
 

@@ -3,7 +3,7 @@
 
 `procgen/GAME` has easy levels, `procgen/GAME-hard` hard ones; the reset seed is the level's seed.
 `procgen/GAME/SEED` always plays that level. The same level and actions give the same frames. Actions are
-those of openai/procgen and of LAPO's data. The expert of maze walks through a level before it plays.
+those of openai/procgen and of LAPO's data. The expert of maze explores a level before it acts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ACTIONS = (
     *("left_down", "left", "left_up", "down", "wait", "up", "right_down", "right", "right_up"),
     *("d", "a", "w", "s", "q", "e"),
 )
-"""Nine moves and six keys, whose meaning is the game's."""
+"""Nine moves and six keys, whose meaning depends on the game."""
 MOVES = tuple(ACTIONS.index(name) for name in ("left", "down", "up", "right"))
 """Moves that the maze planner uses."""
 LARGEST_LEVEL = 2**31 - 1
@@ -94,8 +94,8 @@ class Procgen:
         """
         if _parts(name)[0].removesuffix("-hard") != "maze":
             raise UserError(
-                f"{name} must be procgen/maze or procgen/maze-hard to collect from it, as others have no "
-                "expert. Choose one of these, or give a dataset, such as LAPO's expert_data."
+                f"{name} must be procgen/maze or procgen/maze-hard for demonstrations, because only these "
+                "games have an expert. Choose one of them, or use a dataset such as LAPO's expert_data."
             )
         return _MazePlanner(env.unwrapped)
 
@@ -103,7 +103,8 @@ class Procgen:
 class _MazePlanner(Expert):
     """Explores every reachable state once, then plans shortest paths to the goal.
 
-    A maze is deterministic; its state is the frame and where the mouse looks, which few pixels may hide.
+    A maze is deterministic; its state is the frame and the direction that the mouse faces, which a frame may
+    not show.
     """
 
     def __init__(self, env: Any) -> None:
@@ -115,12 +116,12 @@ class _MazePlanner(Expert):
             return int(explore.choice(MOVES))
         action = self._next.get(_state(self._env.frame, self._env.left))
         if action is None:
-            raise ExpertStuckError("there is no way to the goal")
+            raise ExpertStuckError("there is no path to the goal")
         return action
 
 
 def _ways(game: str, level: int) -> dict[bytes, int]:
-    """Return the move on the shortest way to the goal, by state."""
+    """Return the move on the shortest path to the goal, by state."""
     pool = _pool(game, level)
     here = root = _state(pool.reset()[0][0], True)
     left = True
@@ -147,7 +148,7 @@ def _state(frame: np.ndarray, left: bool) -> bytes:
 
 
 def _left(before: bool, action: int) -> bool:
-    """Return whether the mouse looks to the left after an action."""
+    """Return whether the mouse faces left after an action."""
     across = _heading(action)[0]
     return bool(across < 0) if across else before
 
@@ -169,7 +170,7 @@ def _to_untried(after: dict[bytes, dict[int, bytes]], start: bytes) -> list[int]
 
 
 def _next_moves(after: dict[bytes, dict[int, bytes]]) -> dict[bytes, int]:
-    """Return the first move of a shortest way to the goal, for every state that has one."""
+    """Return the first move of a shortest path to the goal, for every state that has one."""
     sources: dict[bytes, list[tuple[bytes, int]]] = collections.defaultdict(list)
     for state, moves in after.items():
         for move, reached in moves.items():
@@ -216,7 +217,7 @@ def _env_class() -> type[gym.Env]:
     gymnasium = import_gymnasium()
 
     class ProcgenEnv(gymnasium.Env):
-        """A game as a Gymnasium environment; `left` is whether the mouse of maze looks to the left."""
+        """A game as a Gymnasium environment; `left` is whether the mouse of maze faces left."""
 
         def __init__(self, game: str, level: int | None) -> None:
             self.game, self._fixed = game, level

@@ -143,7 +143,7 @@ class _Planner(Expert):
     def act(self, explore: np.random.Generator | None = None) -> int:
         action, possible = self._layout.plan(self._env.timestep.state)
         if not possible:
-            raise ExpertStuckError("there is no way to the goal")
+            raise ExpertStuckError("there is no path to the goal")
         return int(action) if explore is None else int(explore.integers(len(ACTIONS)))
 
 

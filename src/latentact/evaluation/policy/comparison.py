@@ -320,7 +320,7 @@ def _sources(results: Sequence[Result], k: int) -> list[str]:
 
 def _certain(first: Result, second: Result) -> str:
     if first.interval[0] > second.interval[1] or second.interval[0] > first.interval[1]:
-        return "the intervals are apart"
+        return "the intervals do not overlap"
     return "the intervals overlap, so more episodes or seeds could change the order"
 
 
@@ -340,8 +340,8 @@ def _above(blind: Result, results: Sequence[Result]) -> str:
     """Return the score of an agent that ignores observations, and the methods that do not beat it."""
     name = f"{blind.label[0].lower()}{blind.label[1:]}"
     below = [f"{r.label} ({_labeled(r.k)})" for r in results if r.score <= blind.score]
-    sentence = f"Without observing anything, {name} reach {_number(blind)}"
-    return f"{sentence}; no better: {', '.join(below)}." if below else f"{sentence}."
+    sentence = f"Without observations, {name} reach {_number(blind)}"
+    return f"{sentence}; no better than that: {', '.join(below)}." if below else f"{sentence}."
 
 
 def _from_oracle(winner: Result, oracle: Result) -> str:
@@ -349,5 +349,6 @@ def _from_oracle(winner: Result, oracle: Result) -> str:
     name, reached = ORACLES[oracle.method], _number(oracle)
     if oracle.score <= 0:
         return f"{name[0].upper()}{name[1:]}, reaches only {reached}, so it sets no ceiling here."
-    share = f"{winner.score / oracle.score:.0%} of" if winner.score < oracle.score else "not behind"
-    return f"The best with {_labeled(winner.k)} is {share} {name}, which reaches {reached}."
+    ratio = winner.score / oracle.score
+    scored = f"scores {ratio:.0%} of" if ratio < 1 else "is at least as good as"
+    return f"The best method with {_labeled(winner.k)} {scored} {name}, which reaches {reached}."

@@ -1,4 +1,4 @@
-"""Measure whether rollouts follow edited guides. Measures of their rollouts, and verdicts.
+"""Measure whether rollouts follow edited guides, with a verdict for each operation.
 
 Paths are positions of the agent, `[t + 1, 2]` in the environment's units; row i is the state before action i.
 """
@@ -19,7 +19,7 @@ CLAIMS = {
     "interpolate": "At 0 and 1 an interpolation reproduces its parents.",
     "concat": "After the transition the rollout reaches the second demonstration's path.",
     "replace": "Replacing a segment changes the motion in that segment only.",
-    "scale": "Scaled by 0 the rollout stands still.",
+    "scale": "Scaled by 0, the agent stands still.",
 }
 """Operation -> what is checked."""
 EXACT = 1e-6
@@ -41,7 +41,7 @@ class Rollouts:
     second_start: int
     """Step at which its second guide starts."""
     segment: range
-    """Steps of a that replace replaced."""
+    """Steps of a that are replaced in `replace`."""
     horizon: int
     """Steps ahead that the policy reads its guide."""
 

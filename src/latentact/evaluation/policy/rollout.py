@@ -104,7 +104,7 @@ def rollout(
     """
     check_ranges(episodes=episodes, seed=seed, max_steps=max_steps, record=record)
     if num_envs < 1:
-        raise UserError(f"num_envs must be at least 1, got {num_envs}. Give such a number.")
+        raise UserError(f"num_envs must be at least 1, got {num_envs}.")
     spec = env_spec(env_name, view=view)
     check_step_limit(spec, max_steps)
     start = time.monotonic()
@@ -157,16 +157,16 @@ def rollout(
 
 
 class Disturbed:
-    """An actor whose actions arrive late and inexactly, as on a real robot.
+    """An actor whose actions arrive late and with noise, as on a real robot.
 
     Args:
         actor: what acts.
         seeds: of the episodes, and of the noise on the actions of each.
         latency: steps by which actions arrive late. Until the first one arrives, `hold` is executed, or, if
             there is none, the first action.
-        hold: action without effect, if there is one.
-        noise: standard deviation of the noise, relative to half the range of each number.
-        ranges: smallest and largest value of each number of an action, ``[2, a]``; None without noise.
+        hold: no-op action, if there is one.
+        noise: standard deviation of the noise, relative to half the range of each dimension.
+        ranges: minimum and maximum of each dimension of an action, ``[2, a]``; None without noise.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Disturbed:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
-    """Return how the world of a `rollout.json` differs from the plain environment; empty: it does not."""
+    """Return the settings of a `rollout.json` that change the environment, as text; empty: none."""
     settings = result.get("config")
     found = settings if isinstance(settings, dict) else {}
     names = {"distract": "{}", "latency": "latency {} steps", "action_noise": "action noise {}"}
@@ -217,7 +217,7 @@ def conditions(result: Mapping[str, Any]) -> str:
 
 
 def _action_ranges(env: Any, name: str) -> np.ndarray:
-    """Return the smallest and largest value of each number of an action, ``[2, a]``.
+    """Return the minimum and maximum of each dimension of an action, ``[2, a]``.
 
     Raises:
         UserError: actions are discrete or have no bounds.
@@ -226,8 +226,8 @@ def _action_ranges(env: Any, name: str) -> np.ndarray:
     ranges = np.stack([low, high])
     if ranges.ndim < 2 or not np.isfinite(ranges).all():
         raise UserError(
-            f"action_noise must be 0 in {name}, whose actions are discrete or have no bounds, got noise. Use "
-            "latency, or an environment with continuous actions."
+            f"{name} must have continuous actions with bounds for action_noise, got {env.action_space}. Use "
+            "latency instead, or choose another environment."
         )
     return ranges
 

@@ -298,12 +298,15 @@ class Vla(nn.Module):
             UserError: the model has no action head, or its outputs are not finite.
         """
         if self.own.actions is None:
-            raise UserError("the model predicts latent actions. Fine-tune it: latentact finetune-vla --help.")
+            raise UserError(
+                "the model must output robot actions, got latent actions. Fine-tune it first: latentact "
+                "finetune-vla --help."
+            )
         actions = self.own.actions.actions(self._action_hidden(inputs, state), choose)
         if not actions.isfinite().all():
             raise UserError(
-                "the actions of the model must be finite, got NaN or infinity. Train it again, with a "
-                "smaller learning rate."
+                "the actions of the model must be finite, got NaN or infinity. Train it again with a lower "
+                "learning rate."
             )
         return actions
 
@@ -405,8 +408,8 @@ class Vla(nn.Module):
         values = read_json(folder / "config.json")
         if not isinstance(values, dict) or not {"vla", "spec", "head"} <= values.keys():
             raise UserError(
-                f"{folder} is not a vision-language-action model; give the folder of a train-vla or "
-                f"finetune-vla run."
+                f"{folder} must be a vision-language-action model, got another checkpoint. Give the folder "
+                "of a train-vla or finetune-vla run."
             )
         with naming(folder / "config.json"):
             config = from_dict(VlaConfig, values["vla"], "vla")

@@ -32,7 +32,7 @@ class Preview:
     alone: dict[str, UInt8[np.ndarray, "draws t h w c"]]
     """Draws of the first clip with one setting only, by setting."""
     state_std: list[float] | None
-    """Standard deviation of each number of the robot state; None without a state."""
+    """Standard deviation of each dimension of the robot state; None without a state."""
 
 
 def write_page(path: Path, preview: Preview) -> None:
@@ -88,13 +88,14 @@ def _state(preview: Preview) -> Section:
     return Section(
         anchor="state",
         title="State",
-        what="The noise on each number of the robot state, in the units of the data.",
-        body=table(("Number", "Deviation in the data", "Deviation of the noise"), rows, "state"),
+        what="Standard deviation of each dimension of the robot state and of its noise, in the units of the "
+        "data.",
+        body=table(("Dimension", "Data", "Noise"), rows, "state"),
     )
 
 
 def _rows(clips: list[UInt8[np.ndarray, "t h w c"]]) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Return clips below each other, the frames of each side by side."""
+    """Return an image with one row of frames per clip."""
     return np.concatenate([np.concatenate([_shown(frame) for frame in clip], 1) for clip in clips], 0)
 
 

@@ -23,7 +23,7 @@ WORDS = {
     "path": "distance of the paths after it",
     "moved": "distance from the start, unedited",
     "still": "distance from the start, scaled by 0",
-    "margin": "margin; passes if its interval is not below 0",
+    "margin": "margin; passes if its interval lies at or above 0",
 }
 """Number -> meaning."""
 
@@ -44,7 +44,7 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
         command="check-guidance",
         name=path.parent.name,
         headline=result["verdict"],
-        lead=f'<p class="lead">{passed} of {len(edits)} operations on guides do what they say.</p>',
+        lead=f'<p class="lead">Rollouts follow {passed} of {len(edits)} operations on guides.</p>',
         numbers=[
             (name.capitalize(), "pass" if found["passes"] else "fail", f"{found['pairs']} pairs of guides")
             for name, found in edits.items()
@@ -78,8 +78,8 @@ def _operations(edits: dict[str, Any]) -> Section:
         parts.append(table(("Number", "Mean and 95 % interval"), rows, name))
     return Section(
         anchor="operations",
-        title="Do edited guides do what the edit says?",
-        what="Rollouts of a pair of guides start where the first demonstration does. Distances are between "
+        title="Do rollouts follow edited guides?",
+        what="All rollouts of a pair of guides have the start state of the first. Distances are between "
         "paths of the agent, in the environment's units.",
         body="".join(parts),
     )

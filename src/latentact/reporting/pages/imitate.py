@@ -1,4 +1,4 @@
-"""The page of one imitation: demonstration and rollout side by side, and their agreement."""
+"""The page of one imitation: frames of demonstration and rollout, and their agreement."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(("Return", f"{metrics['return']:.2f}", best))
     found = metrics["agreement"]
     if found and found["measure"]:
-        items.append(("Agreement", f"{found['mean']:.2f}", f"{found['chance']:.2f} is that of chance"))
+        items.append(("Agreement", f"{found['mean']:.2f}", f"{found['chance']:.2f} by chance"))
     if "missed_deadlines" in metrics:
         late = f"latest by {1000 * metrics['latest_s']:.0f} ms"
         items.append(("Missed deadlines", str(metrics["missed_deadlines"]), late))
@@ -171,7 +171,7 @@ def _safety(metrics: dict[str, Any]) -> Section | None:
         what=f"The safety layer between the policy and the robot. {end}",
         body=unlimited
         + table(("What", "Steps"), rows, "Safety and timing")
-        + (fold("Everything in order", f"<ul>{events}</ul>") if events else ""),
+        + (fold("All events", f"<ul>{events}</ul>") if events else ""),
     )
 
 

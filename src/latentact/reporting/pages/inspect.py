@@ -186,8 +186,8 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
         anchor="probes",
         title="What latents encode",
         what=("A probe is fitted on half of the episodes and scored on the others. " if many else "")
-        + "Gray bars are floors and controls: what rises above them was found in the change. Brackets are "
-        f"95 % intervals over {'episodes' if many else 'transitions'}.",
+        + "Gray bars are floors and controls: only a score above them is information from the change between "
+        f"frames. Brackets are 95 % intervals over {'episodes' if many else 'transitions'}.",
         body="".join(parts) + fold("All probes as numbers", _table(rows)),
     )
 

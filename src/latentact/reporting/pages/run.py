@@ -134,7 +134,7 @@ def _lam_verdict(lam: LamRun) -> str:
         best = max(probes["latent_linear"]["score"], probes["latent_mlp"]["score"])
         floor = probes["state_only"]["score"]
         sentences.append(
-            f"A probe reads the action from its latents at {best:.2f}, without them at {floor:.2f}."
+            f"A probe predicts the action with a score of {best:.2f} from latents, {floor:.2f} without."
         )
     return " ".join([*sentences, *warnings])
 
