@@ -36,7 +36,7 @@ class Section:
     def html(self) -> str:
         """Return the section with its heading."""
         return (
-            f'<section id="{self.anchor}" aria-labeledby="{self.anchor}-title">'
+            f'<section id="{self.anchor}" aria-labelledby="{self.anchor}-title">'
             f'<h2 id="{self.anchor}-title">{text(self.title)}</h2>'
             f'<p class="what">{text(self.what)}</p>{self.body}</section>'
         )
@@ -68,7 +68,7 @@ def page(
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise missing_extra("plotly", "report") from error
-    asset = files("latentact.evaluation").joinpath
+    asset = files("latentact.reporting").joinpath
     return Template(asset("report.html").read_text(encoding="utf-8")).substitute(
         command=command,
         name=text(name),

@@ -123,8 +123,8 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
     if (stride, chunk_size) != (1, 1):
         raise UserError(
             f"mode=online needs a policy with one latent action per environment step, got {source} with "
-            f"{stride} steps per latent action and policy.network.chunk_size={chunk_size}. Train the LAM with "
-            "frame_gap_s=0, label with it, and train the policy with policy.network.chunk_size=1."
+            f"{stride} steps per latent action and policy.network.chunk_size={chunk_size}. Train the LAM "
+            "with frame_gap_s=0, label with it, and train the policy with policy.network.chunk_size=1."
         )
     env = env_spec(config.env, view=config.view)
     check_step_limit(env, config.max_steps)
