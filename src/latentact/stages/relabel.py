@@ -24,6 +24,7 @@ from latentact.envs.input_devices import Device, Terminal, Window
 from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import atomic_dir, read_json, write_json
 from latentact.io.staging import locked_staging
+from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +91,14 @@ def run(config: RelabelConfig) -> RelabelResult:
     if store.action_space is None:
         raise UserError(f"{root} must have the column 'action', got none. Give a dataset with actions.")
     executed = np.ma.getdata(store.actions(range(store.num_episodes)))
-    class_keys(store.action_space, store.action_names)
+    keys = _keys(store.action_space, store.action_names)
     staging = out.with_name(out.name + ".partial")
     with locked_staging(staging, out, config.identity(), "labeling"):
         file = staging / LABELS
         labels = {int(row): label for row, label in (read_json(file) if file.exists() else {}).items()}
         device = DEVICES[config.device]()
         try:
-            _ask(config, store, executed, device, labels, file)
+            _ask(config, store, executed, keys, device, labels, file)
         finally:
             device.close()
         if not labels:
@@ -111,6 +112,7 @@ def _ask(
     config: RelabelConfig,
     store: FrameStore,
     executed: np.ndarray,
+    keys: dict[str, int],
     device: Device,
     labels: dict[int, Any],
     file: Path,
@@ -121,20 +123,22 @@ def _ask(
         config: settings.
         store: frames and texts.
         executed: class `[n]` or values `[n, a]` of each row.
+        keys: class of each key, for discrete actions.
         device: display and keyboard.
         labels: row -> action; gets the new ones.
         file: JSON file of the labels.
     """
     space = store.action_space
     assert space is not None
-    keys = {key: _class(space.values, value) for key, value in class_keys(space, store.action_names).items()}
     ends = store.starts + store.lengths - 1  # the last action of an episode is not executed
     rows = [
         row for first, end in zip(store.starts, ends, strict=True) for row in range(first, end, config.every)
     ]
-    step = config.stroke * np.ptp(executed, axis=0)
+    span = np.ptp(executed, axis=0)
+    step = config.stroke * np.where(span > 0, span, 1)
     log.info("%s", HELP)
     log.info("%s", _describe(store, keys))
+    pressed: list[str] = []
     at = next((i for i, row in enumerate(rows) if row not in labels), len(rows))
     while at < len(rows):
         row = int(rows[at])
@@ -142,7 +146,8 @@ def _ask(
         key = ""
         while key not in ("enter", "left", "right", "escape"):
             device.show(store.frames[row], _text(store, row, action))
-            key = next(iter(device.poll()), "")
+            pressed += device.poll()
+            key = pressed.pop(0) if pressed else ""
             if key in keys:
                 action, key = np.asarray(keys[key]), "enter"
             for i, (less, more) in enumerate(MOVES[: 0 if space.discrete else space.size]):
@@ -162,8 +167,10 @@ def _ask(
         at += 1
 
 
-def _class(values: tuple[int, ...], value: int) -> int:
-    return values.index(value) if values else value
+def _keys(space: ActionSpace, names: tuple[str, ...]) -> dict[str, int]:
+    """Return the class index of each key; empty for continuous actions."""
+    values = space.values or tuple(range(space.size))
+    return {key: values.index(value) for key, value in class_keys(space, names).items()}
 
 
 def _describe(store: FrameStore, keys: dict[str, int]) -> str:
