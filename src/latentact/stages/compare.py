@@ -472,17 +472,5 @@ class _Row:
 
     def _rollout(self, policy: Path, name: str, agent: Agent | None = None) -> dict[str, Any]:
         c = self.config
-        settings = rollout.RolloutConfig(
-            policy=str(policy),
-            env=c.env,
-            out=str(self._folder(name)),
-            episodes=c.episodes,
-            seed=c.eval_seed,
-            view=c.view,
-            distract=c.distract,
-            max_steps=c.max_steps,
-            action_selection=c.action_selection,
-            temperature=c.temperature,
-            record=c.record,
-        )
-        return rollout.run(settings, agent)
+        more = {"distract": c.distract, "temperature": c.temperature, "record": c.record}
+        return rollout.evaluate(c, policy, self._folder(name), agent, **more)

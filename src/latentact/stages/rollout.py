@@ -136,7 +136,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
     return written
 
 
-def evaluate(config: Any, policy: Path, out: Path, **more: Any) -> dict[str, Any]:
+def evaluate(config: Any, policy: Path, out: Path, agent: Agent | None = None, **more: Any) -> dict[str, Any]:
     """Roll a policy out on the evaluation episodes of a stage and return the content of `rollout.json`.
 
     Args:
@@ -144,21 +144,21 @@ def evaluate(config: Any, policy: Path, out: Path, **more: Any) -> dict[str, Any
             `action_selection`.
         policy: folder of the policy.
         out: folder of the rollout.
+        agent: see `run`.
         more: further settings of the rollout.
     """
-    return run(
-        RolloutConfig(
-            policy=str(policy),
-            env=config.env,
-            out=str(out),
-            episodes=config.episodes,
-            seed=config.eval_seed,
-            view=config.view,
-            max_steps=config.max_steps,
-            action_selection=config.action_selection,
-            **more,
-        )
+    settings = RolloutConfig(
+        policy=str(policy),
+        env=config.env,
+        out=str(out),
+        episodes=config.episodes,
+        seed=config.eval_seed,
+        view=config.view,
+        max_steps=config.max_steps,
+        action_selection=config.action_selection,
+        **more,
     )
+    return run(settings, agent)
 
 
 def evaluate_expert(config: Any, out: Path) -> dict[str, Any] | None:
