@@ -426,7 +426,7 @@ def test_grounding_keeps_the_network_and_what_it_means():
 
 
 def test_codes_need_a_codebook():
-    with pytest.raises(UserError, match=r"must not be codes for labels of lapo"):
+    with pytest.raises(UserError, match=r"for labels of lapo, which have no codes, got codes"):
         LatentConfig(target="codes").targets(replace(LATENT, codebook_size=None), None)
 
 

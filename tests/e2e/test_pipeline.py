@@ -213,7 +213,9 @@ def test_every_bottleneck(kind, blocks, tmp_path):
         ok("ground", f"policy={tmp_path}/policy", f"labels={tmp_path}/labels", *few)
     else:
         target = ("policy.target=codes", f"out={tmp_path}/policy")
-        assert "have none" in refused("train-policy", f"labels={tmp_path}/labels", *TINY_POLICY, *target)
+        assert "which have no codes, got codes" in refused(
+            "train-policy", f"labels={tmp_path}/labels", *TINY_POLICY, *target
+        )
         assert not (tmp_path / "policy").exists()
 
 

@@ -131,7 +131,7 @@ def test_a_lerobot_policy_that_cannot_act_here_is_refused(tmp_path):
     extra = {"observation.environment_state": PolicyFeature(type=FeatureType.ENV, shape=(3,))}
     folder = write_lerobot_policy(tmp_path / "policy", "act", more_inputs=extra)
     with pytest.raises(
-        UserError, match=r"images and observation.state only, got observation.environment_state"
+        UserError, match=r"images and observation.state as inputs, got observation.environment_state"
     ):
         load_agent(folder)
     folder = write_lerobot_policy(tmp_path / "plain", "act")

@@ -127,7 +127,7 @@ def test_the_planner_of_pusht_reaches_the_goal_from_wherever_others_bring_it(see
 def test_no_expert_is_a_user_error():
     env = make_env("MountainCar-v0")
     with pytest.raises(
-        UserError, match=r"scripted expert .* Choose one of babyai, metaworld, procgen, pusht"
+        UserError, match=r"scripted expert .* Choose an environment of babyai, metaworld, procgen, pusht"
     ):
         make_expert("MountainCar-v0", env, 0)
 

@@ -95,7 +95,7 @@ def seen(monkeypatch):
     def watch(stage):
         fit = stage.fit
 
-        def spied(model, *arguments):
+        def spied(model, *arguments, **options):
             loss = model.loss
 
             def recording(batch):
@@ -104,7 +104,7 @@ def seen(monkeypatch):
                 return loss(batch)
 
             model.loss = recording
-            fit(model, *arguments)
+            fit(model, *arguments, **options)
 
         monkeypatch.setattr(stage, "fit", spied)
 

@@ -69,7 +69,7 @@ def test_a_late_expert_is_another_rollout() -> None:
     assert len({*films}) == 3
     assert films[2] == films[3], "the noise follows from the seed"
     with pytest.raises(
-        UserError, match="action_noise must be 0 in babyai/GoToLocal, whose actions are discrete"
+        UserError, match="babyai/GoToLocal must have continuous actions with bounds for action_noise"
     ):
         rollout(None, "babyai/GoToLocal", episodes=1, seed=0, action_noise=0.1)
 

@@ -138,7 +138,7 @@ class HasOrder(Protocol):
 class _Module(pl.LightningModule):
     """Loss, optimizer and schedule for Lightning."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, state_std: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, config: TrainingConfig, state_std: Tensor | None = None) -> None:
         super().__init__()
         if any(parameter.ndim == 5 for parameter in model.parameters()):  # which cannot be channels last
             self.model = model
