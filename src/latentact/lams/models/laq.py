@@ -32,6 +32,7 @@ from latentact.quantizers.nsvq import NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig
 from latentact.types import ActionSpace, Clip, LatentActions
 
+_RESIDUAL_SCALE = 0.01  # of the decoder's initial output
 _CHUNK = 16  # frames of the published size encoded together; on a CPU, more need memory and save no time
 
 
@@ -180,6 +181,10 @@ class Laq(LatentActionModel):
             width_out=latent // places,
             compat=config.compat,
         )
+        if config.residual:  # start close to copying the current frame
+            with torch.no_grad():
+                for parameter in self.net.to_pixels_first_frame.parameters():
+                    parameter.mul_(_RESIDUAL_SCALE)
         self.spec = self._new_spec(
             config.size,
             tokens=self.bottleneck.tokens,
