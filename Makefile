@@ -5,7 +5,7 @@ export PYGAME_HIDE_SUPPORT_PROMPT = 1
 export SDL_VIDEODRIVER = dummy
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-slurm check static slurm bench lock clean
+.PHONY: demo test test-slurm check static slurm bench docs lock clean
 
 demo: .venv/demo
 	$(BIN)/latentact demo
@@ -53,11 +53,15 @@ bench: .venv/ready
 	  $(foreach plugin,$(dir $(wildcard plugins/*/pyproject.toml)),--editable $(plugin))
 	@touch $@
 
+# The documentation as a site, build/docs/index.html; warnings, such as broken links, are errors.
+docs: .venv/ready
+	$(BIN)/sphinx-build -W --keep-going -q -E -d build/doctrees docs build/docs
+
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --extra procgen --extra xland --group dev --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --extra procgen --extra xland --group dev --group docs --python-version 3.12 \
 	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra all --python-version 3.12 --constraint requirements.lock \
 	  --no-header --no-emit-index-url --quiet --output-file requirements-demo.lock
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build

@@ -15,7 +15,7 @@ from conftest import TINY_LAM, TINY_POLICY, cli
 from toy_lerobot import SMALL, write_demonstrations, write_lam
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 INPUTS = {"metadata.csv", "metadata.jsonl", "laq_openx.pt", "robot.yaml", "info.json"}
 """Files that users provide; no stage writes them."""
 TESTED_ELSEWHERE = {
@@ -185,7 +185,7 @@ def is_in_the_repository(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_named_files_exist(document: Path, written: set[str]) -> None:
     names = {*named_paths(document.read_text()), *table_claims(document.read_text())}
     wrong = [

@@ -25,6 +25,7 @@ from latentact.cli.flags import settings_as_flags
 from latentact.cli.stage_command import FILE_COMMANDS
 from latentact.composition import load_experiment, run_stage
 from latentact.config import from_dict, to_dict
+from latentact.device import supports_int8
 from latentact.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -158,7 +159,7 @@ def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 # --- documents
 
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -170,7 +171,9 @@ def command_lines() -> list[tuple[str, str]]:
     for document in DOCUMENTS:
         for block in blocks(document, "bash"):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(document.name, line) for line in lines if line.startswith("latentact ")]
+            found += [
+                (str(document.relative_to(ROOT)), line) for line in lines if line.startswith("latentact ")
+            ]
     return found
 
 
@@ -195,8 +198,7 @@ def check_line(line: str) -> None:
 
 
 def test_documents_show_every_command() -> None:
-    readme = {line.split()[1] for document, line in command_lines() if document == "README.md"}
-    assert readme == set(COMMANDS)
+    assert {line.split()[1] for _, line in command_lines()} == set(COMMANDS)
 
 
 @pytest.mark.parametrize(("document", "line"), command_lines())
@@ -220,17 +222,21 @@ def test_wrong_command_lines_are_noticed(line: str, message: str) -> None:
         check_line(line)
 
 
-def test_python_of_the_readme_runs(tmp_path: Path, blocks_folder: Path) -> None:
+def test_python_of_the_documents_runs(tmp_path: Path, blocks_folder: Path) -> None:
     from latentact.lams.models.lapo import LapoConfig
 
     lam = LapoConfig(backbone="patch", size=32, idm_channels=(8,), fdm_channels=(8,)).build()
     lam.save_pretrained(tmp_path / "runs/lam")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/red_ball").symlink_to(blocks_folder)
-    found = blocks(ROOT / "README.md", "python")
-    assert found
-    for block in found:
-        in_a_process(f"import os; os.chdir({str(tmp_path)!r})\n{block}")
+    found = [
+        (document, block)
+        for document in DOCUMENTS
+        for block in blocks(document, "python")
+        if document.name != "CONTRIBUTING.md" and ("int8" not in block or supports_int8("cpu"))
+    ]
+    assert {document.name for document, _ in found} >= {"README.md", "api.md", "learners.md"}
+    in_a_process(f"import os; os.chdir({str(tmp_path)!r})\n" + "\n".join(block for _, block in found))
 
 
 def test_python_of_the_contributing_guide_runs() -> None:
@@ -254,11 +260,33 @@ def blocks_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path: Path) -> None:
+    pytest.importorskip("furo", reason="the packages of `docs` are not installed")
+    words = ["-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "site"]
+    in_a_process(
+        f"import sys; from sphinx.cmd.build import main; sys.exit(main({[*map(str, words)]}))"
+    )  # warnings, such as a broken link, are errors
+    site = tmp_path / "site"
+    pages = {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")}
+    written = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in DOCUMENTS[2:]}
+    assert written < pages
+    commands, api = (site / "commands.html").read_text(), (site / "api.html").read_text()
+    assert all(f'id="{name}"' in commands for name in COMMANDS)
+    assert "--batch-size" in commands
+    assert "lam.bottleneck.kind" in commands
+    assert all(f'id="latentact.{name}"' in api for name in latentact.__all__)
+    for page in site.rglob("*.html"):  # it works without a network
+        assert not re.findall(
+            r'(?:<script[^>]* src|<link[^>]* href|<img[^>]* src)="(?:https?:)?//', page.read_text()
+        )
 
 
 # --- configuration

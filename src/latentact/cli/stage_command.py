@@ -81,7 +81,27 @@ class FileCommand:
             raise typer.Exit(self.failure)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HydraCommand:
+    """A command that takes Hydra overrides."""
+
+    stage: str
+    """Module in `latentact.stages`; its `run(config, out)` returns the result."""
+    config: str
+    """Name of the dataclass in that module."""
+    example: str
+    """Command line shown by `--help`."""
+    presets: tuple[str, ...]
+    """Overrides that come first, except of settings that the command line names."""
+
+    @property
+    def config_class(self) -> type:
+        """The stage's dataclass; imports the stage."""
+        return getattr(importlib.import_module(f"latentact.stages.{self.stage}"), self.config)
+
+
 FILE_COMMANDS: dict[str, FileCommand] = {}
+HYDRA_COMMANDS: dict[str, HydraCommand] = {}
 """Command -> its stage."""
 
 
@@ -182,15 +202,16 @@ def hydra_command(
         example: command line shown by `--help`.
         show: formats the result.
         stage: module of the stage; empty: the command's name.
-        presets: overrides that come first, except of settings that the command line names.
+        presets: see `HydraCommand`.
     """
     stage = stage or name.replace("-", "_")
+    command = HydraCommand(stage=stage, config=config, example=example, presets=presets)
+    HYDRA_COMMANDS[name] = command
 
     def run(context: typer.Context) -> None:
         from latentact.composition import run_stage
 
-        module = importlib.import_module(f"latentact.stages.{stage}")
-        cls = getattr(module, config)
+        module, cls = importlib.import_module(f"latentact.stages.{stage}"), command.config_class
         words = [word for word in context.args if word != "--json" and word not in OVERWRITE]
         given = {word.partition("=")[0] for word in words}
         words = [*(word for word in presets if word.partition("=")[0] not in given), *words]
