@@ -19,7 +19,7 @@ class Progress:
 
     Args:
         what: activity, such as "decoding".
-        total: number of steps; may be an estimate.
+        total: number of steps; may be an estimate. 0: unknown.
         unit: plural name of a step, such as "frames".
         done: steps completed by an earlier run.
         every_s: seconds between log lines.
@@ -44,7 +44,7 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(what, total=total, completed=done, rate="")
+            self._task = self._bar.add_task(what, total=total or None, completed=done, rate="")
 
     def __enter__(self) -> Progress:
         """Start the bar."""
@@ -68,6 +68,9 @@ class Progress:
             self._bar.update(self._task, completed=self._done, rate=self._rate())
         elif time.monotonic() - self._last_log_time > self._every_s:
             self._last_log_time = time.monotonic()
+            if not self._total:
+                logger.info("%s: %d %s (%s)", self._what, self._done, self._unit, self._rate())
+                return
             remaining_s = max(0, self._total - self._done) / self._per_second()
             logger.info(
                 "%s: %d of %d %s (%s, %s left)",

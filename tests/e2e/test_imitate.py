@@ -305,7 +305,7 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "exactly one of --video-path and --guide"),
+        ((), "exactly one of --video-path, --guide and --live"),
         (("--video-path", "a.mp4"), "--lam-model-path must be given"),
         (("--latents-path", "{root}/latents"), "--policy-path must be given"),
         (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),

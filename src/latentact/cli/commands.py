@@ -268,7 +268,7 @@ def _rollout(config: Any, result: Any) -> str:
 
 @stage_command("imitate", "ImitateConfig")
 def _imitate(config: Any, result: Any) -> str:
-    """Guide a policy by one demonstration video, in simulation or on a robot.
+    """Guide a policy by one demonstration video or a live camera, in simulation or on a robot.
 
     Example: latentact imitate --video-path demo.mp4 --lam-model-path runs/lam --policy-path runs/ground
     --env-name PushT-v0 --output-dir runs/imitate
@@ -276,6 +276,13 @@ def _imitate(config: Any, result: Any) -> str:
     from latentact.reporting.pages.imitate import headline
 
     lines = [f"{result['guide']['latent_actions']} latent actions: {config.output_dir}"]
+    if live := result.get("live"):
+        found = live["latency_ms"]["capture_to_action"]
+        late = f"{found['p50']:.0f} ms median, {found['p95']:.0f} ms p95" if found else "unknown"
+        lines.append(
+            f"capture to action: {late}; of {live['captured']} frames {live['dropped']} dropped, "
+            f"{live['stale_steps']} stale steps"
+        )
     return "\n".join(lines if config.mode == "extract_only" else [*lines, headline(result)])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from latentact.data.decode.resize import resize
@@ -109,22 +109,26 @@ class LatentActionExtractor:
 
     def video_fps(self, video_path: str | Path, target_fps: float | None) -> float:
         """Return the rate at which a video is read; see `load_video`."""
-        if self.model.state_size:
-            raise UserError(states_message(self.model.spec, self.model.state_size, 0, str(video_path)))
         info = _probe(Path(video_path))
         fps = target_fps or self.model.spec.fps or info.fps
-        if fps < 0 or not info.fps:
+        self.require_rate(fps, info.fps, str(video_path))
+        return fps
+
+    def require_rate(self, fps: float, own: float, source: str) -> None:
+        """Raise a UserError unless the LAM can read a source, which has `own` frames per second, at `fps`."""
+        if self.model.state_size:
+            raise UserError(states_message(self.model.spec, self.model.state_size, 0, source))
+        if fps < 0 or not own:
             raise UserError(
-                f"{video_path} must have a rate above 0, got {info.fps:g} frames per second and target_fps "
+                f"{source} must have a rate above 0, got {own:g} frames per second and target_fps "
                 f"{fps:g}. Set --target-fps."
             )
         self.gap(fps)
-        if fps > info.fps and not rates_agree(fps, info.fps):
+        if fps > own and not rates_agree(fps, own):
             raise UserError(
-                f"{video_path} must have at least {fps:g} frames per second, got {info.fps:g}. Record the "
-                f"demonstration at that rate, or give --target-fps {info.fps:g}."
+                f"{source} must have at least {fps:g} frames per second, got {own:g}. Record the "
+                f"demonstration at that rate, or give --target-fps {own:g}."
             )
-        return fps
 
     def gap(self, fps: float) -> int:
         """Return the LAM's gap in frames at `fps`; UserError if it is not close to a whole number."""
@@ -134,7 +138,11 @@ class LatentActionExtractor:
         return lam_frame_gap(spec, fps, "the demonstration", remedy=remedy)
 
     def _resized(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        return (resize(frame[None], self.resolution, self.model.spec.resize)[0] for frame in frames)
+        return map(self.resized, frames)
+
+    def resized(self, frame: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+        """Return a frame at the extractor's resolution."""
+        return resize(frame[None], self.resolution, self.model.spec.resize)[0]
 
     def _encode(
         self,
@@ -183,20 +191,34 @@ class LatentActionExtractor:
             provenance=(f"extract {source}".encode(errors="backslashreplace").decode()[:1000],),
         )
 
-    @torch.inference_mode()
     def _window(
         self, held: np.ndarray, rows: np.ndarray, first: int, gap: int, states: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         # index spaces: `rows` and `window` count frames of the video, `held` starts at its frame `first`
         window = rows[:, None] + np.arange(-self.model.context, 2) * gap
         inside = np.maximum(window, 0)
-        frames = torch.from_numpy(held[inside - first]).permute(0, 1, 4, 2, 3)
-        valid = torch.from_numpy(window == inside)
-        window_states = None
-        if states is not None:
-            window_states = torch.from_numpy(states[inside].astype(np.float32)).to(self.device)
+        seen = None if states is None else states[inside].astype(np.float32)
+        return self.encode_last(held[inside - first], window == inside, seen)
+
+    @torch.inference_mode()
+    def encode_last(
+        self,
+        frames: UInt8[np.ndarray, "b t h w 3"],
+        valid: Bool[np.ndarray, "b t"],
+        states: Float32[np.ndarray, "b t s"] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return vectors and continuous `[b, k, d]` and codes `[b, k]` of the last transition of windows.
+
+        Args:
+            frames: `context` older frames, the two of the transition.
+            valid: False for frames before the video.
+            states: robot state of every frame, for a LAM that uses it.
+        """
         found = self.model.encode(
-            frames.to(self.device), valid.to(self.device), last=True, states=window_states
+            torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.device),
+            torch.from_numpy(valid).to(self.device),
+            last=True,
+            states=None if states is None else torch.from_numpy(states).to(self.device),
         )
         codes = None if found.codes is None else found.codes[:, -1].numpy(force=True)
         return found.vectors[:, -1].numpy(force=True), found.continuous[:, -1].numpy(force=True), codes

@@ -90,7 +90,8 @@ class LatentGuidedInference:
         self.position = align_to_rate(self.guide, self.fps, time_base)
         self._tokens = sample_tokens(self.guide, self.position, latent.kind)
         rate = self.fps / spec.fps if spec.fps else 1.0
-        self._ahead = np.round(np.asarray(latent.offsets) * rate).astype(int)
+        self.ahead = np.round(np.asarray(latent.offsets) * rate).astype(int)
+        """Control steps ahead whose latent actions are read, one per offset of the policy."""
         self.reset()
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class LatentGuidedInference:
         """
         if self.step >= len(self):
             return None
-        rows = np.clip(self.step + self._ahead, 0, len(self) - 1)
+        rows = np.clip(self.step + self.ahead, 0, len(self) - 1)
         self.step += 1
         return torch.from_numpy(self._tokens[rows])
 
@@ -126,7 +127,7 @@ class LatentGuidedInference:
         """
         batch: dict[str, Any] = {TASK: [str(observation.get(TASK, ""))]}
         batch |= {key: np.asarray(value)[None] for key, value in observation.items() if key != TASK}
-        return batch | {TOKENS: latent_action.reshape(1, len(self._ahead), -1).numpy(force=True)}
+        return batch | {TOKENS: latent_action.reshape(1, len(self.ahead), -1).numpy(force=True)}
 
     def predict_action(self, observation: dict[str, Any]) -> np.ndarray | None:
         """Return the robot action for an unbatched observation; None at the end of the guide.

@@ -28,6 +28,7 @@ class UnsafeReason(StrEnum):
     SHAPE = "action of wrong shape"
     NOT_FINITE = "non-finite action"
     LATE = "late action"
+    GUIDE = "no fresh latent action"
 
 
 class UnsafeActionError(Exception):

@@ -1,4 +1,4 @@
-"""A robot from a YAML file: the LeRobot robot, its limits and its cameras.
+"""A robot from a YAML file: the LeRobot robot, its limits and its cameras; and a camera from one line.
 
 robot: {type: so101_follower, port: /dev/ttyACM0, cameras: {...}}   # as on LeRobot's command line
 cameras: {front: observation.images.top}                            # robot's name -> policy's key
@@ -76,18 +76,10 @@ def make_robot(settings: Mapping[str, Any]) -> Robot:
     Raises:
         UserError: the type is unknown, a setting is invalid, or a driver's package is missing.
     """
-    try:
-        import draccus
-        import lerobot.cameras
-        import lerobot.robots
-        from lerobot.utils.import_utils import register_third_party_plugins
-    except ModuleNotFoundError as error:
-        raise missing_extra(error.name or "lerobot", "lerobot") from error
-    for package in (lerobot.robots, lerobot.cameras):  # plugins register their types when imported
-        for module in pkgutil.iter_modules(package.__path__):
-            with suppress(ImportError):  # a driver's package is missing; its type stays unknown
-                importlib.import_module(f"{package.__name__}.{module.name}")
-    register_third_party_plugins()
+    _register_drivers()
+    import draccus
+    import lerobot.robots
+
     kind, known = str(settings.get("type")), lerobot.robots.RobotConfig.get_known_choices()
     if kind not in known:
         listed = f"Known: {', '.join(sorted(known))}."
@@ -101,6 +93,65 @@ def make_robot(settings: Mapping[str, Any]) -> Robot:
     except (draccus.utils.DraccusException, ValueError, TypeError, ImportError, OSError) as error:
         message = " ".join(str(_root(error)).split())
         raise UserError(f"the robot {kind} cannot be created: {message}. Correct its settings.") from error
+
+
+def make_camera(text: str) -> Any:
+    """Return a LeRobot camera, built in or from an installed plugin, not connected.
+
+    Args:
+        text: `TYPE:key=value,...` with LeRobot's settings; for opencv also its index or path, `opencv:0`.
+
+    Raises:
+        UserError: the type is unknown, a setting is invalid, or a driver's package is missing.
+    """
+    import yaml
+
+    _register_drivers()
+    import draccus
+    from lerobot.cameras import CameraConfig, make_cameras_from_configs
+
+    kind, _, rest = text.partition(":")
+    if kind not in (known := CameraConfig.get_known_choices()):
+        listed = f"Known: {', '.join(sorted(known))}."
+        hint = did_you_mean(kind, known).replace("See --help for all of them.", listed)
+        raise UserError(f"unknown camera type {kind!r}{hint}")
+    settings: dict[str, Any] = {"type": kind}
+    for i, item in enumerate(rest.split(",") if rest else []):
+        name, equals, value = item.partition("=")
+        if not equals and kind == "opencv" and not i:
+            name, value = "index_or_path", item
+        elif not equals:
+            raise UserError(
+                f"the camera must be TYPE:key=value,..., got {item!r} in {text!r}. Write for example "
+                "opencv:0,fps=30."
+            )
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
+        settings[name] = value
+    try:
+        return make_cameras_from_configs({"live": draccus.decode(CameraConfig, settings)})["live"]
+    except (draccus.utils.DraccusException, ValueError, TypeError, ImportError, OSError) as error:
+        message = " ".join(str(_root(error)).split())
+        raise UserError(f"the camera {text} cannot be created: {message}. Correct its settings.") from error
+
+
+def _register_drivers() -> None:
+    """Import LeRobot's robots and cameras and those of plugins, which register their types.
+
+    Raises:
+        UserError: LeRobot is missing.
+    """
+    try:
+        import lerobot.cameras
+        import lerobot.robots
+        from lerobot.utils.import_utils import register_third_party_plugins
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "lerobot", "lerobot") from error
+    for package in (lerobot.robots, lerobot.cameras):
+        for module in pkgutil.iter_modules(package.__path__):
+            with suppress(ImportError):  # a driver's package is missing; its type stays unknown
+                importlib.import_module(f"{package.__name__}.{module.name}")
+    register_third_party_plugins()
 
 
 def _root(error: BaseException) -> BaseException:

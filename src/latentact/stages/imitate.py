@@ -1,4 +1,4 @@
-"""Imitate one demonstration video: `latentact imitate --video-path V --policy-path P ...`.
+"""Imitate one demonstration video, or a live camera: `latentact imitate --video-path V --policy-path P ...`.
 
 The output folder holds the guide (`latents.safetensors`, `latents.pt`) and, if a policy acted,
 `metrics.json`, the video `imitation.mp4` (demonstration | rollout) and the page `report.html`.
@@ -6,10 +6,12 @@ The output folder holds the guide (`latents.safetensors`, `latents.pt`) and, if 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +27,12 @@ from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
 from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
 from latentact.errors import UserError, require_one_of
 from latentact.guidance.align import TIME_BASES, latent_agreement
+from latentact.guidance.capture import Capture, open_source
 from latentact.guidance.edits import blend
 from latentact.guidance.extractor import LatentActionExtractor, video_frames
 from latentact.guidance.guide import Guide
 from latentact.guidance.inference import LatentGuidedInference
+from latentact.guidance.live import LiveInference, blank_guide
 from latentact.io.atomic import write_json
 from latentact.io.video_writer import write_video
 from latentact.progress import Progress
@@ -56,6 +60,11 @@ class ImitateConfig:
     """The demonstration; several are blended by --blend."""
     guide: str = ""
     """Guide of an earlier run or of `guide`, instead of the video."""
+    live: str = ""
+    """Camera to follow while it films, instead of the video: opencv:0, opencv:/dev/video0,fps=30, any
+    TYPE:key=value,... of LeRobot, or a video file, which is played at its own rate."""
+    max_age: Seconds = 0.0
+    """live: age in seconds above which a frame is stale; 0: two periods of the guide."""
     blend: str = ""
     """Weights of several videos, for example 0.5,0.5."""
     policy_path: str = ""
@@ -97,24 +106,31 @@ class ImitateConfig:
         require_one_of("--mode", self.mode, MODES)
         if isinstance(self.video_path, str):
             object.__setattr__(self, "video_path", (self.video_path,) if self.video_path else ())
-        if bool(self.video_path) == bool(self.guide):
-            given = "both" if self.guide else "neither"
+        if sum(map(bool, (self.video_path, self.guide, self.live))) != 1:
+            given = "several" if self.video_path or self.guide or self.live else "none"
             raise UserError(
-                f"exactly one of --video-path and --guide must be given, got {given}. Give the video of a "
-                "demonstration, or its guide."
+                f"exactly one of --video-path, --guide and --live must be given, got {given}. Give the video "
+                "of a demonstration, its guide, or a camera."
             )
         if (len(self.video_path) > 1) != bool(self.blend):
             raise UserError(
                 "--blend must be given if and only if there are several videos, got "
                 f"{self.blend or 'none'} for {len(self.video_path)}. Give one weight per --video-path."
             )
-        if self.video_path and not self.lam_model_path:
+        if not self.guide and not self.lam_model_path:
             raise UserError("--lam-model-path must be given, got none. Give the LAM that extracts the guide.")
         if self.mode != "extract_only" and not self.policy_path:
             raise UserError("--policy-path must be given, got none. Give the policy that follows the guide.")
         if self.mode == "robot" and not self.robot_config:
             raise UserError("--robot-config must be given, got none. Give the YAML file of the robot.")
-        for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps"):
+        if self.live and (self.mode == "extract_only" or self.time_base != "hold"):
+            raise UserError(
+                "--live must have --mode simulation or robot and --time-base hold, got "
+                f"{self.mode} and {self.time_base}. Record a video for the others."
+            )
+        if self.max_age and not self.live:
+            raise UserError(f"--max-age must be given with --live only, got {self.max_age:g}. Remove it.")
+        for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps", "max_age"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(
@@ -138,12 +154,26 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     extractor = None
     if config.lam_model_path:
         extractor = LatentActionExtractor(config.lam_model_path, config.lam_resolution, config.device)
-    guide, lengths = _guide(config, extractor)
-    if config.mode == "extract_only":
-        out.mkdir(parents=True, exist_ok=True)
-        guide.save(out)
-        return _about_guide(config, guide)
-    result = _run_on_robot(config, guide, setup, robot) if setup else _simulate(config, guide)
+    with _capture(config, extractor) as capture:
+        guide, lengths = _guide(config, extractor, capture)
+        if config.mode == "extract_only":
+            out.mkdir(parents=True, exist_ok=True)
+            guide.save(out)
+            return _about_guide(config, guide)
+
+        def follower(inference: LatentGuidedInference) -> LatentGuidedInference | LiveInference:
+            if capture is None or extractor is None:
+                return inference
+            return LiveInference(inference, extractor, capture, config.max_age)
+
+        result = (
+            _run_on_robot(config, guide, setup, robot, follower)
+            if setup
+            else _simulate(config, guide, follower)
+        )
+    if result.guide is None:  # a camera that was lost before it showed anything
+        raise result.error or UserError(f"{config.live} must have at least one latent action, got none.")
+    guide = result.guide
     out.mkdir(parents=True, exist_ok=True)
     for old in (METRICS, PAGE, VIDEO):
         (out / old).unlink(missing_ok=True)
@@ -166,8 +196,30 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     return metrics
 
 
-def _guide(config: ImitateConfig, extractor: LatentActionExtractor | None) -> tuple[Guide, tuple[int, ...]]:
-    """Return the guide, and the number of latent actions of each video."""
+@contextlib.contextmanager
+def _capture(config: ImitateConfig, extractor: LatentActionExtractor | None) -> Iterator[Capture | None]:
+    """Open the live camera, and close it after the block; None without one."""
+    if not config.live or extractor is None:
+        yield None
+        return
+    capture = Capture(open_source(config.live, extractor, config.target_fps), config.max_frames)
+    with contextlib.closing(capture):
+        limited = config.max_frames or config.max_steps or config.control_time_s or config.mode == "robot"
+        if capture.source.endless and not limited:
+            raise UserError(
+                "--max-steps, --control-time-s or --max-frames must be given with a camera in simulation, "
+                "got none. Say when the episode ends."
+            )
+        yield capture
+
+
+def _guide(
+    config: ImitateConfig, extractor: LatentActionExtractor | None, capture: Capture | None
+) -> tuple[Guide, tuple[int, ...]]:
+    """Return the guide, and the number of latent actions of each video; of a camera, a blank one."""
+    if capture is not None:
+        assert extractor is not None
+        return blank_guide(extractor, capture.source.fps), ()
     if config.video_path:
         assert extractor is not None
         guides = [extractor.extract(path, config.target_fps, config.max_frames) for path in config.video_path]
@@ -185,7 +237,7 @@ def _guide(config: ImitateConfig, extractor: LatentActionExtractor | None) -> tu
 def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
     return {
         "config": asdict(config),
-        "guide": {"source": ", ".join(config.video_path) or config.guide, **guide.about()},
+        "guide": {"source": ", ".join(config.video_path) or config.guide or config.live, **guide.about()},
     }
 
 
@@ -225,11 +277,18 @@ class Result:
     """Control steps per second."""
     position: np.ndarray
     """Position in the guide of each control step."""
+    guide: Guide | None
+    """The guide that was followed; None if a camera showed none."""
+    demonstration: FrameSpool
+    """Frames of a live demonstration at each control step; otherwise empty."""
     error: BaseException | None = None
     """Error that ended the run early."""
 
 
-def _simulate(config: ImitateConfig, guide: Guide) -> Result:
+type Follow = Callable[[LatentGuidedInference], LatentGuidedInference | LiveInference]
+
+
+def _simulate(config: ImitateConfig, guide: Guide, follower: Follow) -> Result:
     """Follow the guide in an environment.
 
     Raises:
@@ -248,49 +307,77 @@ def _simulate(config: ImitateConfig, guide: Guide) -> Result:
     spec = env_spec(name, view=view if view in VIEWS else "agent")
     agent.check_env(spec, config.policy_path)
     env = make_env(name, view=view if view in VIEWS else "agent")
-    frames, steps = FrameSpool(), _steps(config, inference)
+    actor = follower(inference)
+    live = actor if isinstance(actor, LiveInference) else None
+    frames, demonstration, steps = FrameSpool(), FrameSpool(), _steps(config, actor)
     try:
         with Progress("following the guide", steps, "steps") as progress:
+
+            def on_step() -> None:
+                progress.advance(1)
+                _film(actor, demonstration)
+
             (episode,) = run_episodes(
-                inference,
+                actor,
                 [env],
                 [config.seed],
                 camera=spec.camera,
                 max_steps=steps,
                 frames=[frames],
-                on_step=lambda: progress.advance(1),
+                on_step=on_step,
             )
     finally:
         env.close()
     if episode.error is not None and not episode.steps:
         raise episode.error
+    error = episode.error or (live and live.error)
     metrics = {
-        "ended": _ending(episode, len(inference)),
+        "ended": str(error) if error else _ending(episode, actor),
         "success": episode.success,
         "return": episode.total_reward,
         "largest_reward": max(episode.rewards, default=0.0),
         "steps": episode.steps,
         "fps": inference.fps,
     }
+    return _result(metrics, frames, actor, demonstration, error)
+
+
+def _result(
+    metrics: dict[str, Any],
+    frames: FrameSpool,
+    actor: LatentGuidedInference | LiveInference,
+    demonstration: FrameSpool,
+    error: BaseException | None,
+) -> Result:
     return Result(
-        metrics=metrics,
+        metrics=metrics | ({"live": actor.to_json()} if isinstance(actor, LiveInference) else {}),
         frames=frames,
-        fps=inference.fps,
-        position=inference.position,
-        error=episode.error,
+        fps=actor.fps,
+        position=np.asarray(actor.position, np.float64),
+        guide=actor.guide,
+        demonstration=demonstration,
+        error=error,
     )
 
 
-def _ending(episode: Episode, guide_steps: int) -> str:
+def _film(actor: LatentGuidedInference | LiveInference, demonstration: FrameSpool) -> None:
+    """Add the newest frame of a live demonstration."""
+    if isinstance(actor, LiveInference) and actor.newest_frame is not None:
+        demonstration.append(actor.newest_frame)
+
+
+def _ending(episode: Episode, actor: LatentGuidedInference | LiveInference) -> str:
     """Return the reason why an episode ended, as text."""
-    if episode.end is EpisodeEnd.ENV_ERROR:
-        return str(episode.error)
     if episode.end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
         return "the environment ended the episode"
-    return ControlEnd.GUIDE_END if episode.steps == guide_steps else ControlEnd.MAX_STEPS
+    if isinstance(actor, LiveInference):
+        return ControlEnd.GUIDE_END if actor.ended else ControlEnd.MAX_STEPS
+    return ControlEnd.GUIDE_END if episode.steps == len(actor) else ControlEnd.MAX_STEPS
 
 
-def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any) -> Result:
+def _run_on_robot(
+    config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any, follower: Follow
+) -> Result:
     """Follow the guide on a robot."""
     inference = LatentGuidedInference(
         config.policy_path, guide, fps=config.fps, time_base=config.time_base, device=config.device
@@ -314,7 +401,13 @@ def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot:
     )  # the first call is slow, and fails if policy and robot do not match
     inference.reset()
     error: BaseException | None = None
-    steps = _steps(config, inference)
+    actor, demonstration = follower(inference), FrameSpool()
+    if isinstance(actor, LiveInference) and actor.startup_s >= setup.safety.stop_after_s:
+        raise UserError(
+            f"safety.stop_after_s must be more than the {actor.startup_s:g} s of video that the policy needs "
+            f"before its first action, got {setup.safety.stop_after_s:g}. Increase it."
+        )
+    steps = _steps(config, actor)
     log.info("driving %s at %g steps per second", robot.name, inference.fps)
     with Progress("driving the robot", steps, "steps") as progress:
 
@@ -322,14 +415,15 @@ def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot:
             if camera:
                 frames.append(resize(view(observation)[camera][None], config.lam_resolution)[0])
             progress.advance(1)
+            _film(actor, demonstration)
 
         try:
             control(
                 robot,
-                lambda observation: inference.predict_action(view(observation)),
+                lambda observation: actor.predict_action(view(observation)),
                 safety,
                 record,
-                max_steps=steps,
+                max_steps=steps or sys.maxsize,
                 on_observation=on_observation,
             )
         except (UserError, KeyboardInterrupt, SystemExit) as stopped:
@@ -340,13 +434,7 @@ def _run_on_robot(config: ImitateConfig, guide: Guide, setup: RobotSetup, robot:
         "clipped": dict(safety.clipped),
         "without_limits": safety.unlimited,
     }
-    return Result(
-        metrics=metrics,
-        frames=frames,
-        fps=inference.fps,
-        position=inference.position,
-        error=error,
-    )
+    return _result(metrics, frames, actor, demonstration, error)
 
 
 def _camera(view: RobotView, cameras: tuple[str, ...], guide: Guide) -> str:
@@ -356,15 +444,16 @@ def _camera(view: RobotView, cameras: tuple[str, ...], guide: Guide) -> str:
     return next(iter(preferred or keys), "")
 
 
-def _steps(config: ImitateConfig, inference: LatentGuidedInference) -> int:
-    """Return the number of control steps: the minimum of guide, maximum steps and time limit."""
-    limits = [len(inference), config.max_steps, int(config.control_time_s * inference.fps + 1e-6)]
+def _steps(config: ImitateConfig, actor: LatentGuidedInference | LiveInference) -> int:
+    """Return the number of control steps: the minimum of guide, maximum steps and time limit; 0: no limit."""
+    guide = 0 if isinstance(actor, LiveInference) else len(actor)
+    limits = [guide, config.max_steps, int(config.control_time_s * actor.fps + 1e-6)]
     if config.control_time_s and not limits[2]:
         raise UserError(
-            f"--control-time-s must be at least one step of {1 / inference.fps:g} s, got "
+            f"--control-time-s must be at least one step of {1 / actor.fps:g} s, got "
             f"{config.control_time_s:g}. Increase it."
         )
-    return min(limit for limit in limits if limit)
+    return min((limit for limit in limits if limit), default=0)
 
 
 def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -> dict[str, Any]:
@@ -381,12 +470,14 @@ def _compose(
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Return the frames demonstrations | rollout; without a demonstration video, the rollout alone."""
     frames = result.frames.frames
-    if not config.video_path:
+    if not config.video_path and not len(result.demonstration):
         return frames
     shown = [
         _demonstration(config, path, guide.fps, result.position * (length / len(guide)))
         for path, length in zip(config.video_path, lengths, strict=True)
     ]
+    if len(result.demonstration):
+        shown.append(iter(result.demonstration.frames))
     both = FrameSpool()
     for ours, *theirs in zip(frames, *shown, strict=False):
         both.append(np.concatenate([*(_fitted(each, ours.shape[0]) for each in theirs), ours], axis=1))

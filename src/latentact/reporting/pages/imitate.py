@@ -43,7 +43,13 @@ def write_page(
     Raises:
         UserError: plotly is missing.
     """
-    made = (_watch(stills, film), _agreement(metrics), _safety(metrics), _settings(metrics))
+    made = (
+        _watch(stills, film),
+        _agreement(metrics),
+        _live(metrics),
+        _safety(metrics),
+        _settings(metrics),
+    )
     sections = [section for section in made if section is not None]
     whole = page(
         command="imitate",
@@ -92,6 +98,10 @@ def _numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
         items.append(("Missed deadlines", str(metrics["missed_deadlines"]), late))
         held = sum(metrics["holds"].values())
         items.append(("Steps held still", str(held), f"of {metrics['steps']}"))
+    if live := metrics.get("live"):
+        found = live["latency_ms"]["capture_to_action"]
+        value = f"{found['p95']:.0f} ms" if found else "unknown"
+        items.append(("Capture to action", value, f"95th percentile; {live['dropped']} frames dropped"))
     rate = f"{guide['latent_actions']} latent actions at {guide['fps']:g} per second"
     items.append(("Guide", f"{guide['seconds'] or 0:.1f} s", rate))
     return items
@@ -150,6 +160,33 @@ def _chart(found: dict[str, Any], fps: float) -> str:
     ]
     layout = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": found["measure"]}}}
     return chart({"data": data, "layout": layout}, label="Line chart of the agreement over time")
+
+
+def _live(metrics: dict[str, Any]) -> Section | None:
+    if not (live := metrics.get("live")):
+        return None
+    rows = [
+        (stage.replace("_", " "), tuple(f"{found[key]:.1f}" for key in ("p50", "p95", "max")), False)
+        for stage, found in live["latency_ms"].items()
+        if found
+    ]
+    counts = [
+        ("frames captured", (str(live["captured"]),), False),
+        ("frames dropped, because the LAM was too slow", (str(live["dropped"]),), False),
+        (f"steps with a frame older than {live['max_age_s']:g} s", (str(live["stale_steps"]),), False),
+        ("steps of the demonstration skipped to catch up", (str(live["skipped_steps"]),), False),
+    ]
+    if live["late_steps"] is not None:
+        counts.append(("late control steps", (str(live["late_steps"]),), False))
+    ahead = f" The policy reads latent actions up to {live['delay_s']:g} s ahead and follows as much later."
+    return Section(
+        anchor="live",
+        title="Latency",
+        what=f"From the camera {live['camera']} at {live['fps']:g} frames per second to the action."
+        + (ahead if live["delay_s"] else ""),
+        body=table(("Milliseconds", "Median", "95 %", "Maximum"), rows, "Latency")
+        + table(("What", "Number"), counts, "Frames and steps"),
+    )
 
 
 def _safety(metrics: dict[str, Any]) -> Section | None:
