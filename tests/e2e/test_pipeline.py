@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from test_export import write_moves
 
 from conftest import TINY_LAM, TINY_POLICY, contents, latentact, ok, refused
+from latentact.agents.load import load_agent
 from latentact.agents.own import PolicyActor
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.io.video_writer import write_video
 from latentact.lams.contract import load_lam
 from latentact.policies.contract import Policy
 
@@ -259,3 +262,47 @@ def test_a_longer_gap_and_a_sweep_in_a_real_process(blocks, tmp_path):
     labels, _ = read_labels(tmp_path / "labels")
     assert (labels.spec.frame_gap, labels.spec.frame_gap_s) == (3, pytest.approx(0.3))
     assert labels.valid.reshape(EPISODES, STEPS).sum(1).tolist() == [STEPS - 3] * EPISODES
+
+
+@pytest.mark.parametrize("use_state", [False, True])
+def test_a_policy_of_plain_video_is_grounded_on_a_robot_with_a_state(plain, use_state):
+    root, moves = plain
+    out = root / f"ground_{use_state}"
+    done = (f"decoder.use_state={use_state}", "training.steps=5", "finetune_steps=2", "self_training=true")
+    ok(
+        *("ground", f"policy={root}/policy", f"labels={root}/robot_labels", "labeled_episodes=3"),
+        *(*done, f"out={out}"),
+    )
+    store = open_store(DataConfig(path=str(moves), resolution=32))
+    for folder in (out, out / "finetuned"):
+        agent = load_agent(folder)
+        assert (agent.spec.cameras, agent.spec.state_size) == ((store.camera,), 2 if use_state else 0)
+        observation = {
+            store.camera: np.array(store.frames[:2]),
+            "observation.state": store.state[:2],
+            "task": ["", ""],
+        }
+        agent.reset(2)
+        assert agent.act(observation).shape == (2, 2)
+    if use_state:
+        labeled = choose_labeled(split_episodes(store, held_out=0.1, seed=0)[0], 3, 0)
+        states = store.state[np.isin(store.episode, labeled)]
+        assert np.allclose(Policy.from_pretrained(out).state_mean.numpy(), states.mean(0))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder with a policy of plain videos, and labels of a robot's dataset; and that dataset."""
+    root = tmp_path_factory.mktemp("plain")
+    moves = write_moves(root)
+    store = open_store(DataConfig(path=str(moves), resolution=0))
+    (root / "videos").mkdir()
+    for number, start in enumerate(store.starts[:6]):
+        frames = np.array(store.frames[start : start + store.lengths[number]])
+        write_video(root / f"videos/{number}.mp4", frames, 10)
+    short = ("training.steps=5", "training.batch_size=8", "training.eval_every=0")
+    ok("train-lam", *TINY_LAM, *short, f"data.path={root}/videos", f"out={root}/lam")
+    for data, labels in ((root / "videos", "labels"), (moves, "robot_labels")):
+        ok("label", "--lam", root / "lam", "--data", data, "--out", root / labels)
+    ok("train-policy", *TINY_POLICY, *short, f"labels={root}/labels", f"out={root}/policy")
+    return root, moves

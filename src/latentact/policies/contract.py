@@ -234,12 +234,32 @@ class Policy(nn.Module, ABC):
             size, codes = self.latent.token_dim, target.size
         self.decoder = ActionDecoder(config, size, state, self.spec.action_space, self.spec.stride, codes)
 
-    def ground(self, config: DecoderConfig, actions: ActionSpace) -> Policy:
-        """Return a copy of this policy with a new decoder from latent to robot actions."""
-        grounded = self.config.build(replace(self.spec, action_space=actions), self.latent)
+    def ground(
+        self,
+        config: DecoderConfig,
+        actions: ActionSpace,
+        states: Float[np.ndarray, "n s"] | None = None,
+        camera: str = "",
+    ) -> Policy:
+        """Return a copy of this policy with a new decoder from latent to robot actions.
+
+        Args:
+            config: settings of the decoder.
+            actions: robot action space.
+            states: states of the robot, for a policy that was trained on video without states.
+            camera: camera of the robot, for a policy that was trained on video without camera keys.
+        """
+        spec = replace(self.spec, action_space=actions, camera=self.spec.camera or camera)
+        new_state = states is not None and not spec.state_size and config.use_state
+        if states is not None and new_state:
+            spec = replace(spec, state_size=states.shape[1])
+        grounded = self.config.build(spec, self.latent)
         grounded.add_decoder(config)
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+        kept = self.state_dict().keys() - ({"state_mean", "state_std"} if new_state else set())
+        own = {k: v for k, v in self.state_dict().items() if k in kept and not k.startswith("decoder.")}
         grounded.load_state_dict(grounded.state_dict() | own)
+        if new_state:
+            grounded._set_state_stats(states)
         return grounded
 
     def set_action_stats(
@@ -251,12 +271,15 @@ class Policy(nn.Module, ABC):
             std = torch.from_numpy(target.std(0))
             # Latent dimensions share a unit: one that hardly varies is not scaled up to the others.
             self.std.copy_(std.clamp(min=max(1e-4, 1e-2 * std.max().item() if self.latent else 0.0)))
-        if state is not None:
-            self.state_mean.copy_(torch.from_numpy(state.mean(0)))
-            self.state_std.copy_(torch.from_numpy(state.std(0)).clamp(min=1e-4))
+        self._set_state_stats(state)
         if guide is not None:
             self.guide_mean.copy_(torch.from_numpy(guide.mean(0)))
             self.guide_std.copy_(torch.from_numpy(guide.std(0)).clamp(min=1e-4))
+
+    def _set_state_stats(self, state: np.ndarray | None) -> None:
+        if state is not None:
+            self.state_mean.copy_(torch.from_numpy(state.mean(0)))
+            self.state_std.copy_(torch.from_numpy(state.std(0)).clamp(min=1e-4))
 
     def normal_frames(self, frames: Tensor) -> Float[Tensor, "b o c size size"]:
         """Return frames in -0.5..0.5 at the policy's resolution (bilinear, antialiased)."""

@@ -112,7 +112,8 @@ def run(config: GroundConfig, out: Path) -> Path:
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
     torch.manual_seed(config.training.seed)
-    policy = latent.ground(config.decoder, store.action_space)
+    states = None if store.state is None else store.state[np.isin(store.episode, labeled)]
+    policy = latent.ground(config.decoder, store.action_space, states, store.camera)
     steps = _labeled_steps(store, labels, labeled)
     if not len(steps):
         raise UserError(
@@ -181,7 +182,9 @@ def _latent_actions(
     column = getattr(labels, policy.targets.column)
     latents = policy.normal_latent(torch.from_numpy(column[rows]).flatten(1))
     ahead = rows[:, None] + np.arange(policy.spec.stride)
-    state = None if store.state is None else policy.normal_state(torch.from_numpy(store.state[rows]))
+    state = None
+    if policy.decoder is not None and policy.decoder.config.use_state and store.state is not None:
+        state = policy.normal_state(torch.from_numpy(store.state[rows]))
     return LabeledRows(latents, state, torch.from_numpy(np.ma.getdata(store.actions(episodes))[ahead]))
 
 
