@@ -31,6 +31,8 @@ TESTED_ELSEWHERE = {
     "seed0/dagger/round1": "tests/e2e/test_learners.py",
     "seed0/expert/rollout.json": "src/latentact/learners/contract.py",
     "runs/pays/does_it_pay.md": "tests/e2e/test_benchmarks.py",
+    "meta/record.json": "tests/e2e/test_recording.py",
+    "meta/relabel.json": "tests/e2e/test_recording.py",
     "runs/dagger": "tests/e2e/test_learners.py",
     "runs/dagger/learner.json": "tests/e2e/test_learners.py",
     "runs/gail": "tests/e2e/test_learners.py",

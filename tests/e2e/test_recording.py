@@ -7,8 +7,9 @@ import pty
 import signal
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from test_export import write_moves
+from test_export import CAMERA, write_moves
 
 from conftest import cli, contents, fork, ok, refused
 from latentact.agents.agent import AgentSpec
@@ -244,6 +245,27 @@ def test_frames_are_labeled_afterwards(monkeypatch, tmp_path):
     assert info[1]["features"]["action"] == info[0]["features"]["action"]
     store = open_store(DataConfig(path=str(tmp_path / "mine_labeled")))
     assert flagged_rows(store, "labeled").sum() == 3
+    sidecar = json.loads((tmp_path / "mine_labeled/meta/relabel.json").read_text())
+    assert (sidecar["labels"], sidecar["changed"]) == (3, 3)
+
+
+def test_episodes_that_cannot_be_read_and_labels_of_before_are_kept(monkeypatch, tmp_path):
+    moves = write_moves(tmp_path, episodes=3)
+    before = rows(moves)
+    (table,) = (moves / "data").glob("*/*.parquet")
+    content = pq.read_table(table)
+    images = content[CAMERA].to_pylist()
+    images[len(before[0]["action"]) + 1]["bytes"] = b"no image"  # of the episode in the middle
+    broken = content.set_column(content.schema.get_field_index(CAMERA), CAMERA, [images])
+    pq.write_table(broken.cast(content.schema), table)
+    relabel(monkeypatch, ["d", "enter", "escape"], moves, tmp_path / "once")
+    relabel(monkeypatch, ["right", "d", "enter", "escape"], tmp_path / "once", tmp_path / "twice")
+    found = pq.read_table(next((tmp_path / "twice/data").glob("*/*.parquet")))
+    executed, labeled = (np.array(found[name].to_pylist()) for name in ("executed_action", "labeled"))
+    assert np.array_equal(executed, np.concatenate([each["action"] for each in before]))
+    assert np.flatnonzero(labeled).tolist() == [0, 1]
+    unchanged = np.array(found["action"].to_pylist())[2:]
+    assert np.array_equal(unchanged, executed[2:])
 
 
 def test_labels_of_numbers_move_by_keys(monkeypatch, tmp_path):

@@ -114,7 +114,7 @@ hydra_command(
 
 @stage_command("convert-lam", "ConvertLamConfig", argument="where")
 def _convert_lam(config: Any, result: Any) -> str:
-    """Convert a published latent action model to our format; its outputs stay the same.
+    """Convert a published latent action model to latentact's format; its outputs stay the same.
 
     Example: latentact convert-lam microsoft/villa-x --out models/villa_x
     """

@@ -30,7 +30,7 @@ from latentact.data.decode.pipeline import DecodeSpec, skipped_message, unreadab
 from latentact.data.digest import Memo, blake2b
 from latentact.data.format import Source, open_source
 from latentact.data.locate import resolve_dataset
-from latentact.data.time_base import valid_transitions
+from latentact.data.time_base import rates_agree, valid_transitions
 from latentact.errors import UserError, require_one_of
 from latentact.types import KERNELS, ActionSpace
 
@@ -431,7 +431,7 @@ def resolve_source(config: DataConfig) -> tuple[DecodeSpec, Path, Memo]:
         logger.info("%s: skipped %s", path, skipped_message(source.skipped))
     if source.uneven and not config.target_fps:
         logger.warning("%s: frame rates vary; resampling to %g fps", path, source.fps)
-    if config.target_fps > 1.01 * source.fps > 0:
+    if config.target_fps > source.fps > 0 and not rates_agree(config.target_fps, source.fps):
         logger.warning(
             "%s has %g fps: frames are repeated to reach %g fps", path, source.fps, config.target_fps
         )

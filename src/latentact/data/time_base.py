@@ -168,7 +168,7 @@ def frame_rate(times: Float64[np.ndarray, " n"], named: float) -> FrameRate:
     if np.abs(intervals - usual).max() > _UNEVEN * usual + 2 * CONTAINER_TOLERANCE_S:
         return FrameRate(fps=round(1 / long, 3), fastest=round(1 / max(short, 1e-3), 3), uneven=True)
     measured = round(len(intervals) / float(times[-1] - times[0]), 3)
-    fps = named if abs(named - measured) < 0.01 * measured else measured
+    fps = named if rates_agree(named, measured) else measured
     return FrameRate(fps=fps, fastest=fps, uneven=False)
 
 

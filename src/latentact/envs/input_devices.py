@@ -95,7 +95,7 @@ class Window:
         height, width = frame.shape[0] * scale, frame.shape[1] * scale
         if self._screen is None or self._screen.get_size() != (width, height + 24):
             self._screen = pygame.display.set_mode((width, height + 24))
-            pygame.display.set_caption("latentact record")
+            pygame.display.set_caption("latentact")
         surface = pygame.surfarray.make_surface(np.ascontiguousarray(frame.swapaxes(0, 1)))
         self._screen.fill((16, 16, 20))
         self._screen.blit(pygame.transform.scale(surface, (width, height)), (0, 0))
@@ -182,7 +182,9 @@ class Terminal:
 
     def __init__(self) -> None:
         if not sys.stdin.isatty():
-            raise UserError("--device terminal must be used in a terminal, got another standard input.")
+            raise UserError(
+                "--device terminal must have an interactive terminal as standard input, got none."
+            )
         import termios
         import tty
 

@@ -56,7 +56,7 @@ class ExpertStuckError(Exception):
 class Expert(Protocol):
     """A scripted policy for one episode that may read the environment's internals; subclass it.
 
-    `act` is called at every step, also after an action of somebody else, which `took` reports.
+    `act` is called at every step, also after an action taken by another agent, which `took` reports.
     """
 
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:

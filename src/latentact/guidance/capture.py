@@ -1,4 +1,4 @@
-"""Frames of a live demonstration: a camera, or a video file at its own rate, read by a thread of its own."""
+"""Frames of a live demonstration: a camera, or a video file at its own rate, read by a separate thread."""
 
 from __future__ import annotations
 
@@ -167,12 +167,12 @@ def open_source(text: str, extractor: LatentActionExtractor, target_fps: float =
 
 
 class Capture:
-    """Read a source on a thread of its own into a bounded queue, whose oldest frames are dropped.
+    """Read a source on a separate thread into a bounded queue, whose oldest frames are dropped.
 
     Reading starts with the first `take`.
 
     Args:
-        source: of the frames.
+        source: source of the frames.
         max_frames: frames after which it ends; 0: no limit.
     """
 

@@ -279,7 +279,7 @@ class Guide(LatentSequence):
 
     @classmethod
     def load(cls, path: str | Path) -> Guide:
-        """Load a guide from the folder or a file of `save`; no code in it is executed.
+        """Load a guide written by `save`, from its folder or file; no code in it is executed.
 
         Raises:
             UserError: the guide is missing, truncated or invalid.

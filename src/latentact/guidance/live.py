@@ -50,7 +50,7 @@ class StreamingExtractor:
     none; missing context is treated as context before the video.
 
     Args:
-        extractor: of the LAM.
+        extractor: extractor of the LAM's latent actions.
         fps: frames per second.
     """
 
@@ -105,7 +105,7 @@ class LiveInference:
 
     Args:
         inference: the agent, checked with the `blank_guide` of the same LAM and rate.
-        extractor: of the LAM.
+        extractor: extractor of the LAM's latent actions.
         capture: frames of the demonstration, at the rate of that guide.
         max_age_s: age in seconds above which a frame is stale; 0: two periods of the guide.
     """

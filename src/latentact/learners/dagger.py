@@ -129,7 +129,7 @@ class _Round(Record):
 
 @dataclass(kw_only=True)
 class _Arm:
-    """Rounds of one method; the first, in which the expert acts, is the same in both and lies with DAgger."""
+    """Rounds of one method; the first, in which the expert acts, is shared and stored in DAgger's folder."""
 
     config: DaggerConfig
     tools: LearnerTools
@@ -208,10 +208,10 @@ class _Arm:
     def _play(
         self, folder: Path, agent: Agent | None, beta: float, known: set[int], first: int, target: int
     ) -> tuple[int, list[int]]:
-        """Stage episodes until there are `target` labels; return how many, and the keys of labeled frames.
+        """Stage episodes until there are `target` labels; return their number and the keys of labels.
 
         Args:
-            folder: gets the episodes.
+            folder: output folder.
             agent: the learner; None: the expert acts.
             beta: probability that the expert's action is executed in place of the learner's.
             known: keys of frames that have a label; the new ones are added.
@@ -253,7 +253,8 @@ class _Arm:
         actor = _LabelingActor(
             env, spec, seed, agent=agent, beta=beta, key=self._key, known=known, target=target
         )
-        limit = self.tools.max_steps if agent is None else min(self.tools.max_steps or self.limit, self.limit)
+        limits = (self.tools.max_steps, 0 if agent is None else self.limit)
+        limit = min(filter(None, limits), default=0)
         frames: list[np.ndarray] = []
         (played,) = run_episodes(
             actor,

@@ -1,6 +1,6 @@
 """GAIL (Ho and Ermon, arXiv 1606.03476): a policy that a discriminator cannot tell from demonstrations.
 
-PPO maximizes the discriminator's reward instead of the environment's. Such a reward pays for staying alive or
+PPO maximizes the discriminator's reward instead of the environment's. Such a reward favors staying alive or
 for ending, whatever the demonstrations show. So there are always two baselines: the same training on
 worthless demonstrations, which is the control, and behavior cloning on the same demonstrations.
 """
@@ -42,7 +42,7 @@ class GailConfig:
     steps: Count = 40_000
     """Environment steps of PPO."""
     reward: Annotated[str, OneOf(REWARDS)] = "gail"
-    """gail: -log(1 - D), never negative, pays for staying alive; neg: log D, never positive, pays for ending;
+    """gail: -log(1 - D), never negative, rewards staying alive; neg: log D, never positive, rewards ending;
     airl: their sum, the logit, with both signs."""
     horizon: Annotated[int, Between(0, 10**6)] = 0
     """Steps of every episode: after its end the last observation repeats, so that its length carries no
@@ -160,6 +160,13 @@ class GailConfig:
                 "GAIL rewards or penalizes such an end whatever the demonstrations show. Set it to the "
                 "number of steps of every episode."
             )
+        if self.control == "constant" and not tools.env.action_space.discrete:
+            low: Any = env.action_space.low  # type: ignore[attr-defined]
+            if not np.isfinite(low).all():
+                raise UserError(
+                    f"learner.control must be shuffled for {tools.env.name}, whose actions have no lower "
+                    "bound for a constant expert, got constant."
+                )
         if not tools.data:
             env.reset(seed=tools.first_seed)
             make_expert(tools.env.name, env, tools.first_seed)

@@ -250,16 +250,16 @@ class Policy(nn.Module, ABC):
             camera: camera of the robot, for a policy that was trained on video without camera keys.
         """
         spec = replace(self.spec, action_space=actions, camera=self.spec.camera or camera)
-        new_state = states is not None and not spec.state_size and config.use_state
-        if states is not None and new_state:
-            spec = replace(spec, state_size=states.shape[1])
+        new = states if config.use_state and not spec.state_size else None
+        if new is not None:
+            spec = replace(spec, state_size=new.shape[1])
         grounded = self.config.build(spec, self.latent)
         grounded.add_decoder(config)
-        kept = self.state_dict().keys() - ({"state_mean", "state_std"} if new_state else set())
-        own = {k: v for k, v in self.state_dict().items() if k in kept and not k.startswith("decoder.")}
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+        if new is not None:
+            del own["state_mean"], own["state_std"]
         grounded.load_state_dict(grounded.state_dict() | own)
-        if new_state:
-            grounded._set_state_stats(states)
+        grounded._set_state_stats(new)
         return grounded
 
     def set_action_stats(

@@ -197,6 +197,11 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     vla = any(method in VLA for method in config.methods)
     uses_state = config.policy.network.use_state or config.decoder.use_state
     uses_state |= vla and config.vla.model.use_state
+    if config.decoder.use_state and store.state is None:
+        raise UserError(
+            f"decoder.use_state must be false for {config.data.path}, which has no observation.state, got "
+            "true."
+        )
     check_compatible(
         env,
         config.data.path,

@@ -108,6 +108,10 @@ def run(config: GroundConfig, out: Path) -> Path:
         raise UserError(
             f"{store.path} must have robot actions, got none. Give labels of data with robot actions."
         )
+    if config.decoder.use_state and store.state is None:
+        raise UserError(
+            f"decoder.use_state must be false for {store.path}, which has no observation.state, got true."
+        )
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
 
@@ -147,6 +151,11 @@ def _online(config: GroundConfig, latent: Policy, labels: Labels, out: Path) -> 
             online, play_steps=64, steps=64, finetune_steps=min(online.finetune_steps, 64), envs=2, episodes=2
         )
         online = replace(online, rollout_steps=16, max_steps=online.max_steps or 20)
+    if config.decoder.use_state and not latent.spec.state_size:
+        raise UserError(
+            f"decoder.use_state must be false for mode=online with {config.policy}, which was trained "
+            "without observation.state, got true."
+        )
     env, lam = check_online(online, latent, config.policy), load_matching_lam(online, latent)
     torch.manual_seed(config.training.seed)
     policy = latent.ground(config.decoder, env.action_space)

@@ -126,7 +126,7 @@ class ImitateConfig:
         if self.live and (self.mode == "extract_only" or self.time_base != "hold"):
             raise UserError(
                 "--live must have --mode simulation or robot and --time-base hold, got "
-                f"{self.mode} and {self.time_base}. Record a video for the others."
+                f"{self.mode} and {self.time_base}. For other modes, record a video."
             )
         if self.max_age and not self.live:
             raise UserError(f"--max-age must be given with --live only, got {self.max_age:g}. Remove it.")
@@ -208,7 +208,7 @@ def _capture(config: ImitateConfig, extractor: LatentActionExtractor | None) -> 
         if capture.source.endless and not limited:
             raise UserError(
                 "--max-steps, --control-time-s or --max-frames must be given with a camera in simulation, "
-                "got none. Say when the episode ends."
+                "got none. Set a limit."
             )
         yield capture
 
@@ -306,10 +306,10 @@ def _simulate(config: ImitateConfig, guide: Guide, follower: Follow) -> Result:
     view = next(iter(agent.cameras), "").rpartition(".")[2]
     spec = env_spec(name, view=view if view in VIEWS else "agent")
     agent.check_env(spec, config.policy_path)
-    env = make_env(name, view=view if view in VIEWS else "agent")
     actor = follower(inference)
     live = actor if isinstance(actor, LiveInference) else None
     frames, demonstration, steps = FrameSpool(), FrameSpool(), _steps(config, actor)
+    env = make_env(name, view=view if view in VIEWS else "agent")
     try:
         with Progress("following the guide", steps, "steps") as progress:
 

@@ -108,11 +108,11 @@ def run(config: RecordConfig) -> RecordResult:
     require_lerobot()
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
-    env = make_env(config.env, resolution=config.resolution, view=config.view)
-    staging = out.with_name(out.name + ".partial")
     agent = load_agent(config.policy) if config.policy else None
     if agent is not None:
         agent.spec.check_env(spec, config.policy)
+    env = make_env(config.env, resolution=config.resolution, view=config.view)
+    staging = out.with_name(out.name + ".partial")
     with locked_staging(staging, out, config.identity(), "recording"):
         device = DEVICES[config.device]()
         try:

@@ -17,8 +17,11 @@ import numpy as np
 from latentact.config import Between, Count, OneOf
 from latentact.data.cache import DataConfig, FrameStore, open_store
 from latentact.data.lerobot.columns import Column, add_columns
+from latentact.data.lerobot.metadata import read_info
 from latentact.data.lerobot.source import lerobot_version
+from latentact.data.lerobot.tables import Tables
 from latentact.data.lerobot.writer import require_lerobot
+from latentact.data.locate import resolve_dataset
 from latentact.envs.human import MOVES, class_keys
 from latentact.envs.input_devices import Device, Terminal, Window
 from latentact.errors import UserError, require_one_of
@@ -78,7 +81,7 @@ def run(config: RelabelConfig) -> RelabelResult:
         UserError: the data is not a LeRobot v3 dataset with actions, the device cannot be used, the folder
             exists or is in use by another process, or no frame was labeled.
     """
-    out, root = Path(config.out).absolute(), Path(config.data)
+    out, root = Path(config.out).absolute(), resolve_dataset(config.data)
     if out.exists():
         raise UserError(f"{out} must not exist yet, got a folder or file. Choose another --out.")
     require_lerobot()
@@ -93,7 +96,7 @@ def run(config: RelabelConfig) -> RelabelResult:
     executed = np.ma.getdata(store.actions(range(store.num_episodes)))
     keys = _keys(store.action_space, store.action_names)
     staging = out.with_name(out.name + ".partial")
-    with locked_staging(staging, out, config.identity(), "labeling"):
+    with locked_staging(staging, out, {**config.identity(), "digest": store.digest}, "labeling"):
         file = staging / LABELS
         labels = {int(row): label for row, label in (read_json(file) if file.exists() else {}).items()}
         device = DEVICES[config.device]()
@@ -103,7 +106,7 @@ def run(config: RelabelConfig) -> RelabelResult:
             device.close()
         if not labels:
             raise UserError(f"no frame was labeled, so {out} is not written. Re-run the command.")
-        changed = _write(config, store, executed, labels, out)
+        changed = _write(config, root, store, labels, out)
         shutil.rmtree(staging)
     return RelabelResult(path=out, labels=len(labels), changed=changed)
 
@@ -198,35 +201,44 @@ def _text(store: FrameStore, row: int, action: np.ndarray) -> str:
     return " | ".join(filter(None, parts))
 
 
-def _write(
-    config: RelabelConfig, store: FrameStore, executed: np.ndarray, labels: dict[int, Any], out: Path
-) -> int:
-    """Write the dataset with the labels; return how many differ from the executed action."""
-    space = store.action_space
-    assert space is not None
-    given = executed.copy()
-    rows = np.array(sorted(labels))
-    given[rows] = np.array([labels[row] for row in rows.tolist()], executed.dtype)
-    labeled = np.zeros(len(executed), bool)
-    labeled[rows] = True
-    feature = read_json(Path(config.data) / "meta/info.json")["features"]["action"]
+def _write(config: RelabelConfig, root: Path, store: FrameStore, labels: dict[int, Any], out: Path) -> int:
+    """Write the dataset with the labels; return how many differ from the executed action.
 
-    def column(values: np.ndarray, dtype: str, names: Any) -> Column:
-        if space.values and dtype != "bool":
-            values = np.array(space.values)[values]
-        table = np.zeros((int(store.source_rows.max()) + 1, values[:1].size), values.dtype)
-        table[store.source_rows] = values.reshape(len(values), -1)
+    Rows that the store lacks, such as those of unreadable episodes, stay as they are.
+    """
+    features = read_info(root).features
+    tables = Tables(root, features, sorted((root / "data").glob("*/*.parquet")))
+    feature = read_json(root / "meta/info.json")["features"]["action"]
+
+    def values(name: str) -> np.ndarray | None:
+        found = tables.column(name)
+        return None if found is None else found.reshape(len(found), -1)
+
+    def column(table: np.ndarray, dtype: str, names: Any) -> Column:
+        table = table.astype(dtype)
         return Column(dtype=dtype, size=table.shape[1], read=lambda a, b: table[a:b], names=names)
 
+    action, executed, labeled = values("action"), values("executed_action"), values("labeled")
+    assert action is not None
+    assert store.action_space is not None
+    executed = action.copy() if executed is None else executed
+    labeled = np.zeros((len(action), 1), bool) if labeled is None else labeled
+    rows = np.array(sorted(labels))
+    given = np.array([labels[row] for row in rows.tolist()])
+    if store.action_space.values:
+        given = np.array(store.action_space.values)[given]
+    places = store.source_rows[rows]
+    action[places] = given.reshape(len(rows), -1)
+    labeled[places] = True
     columns = {
-        "action": column(given, feature["dtype"], feature["names"]),
+        "action": column(action, feature["dtype"], feature["names"]),
         "executed_action": column(executed, feature["dtype"], feature["names"]),
         "labeled": column(labeled, "bool", None),
     }
-    changed = int((given != executed).reshape(len(given), -1).any(1).sum())
+    changed = int((action[places] != executed[places]).any(1).sum())
     about = {**config.identity(), "labels": len(rows), "changed": changed}
     with atomic_dir(out) as folder:
-        add_columns(Path(config.data), folder, columns)
+        add_columns(root, folder, columns)
         write_json(folder / "meta" / SIDECAR, about)
     log.info("%s: %d labels, %d of them differ from the executed action", out, len(rows), changed)
     return changed

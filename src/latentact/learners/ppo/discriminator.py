@@ -25,7 +25,7 @@ RewardKind = Literal["gail", "airl", "neg"]
 def imitation_reward(logit: Float[Tensor, "*b"], kind: RewardKind) -> Float[Tensor, "*b"]:
     """Return the reward of steps from the logit of D.
 
-    gail: -log(1 - D), at least 0, pays for every further step. neg: log D, at most 0, pays for ending.
+    gail: -log(1 - D), at least 0, rewards every further step. neg: log D, at most 0, rewards ending.
     airl: log D - log(1 - D), the logit itself (Fu et al., arXiv 1710.11248), has both signs.
     """
     if kind == "gail":
@@ -56,7 +56,7 @@ class Discriminator(nn.Module):
         return self.network(steps).squeeze(1)
 
     def update(self, expert: Float[Tensor, "b f"], own: Float[Tensor, "b f"]) -> float:
-        """Take one step of Adam on as many steps of either side; return the accuracy before it."""
+        """Take one step of Adam on equally many expert and policy steps; return the accuracy before it."""
         theirs, ours = self(expert), self(own)
         loss = F.softplus(-theirs).mean() + F.softplus(ours).mean()
         if self.penalty:

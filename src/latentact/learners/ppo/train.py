@@ -1,4 +1,4 @@
-"""What trainings with PPO share: the algorithm, observations that are mapped in batches, and metrics."""
+"""Shared parts of PPO training: the algorithm, observations that are mapped in batches, and metrics."""
 
 from __future__ import annotations
 
