@@ -301,7 +301,7 @@ def _check_clocks(check: DataCheck, source: LeRobotSource) -> None:
         found[kind] += 1
         worst = max(worst, size if kind == "jitter" else 0.0)
         holes += int(size) if kind == "gaps" else 0
-    found["impossible"] += sum("column timestamp must" in reason for reason in source.unreadable.values())
+    found["impossible"] += source.wrong_clocks
     check.clocks = {kind: number for kind, number in found.items() if number}
     if found["gaps"]:
         check.warnings.append(

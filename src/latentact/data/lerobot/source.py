@@ -121,6 +121,8 @@ class LeRobotSource:
         """Location of the frames of each of `episodes`."""
         self.episodes: list[Episode] = []
         self.unreadable: dict[str, str] = {}
+        self.wrong_clocks = 0
+        """Number of unreadable episodes whose timestamps are not finite or do not ascend."""
         lost = self._lost(present, memo)
         replaced: list[str] = []
         for recording in present:
@@ -206,6 +208,7 @@ class LeRobotSource:
             timestamps = self.tables.timestamps(recording.episode)
             if problem := clock_problem(timestamps):
                 found[recording.episode] = problem
+                self.wrong_clocks += 1
             else:
                 by_video[recording.video][str(recording.episode)] = recording.start + timestamps
         for video, lookups in by_video.items():
