@@ -173,7 +173,7 @@ def test_a_terminal_shows_frames_and_takes_keys(monkeypatch, tmp_path, capfd):
 
 def test_what_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     out = ("--out", tmp_path / "out")
-    assert "must be used in a terminal" in refused("record", ENV, *out, "--device", "terminal")
+    assert "must have an interactive terminal" in refused("record", ENV, *out, "--device", "terminal")
     assert "a gamepad must be connected" in refused("record", ENV, *out, "--device", "gamepad")
     assert "--device must be keyboard, gamepad or terminal" in refused(
         "record", ENV, *out, "--device", "mouse"

@@ -13,7 +13,7 @@ from conftest import TINY_LAM, TINY_POLICY, cli, write_blocks
 from latentact.io.video_writer import write_video
 
 SEED = int(os.environ.get("LATENTACT_FUZZ_SEED", "0"))
-CASES = int(os.environ.get("LATENTACT_FUZZ_CASES", "120"))
+CASES = int(os.environ.get("LATENTACT_FUZZ_CASES", "80"))
 """Number of cases of both tests together."""
 CODES = (
     *("lam.bottleneck.kind=vq", "lam.bottleneck.dim=4", "lam.bottleneck.positions=2"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from latentact import LatentActionExtractor, TokenStream, UserError, camera_deltas, load_lam
+from latentact.io.video_writer import write_video
 from latentact.labeling.frozen import FrozenLam
 from latentact.lams.models.clam import ClamConfig
 from latentact.lams.models.laom import LaomConfig
@@ -44,7 +45,7 @@ def expected(lam: Path) -> np.ndarray:
         return load_lam(lam).encode(FRAMES, states=STATES).continuous[0].numpy()
 
 
-def test_a_guide_of_frames_and_states(lam: Path, expected: np.ndarray) -> None:
+def test_a_guide_of_frames_and_states(lam: Path, expected: np.ndarray, tmp_path: Path) -> None:
     extractor, frames = LatentActionExtractor(lam, 0, "cpu"), FRAMES.permute(0, 2, 3, 1).numpy()
     guide = extractor.extract_from_frames(frames, states=STATES.numpy())
     np.testing.assert_allclose(guide.continuous, expected, atol=1e-5)
@@ -53,8 +54,9 @@ def test_a_guide_of_frames_and_states(lam: Path, expected: np.ndarray) -> None:
         extractor.extract_from_frames(frames)
     with pytest.raises(UserError, match="states must have a row for each of 9 frames, got 8"):
         extractor.extract_from_frames(frames, states=STATES.numpy()[:8])
-    with pytest.raises(UserError, match=r"observation.state of demo.mp4 must have the 3 values"):
-        extractor.extract("demo.mp4")
+    write_video(tmp_path / "demo.mp4", frames, 10)
+    with pytest.raises(UserError, match=r"observation.state of .*demo.mp4 must have the 3 values"):
+        extractor.extract(tmp_path / "demo.mp4")
 
 
 def test_tokens_on_the_fly(lam: Path, expected: np.ndarray) -> None:
