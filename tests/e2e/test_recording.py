@@ -304,6 +304,10 @@ def test_what_cannot_be_labeled(monkeypatch, tmp_path):
     moves = write_moves(tmp_path, episodes=1)
     assert "no frame was labeled" in refused("relabel", moves, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert "does not exist" in refused("relabel", tmp_path / "nowhere", "--out", tmp_path / "out")
+    for command in (("relabel", moves), ("record", ENV)):
+        assert "interactive terminal" in refused(*command, "--device", "terminal", "--out", tmp_path / "tty")
+    assert not [*tmp_path.glob("tty*")]
     (tmp_path / "exists").mkdir()
     assert "must not exist yet" in refused("relabel", moves, "--out", tmp_path / "exists")
     (tmp_path / "videos").mkdir()

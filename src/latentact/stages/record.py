@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,10 +114,13 @@ def run(config: RecordConfig) -> RecordResult:
         agent.spec.check_env(spec, config.policy)
     env = make_env(config.env, resolution=config.resolution, view=config.view)
     staging = out.with_name(out.name + ".partial")
-    with locked_staging(staging, out, config.identity(), "recording"):
-        device = DEVICES[config.device]()
+    keys = describe_keys(spec)
+    with (
+        closing(DEVICES[config.device]()) as device,  # before anything is written
+        locked_staging(staging, out, config.identity(), "recording"),
+    ):
         try:
-            for line in describe_keys(spec):
+            for line in keys:
                 log.info("%s", line)
             attempts = _Attempts(staging)
             _record(config, env, spec, device, agent, attempts)

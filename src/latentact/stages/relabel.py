@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,10 +86,12 @@ def run(config: RelabelConfig) -> RelabelResult:
     if out.exists():
         raise UserError(f"{out} must not exist yet, got a folder or file. Choose another --out.")
     require_lerobot()
+    if not root.exists():
+        raise UserError(f"{root} does not exist. Give a LeRobot v3 dataset, such as one of latentact record.")
     if not lerobot_version(root).startswith("v3"):
         raise UserError(
-            f"DATA must be a LeRobot v3 dataset, got {root}. Convert it with latentact precompute, or record "
-            "one with latentact record."
+            f"DATA must be a LeRobot v3 dataset, got {root}. Convert older versions with LeRobot's "
+            "convert_dataset_v21_to_v30, or record one with latentact record."
         )
     store = open_store(DataConfig(path=config.data, camera=config.camera, resolution=0))
     if store.action_space is None:
@@ -96,10 +99,13 @@ def run(config: RelabelConfig) -> RelabelResult:
     executed = np.ma.getdata(store.actions(range(store.num_episodes)))
     keys = _keys(store.action_space, store.action_names)
     staging = out.with_name(out.name + ".partial")
-    with locked_staging(staging, out, {**config.identity(), "digest": store.digest}, "labeling"):
+    settings = {**config.identity(), "digest": store.digest}
+    with (
+        closing(DEVICES[config.device]()) as device,  # before anything is written
+        locked_staging(staging, out, settings, "labeling"),
+    ):
         file = staging / LABELS
         labels = {int(row): label for row, label in (read_json(file) if file.exists() else {}).items()}
-        device = DEVICES[config.device]()
         try:
             _ask(config, store, executed, keys, device, labels, file)
         finally:
