@@ -10,6 +10,7 @@ differences from the defaults, in `conf/<stage>/<field>` (`data=openx_webdataset
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -127,13 +128,31 @@ def _register(stage: str, cls: type) -> None:
     """Register the schema of a stage and the options of its groups with Hydra."""
     from hydra.core.config_store import ConfigStore
 
-    store = ConfigStore.instance()
+    repository = ConfigStore.instance().repo
     for field in dataclasses.fields(cls):  # a group of this name from another stage hides the setting
-        store.repo.pop(field.name, None)
+        repository.pop(field.name, None)
+    repository.update(_stored(stage, cls, tuple(_kinds(cls))))
+
+
+def _kinds(cls: type) -> Iterator[tuple[str, type]]:
+    """Yield the options of the groups of a config, and of the groups of its options."""
+    for group, registry in choices(cls):
+        for name in registry.names():
+            yield group, registry.get(name)
+            yield from _kinds(registry.get(name))
+
+
+@functools.cache
+def _stored(stage: str, cls: type, kinds: tuple[tuple[str, type], ...]) -> dict[str, Any]:
+    """Return what Hydra's store holds for a stage, by name; `kinds` makes it anew when an option is added."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
     store.store(name=stage, node=_schema(cls, stage))
     for group, registry in choices(cls):
         for name in registry.names():
             store.store(group=group, name=name, node=_schema(registry.get(name), None))
+    return {name: store.repo[name] for name in (f"{stage}.yaml", *dict(choices(cls)))}
 
 
 def _decode[T](cls: type[T], composed: DictConfig) -> T:
