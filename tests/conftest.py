@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -139,6 +140,24 @@ def _call(function: Any, arguments: Any, environment: dict[str, str], folder: st
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     function(*arguments)
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Run Python code as `fork` does, with the folders of `PYTHONPATH`, and return what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = fork(_python, code, arguments, log=log, **environment)
+        process.join()
+        printed = log.read_text()
+    assert process.exitcode == 0, printed[-3000:]
+    return printed
+
+
+def _python(code: str, arguments: tuple[str, ...]) -> None:
+    sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.argv = ["-c", *arguments]
+    logging.getLogger().handlers.clear()  # of what is imported already
+    exec(code, {"__name__": "__main__"})
 
 
 def start(*arguments: str | Path, log: str | Path = os.devnull, **environment: str) -> Any:

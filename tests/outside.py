@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import cli
+from conftest import cli, run_python
 from latentact.io.video_writer import write_video
 
 STAGES = """
 import json, sys
 from latentact.cli import main
 
-for command in json.loads(sys.argv[1]):
+commands, expected = json.loads(sys.argv[1]), int(sys.argv[2])
+for command in commands:
     sys.argv = ["latentact", *command]
     try:
         main()
     except SystemExit as stop:
-        if stop.code:
+        if (stop.code or 0) != expected:
             raise
 """
 
@@ -45,13 +44,10 @@ class OutsidePackage:
         frames = np.random.default_rng(0).integers(256, size=(12, 64, 64, 3), dtype=np.uint8)
         write_video(folder / "demo.mp4", frames, 10.0)
 
-    def run(self, code: str, *arguments: str) -> None:
-        """Run Python code with the package."""
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    def run(self, code: str, *arguments: str) -> str:
+        """Run Python code with the package, and return what it printed."""
+        return run_python(code, *arguments)
 
-    def stages(self, *commands: list[str]) -> None:
-        """Run latentact commands with the package."""
-        self.run(STAGES, json.dumps(commands))
+    def stages(self, *commands: list[str], code: int = 0) -> str:
+        """Run latentact commands that end with an exit code, and return what they printed."""
+        return self.run(STAGES, json.dumps(commands), str(code))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import needs_gl
+from conftest import needs_gl, run_python
 from latentact.device import supports_int8
 from latentact.evaluation.policy.comparison import Row, aggregate
 from latentact.evaluation.policy.intervals import success_interval
@@ -41,10 +40,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
     ],
 )
 def test_it_prints_what_it_measured(name: str, flags: str, said: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(said, done.stdout), done.stdout
+    script = str(BENCHMARKS / f"{name}.py")
+    code = f"import os, runpy\nos.chdir({str(tmp_path)!r})\nrunpy.run_path({script!r}, run_name='__main__')"
+    assert re.search(said, run_python(code, *flags.split()))
 
 
 def load(name: str) -> Any:
