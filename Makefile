@@ -12,7 +12,8 @@ demo: .venv/demo
 
 # Three processes of one thread each, since some tests wait: they are many small steps.
 test test-slurm check: export OMP_NUM_THREADS = 1
-test: static slurm
+test:
+	@$(MAKE) --no-print-directory -j 2 static slurm
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
