@@ -73,7 +73,7 @@ def pusht(episodes: int, disturbed: bool) -> None:
             if left:
                 left -= 1
                 action = np.clip(np.array(env.unwrapped.agent.position) + away, 20, 492).astype(np.float32)
-                expert.took(action)
+                expert.report_action(action)
             _, _, terminated, truncated, info = env.step(action)
             ended, steps = terminated or truncated, steps + 1
         successes += info["is_success"]

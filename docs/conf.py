@@ -72,7 +72,11 @@ def flag_table(command: Any) -> Iterator[str]:
     """Yield the table of a command's flags; positional arguments have no dashes."""
     yield "| flag | type | default | effect |\n| --- | --- | --- | --- |"
     for flag in command.flags:
-        name = flag.path[-1].upper() if flag.path[-1] in command.argument.split() else f"--{flag.name}"
+        name = (
+            flag.path[-1].upper()
+            if flag.path[-1] in command.argument.split()
+            else flag.option.replace("/", "`, `")
+        )
         kind = inspect.formatannotation(flag.kind).replace("typing.", "")
         if isinstance(flag.constraint, OneOf):
             kind = " | ".join(flag.constraint.known())
@@ -80,9 +84,8 @@ def flag_table(command: Any) -> Iterator[str]:
             low, high = flag.constraint.low, flag.constraint.high
             kind += f", at least {low:g}" if high >= 1e6 else f", {low:g} to {high:g}"
         required = flag.default is inspect.Parameter.empty
-        default = "required" if required else "" if flag.kind is bool else code(str(flag.default))
-        text = f"Turn off: {flag.help}" if flag.default is True else flag.help
-        yield f"| `{name}` | {cell(kind)} | {default} | {cell(text)} |"
+        default = "required" if required else "" if flag.default is False else code(str(flag.default))
+        yield f"| `{name}` | {cell(kind)} | {default} | {cell(flag.help)} |"
     yield ""
 
 

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from conftest import TINY_LAM, TINY_POLICY, cli, write_blocks
-from latentact.cli.flags import translate_flags, translate_settings
+from latentact.cli.flags import settings_as_flags, translate_flags, translate_settings
 from latentact.cli.stage_command import FILE_COMMANDS
 from latentact.data.cache import DataConfig, open_store
 from latentact.errors import UserError
@@ -129,6 +129,7 @@ def test_data_that_is_not_usable(tmp_path):
         ("rollout", "--policy.path=p --env pusht --output-dir o", "--policy p --env pusht --out o"),
         ("imitate", "--policy.path p --output_dir o", "--policy-path p --output-dir o"),
         ("imitate", "--latents-path g --latents_path=g", "--guide g --guide g"),
+        ("record", "babyai/GoToLocal --stroke 0.1", "babyai/GoToLocal --step-size 0.1"),
         ("check-guidance", "--policy.path p --output_dir=o", "--policy-path p --output-dir o"),
         ("train-with-tokens", "--policy.path=p", "--policy.path=p"),
     ],
@@ -202,6 +203,15 @@ def test_help_comes_from_the_stage():
     assert "[default: 100]" in shown
     assert "agent|full" in shown
     assert "suites: babyai, gymnasium, metaworld, procgen, pusht, xland." in shown
+
+
+def test_switches_that_are_on_can_be_typed_both_ways():
+    flags = FILE_COMMANDS["imitate"].flags
+    shown = cli("imitate", "--help").stdout
+    assert "--no-render" in shown
+    assert "Turn off" not in shown
+    typed = settings_as_flags(["render=false", "save_video=true"], flags, "imitate")
+    assert typed == ["--no-render", "--save-video"]
 
 
 def test_help_has_the_defaults_of_nested_settings():

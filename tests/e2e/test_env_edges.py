@@ -404,6 +404,7 @@ def test_imitate_acts_by_the_same_rules(tmp_path):
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["steps"], metrics["return"]) == (3, 3)
     assert "the gripper is jammed" in metrics["ended"]
+    assert metrics["end"] == "error"
     assert (out / "report.html").exists()
     for env in (toy("ToyEdge-v0"), toy("ToyEdge-v0", action=VECTOR)):
         assert "but ToyEdge-v0 expects" in refused(*imitate(env))

@@ -12,6 +12,7 @@ from conftest import TINY_POLICY, ok, refused
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import Labels, write_labels
 from latentact.policies.contract import Policy
+from latentact.policies.network import NetworkPolicy
 from latentact.types import LatentActionSpec
 from toy_env import toy
 
@@ -129,6 +130,11 @@ def test_what_cannot_be_learned_from_is_one_sentence(latent, tmp_path, monkeypat
     ok(*long, "policy.network.chunk_size=2")
     said = refused("ground", "mode=online", f"policy={tmp_path}/long", *given[3:], "online.env=Edges-v0")
     assert "one latent action per environment step" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(NetworkPolicy, "actions", lambda policy, batch, choose: None, raising=False)
+        message = refused(*given, "online.env=Edges-v0")
+        assert "selected from the outputs of `forward`" in message
+        assert f"got {latent}/policy, which overrides actions. Use mode=offline." in message
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if "baselines3" in name else find(name, *more)

@@ -112,8 +112,9 @@ def test_simulation(made, tmp_path, policy, env):
     )
     assert "The rollout" in done.stdout
     metrics = json.loads((out / "metrics.json").read_text())
-    assert (metrics["steps"], metrics["ended"], metrics["success"]) == (
+    assert (metrics["steps"], metrics["end"], metrics["ended"], metrics["success"]) == (
         12,
+        "max_steps",
         "the maximum number of steps was reached",
         False,
     )
@@ -136,7 +137,7 @@ def test_the_guide_ends_the_rollout_and_frames_can_be_left_out(made, tmp_path):
     given = (*flags(made), "--output-dir", tmp_path)
     ok("imitate", *given, "--max-frames", "6", "--no-save-video")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["steps"], metrics["ended"]) == (5, "the guide ended")
+    assert (metrics["steps"], metrics["end"], metrics["ended"]) == (5, "guide_end", "the guide ended")
     assert not (tmp_path / "imitation.mp4").exists()
     assert '<img src="data:image/png' in (tmp_path / "report.html").read_text()
     ok("imitate", *given, "--max-frames", "6", "--no-render", "--fps", "20", "--control-time-s", "0.4")
@@ -305,15 +306,15 @@ def test_a_robot_that_fails_ends_with_one_sentence(made, tmp_path, fault, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "exactly one of --video-path, --guide and --live"),
-        (("--video-path", "a.mp4"), "--lam-model-path must be given"),
-        (("--latents-path", "{root}/latents"), "--policy-path must be given"),
+        ((), "must be exactly one of --video-path, --guide and --live, got none"),
+        (("--video-path", "a.mp4"), "--lam-model-path must be the LAM"),
+        (("--latents-path", "{root}/latents"), "--policy-path must be a policy"),
         (("--latents-path", "{root}/lam", "--policy-path", "{root}/ground"), "is missing"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/latent"), "Ground it first"),
         (("--latents-path", "{root}/latents", "--policy-path", "{root}/lam"), "must be a policy"),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--mode", "robot"),
-            "--robot-config must be given",
+            "--robot-config must be the YAML file",
         ),
         (
             ("--latents-path", "{root}/latents", "--policy-path", "{root}/ground", "--env-name", "PushTT-v0"),
@@ -416,12 +417,15 @@ def test_imitate_follows_an_edited_guide_and_a_blend_of_videos(made, guides, tmp
             ("guide", "edit", "{a}", "--apply", "scale=1", "--out", "x.json"),
             "must be a file *.safetensors or",
         ),
-        (("guide", "info", "{a}", "--weights", "1"), "--weights must be given for blend only, got info"),
+        (("guide", "info", "{a}", "--weights", "1"), "--weights must be empty for info"),
         (("guide", "blend", "{a}", "--out", "{out}"), "blend needs at least two guides"),
         (("guide", "blend", "{a}", "{b}", "--weights", "1,x", "--out", "{out}"), "must be numbers such as"),
         (("guide", "blend", "{a}", "{b}", "--weights", "1", "--out", "{out}"), "got 1 for 2 guides"),
         (("guide", "concat", "{a}", "{lam}", "--out", "{out}"), "is missing"),
-        (("imitate", "--guide", "{a}", "--blend", "1,1", "--output-dir", "{out}"), "--blend must be given"),
+        (
+            ("imitate", "--guide", "{a}", "--blend", "1,1", "--output-dir", "{out}"),
+            "--blend must be one weight for each of several --video-path, got 1,1 for 0",
+        ),
     ],
 )
 def test_invalid_edits_are_one_sentence(made, guides, tmp_path, arguments, message):

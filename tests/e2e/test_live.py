@@ -207,14 +207,14 @@ def test_a_lost_camera_stops_the_robot(made, tmp_path, played):
         (("--time-base", "resample"), "--live must have --mode simulation or robot and --time-base hold"),
         (("--fps", "5"), "--time-base hold would skip some"),
         (("--max-age", "-1"), "--max-age must be"),
-        (("--lam-model-path", ""), "--lam-model-path must be given"),
+        (("--lam-model-path", ""), "--lam-model-path must be the LAM"),
     ],
 )
 def test_what_cannot_be_live_is_one_sentence(made, tmp_path, more, message):
     assert message in refused(*live(made, "ground", tmp_path / "out"), *more)
     assert not (tmp_path / "out").exists()
     given = ("--guide", made / "latents", "--policy-path", made / "ground", "--output-dir", tmp_path)
-    assert "--max-age must be given with --live only" in refused("imitate", *given, "--max-age", "1")
+    assert "--max-age must be 0 without --live, got 1" in refused("imitate", *given, "--max-age", "1")
 
 
 @pytest.fixture(scope="module")
@@ -243,4 +243,4 @@ def test_a_camera_in_simulation_needs_an_end(made, tmp_path, monkeypatch):
     source = VideoSource(str(made / "demo.mp4"), FPS)
     source.endless = True
     monkeypatch.setattr(imitate, "open_source", lambda *_: source)
-    assert "--max-frames must be given with a camera" in refused(*live(made, "ground", tmp_path / "out"))
+    assert "a camera in simulation must have a limit" in refused(*live(made, "ground", tmp_path / "out"))

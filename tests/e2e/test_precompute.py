@@ -355,7 +355,9 @@ def test_bad_flags_are_one_sentence(flags, words, data, lam, tmp_path):
 def test_bad_places_are_one_sentence(data, lam, tmp_path):
     out = tmp_path / "out"
     assert "does not exist" in refused(*command(tmp_path / "nothing", lam, out))
-    assert "a dataset must be given" in refused("precompute", "--lam-model-path", lam, "--output-dir", out)
+    assert "--dataset-root must be a folder or --dataset-repo-id a hub id" in refused(
+        "precompute", "--lam-model-path", lam, "--output-dir", out
+    )
     assert "must be outside of the dataset" in refused(*command(data, lam, data / "tokens"))
     out.mkdir()
     (out / "mine.txt").write_text("precious")

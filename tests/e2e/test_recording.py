@@ -184,7 +184,7 @@ def test_what_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     pygame.display.quit()
     assert "a window needs a display" in refused("record", ENV, *out)
     (tmp_path / "out").mkdir()
-    assert "exists already. Choose another folder" in refused("record", ENV, *out)
+    assert "must be a new folder, got an existing one" in refused("record", ENV, *out)
 
 
 @pytest.mark.parametrize(("command", "driver"), [("record", None), ("rollout", "dummy")])
@@ -271,7 +271,7 @@ def test_episodes_that_cannot_be_read_and_labels_of_before_are_kept(monkeypatch,
 def test_labels_of_numbers_move_by_keys(monkeypatch, tmp_path):
     moves = write_moves(tmp_path, episodes=2)
     given = ["d", "d", "enter", "s", "enter", "escape"]
-    relabel(monkeypatch, given, moves, tmp_path / "labeled", "--every", "4", "--stroke", "0.5")
+    relabel(monkeypatch, given, moves, tmp_path / "labeled", "--every", "4", "--step-size", "0.5")
     (before, after), _ = ((rows(moves)[i], rows(tmp_path / "labeled")[i]) for i in range(2))
     span = np.ptp(np.concatenate([each["action"] for each in rows(moves)]), axis=0)
     changed = after["action"] - before["action"]

@@ -21,10 +21,12 @@ import yaml
 
 from conftest import TINY_LAM, cli
 from latentact import preemption
+from latentact.cli.commands import app  # noqa: F401 (registers the commands)
+from latentact.cli.stage_command import HYDRA_COMMANDS
 from latentact.composition import load_experiment
 from latentact.errors import UserError
 from latentact.stages.train_lam import TrainLamConfig
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.cluster.slurm import ContainerConfig, SlurmComputeConfig, SlurmConfig, job_script
 from latentact.training.metrics_csv import MetricsCsv
 
@@ -130,6 +132,14 @@ def test_what_cannot_be_launched_is_refused(command, typed, message, tmp_path, m
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_stage_with_overrides_can_run_on_a_cluster():
+    stages = {name: command.config_class for name, command in HYDRA_COMMANDS.items()}
+    assert all(issubclass(stage, ClusterStage) for stage in stages.values())
+    assert {name for name, stage in stages.items() if stage.ONE_PROCESS} == {
+        *("compare", "dagger", "gail", "ground", "learn")
+    }
 
 
 def test_inside_a_job_the_stage_runs(tmp_path, monkeypatch):

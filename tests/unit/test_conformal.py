@@ -59,7 +59,9 @@ def test_intervals_cover_nine_tenths_and_are_wide_where_errors_are():
     inputs = rng.uniform(0, 1, size=(4000, 1)).astype(np.float32)
     noise = np.where(inputs < 0.5, 0.1, 1.0) * np.array([1.0, 10.0])
     errors = np.abs(rng.normal(size=(4000, 2)) * noise)
-    calibration = IntervalCalibration.fit(inputs[:2000], errors[:2000], np.arange(2000) // 100, 0.9)
+    calibration = IntervalCalibration.fit(
+        inputs[:2000], errors[:2000], np.arange(2000) // 100, 0.9, np.ones(errors.shape[1])
+    )
     half = calibration.half_widths(inputs[2000:])
     covered = errors[2000:] <= half
     assert (abs(covered.mean(0) - 0.9) < 0.03).all()
@@ -71,6 +73,8 @@ def test_intervals_cover_nine_tenths_and_are_wide_where_errors_are():
 def test_the_scale_of_a_step_is_that_of_other_episodes():
     inputs = np.zeros((20, 1), np.float32)
     residuals = np.where(np.arange(20) < 10, 1.0, 3.0)[:, None]
-    calibration = IntervalCalibration.fit(inputs, residuals, np.arange(20) // 10, 0.9)
+    calibration = IntervalCalibration.fit(
+        inputs, residuals, np.arange(20) // 10, 0.9, np.ones(residuals.shape[1])
+    )
     # The second episode's residuals 3 by the first's scale 1 + 0.1 x mean: rank ceil(21 x 0.9) = 19.
     assert calibration.factors == pytest.approx([3 / 1.1])

@@ -40,7 +40,7 @@ class RightExpert(Expert):
     def act(self, explore=None):
         return 1
 
-    def took(self, action):
+    def report_action(self, action):
         self.taken.append(action)
 
 

@@ -189,7 +189,7 @@ def numbers(**changes):
 
     return {
         "transitions": 500,
-        "sees": True,
+        "uses_images": True,
         "latents": {"spread": 1.0, "future_dependence": 0.9},
         "codebook": {"size": 8, "perplexity": 6.0},
         "reconstruction": {"recon_mse": 1e-4, "copy_mse": 1e-3, "shuffled_mse": 1e-3},
@@ -265,7 +265,7 @@ def test_cautions_do_not_forbid(changes, name):
 def test_a_leak_is_told_as_what_it_is():
     (far,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": 1.01})).findings
     (near,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": 0.4})).findings
-    (state,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": None}, sees=False)).findings
+    (state,) = interpret(numbers(leakage={"centered": 0.95, "across_cuts": None}, uses_images=False)).findings
     assert "across a cut" not in far.message, "no evidence of a picture"
     assert "across a cut the error is 40%" in near.message
     assert "frame" in near.recommendation

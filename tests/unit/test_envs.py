@@ -8,7 +8,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit
 from latentact.envs.frames import to_rgb
-from latentact.envs.spec import EnvError, ExpertStuckError, env_spec, make_env, make_expert
+from latentact.envs.spec import EnvError, Expert, ExpertStuckError, env_spec, make_env, make_expert
 from latentact.errors import UserError
 from latentact.types import ActionSpace
 from toy_env import FRAME, IMAGE, VECTOR, Toy, toy
@@ -97,7 +97,7 @@ def test_a_bot_that_is_told_what_was_done_instead_succeeds_all_the_same(level):
             action = expert.act()
             if rng.random() < 0.4:
                 action = int(rng.integers(5))  # left, right, forward, pickup or drop
-                expert.took(action)
+                expert.report_action(action)
             _, _, ended, truncated, info = env.step(action)
             ended = ended or truncated
         successes += info["is_success"]
@@ -527,3 +527,18 @@ def test_dark_float_frames_keep_the_scale_that_their_space_names():
     frames = [np.full((32, 32, 3), level, np.float32) for level in (0, 1, 2)]
     assert [int(to_rgb(frame, "x", 255.0).max()) for frame in frames] == [0, 1, 2]
     assert int(to_rgb(frames[1], "x", 1.0).max()) == 255
+
+
+def test_experts_that_use_the_former_name_of_report_action():
+    class Former(Expert):
+        actions: list[int] = []  # noqa: RUF012
+
+        def act(self, explore=None):
+            return 0
+
+        def took(self, action):
+            self.actions.append(action)
+
+    expert = Former()
+    expert.report_action(2)
+    assert expert.actions == [2]

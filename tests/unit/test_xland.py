@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentact.data.cache import DataConfig, open_store
-from latentact.envs.episode import ExpertActor, run_episodes
+from latentact.envs.episode import ExpertActor, batched_expert, run_batch, run_episodes
 from latentact.envs.spec import env_spec, make_env
 from latentact.errors import UserError
 
@@ -26,6 +26,20 @@ def suite():
 
     XLand().check(LEVEL)
     return XLand()
+
+
+def demonstrate(seeds, explore, max_steps=0):
+    """The expert's episodes, computed at once."""
+    envs, expert = batched_expert(LEVEL, seeds, explore)
+    return run_batch(
+        expert,
+        envs,
+        seeds,
+        camera="observation.images.agent",
+        max_steps=max_steps,
+        frames=[[] for _ in seeds],
+        record=("actions", "states"),
+    )
 
 
 def test_a_seed_is_a_ruleset(suite):
@@ -74,14 +88,14 @@ def test_a_missing_extra_is_one_sentence(monkeypatch):
 
 def test_the_planner_succeeds(suite):
     for explore in (0.0, 0.2):
-        played = [suite.demonstrate(LEVEL, range(i, i + 64), explore, 80) for i in range(0, 256, 64)]
+        played = [demonstrate(range(i, i + 64), explore, 80) for i in range(0, 256, 64)]
         assert np.mean([bool(episode.success) for episodes in played for episode in episodes]) >= 0.99
 
 
 def test_an_episode_is_the_same_alone_and_among_others(suite):
     seeds = [3, 8, 5]
     env = make_env(LEVEL)
-    for seed, batched in zip(seeds, suite.demonstrate(LEVEL, seeds, 0.3, 12), strict=True):
+    for seed, batched in zip(seeds, demonstrate(seeds, 0.3, 12), strict=True):
         (alone,) = run_episodes(
             ExpertActor(LEVEL, [env], [seed], 0.3),
             [env],
@@ -109,7 +123,7 @@ def test_recorded_and_learned_from_without_loss(suite, tmp_path):
     )
     assert collected.episodes == 16
     store = open_store(DataConfig(path=str(data), resolution=5))
-    played = [e for e in suite.demonstrate(LEVEL, range(16), 0.2, 0) if e.success]
+    played = [e for e in demonstrate(range(16), 0.2) if e.success]
     assert np.array_equal(store.frames[: len(played[0].frames)], np.stack(played[0].frames))
     assert np.array_equal(store.frames[: store.starts[10]], np.concatenate([e.frames for e in played[:10]]))
 

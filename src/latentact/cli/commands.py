@@ -171,22 +171,12 @@ hydra_command(
 )
 
 
-def _show_vla(result: Any) -> str:
-    """Return the plan of a dry run, or the verdict, scores and folder of a training."""
-    from latentact.evaluation.policy.latent_accuracy import table
-
-    if not hasattr(result, "numbers"):
-        return str(result)
-    parts = [result.numbers.get("verdict", ""), table(result.numbers) if "score" in result.numbers else ""]
-    return "\n".join(filter(None, [*parts, str(result.path)]))
-
-
 hydra_command(
     "train-vla",
     "TrainVlaConfig",
     help="Train a vision-language-action model on latent labels. Takes Hydra overrides; see --help.",
     example="latentact train-vla experiment=vla_debug labels=data/red_ball_labels",
-    show=_show_vla,
+    show=str,
 )
 
 
@@ -211,9 +201,7 @@ hydra_command(
 
 
 def _show_learner(result: Any) -> str:
-    """Return a job as it is; else what was learned, beside its baselines, and the verdict."""
-    if not isinstance(result, dict):
-        return str(result)
+    """Return what was learned, beside its baselines, and the verdict."""
     from latentact.stages.learn import summary
 
     return "\n".join([*summary(result), result["verdict"]])

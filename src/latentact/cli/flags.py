@@ -26,6 +26,7 @@ SYNONYMS = {
     "policy.path": ("policy_path", "policy"),
     "output_dir": ("output_dir", "out"),
     "latents_path": ("guide",),
+    "stroke": ("step_size",),
 }
 """LeRobot's or an older flag name -> fields that it may set; a command uses the first that its stage has."""
 
@@ -37,7 +38,7 @@ class Flag:
     path: tuple[str, ...]
     """Field names on the path to it: `("batch_size",)`, `("data", "camera")`."""
     name: str
-    """Name without leading dashes: `batch-size`, or `no-render` for a switch that is on by default."""
+    """Name without leading dashes: `batch-size`."""
     kind: Any
     """Type: bool, int, float, str, one of these or None, or a tuple of strings."""
     default: Any
@@ -46,6 +47,11 @@ class Flag:
     """The string under the field."""
     constraint: Between | OneOf | None
     """Bounds of a number, or choices of a string."""
+
+    @property
+    def option(self) -> str:
+        """The flag as typed: `--batch-size`, or `--render/--no-render` for a switch that is on by default."""
+        return f"--{self.name}/--no-{self.name}" if self.default is True else f"--{self.name}"
 
     @property
     def identifier(self) -> str:
@@ -88,7 +94,7 @@ def _flags_of(config: type, default: Any, path: tuple[str, ...]) -> list[Flag]:
         flags.append(
             Flag(
                 path=here,
-                name=f"no-{name}".replace("_", "-") if value is True else name.replace("_", "-"),
+                name=name.replace("_", "-"),
                 kind=hint,
                 default=value,
                 help=texts.get(field.name, ""),
@@ -117,17 +123,13 @@ def parameter(flag: Flag, positional: bool) -> inspect.Parameter:
             options["help"] += f" {flag.constraint.names.kind.capitalize()}s: {', '.join(known)}."
         else:
             options["metavar"] = "|".join(known)
-    if kind is bool:
-        if default:  # the switch turns the setting off
-            options["help"] = f"Turn off: {flag.help}"
-        default = False
-    elif typing.get_origin(kind) is tuple:
+    if typing.get_origin(kind) is tuple:
         kind, default = list[str] | None, None
     elif isinstance(flag.constraint, Between):
         options["callback"] = _check_between(flag.constraint)
     elif default is inspect.Parameter.empty:
         options["callback"] = _check_not_empty
-    info: Any = typer.Argument(**options) if positional else typer.Option(f"--{flag.name}", **options)
+    info: Any = typer.Argument(**options) if positional else typer.Option(flag.option, **options)
     return inspect.Parameter(
         flag.identifier,
         inspect.Parameter.KEYWORD_ONLY,
@@ -156,9 +158,7 @@ def build_config(config: type, flags: Iterable[Flag], values: Mapping[str, Any])
     given: dict[str, Any] = {}
     for flag in flags:
         value = values[flag.identifier]
-        if flag.kind is bool and flag.default is True:
-            value = not value
-        elif typing.get_origin(flag.kind) is tuple:
+        if typing.get_origin(flag.kind) is tuple:
             value = tuple(value or ())
         inside = given
         for name in flag.path[:-1]:
@@ -234,6 +234,8 @@ def settings_as_flags(arguments: list[str], flags: list[Flag], stage: str) -> li
             typed.append(f"--{names[key].name}={value}")
         elif value.lower() == "true":
             typed.append(f"--{names[key].name}")
+        elif names[key].default is True:
+            typed.append(f"--no-{names[key].name}")
     return typed
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import typer
 from typer.core import TyperCommand
@@ -98,6 +98,31 @@ class HydraCommand:
     def config_class(self) -> type:
         """The stage's dataclass; imports the stage."""
         return getattr(importlib.import_module(f"latentact.stages.{self.stage}"), self.config)
+
+
+@runtime_checkable
+class JsonResult(Protocol):
+    """A result whose JSON differs from its fields."""
+
+    def to_json(self) -> Any:
+        """Return what `--json` prints, as dicts, lists and scalars."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage returned, and how it is shown on the terminal; None: not at all."""
+
+    value: Any
+    show: Callable[[Any], str] | None
+
+    def __str__(self) -> str:
+        """Return the text for the terminal, which may be empty."""
+        return self.show(self.value) if self.show else ""
+
+    def to_json(self) -> Any:
+        """Return the value as dicts, lists and scalars."""
+        return _plain(self.value)
 
 
 FILE_COMMANDS: dict[str, FileCommand] = {}
@@ -218,21 +243,24 @@ def hydra_command(
         arguments = translate_settings(words, cls)
         overwrite = OVERWRITE[0] in context.args
 
+        def finish(settings: Any, out: Path) -> StageResult:
+            return StageResult(value=module.run(settings, out), show=show)
+
         def launch(settings: Any, out: Path) -> Any:
-            if overwrite and not getattr(settings, "dry_run", False):
+            if settings.only_plans:
+                return finish(settings, out)
+            if overwrite:
                 from latentact.training.run_folder import discard_run
 
                 discard_run(out)
-            cluster = None if getattr(settings, "dry_run", False) else getattr(settings, "cluster", None)
-            return cluster.launch(name, module.run, settings, out) if cluster else module.run(settings, out)
+            return settings.cluster.launch(name, finish, settings, out)
 
         results = run_stage(stage, cls, launch, arguments, f"{example} [--json]")
         if "--json" in context.args and results:
             print(json_line(name, results[0] if len(results) == 1 else {"runs": results}))
         else:
-            for result in results:
-                if show or hasattr(result, "job"):
-                    print(result if hasattr(result, "job") or not show else show(result))
+            for text in filter(None, map(str, results)):
+                print(text)
 
     run.__annotations__ = {"context": typer.Context}
     app.command(name=name, context_settings=HYDRA, help=help)(run)
@@ -247,7 +275,7 @@ def json_line(command: str, result: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Return a result as dicts, lists and scalars; paths are text."""
-    if hasattr(value, "to_json"):
+    if isinstance(value, JsonResult):
         return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}

@@ -83,10 +83,10 @@ def _check_spec(env: gym.Env, spec: EnvSpec) -> None:
         spec.camera.startswith("observation.image"),
         f"spec.camera must start with observation.image, got {spec.camera!r}",
     )
-    size = (
-        int(action.n) if spec.action_space.discrete and hasattr(action, "n") else int(np.prod(action.shape))
-    )
-    kind = "discrete" if hasattr(action, "n") else "continuous"
+    if isinstance(action, import_gymnasium().spaces.Discrete):
+        kind, size = "discrete", int(action.n)
+    else:
+        kind, size = "continuous", int(np.prod(action.shape))
     _require(
         (spec.action_space.kind, spec.action_space.size) == (kind, size),
         f"spec.action_space must be that of the environment, got {spec.action_space} for {action}",

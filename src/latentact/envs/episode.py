@@ -5,14 +5,14 @@ It serves demonstrations (an expert acts), rollouts (an agent acts) and imitatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from latentact.envs.spec import EnvError, Expert, ExpertStuckError, make_expert
+from latentact.envs.spec import EnvError, Expert, ExpertStuckError, Suite, find_suite, make_expert
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -59,6 +59,65 @@ class FrameSink(Protocol):
     def append(self, frame: np.ndarray, /) -> None:
         """Add a frame, uint8 `[h, w, 3]`."""
         ...
+
+
+@runtime_checkable
+class EnvBatch(Protocol):
+    """Environments that are reset and stepped together, such as those of a simulator in JAX.
+
+    Results come in the order of the environments. One that fails raises its EnvError when its result is
+    taken, and no later result is taken.
+    """
+
+    def reset(self, seeds: Sequence[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield what Gymnasium's `reset` returns for each environment."""
+        ...
+
+    def step(self, actions: Mapping[int, Any]) -> Iterator[tuple[Any, float, bool, bool, dict[str, Any]]]:
+        """Yield what Gymnasium's `step` returns for each action.
+
+        Args:
+            actions: index of an environment -> its action; the episodes of the others have ended.
+        """
+        ...
+
+
+@runtime_checkable
+class BatchedSuite(Suite, Protocol):
+    """A suite that computes many episodes at once, as many as `EnvSpec.batch`."""
+
+    def batch(self, name: str, seeds: Sequence[int], explore: float) -> tuple[EnvBatch, Actor]:
+        """Return environments and the expert that acts in them, as `ExpertActor` acts in single ones.
+
+        Args:
+            name: the environment's name.
+            seeds: reset seed of each environment and of its expert's own choices.
+            explore: probability of an exploratory action at each step.
+        """
+        ...
+
+
+def batched_expert(name: str, seeds: Sequence[int], explore: float) -> tuple[EnvBatch, Actor]:
+    """Return environments that are computed together, and their expert; see `BatchedSuite.batch`."""
+    suite, name = find_suite(name)
+    return cast(BatchedSuite, suite).batch(name, seeds, explore)
+
+
+class SeparateEnvs:
+    """Environments of `make_env`, as an `EnvBatch` that steps one after the other."""
+
+    def __init__(self, envs: Sequence[gym.Env]) -> None:
+        self._envs = envs
+
+    def reset(self, seeds: Sequence[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Reset each environment when its result is taken."""
+        for env, seed in zip(self._envs, seeds, strict=True):
+            yield env.reset(seed=seed)
+
+    def step(self, actions: Mapping[int, Any]) -> Iterator[tuple[Any, Any, bool, bool, dict[str, Any]]]:
+        """Step each environment when its result is taken."""
+        for i, action in actions.items():
+            yield self._envs[i].step(action)
 
 
 @dataclass(kw_only=True)
@@ -119,6 +178,30 @@ def run_episodes(
     record: Collection[Recorded] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Episode]:
+    """Run one episode in each of the environments of `make_env`; see `run_batch`."""
+    return run_batch(
+        actor,
+        SeparateEnvs(envs),
+        seeds,
+        camera=camera,
+        max_steps=max_steps,
+        frames=frames,
+        record=record,
+        on_step=on_step,
+    )
+
+
+def run_batch(
+    actor: Actor,
+    envs: EnvBatch,
+    seeds: Sequence[int],
+    *,
+    camera: str,
+    max_steps: int = 0,
+    frames: Sequence[FrameSink | None] = (),
+    record: Collection[Recorded] = (),
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Episode]:
     """Run one episode in each environment, in parallel.
 
     Where an environment fails, the episodes before it run to their end and those after it are dropped: the
@@ -126,7 +209,7 @@ def run_episodes(
 
     Args:
         actor: what acts.
-        envs: environments of `make_env`.
+        envs: the environments.
         seeds: reset seed of each.
         camera: key of the frames in the actor's observations.
         max_steps: steps after which an episode ends; 0: no limit but the environment's own.
@@ -140,14 +223,15 @@ def run_episodes(
     Raises:
         UserError: an action is invalid.
     """
-    sinks = [*frames, *[None] * (len(envs) - len(frames))]
+    sinks = [*frames, *[None] * (len(seeds) - len(frames))]
     episodes: list[Episode] = []
     observations: list[dict[str, np.ndarray]] = []
-    for env, seed, sink in zip(envs, seeds, sinks, strict=True):
+    resets = envs.reset([int(seed) for seed in seeds])
+    for seed, sink in zip(seeds, sinks, strict=True):
         episode = Episode(seed=int(seed), frames=sink)
         episodes.append(episode)
         try:
-            observation, info = env.reset(seed=episode.seed)
+            observation, info = next(resets)
         except EnvError as error:
             episode.end, episode.error = EpisodeEnd.ENV_ERROR, error
             break
@@ -161,13 +245,14 @@ def run_episodes(
     while any(episode.end is None for episode in episodes):
         actions = actor.act(to_observation(observations, tasks, camera))
         for i, episode in enumerate(episodes):
-            if episode.end is not None:
-                continue
-            if actions[i] is None:
+            if episode.end is None and actions[i] is None:
                 episode.end = EpisodeEnd.ACTOR
-                continue
+        running = {i: actions[i] for i, episode in enumerate(episodes) if episode.end is None}
+        steps = envs.step(running)
+        for i in running:
+            episode = episodes[i]
             try:
-                observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
+                observations[i], reward, terminated, truncated, info = next(steps)
             except EnvError as error:
                 episode.end, episode.error = EpisodeEnd.ENV_ERROR, error
                 del episodes[i + 1 :]

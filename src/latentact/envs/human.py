@@ -61,7 +61,7 @@ class Human:
         high: largest values.
         realtime: whether a discrete environment steps without waiting for a key, as it does with a policy.
         policy: what acts while no key is pressed; in a terminal, when space is pressed.
-        stroke: change of a continuous action by a held key, as a fraction of its range.
+        step_size: change of a continuous action by a held key, as a fraction of its range.
         on_undo: called when the person undoes the last episode; returns what to display.
     """
 
@@ -74,12 +74,12 @@ class Human:
         *,
         realtime: bool = False,
         policy: Actor | None = None,
-        stroke: float = 0.05,
+        step_size: float = 0.05,
         on_undo: Callable[[], str] = lambda: "",
     ) -> None:
         self.device, self.spec, self.low, self.high = device, spec, low, high
         self.waits = device.step_by_step or (spec.action_space.discrete and not realtime and policy is None)
-        self.policy, self.stroke, self.on_undo = policy, stroke, on_undo
+        self.policy, self.step_size, self.on_undo = policy, step_size, on_undo
         self.relative = bool(np.all(low == -high))
         """Whether actions are changes, which are 0 without a key; else a key moves the last action on."""
         self.speed = 1.0
@@ -192,7 +192,7 @@ class Human:
             return np.clip(way * np.where(finite, self.high, 1.0), self.low, self.high).astype(np.float32)
         if len(way) > 1:  # positions on the screen, where y grows downwards
             way[1] = -way[1]
-        step = way * self.stroke * np.where(finite, self.high - self.low, 1.0)
+        step = way * self.step_size * np.where(finite, self.high - self.low, 1.0)
         return np.clip(self._last + step, self.low, self.high).astype(np.float32)
 
 

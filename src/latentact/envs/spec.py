@@ -42,6 +42,8 @@ class EnvSpec:
     """Discrete no-op action, for an episode's last row; None: the last action is repeated."""
     time_limit: bool = True
     """Whether the environment truncates every episode after some number of steps."""
+    batch: int = 1
+    """Episodes of the expert that an `envs.episode.BatchedSuite` computes at once; 1: in other suites."""
 
 
 class EnvError(UserError):
@@ -56,7 +58,7 @@ class ExpertStuckError(Exception):
 class Expert(Protocol):
     """A scripted policy for one episode that may read the environment's internals; subclass it.
 
-    `act` is called at every step, also after an action taken by another agent, which `took` reports.
+    `act` is called at every step, also after an action of another agent, which `report_action` gives.
     """
 
     def act(self, explore: np.random.Generator | None = None) -> int | np.ndarray:
@@ -69,18 +71,17 @@ class Expert(Protocol):
         """
         ...
 
+    def report_action(self, action: int | np.ndarray) -> None:
+        """Receive the action executed since `act`, if it differs; by default this changes nothing."""
+        self.took(action)
+
     def took(self, action: int | np.ndarray) -> None:
-        """Report the action taken since `act`, if it differs; by default this changes nothing."""
+        """Former name of `report_action`."""
 
 
 @runtime_checkable
 class Suite(Protocol):
-    """A family of environments.
-
-    A suite that plays many episodes at once may have `batch`, their number, and `demonstrate(name, seeds,
-    explore, max_steps) -> list[Episode]`: the expert's episodes (`envs.episode.Episode`) with their frames,
-    states and actions, each as if it were played alone.
-    """
+    """A family of environments."""
 
     def check(self, name: str) -> None:
         """Raise a UserError if the suite has no environment of that name."""
@@ -148,7 +149,7 @@ def make_env(
             f"resolution must be at least 0, got {resolution}. Give the size in pixels, or 0 for the "
             "environment's own."
         )
-    suite, name = _suite(name, view)
+    suite, name = find_suite(name, view)
     env: Any = suite.make(name, resolution, view)
     if distract:
         env.distract(distract)
@@ -163,7 +164,7 @@ def env_spec(name: str, *, view: str = "agent") -> EnvSpec:
     Raises:
         UserError: as in `make_env`.
     """
-    suite, name = _suite(name, view)
+    suite, name = find_suite(name, view)
     return suite.spec(name, view)
 
 
@@ -178,18 +179,16 @@ def make_expert(name: str, env: gym.Env, seed: int) -> Expert:
     Raises:
         UserError: the environment has no expert.
     """
-    suite, name = _suite(name, "agent")
+    suite, name = find_suite(name)
     return suite.expert(name, env, seed)
 
 
-def batch_expert(name: str) -> tuple[int, Callable[..., list[Any]] | None]:
-    """Return how many episodes an environment plays at once, and its `demonstrate`; or (1, None)."""
-    suite, _ = _suite(name, "agent")
-    return getattr(suite, "batch", 1), getattr(suite, "demonstrate", None)
+def find_suite(name: str, view: str = "agent") -> tuple[Suite, str]:
+    """Return the suite of an environment and its name in the suite.
 
-
-def _suite(name: str, view: str) -> tuple[Suite, str]:
-    """Return the suite of an environment and its name in the suite."""
+    Raises:
+        UserError: the name or view is unknown.
+    """
     require_one_of("view", view, VIEWS)
     name = ALIASES.get(name, name)
     prefix = name.partition("/")[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from latentact.agents.agent import TASK, Agent, LatentInput
@@ -45,6 +46,75 @@ def check_policy_matches_guide(latent: LatentInput, guide: Guide) -> None:
     if (own := latent.spec) is not None:
         same_time = replace(spec, frame_gap=own.frame_gap, frame_gap_s=own.frame_gap_s, fps=own.fps)
         own.check_compatible(same_time, "the policy", "the guide")
+
+
+@runtime_checkable
+class GuidedActor(Protocol):
+    """An agent that follows a guide in one episode; the guide may still be growing, as with a live camera."""
+
+    agent: Agent
+    """The agent."""
+    fps: float
+    """Control steps per second."""
+
+    @property
+    def guide(self) -> Guide | None:
+        """The guide; of a growing one, the latent actions so far, and None if there are none."""
+        ...
+
+    @property
+    def position(self) -> Sequence[int] | np.ndarray:
+        """Index in the guide of each control step."""
+        ...
+
+    @property
+    def control_steps(self) -> int:
+        """Number of control steps of the guide; 0: unknown."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of the guide was followed."""
+        ...
+
+    @property
+    def error(self) -> UserError | None:
+        """Why the source of the guide was lost."""
+        ...
+
+    @property
+    def startup_s(self) -> float:
+        """Seconds of video before the first action."""
+        ...
+
+    @property
+    def newest_frame(self) -> UInt8[np.ndarray, "h w 3"] | None:
+        """The newest frame of a live demonstration."""
+        ...
+
+    def warm_up(self, observation: dict[str, Any]) -> None:
+        """Predict one action for an unbatched observation, and forget it: the first call is slow.
+
+        Raises:
+            UserError: the policy cannot act on such an observation.
+        """
+        ...
+
+    def reset(self, num_envs: int = 1) -> None:
+        """Start an episode."""
+        ...
+
+    def act(self, observation: dict[str, Any]) -> list[np.ndarray | None]:
+        """Return the action for a batch of size one, as an `Actor`; None ends the episode."""
+        ...
+
+    def predict_action(self, observation: dict[str, Any]) -> np.ndarray | None:
+        """Return the robot action for an unbatched observation; None at the end of the guide."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what this way of following adds to `metrics.json`."""
+        ...
 
 
 class LatentGuidedInference:
@@ -92,11 +162,32 @@ class LatentGuidedInference:
         rate = self.fps / spec.fps if spec.fps else 1.0
         self.ahead = np.round(np.asarray(latent.offsets) * rate).astype(int)
         """Control steps ahead whose latent actions are read, one per offset of the policy."""
+        self.error = self.newest_frame = None
+        self.startup_s = 0.0
         self.reset()
 
     def __len__(self) -> int:
         """Return the number of control steps of the guide."""
         return len(self._tokens)
+
+    @property
+    def control_steps(self) -> int:
+        """Number of control steps of the guide."""
+        return len(self)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of the guide was followed."""
+        return self.step >= len(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return nothing, since the guide is known before the run."""
+        return {}
+
+    def warm_up(self, observation: dict[str, Any]) -> None:
+        """Predict one action for an unbatched observation, and forget it: the first call is slow."""
+        self.predict_action(observation)
+        self.reset()
 
     def reset(self, num_envs: int = 1) -> None:
         """Start a new episode at the guide's first latent action."""

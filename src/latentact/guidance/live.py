@@ -117,7 +117,7 @@ class LiveInference:
         capture: Capture,
         max_age_s: float = 0.0,
     ) -> None:
-        self.fps = inference.fps
+        self.agent, self.fps = inference.agent, inference.fps
         self._inference, self._capture = inference, capture
         self._blank = inference.guide
         self._stream = StreamingExtractor(extractor, self._blank.fps)
@@ -139,6 +139,11 @@ class LiveInference:
         """Why the camera was lost."""
         self.position: list[int] = []
         """Index in `guide` of each control step."""
+
+    @property
+    def control_steps(self) -> int:
+        """Return 0: the demonstration ends when the camera does."""
+        return 0
 
     @property
     def startup_s(self) -> float:
@@ -168,7 +173,7 @@ class LiveInference:
     def to_json(self) -> dict[str, Any]:
         """Return the entry `live` of `metrics.json`; latencies in milliseconds."""
         source = self._capture.source
-        return {
+        live = {
             "camera": source.name,
             "fps": self._blank.fps,
             "captured": source.captured,
@@ -180,10 +185,15 @@ class LiveInference:
             "delay_s": self._last_ahead / self.fps,
             "latency_ms": {stage: _quantiles(values) for stage, values in self._latencies.items()},
         }
+        return {"live": live}
+
+    def warm_up(self, observation: dict[str, Any]) -> None:
+        """Predict one action for an unbatched observation without a frame of the demonstration."""
+        self._inference.warm_up(observation)
 
     def reset(self, num_envs: int = 1) -> None:
         """Start an episode; the demonstration starts with the first action."""
-        self._inference.agent.reset(num_envs)
+        self.agent.reset(num_envs)
 
     def predict_action(self, observation: dict[str, Any]) -> np.ndarray | None:
         """Return the robot action for an unbatched observation; None at the end of the demonstration.
@@ -207,7 +217,7 @@ class LiveInference:
         While the newest frame is stale, an agent that was trained for it acts without a guide; another one
         repeats the last latent actions.
         """
-        agent = self._inference.agent
+        agent = self.agent
         if self._due is None:  # the first call of a policy is slow: before the demonstration starts
             agent.act(observation, self._inference.get_next_latent_action()[None].numpy())  # type: ignore[index]
             agent.reset(1)
@@ -228,7 +238,7 @@ class LiveInference:
         return [self._act(observation, None if tokens is None else tokens[None])]
 
     def _act(self, observation: dict[str, Any], tokens: np.ndarray | None) -> np.ndarray:
-        action = np.asarray(self._inference.agent.act(observation, tokens)[0])
+        action = np.asarray(self.agent.act(observation, tokens)[0])
         self.position.append(self._index(self._entry(max(0, self._step - 1))))
         if tokens is not None and len(self._latents) > self._acted_on:
             self._acted_on, newest, now = len(self._latents), self._latents[-1], time.monotonic()
@@ -315,7 +325,7 @@ class LiveInference:
 
     def _tokens(self, step: int) -> Float32[np.ndarray, "o f"]:
         """Return the tokens of a control step; the newest latent action also stands for those after it."""
-        kind = self._inference.agent.spec.latent.kind  # type: ignore[union-attr]  # checked by `inference`
+        kind = self.agent.spec.latent.kind  # type: ignore[union-attr]  # checked by `inference`
         rows = [self._latents[self._index(self._entry(step + int(a)))] for a in self._inference.ahead]
         return np.stack([getattr(row, kind).ravel() for row in rows]).astype(np.float32)
 

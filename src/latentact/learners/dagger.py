@@ -363,7 +363,7 @@ class _LabelingActor:
     def act(self, observation: dict[str, Any]) -> list[Any]:
         """Return the action; None after `target` labels, or if the expert is stuck."""
         if self._taken is not None:
-            self._expert.took(self._taken)
+            self._expert.report_action(self._taken)
         if len(self.keys) == self._target:
             return [None]
         try:
@@ -374,7 +374,7 @@ class _LabelingActor:
         if self._agent is not None:
             own = self._agent.act(observation)[0]
             intervenes = self._random.random() < self._beta
-            action = label if intervenes else _within(self._env.action_space, own)
+            action = label if intervenes else self._within_bounds(own)
         self._taken = None if intervenes else action
         asked = key not in self._known and (not self._spec.action_space.discrete or label != self._spec.hold)
         if asked:
@@ -385,12 +385,12 @@ class _LabelingActor:
         self.labeled.append(asked)
         return [action]
 
-
-def _within(space: Any, action: Any) -> Any:
-    """Return an action within the bounds of the space."""
-    if hasattr(space, "n"):
-        return int(action)
-    return np.clip(action, space.low, space.high).astype(np.float32)
+    def _within_bounds(self, action: Any) -> Any:
+        """Return an action within the bounds of the environment."""
+        if self._spec.action_space.discrete:
+            return int(action)
+        space: Any = self._env.action_space
+        return np.clip(action, space.low, space.high).astype(np.float32)
 
 
 def _verified(folder: Path) -> _Round:

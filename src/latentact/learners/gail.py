@@ -145,10 +145,10 @@ class GailConfig:
             raise missing_extra("stable_baselines3", "gail")
         network = tools.policy.network
         if tools.uses_frames or tools.policy.kind != "bc" or network.chunk_size != 1:
-            backbone = getattr(network, "backbone", "none")
+            inputs = "frames" if tools.uses_frames else "the state alone"
             raise UserError(
                 "gail needs policy=bc with policy.network.backbone=state and chunk_size=1, got "
-                f"policy={tools.policy.kind} with {backbone} and {network.chunk_size}. Set all three."
+                f"policy={tools.policy.kind} on {inputs} with chunk_size={network.chunk_size}. Set all three."
             )
         env = tools.make_env()
         env.reset(seed=tools.first_seed)

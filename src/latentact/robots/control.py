@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from latentact.errors import UserError
-from latentact.robots.connection import Robot, RobotConnection, RobotError, one_line
+from latentact.robots.connection import Robot, RobotConnection, RobotError, RobotFault, one_line
 from latentact.robots.safety import Safety, UnsafeActionError, UnsafeReason
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class ControlEnd(StrEnum):
     NOT_STARTED = "not started"
     GUIDE_END = "the guide ended"
     MAX_STEPS = "the maximum number of steps was reached"
+    ENVIRONMENT = "the environment ended the episode"
     INTERRUPTED = "interrupted"
     ERROR = "an error occurred"
 
@@ -56,8 +57,8 @@ class ControlLog:
     """Largest delay of a step, in seconds."""
     seconds: float = 0.0
     """Wall-clock duration from the first step to the last, in seconds."""
-    holds: Counter[str] = field(default_factory=Counter)
-    """Number of steps in which the robot is held still, by `RobotFault` or `UnsafeReason`."""
+    holds: Counter[RobotFault | UnsafeReason] = field(default_factory=Counter)
+    """Number of steps in which the robot is held still, by reason."""
     events: list[dict[str, Any]] = field(default_factory=list)
     """Ranges of steps with unusual events: kind, message, from_step, to_step."""
     disconnected: bool = False
@@ -73,7 +74,7 @@ class ControlLog:
                 {"kind": kind, "message": message, "from_step": self.steps, "to_step": self.steps}
             )
 
-    def hold(self, kind: str, message: str) -> None:
+    def hold(self, kind: RobotFault | UnsafeReason, message: str) -> None:
         """Log that the robot is held still in this step."""
         self.holds[kind] += 1
         self.event(kind, message)

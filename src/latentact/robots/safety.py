@@ -31,6 +31,13 @@ class UnsafeReason(StrEnum):
     GUIDE = "no fresh latent action"
 
 
+class ClipCause(StrEnum):
+    """Why a joint's command is clipped."""
+
+    LIMIT = "limit"
+    STEP = "step"
+
+
 class UnsafeActionError(Exception):
     """An action was rejected.
 
@@ -120,10 +127,10 @@ class Safety:
             self.step[self._joint_index(joint)] = step
         self.last: np.ndarray | None = None
         """The last command."""
-        self.refused: Counter[str] = Counter()
-        """Rejected actions, by `UnsafeReason`."""
+        self.refused: Counter[UnsafeReason] = Counter()
+        """Rejected actions, by reason."""
         self.clipped: Counter[str] = Counter()
-        """Steps in which a joint was clipped, by joint and cause (limit or step)."""
+        """Steps in which a joint was clipped, by joint and `ClipCause`."""
 
     @property
     def unlimited(self) -> list[str]:
@@ -186,11 +193,11 @@ class Safety:
         if not np.isfinite(target).all():
             first = int(np.argmin(np.isfinite(target)))
             raise self._rejected(UnsafeReason.NOT_FINITE, f"{self.joints[first]} is {target[first]}")
-        safe = self._counted(target, np.clip(target, self.low, self.high), "limit")
+        safe = self._counted(target, np.clip(target, self.low, self.high), ClipCause.LIMIT)
         if self.last is not None:
             origin = np.where(np.isnan(self.last), safe, self.last)
             near = np.clip(safe, origin - self.step, origin + self.step)
-            safe = self._counted(safe, near, "step")
+            safe = self._counted(safe, near, ClipCause.STEP)
         self.last = safe
         return dict(zip(self.joints, safe.tolist(), strict=True))
 
@@ -202,7 +209,7 @@ class Safety:
         self.last = np.where(moves, 0.0, self.last)
         return dict(zip(self.joints, self.last.tolist(), strict=True))
 
-    def _counted(self, before: np.ndarray, after: np.ndarray, cause: str) -> np.ndarray:
+    def _counted(self, before: np.ndarray, after: np.ndarray, cause: ClipCause) -> np.ndarray:
         for i in np.flatnonzero(before != after):
             self.clipped[f"{self.joints[i]} {cause}"] += 1
         return after

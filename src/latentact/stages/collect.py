@@ -31,13 +31,12 @@ from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, 
 from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import NUISANCE, Distraction
-from latentact.envs.episode import EpisodeEnd, ExpertActor, Recorded, run_episodes
+from latentact.envs.episode import EpisodeEnd, ExpertActor, Recorded, SeparateEnvs, batched_expert, run_batch
 from latentact.envs.spec import (
     ENVS,
     VIEWS,
     EnvError,
     EnvSpec,
-    batch_expert,
     env_spec,
     make_env,
     make_expert,
@@ -92,8 +91,8 @@ class CollectConfig:
         Distraction.parse(self.distract)
         if self.tasks and not self.env.endswith("/all"):
             raise UserError(
-                f"tasks must be given with metaworld/all only, got {self.env}. Name the task in the "
-                "environment, as in metaworld/drawer-open-v3."
+                f"tasks must be empty for {self.env}, got {self.tasks}. They are for metaworld/all; name a "
+                "single task in the environment, as in metaworld/drawer-open-v3."
             )
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps)
         if self.workers < 0:
@@ -253,7 +252,7 @@ def _attempts(
     config: CollectConfig, staging: Path, workers: int, tally: _Tally
 ) -> Iterator[tuple[int, bool]]:
     """Run the attempts that are not finished, in any order, until the tally is complete."""
-    size = min(batch_expert(config.name)[0], config.episodes)
+    size = min(_batch(config, env_spec(config.name, view=config.view)), config.episodes)
     workers = min(workers, -(-config.episodes // size))
     todo = itertools.batched((number for number in itertools.count() if number not in tally.known), size)
     if workers == 1:
@@ -316,24 +315,31 @@ def _attempt(config: CollectConfig, staging: Path, numbers: Sequence[int]) -> li
     return outcomes
 
 
+def _batch(config: CollectConfig, spec: EnvSpec) -> int:
+    """Return how many attempts are computed at once; batches have neither distractors nor black frames."""
+    return 1 if config.distraction or not config.frames else spec.batch
+
+
 def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[envs_episode.Episode]:
-    """Return the expert's episodes, played at once where the suite can."""
+    """Return the expert's episodes, computed at once where the suite can."""
     seeds = [config.seed + number for number in numbers]
-    if demonstrate := batch_expert(config.name)[1]:
-        return demonstrate(config.name, seeds, config.explore, config.max_steps)
-    env = _environment(config.name, config.resolution, config.view, config.distraction, config.frames)
+    if _batch(config, spec) > 1:
+        envs, expert = batched_expert(config.name, seeds, config.explore)
+    else:
+        env = _environment(config.name, config.resolution, config.view, config.distraction, config.frames)
+        envs, expert = SeparateEnvs([env]), ExpertActor(config.name, [env], seeds, config.explore)
     record: set[Recorded] = {"actions"}
     if spec.state_names:
         record.add("states")
     if config.distraction.moves:
         record.add("nuisances")
-    return run_episodes(
-        ExpertActor(config.name, [env], seeds, config.explore),
-        [env],
+    return run_batch(
+        expert,
+        envs,
         seeds,
         camera=spec.camera,
         max_steps=config.max_steps,
-        frames=[[]],
+        frames=[[] for _ in seeds],
         record=record,
     )
 

@@ -53,7 +53,7 @@ from latentact.stages import (
     train_policy,
     train_vla,
 )
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
 
@@ -86,7 +86,7 @@ FINETUNED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(ClusterStage):
     """Compare latent policies with BC-k, IDM-k and oracle BC at equal budgets, with a verdict."""
 
     ONE_PROCESS: ClassVar = True

@@ -28,7 +28,7 @@ from latentact.data.lerobot.verify import verify_dataset
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError, require_one_of
-from latentact.evaluation.policy.conformal import ClassCalibration, IntervalCalibration
+from latentact.evaluation.policy.conformal import Calibration, ClassCalibration, IntervalCalibration
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.io.hub import resolve_folder
 from latentact.io.tensors import WEIGHTS, weights_hash
@@ -222,9 +222,7 @@ class _Predictor:
     space: ActionSpace
     heads: list[Any]
     """Action heads; empty: the inputs are actions."""
-    calibration: ClassCalibration | IntervalCalibration
-    spread: np.ndarray
-    """Standard deviation of the labeled actions, or 1 for classes."""
+    calibration: Calibration
     labeled_steps: int
     calibration_steps: int
 
@@ -288,12 +286,14 @@ class _Predictor:
         else:
             residuals = np.abs(predicted.numpy() - truth)
             groups = store.episode[known]
-            calibration = IntervalCalibration.fit(inputs[known].numpy(), residuals, groups, config.level)
+            spread = np.maximum(actions.std(0), 1e-9)
+            calibration = IntervalCalibration.fit(
+                inputs[known].numpy(), residuals, groups, config.level, spread
+            )
         return cls(
             space=space,
             heads=heads,
             calibration=calibration,
-            spread=np.ones(1) if space.discrete else np.maximum(actions.std(0), 1e-9),
             labeled_steps=len(rows),
             calibration_steps=len(known),
         )
@@ -301,23 +301,7 @@ class _Predictor:
     def columns(self, inputs: Tensor, valid: np.ndarray) -> dict[str, np.ndarray]:
         """Return action, interval or set, and uncertainty of every row (infinite where not valid)."""
         predicted = _mean(self.heads, inputs[valid])
-        if isinstance(self.calibration, ClassCalibration):
-            raw = predicted.double().numpy()
-            likely = self.calibration.probabilities(raw)
-            found = {
-                "action": likely.argmax(1),
-                "set": self.calibration.sets(raw),
-                "uncertainty": 1 - likely.max(1),
-            }
-        else:
-            half = self.calibration.half_widths(inputs[valid].numpy())
-            action = predicted.numpy()
-            found = {
-                "action": action,
-                "low": (action - half).astype(np.float32),
-                "high": (action + half).astype(np.float32),
-                "uncertainty": (half / self.spread).mean(1),
-            }
+        found = self.calibration.columns(predicted, inputs[valid])
         columns = {}
         for name, values in found.items():
             columns[name] = np.zeros((len(valid), *values.shape[1:]), values.dtype)

@@ -26,7 +26,7 @@ from latentact.policies.vla.model import Vla
 from latentact.policies.vla.samples import VlaSamples
 from latentact.stages.finetune import fill_actions
 from latentact.stages.train_vla import latent_targets, read_frames
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
@@ -72,7 +72,7 @@ class FinetuneVlaRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneVlaConfig(FinetuneVlaRecipe):
+class FinetuneVlaConfig(FinetuneVlaRecipe, ClusterStage):
     """Fine-tune a vision-language-action model to robot actions; run the result with `rollout`."""
 
     out: str = "runs/finetune_vla"
@@ -133,8 +133,8 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
     assert samples.actions is not None
     assert known is not None
     assert model.own.actions is not None
-    seen = samples.actions[known]
-    model.own.actions.set_stats(seen)
+    labeled_actions = samples.actions[known]
+    model.own.actions.set_stats(labeled_actions)
     if config.scratch:  # otherwise the statistics are those of train-vla
         model.set_stats(latent[rows], None if store.state is None else store.state[rows])
     unseen = _samples(store, model, latent, valid, held_out)
@@ -149,7 +149,7 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
         fit(model, samples, config.training, out)
         model.cpu()
         numbers: dict[str, Any] = {"labeled_steps": len(rows), "labeled_episodes": len(labeled)}
-        numbers |= _errors(model, unseen, seen, config.eval_rows)
+        numbers |= _errors(model, unseen, labeled_actions, config.eval_rows)
         model.write(out)
         write_json(out / "finetune_vla.json", numbers)
     return FinetuneVlaResult(path=out, numbers=numbers)

@@ -27,7 +27,7 @@ from latentact.policies.contract import Policy
 from latentact.policies.decoder import ActionDecoder, DecoderConfig
 from latentact.stages.finetune import finetune
 from latentact.stages.ground_online import OnlineConfig, check_online, ground_online, load_matching_lam
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
@@ -38,7 +38,7 @@ MODES = ("offline", "online")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroundConfig:
+class GroundConfig(ClusterStage):
     """Learn a decoder from latent to robot actions on the labeled episodes; then fine-tune, if configured."""
 
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes"}

@@ -119,6 +119,12 @@ def check_online(config: OnlineConfig, policy: Policy, source: str) -> EnvSpec:
         raise UserError("online.env must be set for mode=online, got none. Give one, as in online.env=pusht.")
     if importlib.util.find_spec("stable_baselines3") is None:
         raise missing_extra("stable_baselines3", "gail")
+    names = ("action_scores", "actions")
+    if own := [name for name in names if getattr(type(policy), name) is not getattr(Policy, name)]:
+        raise UserError(
+            "mode=online needs a policy whose actions are selected from the outputs of `forward`, which PPO "
+            f"trains, got {source}, which overrides {' and '.join(own)}. Use mode=offline."
+        )
     stride, chunk_size = policy.spec.stride, policy.config.network.chunk_size
     if (stride, chunk_size) != (1, 1):
         raise UserError(

@@ -43,7 +43,7 @@ class GuideConfig:
             )
         for name, action in (("apply", "edit"), ("weights", "blend"), ("transition", "concat")):
             if getattr(self, name) and self.action != action:
-                raise UserError(f"--{name} must be given for {action} only, got {self.action}. Leave it out.")
+                raise UserError(f"--{name} must be empty for {self.action}, got a value. It is for {action}.")
         if self.action == "edit" and (len(self.paths) != 1 or not self.apply):
             raise UserError(
                 f"edit needs one guide and --apply, got {len(self.paths)} guides and {len(self.apply)} "
@@ -55,7 +55,7 @@ class GuideConfig:
             raise UserError(f"--out must be empty for info, got {self.out}. Leave it out.")
         if self.action != "info" and not self.out:
             raise UserError(
-                f"--out must be given for {self.action}, got none. Give a file *{SUFFIX} or a folder."
+                f"--out must be a file *{SUFFIX} or a folder, got none. Give the place of the new guide."
             )
         if self.out and (Path(self.out).suffix or SUFFIX) != SUFFIX:
             raise UserError(

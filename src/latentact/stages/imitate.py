@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,26 +18,22 @@ import numpy as np
 from jaxtyping import UInt8
 
 from latentact.config import Limit, OneOf, Pixels, Rate, Seconds, Seed
-from latentact.data.decode.resize import resize
 from latentact.device import require_device
 from latentact.envs.checks import check_ranges
-from latentact.envs.episode import Episode, EpisodeEnd, run_episodes
-from latentact.envs.spec import ENVS, VIEWS, env_spec, make_env
+from latentact.envs.spec import ENVS, env_spec
 from latentact.errors import UserError, require_one_of
 from latentact.guidance.align import TIME_BASES, latent_agreement
 from latentact.guidance.capture import Capture, open_source
 from latentact.guidance.edits import blend
 from latentact.guidance.extractor import LatentActionExtractor, video_frames
+from latentact.guidance.follow import FollowedGuide, FrameSpool, follow_in_env, follow_on_robot
 from latentact.guidance.guide import Guide
-from latentact.guidance.inference import LatentGuidedInference
+from latentact.guidance.inference import GuidedActor, LatentGuidedInference
 from latentact.guidance.live import LiveInference, blank_guide
 from latentact.io.atomic import write_json
 from latentact.io.video_writer import write_video
-from latentact.progress import Progress
 from latentact.reporting.pages.imitate import write_page
-from latentact.robots.control import ControlEnd, ControlLog, control
-from latentact.robots.safety import Safety
-from latentact.robots.setup import RobotSetup, RobotView, make_robot
+from latentact.robots.setup import RobotSetup, make_robot
 
 log = logging.getLogger(__name__)
 
@@ -109,27 +103,33 @@ class ImitateConfig:
         if sum(map(bool, (self.video_path, self.guide, self.live))) != 1:
             given = "several" if self.video_path or self.guide or self.live else "none"
             raise UserError(
-                f"exactly one of --video-path, --guide and --live must be given, got {given}. Give the video "
-                "of a demonstration, its guide, or a camera."
+                f"the demonstration must be exactly one of --video-path, --guide and --live, got {given}. "
+                "Give a video, its guide, or a camera."
             )
         if (len(self.video_path) > 1) != bool(self.blend):
             raise UserError(
-                "--blend must be given if and only if there are several videos, got "
-                f"{self.blend or 'none'} for {len(self.video_path)}. Give one weight per --video-path."
+                "--blend must be one weight for each of several --video-path, got "
+                f"{self.blend or 'none'} for {len(self.video_path)}. Leave it out for a single video."
             )
         if not self.guide and not self.lam_model_path:
-            raise UserError("--lam-model-path must be given, got none. Give the LAM that extracts the guide.")
+            raise UserError(
+                "--lam-model-path must be the LAM that extracts the guide, got none. Give a folder or hub id."
+            )
         if self.mode != "extract_only" and not self.policy_path:
-            raise UserError("--policy-path must be given, got none. Give the policy that follows the guide.")
+            raise UserError(
+                "--policy-path must be a policy that follows the guide, got none. Give its folder or hub id."
+            )
         if self.mode == "robot" and not self.robot_config:
-            raise UserError("--robot-config must be given, got none. Give the YAML file of the robot.")
+            raise UserError(
+                "--robot-config must be the YAML file of the robot, got none. Give it, or --mode simulation."
+            )
         if self.live and (self.mode == "extract_only" or self.time_base != "hold"):
             raise UserError(
                 "--live must have --mode simulation or robot and --time-base hold, got "
                 f"{self.mode} and {self.time_base}. For other modes, record a video."
             )
         if self.max_age and not self.live:
-            raise UserError(f"--max-age must be given with --live only, got {self.max_age:g}. Remove it.")
+            raise UserError(f"--max-age must be 0 without --live, got {self.max_age:g}. Leave it out.")
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps", "max_age"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = f"--{name.replace('_', '-')}"
@@ -150,7 +150,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
     if out.exists() and not out.is_dir():
         raise UserError(f"--output-dir must be a folder, got the file {out}. Choose another.")
     setup = RobotSetup.read(config.robot_config) if config.mode == "robot" else None
-    robot = make_robot(setup.robot) if setup else None
+    robot: Any = make_robot(setup.robot) if setup else None
     extractor = None
     if config.lam_model_path:
         extractor = LatentActionExtractor(config.lam_model_path, config.lam_resolution, config.device)
@@ -161,18 +161,26 @@ def run(config: ImitateConfig) -> dict[str, Any]:
             guide.save(out)
             return _about_guide(config, guide)
 
-        def follower(inference: LatentGuidedInference) -> LatentGuidedInference | LiveInference:
-            if capture is None or extractor is None:
-                return inference
-            return LiveInference(inference, extractor, capture, config.max_age)
-
-        result = (
-            _run_on_robot(config, guide, setup, robot, follower)
-            if setup
-            else _simulate(config, guide, follower)
-        )
+        actor = _actor(config, guide, extractor, capture)
+        max_steps, source = _max_steps(config, actor), config.policy_path
+        if setup:
+            result = follow_on_robot(
+                actor,
+                setup,
+                robot,
+                lam_camera=guide.spec.camera,
+                resolution=config.lam_resolution,
+                max_steps=max_steps,
+                source=source,
+            )
+        else:
+            result = follow_in_env(
+                actor, config.env_name, seed=config.seed, max_steps=max_steps, source=source
+            )
     if result.guide is None:  # a camera that was lost before it showed anything
-        raise result.error or UserError(f"{config.live} must have at least one latent action, got none.")
+        raise result.error or UserError(
+            f"{config.live} must have at least one latent action, got none. Film for longer."
+        )
     guide = result.guide
     out.mkdir(parents=True, exist_ok=True)
     for old in (METRICS, PAGE, VIDEO):
@@ -207,8 +215,8 @@ def _capture(config: ImitateConfig, extractor: LatentActionExtractor | None) -> 
         limited = config.max_frames or config.max_steps or config.control_time_s or config.mode == "robot"
         if capture.source.endless and not limited:
             raise UserError(
-                "--max-steps, --control-time-s or --max-frames must be given with a camera in simulation, "
-                "got none. Set a limit."
+                "a camera in simulation must have a limit, got none. Set --max-steps, --control-time-s or "
+                "--max-frames."
             )
         yield capture
 
@@ -234,6 +242,21 @@ def _guide(
     return guide, ()
 
 
+def _actor(
+    config: ImitateConfig, guide: Guide, extractor: LatentActionExtractor | None, capture: Capture | None
+) -> GuidedActor:
+    """Return the policy that follows the guide, or the camera."""
+    fps = config.fps
+    if config.mode == "simulation":
+        fps = float(fps or env_spec(config.env_name).fps)
+    inference = LatentGuidedInference(
+        config.policy_path, guide, fps=fps, time_base=config.time_base, device=config.device
+    )
+    if capture is None or extractor is None:
+        return inference
+    return LiveInference(inference, extractor, capture, config.max_age)
+
+
 def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
     return {
         "config": asdict(config),
@@ -241,213 +264,9 @@ def _about_guide(config: ImitateConfig, guide: Guide) -> dict[str, Any]:
     }
 
 
-class FrameSpool:
-    """Frames of one run in a temporary file, so that long runs do not fill the memory."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the spool)
-        self._shape: tuple[int, ...] = ()
-        self._count = 0
-
-    def append(self, frame: UInt8[np.ndarray, "h w 3"], /) -> None:
-        """Add a frame of the same size as the previous ones."""
-        self._shape, self._count = frame.shape, self._count + 1
-        self._file.write(frame.tobytes())
-
-    def __len__(self) -> int:
-        """Number of frames."""
-        return self._count
-
-    @property
-    def frames(self) -> UInt8[np.ndarray, "t h w 3"]:
-        """All frames, memory-mapped."""
-        self._file.flush()
-        return np.memmap(self._file, np.uint8, "r+", shape=(self._count, *self._shape))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One run of the policy."""
-
-    metrics: dict[str, Any]
-    """Entries of `metrics.json`."""
-    frames: FrameSpool
-    """Frames of the LAM's camera before each action and, in simulation, after the last action."""
-    fps: float
-    """Control steps per second."""
-    position: np.ndarray
-    """Position in the guide of each control step."""
-    guide: Guide | None
-    """The guide that was followed; None if a camera showed none."""
-    demonstration: FrameSpool
-    """Frames of a live demonstration at each control step; otherwise empty."""
-    error: BaseException | None = None
-    """Error that ended the run early."""
-
-
-type Follow = Callable[[LatentGuidedInference], LatentGuidedInference | LiveInference]
-
-
-def _simulate(config: ImitateConfig, guide: Guide, follower: Follow) -> Result:
-    """Follow the guide in an environment.
-
-    Raises:
-        UserError: an action is invalid, or the environment fails before its first step.
-    """
-    name = config.env_name
-    inference = LatentGuidedInference(
-        config.policy_path,
-        guide,
-        fps=float(config.fps or env_spec(name).fps),
-        time_base=config.time_base,
-        device=config.device,
-    )
-    agent = inference.agent.spec
-    view = next(iter(agent.cameras), "").rpartition(".")[2]
-    spec = env_spec(name, view=view if view in VIEWS else "agent")
-    agent.check_env(spec, config.policy_path)
-    actor = follower(inference)
-    live = actor if isinstance(actor, LiveInference) else None
-    frames, demonstration, steps = FrameSpool(), FrameSpool(), _steps(config, actor)
-    env = make_env(name, view=view if view in VIEWS else "agent")
-    try:
-        with Progress("following the guide", steps, "steps") as progress:
-
-            def on_step() -> None:
-                progress.advance(1)
-                _film(actor, demonstration)
-
-            (episode,) = run_episodes(
-                actor,
-                [env],
-                [config.seed],
-                camera=spec.camera,
-                max_steps=steps,
-                frames=[frames],
-                on_step=on_step,
-            )
-    finally:
-        env.close()
-    if episode.error is not None and not episode.steps:
-        raise episode.error
-    error = episode.error or (live and live.error)
-    metrics = {
-        "ended": str(error) if error else _ending(episode, actor),
-        "success": episode.success,
-        "return": episode.total_reward,
-        "largest_reward": max(episode.rewards, default=0.0),
-        "steps": episode.steps,
-        "fps": inference.fps,
-    }
-    return _result(metrics, frames, actor, demonstration, error)
-
-
-def _result(
-    metrics: dict[str, Any],
-    frames: FrameSpool,
-    actor: LatentGuidedInference | LiveInference,
-    demonstration: FrameSpool,
-    error: BaseException | None,
-) -> Result:
-    return Result(
-        metrics=metrics | ({"live": actor.to_json()} if isinstance(actor, LiveInference) else {}),
-        frames=frames,
-        fps=actor.fps,
-        position=np.asarray(actor.position, np.float64),
-        guide=actor.guide,
-        demonstration=demonstration,
-        error=error,
-    )
-
-
-def _film(actor: LatentGuidedInference | LiveInference, demonstration: FrameSpool) -> None:
-    """Add the newest frame of a live demonstration."""
-    if isinstance(actor, LiveInference) and actor.newest_frame is not None:
-        demonstration.append(actor.newest_frame)
-
-
-def _ending(episode: Episode, actor: LatentGuidedInference | LiveInference) -> str:
-    """Return the reason why an episode ended, as text."""
-    if episode.end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
-        return "the environment ended the episode"
-    if isinstance(actor, LiveInference):
-        return ControlEnd.GUIDE_END if actor.ended else ControlEnd.MAX_STEPS
-    return ControlEnd.GUIDE_END if episode.steps == len(actor) else ControlEnd.MAX_STEPS
-
-
-def _run_on_robot(
-    config: ImitateConfig, guide: Guide, setup: RobotSetup, robot: Any, follower: Follow
-) -> Result:
-    """Follow the guide on a robot."""
-    inference = LatentGuidedInference(
-        config.policy_path, guide, fps=config.fps, time_base=config.time_base, device=config.device
-    )
-    agent = inference.agent.spec
-    view = RobotView(robot, setup.cameras)
-    if agent.action_space.discrete:
-        raise UserError(
-            f"{config.policy_path} must have continuous actions to drive a robot, got {agent.action_space}. "
-            "Give a policy that was trained for the robot."
-        )
-    view.check_compatible(
-        cameras=agent.cameras, state_size=agent.state_size, action_size=agent.action_space.size
-    )
-    safety, record, frames = Safety(view.joints, setup.safety), ControlLog(fps=inference.fps), FrameSpool()
-    if safety.unlimited:
-        log.warning("no safety.limits for %s: commands are not clipped", ", ".join(safety.unlimited))
-    camera = _camera(view, agent.cameras, guide)
-    inference.predict_action(
-        view(view.blank())
-    )  # the first call is slow, and fails if policy and robot do not match
-    inference.reset()
-    error: BaseException | None = None
-    actor, demonstration = follower(inference), FrameSpool()
-    if isinstance(actor, LiveInference) and actor.startup_s >= setup.safety.stop_after_s:
-        raise UserError(
-            f"safety.stop_after_s must be more than the {actor.startup_s:g} s of video that the policy needs "
-            f"before its first action, got {setup.safety.stop_after_s:g}. Increase it."
-        )
-    steps = _steps(config, actor)
-    log.info("driving %s at %g steps per second", robot.name, inference.fps)
-    with Progress("driving the robot", steps, "steps") as progress:
-
-        def on_observation(observation: dict[str, Any]) -> None:
-            if camera:
-                frames.append(resize(view(observation)[camera][None], config.lam_resolution)[0])
-            progress.advance(1)
-            _film(actor, demonstration)
-
-        try:
-            control(
-                robot,
-                lambda observation: actor.predict_action(view(observation)),
-                safety,
-                record,
-                max_steps=steps or sys.maxsize,
-                on_observation=on_observation,
-            )
-        except (UserError, KeyboardInterrupt, SystemExit) as stopped:
-            error = stopped
-    metrics = record.to_json() | {
-        "robot": setup.robot,
-        "refused": dict(safety.refused),
-        "clipped": dict(safety.clipped),
-        "without_limits": safety.unlimited,
-    }
-    return _result(metrics, frames, actor, demonstration, error)
-
-
-def _camera(view: RobotView, cameras: tuple[str, ...], guide: Guide) -> str:
-    """Return the image key for the LAM: its own camera, or the policy's first."""
-    keys = list(view.cameras.values())
-    preferred = [key for key in (guide.spec.camera, *cameras) if key in keys]
-    return next(iter(preferred or keys), "")
-
-
-def _steps(config: ImitateConfig, actor: LatentGuidedInference | LiveInference) -> int:
+def _max_steps(config: ImitateConfig, actor: GuidedActor) -> int:
     """Return the number of control steps: the minimum of guide, maximum steps and time limit; 0: no limit."""
-    guide = 0 if isinstance(actor, LiveInference) else len(actor)
-    limits = [guide, config.max_steps, int(config.control_time_s * actor.fps + 1e-6)]
+    limits = [actor.control_steps, config.max_steps, int(config.control_time_s * actor.fps + 1e-6)]
     if config.control_time_s and not limits[2]:
         raise UserError(
             f"--control-time-s must be at least one step of {1 / actor.fps:g} s, got "
@@ -456,7 +275,7 @@ def _steps(config: ImitateConfig, actor: LatentGuidedInference | LiveInference) 
     return min((limit for limit in limits if limit), default=0)
 
 
-def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -> dict[str, Any]:
+def _agreement(guide: Guide, extractor: LatentActionExtractor, result: FollowedGuide) -> dict[str, Any]:
     """Compare the latent actions of the run with the guide; if that is impossible, `why` gives the reason."""
     try:
         achieved = extractor.extract_from_frames(result.frames.frames, result.fps)
@@ -466,7 +285,7 @@ def _agreement(guide: Guide, extractor: LatentActionExtractor, result: Result) -
 
 
 def _compose(
-    config: ImitateConfig, guide: Guide, lengths: tuple[int, ...], result: Result
+    config: ImitateConfig, guide: Guide, lengths: tuple[int, ...], result: FollowedGuide
 ) -> UInt8[np.ndarray, "t h w 3"]:
     """Return the frames demonstrations | rollout; without a demonstration video, the rollout alone."""
     frames = result.frames.frames

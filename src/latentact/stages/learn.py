@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from latentact.config import Count, Limit, OneOf, Pixels, Seed, choice
 from latentact.data.cache import DataConfig, open_store
@@ -25,7 +25,7 @@ from latentact.learners.contract import LEARNERS, LearnerTools, score
 from latentact.policies.contract import POLICIES, Policy, PolicyConfig, uses_frames
 from latentact.policies.selection import SELECTIONS, Selection, Temperature, selector
 from latentact.stages import collect, finetune, rollout, train_policy
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
 
@@ -37,8 +37,10 @@ BLACK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnConfig:
+class LearnConfig(ClusterStage):
     """Learn a policy by acting in an environment, and compare it with its baselines."""
+
+    ONE_PROCESS: ClassVar = True
 
     out: str = "runs/learn"
     """Run folder; re-run the same command to resume."""

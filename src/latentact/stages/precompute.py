@@ -111,8 +111,8 @@ class PrecomputeConfig(EngineConfig):
             )
         if not self.dataset_repo_id and not self.dataset_root:
             raise UserError(
-                "a dataset must be given, got none. Use --dataset-root FOLDER or --dataset-repo-id "
-                "OWNER/NAME."
+                "--dataset-root must be a folder or --dataset-repo-id a hub id, got neither. Give "
+                "--dataset-root FOLDER or --dataset-repo-id OWNER/NAME."
             )
 
 

@@ -72,7 +72,9 @@ def run(config: PushConfig) -> Upload:
     info = CardInfo(repo_id=config.repo, license=config.license, datasets=config.dataset)
     dataset = (folder / "meta" / "info.json").is_file()
     if config.results and (dataset or not _is_policy(folder)):
-        raise UserError(f"results must be given for policies only, got {config.folder}. Leave them out.")
+        raise UserError(
+            f"{config.folder} must be a policy to have --results, got another folder. Leave them out."
+        )
     tag = ""
     if dataset:
         files, card = _dataset(folder, info)

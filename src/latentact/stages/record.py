@@ -63,7 +63,7 @@ class RecordConfig:
     """Whether an environment of discrete actions steps without a key; continuous ones do so in a window."""
     speed: Annotated[float, Between(0.05, 20)] = 1.0
     """Steps per second, relative to the environment's rate; + and - change it. Does not affect timestamps."""
-    stroke: Annotated[float, Between(0.001, 1)] = 0.05
+    step_size: Annotated[float, Between(0.001, 1)] = 0.05
     """Change of an absolute continuous action by a held key per step, as a fraction of its range."""
     resolution: Pixels = 0
     """Height and width of the frames in pixels; 0: the environment's own."""
@@ -78,7 +78,7 @@ class RecordConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that an interrupted recording must share."""
-        left_out = ("out", "device", "episodes", "speed", "stroke", "realtime")
+        left_out = ("out", "device", "episodes", "speed", "step_size", "realtime")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
@@ -105,7 +105,10 @@ def run(config: RecordConfig) -> RecordResult:
     """
     out = Path(config.out).absolute()
     if out.exists():
-        raise UserError(f"{out} exists already. Choose another folder; lerobot-edit-dataset merges datasets.")
+        raise UserError(
+            f"{out} must be a new folder, got an existing one. Choose another; lerobot-edit-dataset merges "
+            "datasets."
+        )
     require_lerobot()
     spec = env_spec(config.env, view=config.view)
     check_step_limit(spec, config.max_steps)
@@ -185,7 +188,7 @@ def _record(
         high,
         realtime=config.realtime,
         policy=agent,
-        stroke=config.stroke,
+        step_size=config.step_size,
         on_undo=attempts.undo,
     )
     human.speed = config.speed

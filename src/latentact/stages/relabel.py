@@ -51,7 +51,7 @@ class RelabelConfig:
     """Camera key; empty: the only camera."""
     every: Count = 1
     """Ask for the action of every n-th frame of an episode."""
-    stroke: Annotated[float, Between(0.001, 1)] = 0.05
+    step_size: Annotated[float, Between(0.001, 1)] = 0.05
     """Change of a continuous action by a key, as a fraction of its range in the data."""
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ def _ask(
         row for first, end in zip(store.starts, ends, strict=True) for row in range(first, end, config.every)
     ]
     span = np.ptp(executed, axis=0)
-    step = config.stroke * np.where(span > 0, span, 1)
+    step = config.step_size * np.where(span > 0, span, 1)
     log.info("%s", HELP)
     log.info("%s", _describe(store, keys))
     pressed: list[str] = []

@@ -115,6 +115,7 @@ def run(config: RolloutConfig, agent: Agent | None = None) -> dict[str, Any]:
         result = rollout(
             agent,
             config.env,
+            frames=bool(agent.spec.cameras),
             episodes=config.episodes,
             seed=config.seed,
             view=config.view,

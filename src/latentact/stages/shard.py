@@ -220,7 +220,7 @@ def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig,
     """Return all shards, in order, after writing those that are missing."""
     shards: list[Shard] = []
     total = len(spec.source.episodes)
-    place, seen = (0, 0), set[str]()
+    place, digests = (0, 0), set[str]()
     writer = DraftWriter(spec, settings, out / WORK)
 
     def finished(first: tuple[int, int]) -> Shard | None:
@@ -236,7 +236,7 @@ def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig,
             else:
                 if shards:
                     log.info("continuing after %d shards", len(shards))
-                assembly = _Assembly(spec, config, out, shards, place, seen)
+                assembly = _Assembly(spec, config, out, shards, place, digests)
                 with closing(_drafts(writer, range(place[0], total), config.workers)) as drafts:
                     for draft in drafts:
                         if assembly.add(draft, finished):
@@ -245,7 +245,7 @@ def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig,
                     else:
                         assembly.close((total, 0))
             place = shards[-1].next
-            seen |= {episode.digest for shard in shards[done:] for episode in shard.episodes}
+            digests |= {episode.digest for shard in shards[done:] for episode in shard.episodes}
     for stale in sorted(out.glob("shard-*")):
         if int(stale.stem.removeprefix("shard-")) >= len(shards):
             stale.unlink()
@@ -293,12 +293,12 @@ class _Assembly:
         out: Path,
         shards: list[Shard],
         place: tuple[int, int],
-        seen: set[str],
+        digests: set[str],
     ) -> None:
         self._spec, self._config, self._out, self._shards = spec, config, out, shards
         self._first, self._skip = place, place
         """Start of the open shard, and start of the whole assembly."""
-        self._seen = seen - {""}
+        self._digests = digests - {""}
         self._limit = round(config.shard_size_mb * 1e6)
         self._partial = out / WORK / "shard.tar"
         self._file = self._partial.open("wb")
@@ -317,10 +317,10 @@ class _Assembly:
             log.warning("skipped %s", message)
         begin = self._skip[1] if number == self._skip[0] else 0
         clips = list(zip(draft.clips, draft.spans, strict=True))
-        if episode.digest and episode.digest in self._seen and not begin:
+        if episode.digest and episode.digest in self._digests and not begin:
             kept = episode.frames - episode.still - episode.short
             episode, clips = episode.model_copy(update={"duplicate": kept}), []
-        self._seen |= {episode.digest} - {""}
+        self._digests |= {episode.digest} - {""}
         scenes = {
             clip.scene: sum(s[1] for c, s in clips[begin:] if c.scene == clip.scene) for clip, _ in clips
         }

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from latentact.config import LARGEST, choice
+from latentact.data.cache import FrameStore
 from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.time_base import frames_in_gap
@@ -25,7 +26,7 @@ from latentact.evaluation.lam.metrics import LamEvaluation, evaluate_lam
 from latentact.io.atomic import atomic_write, write_json
 from latentact.labeling.features import with_features
 from latentact.lams.contract import LAMS, LatentActionModel
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder, saved_steps
 from latentact.training.settings import TrainingConfig, require_trainable_size
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainLamConfig:
+class TrainLamConfig(ClusterStage):
     """Learn a latent action model (LAM) from video; only the actions of labeled episodes are used."""
 
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes", "labelled_share": "labeled_share"}
@@ -85,26 +86,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
 
     lam, features = with_features(config.lam, store, select_device(config.training.device))
     torch.manual_seed(config.training.seed)
-    model = _or_refuse(lambda: _built(lam, store.action_space, config.training.device), lam.kind)
-    model.spec = replace(
-        model.spec,
-        frame_gap=gap,
-        frame_gap_s=gap / store.fps,
-        fps=store.fps,
-        camera=store.camera,
-        resize=config.data.resize,
-    )
-    if model.actions and not len(labeled):
-        raise UserError(
-            f"labeled_episodes must be at least 1 for lam={model.spec.model}, which learns from robot "
-            f"actions as configured, got 0. Set labeled_episodes=K."
-        )
-    if len(labeled) and not model.actions and not model.spec.robot_actions:
-        remedy = ", or set lam.action_weight=1" if model.config.with_action_head(1.0) else ""
-        raise UserError(
-            f"labeled_episodes must be 0 for lam={model.spec.model}, which learns nothing from robot actions "
-            f"as configured, got {len(labeled)}. Leave it out{remedy}."
-        )
+    model = _model(config, lam, store, gap, len(labeled))
     if model.spec.robot_actions:
         train = labeled
     clips = Clips(
@@ -117,8 +99,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         features=features,
     )
     if model.actions is not None:
-        seen = np.ma.getdata(store.actions(labeled))[clips.rows[np.isin(store.episode[clips.rows], labeled)]]
-        model.set_action_stats(torch.from_numpy(seen))
+        rows = clips.rows[np.isin(store.episode[clips.rows], labeled)]
+        model.set_action_stats(torch.from_numpy(np.ma.getdata(store.actions(labeled))[rows]))
     # Fails before training if the held-out episodes are too short to evaluate on.
     Clips(store, episodes=held_out, frame_gap=gap, held_out=True)
     log.info(
@@ -151,15 +133,48 @@ def run(config: TrainLamConfig, out: Path) -> Path:
         for warning in evaluation.numbers["warnings"]:
             log.warning(warning)
         model.cpu().write(out)
-        with atomic_write(out / "lam.npz") as partial:
-            buffer = io.BytesIO()
-            arrays: dict[str, Any] = {**evaluation.arrays}
-            np.savez_compressed(buffer, **arrays)
-            partial.write_bytes(buffer.getvalue())
-        values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
-        values["frames"] = store.digest
-        write_json(out / "lam.json", values | evaluation.numbers)
+        _write_evaluation(out, model, store.digest, evaluation)
     return out
+
+
+def _write_evaluation(out: Path, model: LatentActionModel, frames: str, evaluation: LamEvaluation) -> None:
+    """Write `lam.npz` and then `lam.json`, which ends the run; `frames` is the digest of the data."""
+    with atomic_write(out / "lam.npz") as partial:
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {**evaluation.arrays}
+        np.savez_compressed(buffer, **arrays)
+        partial.write_bytes(buffer.getvalue())
+    values = {"model": model.spec.model, "generative": model.generative, "spec": vars(model.spec)}
+    write_json(out / "lam.json", {**values, "frames": frames, **evaluation.numbers})
+
+
+def _model(config: TrainLamConfig, lam: Any, store: FrameStore, gap: int, labeled: int) -> LatentActionModel:
+    """Return the model with random weights, for data with this many labeled training episodes.
+
+    Raises:
+        UserError: it cannot be built, or the number of labeled episodes does not fit it.
+    """
+    model = _or_refuse(lambda: _built(lam, store.action_space, config.training.device), lam.kind)
+    model.spec = replace(
+        model.spec,
+        frame_gap=gap,
+        frame_gap_s=gap / store.fps,
+        fps=store.fps,
+        camera=store.camera,
+        resize=config.data.resize,
+    )
+    if model.actions and not labeled:
+        raise UserError(
+            f"labeled_episodes must be at least 1 for lam={model.spec.model}, which learns from robot "
+            f"actions as configured, got 0. Set labeled_episodes=K."
+        )
+    if labeled and not model.actions and not model.spec.robot_actions:
+        remedy = ", or set lam.action_weight=1" if model.config.with_action_head(1.0) else ""
+        raise UserError(
+            f"labeled_episodes must be 0 for lam={model.spec.model}, which learns nothing from robot actions "
+            f"as configured, got {labeled}. Leave it out{remedy}."
+        )
+    return model
 
 
 def _built(lam: Any, actions: ActionSpace | None, device: str) -> LatentActionModel:

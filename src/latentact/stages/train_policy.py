@@ -18,18 +18,19 @@ from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, training_episodes
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
-from latentact.policies.contract import POLICIES
-from latentact.policies.spec import PolicySpec
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.policies.contract import POLICIES, Policy, PolicyConfig
+from latentact.policies.spec import PolicySpec, Targets
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig, require_trainable_size
+from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPolicyConfig:
+class TrainPolicyConfig(ClusterStage):
     """Learn a policy from latent actions (latent), robot or an IDM's actions (bc), or both (guided)."""
 
     RENAMED: ClassVar = {"labelled_episodes": "labeled_episodes"}
@@ -84,40 +85,17 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         values, exists = _robot_actions(store, train, held_out)
 
     torch.manual_seed(config.training.seed)
-    words, network = vocabulary(store.task_texts), config.policy.network
-    stride = labels.spec.frame_gap if labels and learns.latent else 1
-    spec = PolicySpec(
-        resolution=store.frames.shape[1],
-        channels=store.frames.shape[3],
-        state_size=0 if store.state is None else store.state.shape[1],
-        words=words,
-        target=learns.target,
-        action_space=None if learns.latent else store.action_space,
-        stride=stride,
-        fps=store.fps,
-        camera=store.camera,
-        guide=learns.guide,
-    )
+    network = config.policy.network
+    spec = _policy_spec(store, learns, labels.spec.frame_gap if labels and learns.latent else 1)
     latent = labels.spec if labels and (learns.latent or learns.guide) else None
-    try:
-        require_trainable_size(
-            lambda: config.policy.build(spec, latent),
-            f"policy={config.policy.kind}",
-            config.training.device,
-        )
-        policy = config.policy.build(spec, latent)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(
-            f"policy={config.policy.kind} cannot be built with these settings: {first}."
-        ) from error
+    policy = _built(config.policy, spec, latent, config.training.device)
     exists &= flagged_rows(store, config.only)
     rows = exists & store.usable & np.isin(store.episode, train)
     shape: dict[str, Any] = {
         "frames": network.n_obs_steps,
         "chunk": network.chunk_size,
-        "stride": stride,
-        "words": words,
+        "stride": spec.stride,
+        "words": spec.words,
     }
     tokens = None
     if labels and learns.guide:
@@ -150,6 +128,36 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         policy.cpu().write(out)
         write_json(out / "policy.json", {"samples": len(samples), "episodes": len(train), **evaluate()})
     return out
+
+
+def _policy_spec(store: FrameStore, learns: Targets, stride: int) -> PolicySpec:
+    """Return the inputs and outputs of a policy for this data."""
+    return PolicySpec(
+        resolution=store.frames.shape[1],
+        channels=store.frames.shape[3],
+        state_size=0 if store.state is None else store.state.shape[1],
+        words=vocabulary(store.task_texts),
+        target=learns.target,
+        action_space=None if learns.latent else store.action_space,
+        stride=stride,
+        fps=store.fps,
+        camera=store.camera,
+        guide=learns.guide,
+    )
+
+
+def _built(config: PolicyConfig, spec: PolicySpec, latent: LatentActionSpec | None, device: str) -> Policy:
+    """Return the policy with random weights.
+
+    Raises:
+        UserError: it cannot be built with its settings, or is too large for the device.
+    """
+    try:
+        require_trainable_size(lambda: config.build(spec, latent), f"policy={config.kind}", device)
+        return config.build(spec, latent)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"policy={config.kind} cannot be built with these settings: {first}.") from error
 
 
 def _robot_actions(

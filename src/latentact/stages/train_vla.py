@@ -15,12 +15,12 @@ from latentact.data.cache import FrameStore, open_store
 from latentact.data.latents import Labels, read_labels
 from latentact.data.splits import split_episodes
 from latentact.errors import UserError
-from latentact.evaluation.policy.latent_accuracy import evaluate_latents
+from latentact.evaluation.policy.latent_accuracy import evaluate_latents, table
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.model import Vla, VlaConfig, VlaSpec
 from latentact.policies.vla.plan import LAPA, Plan, plan
 from latentact.policies.vla.samples import VlaSamples
-from latentact.training.cluster.contract import CLUSTERS
+from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.fit import fit
 from latentact.training.run_folder import finished, run_folder
 from latentact.training.settings import TrainingConfig
@@ -49,7 +49,7 @@ class TrainVlaRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainVlaConfig(TrainVlaRecipe):
+class TrainVlaConfig(TrainVlaRecipe, ClusterStage):
     """Train a vision-language-action model to predict latent actions from an image and the task text."""
 
     out: str = "runs/train_vla"
@@ -69,6 +69,11 @@ class TrainVlaConfig(TrainVlaRecipe):
     tflops: Annotated[float, Between(1e-3, 1e6)] = 400.0
     """dry_run: sustained TFLOP/s of each device; 400 is about 40 % of an H100's bf16 peak."""
 
+    @property
+    def only_plans(self) -> bool:
+        """Whether only the plan is returned."""
+        return self.dry_run
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVlaResult:
@@ -78,6 +83,11 @@ class TrainVlaResult:
     """Run folder."""
     numbers: dict[str, Any]
     """Content of `vla.json`."""
+
+    def __str__(self) -> str:
+        """Return verdict, scores and folder for the terminal."""
+        scores = table(self.numbers) if "score" in self.numbers else ""
+        return "\n".join(filter(None, [self.numbers.get("verdict", ""), scores, str(self.path)]))
 
 
 def run(config: TrainVlaConfig, out: Path) -> TrainVlaResult | Plan:

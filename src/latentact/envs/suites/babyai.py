@@ -106,7 +106,7 @@ class _Bot(Expert):
         self._last = int(action) if explore is None else int(explore.integers(3))  # left, right or forward
         return self._last
 
-    def took(self, action: int | np.ndarray) -> None:
+    def report_action(self, action: int | np.ndarray) -> None:
         self._last = int(action)
 
 

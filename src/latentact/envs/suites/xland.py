@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from latentact.envs.adapt import adapt, import_gymnasium
-from latentact.envs.episode import Episode, EpisodeEnd
+from latentact.envs.episode import Actor, EnvBatch
 from latentact.envs.spec import ENVS, EnvSpec, Expert, ExpertStuckError
 from latentact.errors import UserError, did_you_mean, missing_extra
 from latentact.types import ActionSpace
@@ -31,16 +31,13 @@ if TYPE_CHECKING:
 ACTIONS = ("forward", "right", "left", "pick_up", "put_down", "toggle")
 STATE = ("row", "column", "facing_up", "facing_right", "facing_down", "facing_left", "carrying")
 PREFIX = "XLand-MiniGrid-"
-FEW = 64
-"""Number of episodes up to which so many are played at once, and otherwise a whole batch."""
+FEW, BATCH = 64, 1024
+"""Numbers of episodes that are computed at once: two sizes to compile for."""
 
 
 @ENVS.register("xland")
 class XLand:
     """Levels `LAYOUT/SEED` of the layouts of XLand-MiniGrid."""
-
-    batch = 1024
-    """Episodes that `demonstrate` plays at once."""
 
     def check(self, name: str) -> None:
         """Raise a UserError if there is no such level."""
@@ -66,6 +63,7 @@ class XLand:
             action_space=ActionSpace(kind="discrete", size=len(ACTIONS)),
             action_names=ACTIONS,
             state_names=STATE,
+            batch=BATCH,
         )
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
@@ -91,47 +89,66 @@ class XLand:
         """Return the planner of `envs.xland_planner`, which makes no random choices."""
         return _Planner(env.unwrapped, _level(name)[0])
 
-    def demonstrate(self, name: str, seeds: Sequence[int], explore: float, max_steps: int) -> list[Episode]:
-        """Play the expert's episodes with these reset seeds at once; each is as if it were played alone."""
-        layout, task = _level(name)
+    def batch(self, name: str, seeds: Sequence[int], explore: float) -> tuple[EnvBatch, Actor]:
+        """Return environments that are computed together, and the planner that acts in them."""
+        envs = _Envs(*_level(name))
+        return envs, _Planners(envs, seeds, explore)
+
+
+class _Envs:
+    """Environments of one level, computed in one call; `timestep` is their true state."""
+
+    def __init__(self, layout: _Layout, task: Task) -> None:
+        self.layout, self._task, self.timestep = layout, task, None
+        self._size = 0
+
+    def reset(self, seeds: Sequence[int]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, Any]]]:
+        """Reset all environments; computed ones that are not needed have the last seed."""
         count = len(seeds)
-        size = FEW if count <= FEW else max(count, self.batch)  # two sizes to compile for
-        filled = [*seeds, *[seeds[-1]] * (size - count)]
-        timestep, first = layout.reset_all(task.ruleset, np.array(filled))
-        frames, states = [np.array(first["pixels"])], [np.array(first["state"])]
-        rngs = [np.random.default_rng((seed, 1)) for seed in seeds]
-        episodes = [Episode(seed=int(seed), task=task.text) for seed in seeds]
-        while running := [i for i, episode in enumerate(episodes) if episode.end is None]:
-            chosen = np.full(size, -1)
-            for i in running:
-                if rngs[i].random() < explore:
-                    chosen[i] = rngs[i].integers(len(ACTIONS))
-            timestep, out = layout.advance_all(task.ruleset, timestep, chosen)
-            seen = {key: np.array(value) for key, value in out.items()}
-            frames.append(seen["pixels"])
-            states.append(seen["state"])
-            for i in running:
-                _step(episodes[i], {key: value[i] for key, value in seen.items()}, max_steps)
-        for i, episode in enumerate(episodes):
-            episode.frames = [frame[i] for frame in frames[: episode.steps + 1]]
-            episode.states = [state[i] for state in states[: episode.steps + 1]]
-        return episodes
+        self._size = FEW if count <= FEW else max(count, BATCH)
+        filled = np.array([*seeds, *[seeds[-1]] * (self._size - count)])
+        self.timestep, out = self.layout.reset_all(self._task.ruleset, filled)
+        rows = {key: np.array(value) for key, value in out.items()}
+        for i in range(count):
+            yield _observation(rows, i), {"task": self._task.text}
+
+    def step(
+        self, actions: Mapping[int, int]
+    ) -> Iterator[tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]]:
+        """Step all environments; those without an action go forward."""
+        chosen = np.zeros(self._size, np.int64)
+        chosen[[*actions]] = [*actions.values()]
+        self.timestep, out = self.layout.step_all(self._task.ruleset, self.timestep, chosen)
+        rows = {key: np.array(value) for key, value in out.items()}
+        for i in actions:
+            terminated = bool(rows["terminated"][i])
+            truncated, info = bool(rows["truncated"][i]), {"is_success": terminated}
+            yield _observation(rows, i), float(rows["reward"][i]), terminated, truncated, info
 
 
-def _step(episode: Episode, seen: dict[str, Any], max_steps: int) -> None:
-    """Add a step to an episode."""
-    if not seen["possible"]:
-        episode.end = EpisodeEnd.ACTOR
-        return
-    episode.actions.append(int(seen["action"]))
-    episode.rewards.append(float(seen["reward"]))
-    episode.successes.append(bool(seen["terminated"]))
-    if seen["terminated"]:
-        episode.end = EpisodeEnd.TERMINATED
-    elif seen["truncated"]:
-        episode.end = EpisodeEnd.TRUNCATED
-    elif episode.steps == max_steps:
-        episode.end = EpisodeEnd.MAX_STEPS
+def _observation(rows: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    return {"pixels": rows["pixels"][i], "agent_pos": rows["state"][i]}
+
+
+class _Planners:
+    """The planner in many environments."""
+
+    def __init__(self, envs: _Envs, seeds: Sequence[int], explore: float) -> None:
+        self._envs, self._seeds, self._explore = envs, seeds, explore
+
+    def reset(self, num_envs: int) -> None:
+        """Start the random choices of every episode."""
+        self._rngs = [np.random.default_rng((seed, 1)) for seed in self._seeds]
+
+    def act(self, observation: dict[str, Any]) -> list[int | None]:
+        """Return one action per episode; None where there is no path to the goal."""
+        assert self._envs.timestep is not None
+        planned, possible = map(np.array, self._envs.layout.plan_all(self._envs.timestep.state))
+        actions: list[int | None] = []
+        for i, rng in enumerate(self._rngs):
+            action = rng.integers(len(ACTIONS)) if rng.random() < self._explore else planned[i]
+            actions.append(int(action) if possible[i] else None)
+        return actions
 
 
 class _Planner(Expert):
@@ -159,18 +176,12 @@ class _Layout:
         self.size: int = params.height
 
         def reset(ruleset: Any, seed: Any) -> tuple[Any, dict[str, Any]]:
-            return seen(env.reset(params.replace(ruleset=ruleset), jax.random.key(seed)))
+            return observe(env.reset(params.replace(ruleset=ruleset), jax.random.key(seed)))
 
         def step(ruleset: Any, timestep: Any, action: Any) -> tuple[Any, dict[str, Any]]:
-            return seen(env.step(params.replace(ruleset=ruleset), timestep, action))
+            return observe(env.step(params.replace(ruleset=ruleset), timestep, action))
 
-        def advance(ruleset: Any, timestep: Any, chosen: Any) -> tuple[Any, dict[str, Any]]:
-            action, possible = plan(timestep.state)
-            action = jnp.where(chosen < 0, action, chosen)
-            timestep, out = step(ruleset, timestep, action)
-            return timestep, {**out, "action": action, "possible": possible}
-
-        def seen(timestep: Any) -> tuple[Any, dict[str, Any]]:
+        def observe(timestep: Any) -> tuple[Any, dict[str, Any]]:
             agent = timestep.state.agent
             state = [agent.position, jnp.arange(4) == agent.direction, agent.pocket[:1] != 0]
             return timestep, {
@@ -181,10 +192,10 @@ class _Layout:
                 "truncated": timestep.last() & (timestep.discount != 0),
             }
 
-        self.plan = jax.jit(plan)
+        self.plan, self.plan_all = jax.jit(plan), jax.jit(jax.vmap(plan))
         self.reset, self.step = jax.jit(reset), jax.jit(step)
         self.reset_all = jax.jit(jax.vmap(reset, (None, 0)))
-        self.advance_all = jax.jit(jax.vmap(advance, (None, 0, 0)))
+        self.step_all = jax.jit(jax.vmap(step, (None, 0, 0)))
 
 
 @functools.cache
@@ -231,13 +242,13 @@ def _env_class() -> type[gym.Env]:
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
             super().reset(seed=seed)
             drawn = int(self.np_random.integers(2**31)) if seed is None else seed
-            self.timestep, seen = self._layout.reset(self._ruleset, drawn)
-            return {key: np.array(seen[key]) for key in ("pixels", "state")}, {}
+            self.timestep, out = self._layout.reset(self._ruleset, drawn)
+            return {key: np.array(out[key]) for key in ("pixels", "state")}, {}
 
         def step(self, action: int):
-            self.timestep, seen = self._layout.step(self._ruleset, self.timestep, action)
-            flags = [bool(seen[key]) for key in ("terminated", "truncated")]
-            observation = {key: np.array(seen[key]) for key in ("pixels", "state")}
-            return observation, float(seen["reward"]), *flags, {}
+            self.timestep, out = self._layout.step(self._ruleset, self.timestep, action)
+            flags = [bool(out[key]) for key in ("terminated", "truncated")]
+            observation = {key: np.array(out[key]) for key in ("pixels", "state")}
+            return observation, float(out["reward"]), *flags, {}
 
     return XLandEnv

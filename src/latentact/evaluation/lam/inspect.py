@@ -85,17 +85,7 @@ def inspect_lam(
     probed = Probed(case, latents, wrong, base.numbers["probes"])
     errors = {f"{name}_mse": base.numbers.get(f"{name}_mse") for name in ("recon", "copy", "shuffled")}
     control = controllability(case) if model.generative and case.rgb else None
-    if not model.generative:
-        case.missing.append("The model predicts no frames, so reconstruction and control are not evaluated.")
-    if not model.uses_images:
-        case.missing.append("The model uses robot states only, so saliency is not evaluated.")
-    if base.numbers["episodes"] == 1:
-        case.missing.append(
-            "There is only one evaluation episode: probes are fitted on its beginning and scored on its end, "
-            "and intervals do not cover other episodes."
-        )
-    if base.numbers["codebook"] is None:
-        case.missing.append("The model has no codes, so no codebook is evaluated.")
+    case.missing.extend(_limits(model, base.numbers))
     numbers: dict[str, Any] = {
         "latents": {
             "dims": latents.shape[1],
@@ -117,7 +107,7 @@ def inspect_lam(
         "leakage": leakage(case, rng),
         "gaps": gap_curve(case),
         "saliency": saliency(case, base.arrays) if case.rgb and model.uses_images else None,
-        "sees": model.uses_images,
+        "uses_images": model.uses_images,
         "action_names": list(store.action_names),
         "transitions": len(rows),
         "episodes": base.numbers["episodes"],
@@ -125,6 +115,23 @@ def inspect_lam(
     arrays = {**base.arrays, **_maps(latents, seed, case.missing)}
     numbers |= {"missing": case.missing, "verdict": interpret(numbers).to_json()}
     return Inspection(numbers=numbers, arrays=arrays)
+
+
+def _limits(model: LatentActionModel, numbers: dict[str, Any]) -> list[str]:
+    """Return a sentence for each property of model and data that leaves something out."""
+    found = []
+    if not model.generative:
+        found.append("The model predicts no frames, so reconstruction and control are not evaluated.")
+    if not model.uses_images:
+        found.append("The model uses robot states only, so saliency is not evaluated.")
+    if numbers["episodes"] == 1:
+        found.append(
+            "There is only one evaluation episode: probes are fitted on its beginning and scored on its end, "
+            "and intervals do not cover other episodes."
+        )
+    if numbers["codebook"] is None:
+        found.append("The model has no codes, so no codebook is evaluated.")
+    return found
 
 
 def _maps(latents: Float[np.ndarray, "n f"], seed: int, missing: list[str]) -> dict[str, np.ndarray]:

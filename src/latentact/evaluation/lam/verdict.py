@@ -274,7 +274,7 @@ def _cautions(numbers: dict[str, Any]) -> Iterator[Finding]:
         if _good_across_cuts(leak):
             cut = f"; across a cut the error is {leak['across_cuts']:.0%} of that of copying"
         content, remedy = "the next state", "Make the bottleneck smaller"
-        if numbers["sees"]:
+        if numbers["uses_images"]:
             content = "the appearance of the next frame"
             remedy += (
                 ", give the model the difference of the frames, or shift and crop both of a pair together"

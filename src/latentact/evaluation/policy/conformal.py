@@ -9,10 +9,12 @@ predictor errs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
 
 from latentact.errors import UserError
 
@@ -50,6 +52,20 @@ def scaled(logs: Float[np.ndarray, "n c"], power: float) -> Float[np.ndarray, "n
     return np.clip(raised / raised.sum(1, keepdims=True), 1e-12, 1)
 
 
+@runtime_checkable
+class Calibration(Protocol):
+    """What makes sets or intervals of predictions."""
+
+    def columns(self, predicted: Float[Tensor, "n o"], inputs: Float[Tensor, "n f"]) -> dict[str, np.ndarray]:
+        """Return columns of n steps: the action, its set or interval, and its uncertainty.
+
+        Args:
+            predicted: output of the predictor.
+            inputs: its inputs.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassCalibration:
     """Calibrated class probabilities and prediction sets."""
@@ -76,6 +92,12 @@ class ClassCalibration:
         """Return the prediction set of each step, which is empty if no class is probable enough."""
         return 1 - self.probabilities(probabilities) <= self.threshold
 
+    def columns(self, predicted: Float[Tensor, "n c"], inputs: Float[Tensor, "n f"]) -> dict[str, np.ndarray]:
+        """Return `action`, `set` and `uncertainty` of each step; see `Calibration`."""
+        raw = predicted.double().numpy()
+        likely = self.probabilities(raw)
+        return {"action": likely.argmax(1), "set": self.sets(raw), "uncertainty": 1 - likely.max(1)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalCalibration:
@@ -87,6 +109,8 @@ class IntervalCalibration:
     """Absolute errors at the labeled steps."""
     factors: Float64[np.ndarray, " a"]
     """Threshold: half-width in units of the scale."""
+    spread: Float[np.ndarray, " a"]
+    """Standard deviation of the labeled actions: the unit of the uncertainty."""
 
     @classmethod
     def fit(
@@ -95,6 +119,7 @@ class IntervalCalibration:
         residuals: Float[np.ndarray, "c a"],
         groups: Int64[np.ndarray, " c"],
         level: float,
+        spread: Float[np.ndarray, " a"],
     ) -> IntervalCalibration:
         """Calibrate on steps that the predictor was not trained on; their scales come from other groups."""
         scale = np.empty_like(residuals)
@@ -104,11 +129,21 @@ class IntervalCalibration:
                 others = ~others  # a single episode
             scale[groups == group] = _scale(inputs[others], residuals[others], inputs[groups == group])
         factors = [conformal_quantile(column, level) for column in (residuals / scale).T]
-        return cls(inputs=inputs, residuals=residuals, factors=np.array(factors))
+        return cls(inputs=inputs, residuals=residuals, factors=np.array(factors), spread=spread)
 
     def half_widths(self, inputs: Float[np.ndarray, "n f"]) -> Float[np.ndarray, "n a"]:
         """Return the half-width of the interval of each value."""
         return _scale(self.inputs, self.residuals, inputs) * self.factors
+
+    def columns(self, predicted: Float[Tensor, "n a"], inputs: Float[Tensor, "n f"]) -> dict[str, np.ndarray]:
+        """Return `action`, `low`, `high` and `uncertainty` of each step; see `Calibration`."""
+        half, action = self.half_widths(inputs.numpy()), predicted.numpy()
+        return {
+            "action": action,
+            "low": (action - half).astype(np.float32),
+            "high": (action + half).astype(np.float32),
+            "uncertainty": (half / self.spread).mean(1),
+        }
 
 
 def _scale(

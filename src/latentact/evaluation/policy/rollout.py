@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from latentact.agents.agent import Agent
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import Distraction
 from latentact.envs.episode import Actor, Episode, ExpertActor, run_episodes
@@ -76,13 +75,14 @@ def rollout(
     resolution: int = 0,
     view: str = "agent",
     distract: Distraction | None = None,
+    frames: bool = True,
     max_steps: int = 0,
     record: int = 0,
     num_envs: int = 64,
     latency: int = 0,
     action_noise: float = 0.0,
 ) -> Rollout:
-    """Run `actor` for a number of episodes; one that needs no camera acts on black frames, except on video.
+    """Run `actor` for a number of episodes.
 
     Args:
         actor: the agent; None: the environment's expert.
@@ -92,6 +92,7 @@ def rollout(
         resolution: height and width of the frames in pixels; 0: the environment's own.
         view: see `make_env`.
         distract: see `make_env`.
+        frames: False: the actor gets black frames, which cost no time, except where they are recorded.
         max_steps: steps after which an episode ends; 0: the environment's own limit.
         record: number of episodes, from the first, whose frames are kept.
         num_envs: episodes run in parallel; affects speed only.
@@ -114,7 +115,7 @@ def rollout(
     finished: list[Episode] = []
     videos: list[list[np.ndarray]] = [[] for _ in range(min(record, episodes))]
     error = None
-    draws = actor is not None and not (isinstance(actor, Agent) and not actor.spec.cameras)
+    draws = frames and actor is not None
     for group in groups:
         seeds, used = (seed + group).tolist(), envs[: len(group)]
         for env, number in zip(used, group, strict=True):

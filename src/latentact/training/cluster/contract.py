@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from latentact.config import Between, check_bounds
 from latentact.registry import Registry
@@ -21,15 +21,27 @@ class Cluster(Protocol):
     compute: ComputeConfig
 
     def launch(self, command: str, run: Callable[[Any, Path], Any], config: Any, out: Path) -> Any:
-        """Return `run(config, out)`, or a placeholder if the stage runs later.
+        """Return `run(config, out)`, or a placeholder if the stage runs later: a dataclass with a `__str__`.
 
         Args:
             command: name of the command (`train-lam`), to be repeated on the cluster.
             run: the stage.
-            config: its settings.
+            config: its settings, a `ClusterStage`.
             out: its run folder.
         """
         ...
+
+
+class ClusterStage:
+    """Base of the settings of a stage that has the setting `cluster`."""
+
+    ONE_PROCESS: ClassVar[bool] = False
+    """Whether it trains several small models one after another, for which more processes are of no use."""
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether the stage writes nothing, so that it runs here and at once."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -123,17 +123,17 @@ class SlurmConfig:
             UserError: SLURM is missing or rejects the job, the run folder has other settings, or its job is
                 still in the queue.
         """
-        if self.compute.num_nodes * self.compute.gpus_per_node > 1 and getattr(config, "ONE_PROCESS", False):
+        if self.compute.num_nodes * self.compute.gpus_per_node > 1 and config.ONE_PROCESS:
             raise UserError(
                 f"cluster.compute must be one machine with one GPU for {command}, which trains several small "
                 f"models one after another. Leave out num_nodes and gpus_per_node."
             )
         sizes = {(t.num_nodes, t.devices) for t in trainings(config)}
-        asked = (self.compute.num_nodes, self.compute.gpus_per_node)
-        if sizes - {asked}:
+        processes = (self.compute.num_nodes, self.compute.gpus_per_node)
+        if sizes - {processes}:
             raise UserError(
-                f"training.num_nodes and training.devices must be those of cluster.compute {asked}, got "
-                f"{max(sizes - {asked})}. Set only cluster.compute.num_nodes and gpus_per_node."
+                f"training.num_nodes and training.devices must be those of cluster.compute {processes}, got "
+                f"{max(sizes - {processes})}. Set only cluster.compute.num_nodes and gpus_per_node."
             )
         if "SLURM_JOB_ID" in os.environ:
             return run(config, out)
