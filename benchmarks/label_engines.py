@@ -28,7 +28,7 @@ from latentact.data.stream import FrameStream
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.labeling.engines import local
 from latentact.labeling.engines.ray import Ray, _cluster
-from latentact.labeling.units import Engine, Job, Shard
+from latentact.labeling.units import Engine, Job, ProcessRank
 from latentact.lams.contract import load_lam
 from latentact.lams.models.lapo import LapoConfig
 
@@ -45,7 +45,7 @@ def rate(engine: Engine, config: DataConfig, lam: str, cache: str) -> tuple[floa
     """Return frames per second, and CPU seconds per 1,000 frames, of the middle of a run."""
     found = (0.0, 0.0)
 
-    def timed(job: Job, shard: Shard) -> None:
+    def timed(job: Job, process: ProcessRank) -> None:
         nonlocal found
         ends: list[tuple[float, dict[int, float]]] = []  # time and CPU times at the start and at the end
 
@@ -57,7 +57,7 @@ def rate(engine: Engine, config: DataConfig, lam: str, cache: str) -> tuple[floa
 
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
-        engine(job, shard)
+        engine(job, process)
         watcher.join()
         low, high = middle(job)
         frames = (high - low) * EPISODE

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from latentact.composition import load_experiment
-from latentact.data.cache import FrameStore, open_store
+from latentact.data.cache import open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.samples import PolicySamples
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import FrameStore
 from latentact.data.windows import Clips
 from latentact.evaluation.lam.inspect_probes import NUISANCE
 from latentact.evaluation.lam.metrics import encode_rows

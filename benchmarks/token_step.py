@@ -29,7 +29,7 @@ from lerobot.policies import make_policy, make_policy_config, make_pre_post_proc
 from lerobot.utils.import_utils import register_third_party_plugins
 from torch.utils.data import default_collate
 
-from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
 
 KINDS = ("unconditioned", "precomputed", "on the fly")
@@ -107,7 +107,7 @@ def write_data(folder: Path) -> None:
         values = place.astype(np.float32)
         done = np.arange(LENGTH) == LENGTH - 1
         reward = done.astype(np.float32)
-        episode = Episode(
+        episode = EpisodeBuffer(
             frames=frames, state=values, action=values, reward=reward, success=done, task="move"
         )
         stage_episode(path, spec, episode)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.vq_ema import VqEmaConfig
 from latentact.types import ActionSpace
@@ -43,7 +43,7 @@ def write_demonstrations(folder: Path, episodes: int = 3, seed: int = 0) -> Path
     )
     rng, paths = np.random.default_rng(seed), [folder / f"{i}.npz" for i in range(episodes)]
     for path in paths:
-        one = Episode(
+        one = EpisodeBuffer(
             frames=rng.integers(0, 256, (STEPS, SIZE, SIZE, 3), np.uint8),
             state=10 * rng.random((STEPS, 2), np.float32),
             action=rng.random((STEPS, 2), np.float32),

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from latentact.agents.agent import Agent, AgentSpec
     from latentact.agents.load import load_agent
     from latentact.agents.own import PolicyActor
-    from latentact.data.cache import DataConfig, FrameStore, open_store
+    from latentact.data.cache import DataConfig, open_store
     from latentact.data.conformance import check_format
+    from latentact.data.store import FrameStore
     from latentact.envs.conformance import check_env
     from latentact.errors import UserError
     from latentact.guidance.extractor import LatentActionExtractor
@@ -34,7 +35,7 @@ _WHERE = {
     "AgentSpec": "agents.agent",
     "Clip": "types",
     "DataConfig": "data.cache",
-    "FrameStore": "data.cache",
+    "FrameStore": "data.store",
     "Guide": "guidance.guide",
     "LatentActionExtractor": "guidance.extractor",
     "LatentActionModel": "lams.contract",

@@ -21,10 +21,14 @@ class Registry[T]:
         kind: name of the kind in messages ("lam", "format").
         package: dotted name of the package whose modules register the entries.
         group: entry-point group of external packages; `package` by default.
+        contract: class of the entries; those that do not subclass it get its defaults.
     """
 
-    def __init__(self, kind: str, package: str, group: str | None = None) -> None:
+    def __init__(
+        self, kind: str, package: str, group: str | None = None, contract: type | None = None
+    ) -> None:
         self.kind, self.package, self.group = kind, package, group or package
+        self._defaults = _defaults(contract) if contract else {}
         self._items: dict[str, T] = {}
         self._discovered = False
 
@@ -34,6 +38,9 @@ class Registry[T]:
         def add(item: U) -> U:
             if self._items.setdefault(name, item) is not item:  # type: ignore[comparison-overlap,arg-type]
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
+            known = {*dir(item), *getattr(item, "__dataclass_fields__", ())}
+            for member in self._defaults.keys() - known:
+                setattr(item, member, self._defaults[member])
             return item
 
         return add
@@ -63,3 +70,9 @@ class Registry[T]:
             importlib.import_module(f"{self.package}.{module.name}")
         for point in entry_points(group=self.group):
             point.load()
+
+
+def _defaults(contract: type) -> dict[str, object]:
+    """Return the public members of a class that have a default: all but annotations and abstract methods."""
+    abstract: frozenset[str] = getattr(contract, "__abstractmethods__", frozenset())
+    return {k: v for k, v in vars(contract).items() if not k.startswith("_") and k not in abstract}

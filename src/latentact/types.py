@@ -7,6 +7,7 @@ state, n frames.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -79,9 +80,15 @@ class Clip:
     """Added to the normalized states, where they are an input; the same at every frame."""
 
     @property
-    def seen(self) -> UInt8[Tensor, "b t c h w"]:
+    def idm_frames(self) -> UInt8[Tensor, "b t c h w"]:
         """The frames that inverse dynamics observes; `frames` are the targets of forward dynamics."""
         return self.frames if self.observed is None else self.observed
+
+    @property
+    def seen(self) -> UInt8[Tensor, "b t c h w"]:
+        """Deprecated name of `idm_frames`."""
+        warnings.warn("Clip.seen is deprecated; use Clip.idm_frames.", DeprecationWarning, stacklevel=2)
+        return self.idm_frames
 
     def to(self, device: str) -> Clip:
         """Return the clip on `device`."""

@@ -11,7 +11,7 @@ import torch
 
 from latentact import check_lam
 from latentact.data.cache import DataConfig
-from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError
@@ -330,7 +330,7 @@ def states_in_data(tmp_path):
         state_names=("x", "y", "z"),
         robot_type="toy",
     )
-    episode = Episode(
+    episode = EpisodeBuffer(
         frames=frames.permute(0, 2, 3, 1).numpy(),
         state=states(frames).numpy(),
         action=np.zeros(11, np.int64),

@@ -9,8 +9,8 @@ import torch
 
 import latentact
 from latentact.agents.own import PolicyActor
-from latentact.data.cache import FrameStore
 from latentact.data.samples import PolicyBatch, PolicySamples, count_words, vocabulary
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
 from latentact.policies.conformance import check_policy, random_batch

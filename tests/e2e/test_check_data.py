@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from conftest import cli, latentact
-from latentact.data.check import still_spans
+from latentact.data.check_frames import still_spans
 from latentact.data.decode.video import decode, probe
 from wild import STATE, TOP, change_tables, lerobot, numbered, turn, with_column, write_video
 

@@ -18,7 +18,7 @@ from test_kill import killed
 
 from conftest import TINY_LAM, TINY_POLICY, cli, contents, ok, refused
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.types import ActionSpace
 
 CAMERA, SIZE, STEPS, EPISODES = "observation.images.top", 32, 10, 12
@@ -49,7 +49,7 @@ def write_moves(folder: Path, episodes: int = EPISODES) -> Path:
         stage_episode(
             staged[-1],
             spec,
-            Episode(
+            EpisodeBuffer(
                 frames=frames,
                 state=state.astype(np.float32),
                 action=action,

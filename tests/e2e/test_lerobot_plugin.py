@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import cli
-from latentact.training.lerobot import LeRobotTrainee
+from latentact.training.lerobot.train import LeRobotTrainee
 from toy_lerobot import GAP, SMALL, STEPS, TOKENS, write_demonstrations, write_lam
 
 BATCH, EPOCH = 8, 2

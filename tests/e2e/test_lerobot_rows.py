@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from conftest import ok, refused
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.envs.spec import env_spec
 
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(5):
         n = 12
         paths.append(folder / f"{i}.npz")
-        episode = Episode(
+        episode = EpisodeBuffer(
             frames=rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8),
             state=rng.uniform(0, 512, (n, 2)).astype(np.float32),
             action=(100 * i + rng.uniform(0, 10, (n, 2))).astype(np.float32),

@@ -45,7 +45,7 @@ def pictures(episode, length, size=SIZE):
 
 
 def write_v3(root, lengths=LENGTHS, size=SIZE):
-    from latentact.data.lerobot.writer import Episode, RecordSpec, stage_episode, write_dataset
+    from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
     from latentact.types import ActionSpace
 
     spec = RecordSpec(
@@ -62,7 +62,7 @@ def write_v3(root, lengths=LENGTHS, size=SIZE):
     staging.mkdir(parents=True)
     for number, n in enumerate(lengths):
         numbers = np.arange(2 * n, dtype=np.float32).reshape(n, 2) + number
-        episode = Episode(
+        episode = EpisodeBuffer(
             frames=pictures(number, n, size),
             state=numbers,
             action=-numbers,

@@ -13,7 +13,8 @@ from test_export import CAMERA, write_moves
 
 from conftest import cli, contents, fork, ok, refused
 from latentact.agents.agent import AgentSpec
-from latentact.data.cache import DataConfig, flagged_rows, open_store
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.store import flagged_rows
 from latentact.envs import input_devices
 from latentact.envs.spec import make_env
 from latentact.types import ActionSpace

@@ -91,7 +91,7 @@ def test_targets_stay_as_they_are() -> None:
     assert out.frames is images
     assert out.states is clip.states
     assert out.observed is not None
-    assert not torch.equal(out.seen, images)
+    assert not torch.equal(out.idm_frames, images)
     assert out.state_noise is not None
     assert out.state_noise.shape == (2, 2)
     batch = PolicyBatch(frames=images, state=torch.full((2, 2), 5.0), words=torch.zeros(2, 0),
@@ -114,7 +114,7 @@ class Mean(nn.Module):
 
     def loss(self, batch: Clip) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the squared distance to the mean."""
-        return (batch.seen.float().mean() / 255 - self.level).square(), {}
+        return (batch.idm_frames.float().mean() / 255 - self.level).square(), {}
 
 
 class Noise(Dataset):

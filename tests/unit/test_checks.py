@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from conftest import write_blocks
-from latentact import UserError, check_format, check_lam
-from latentact.data.format import FORMATS
+from latentact import Clip, UserError, check_format, check_lam
+from latentact.data.format import FORMATS, EpisodeMetadata
+from latentact.lams.contract import LamConfig
 from latentact.lams.models.clam import ClamConfig
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.vq_ema import VqEmaConfig
+from latentact.registry import Registry
 
 SMALL = LapoConfig(
     size=32,
@@ -154,3 +156,29 @@ def test_a_format_that_detects_everything_is_noticed(tmp_path: Path) -> None:
     greedy.detect = lambda path: True
     with pytest.raises(UserError, match="detect must be false for an empty folder"):
         check_format(greedy, data)
+
+
+def test_a_registered_config_gets_the_defaults_of_its_contract() -> None:
+    class Plain:
+        kind = "plain"
+
+    class Own(Plain):
+        target = "its own"
+
+    registry: Registry[Any] = Registry("lam", "latentact.lams.models", contract=LamConfig)
+    registry.register("own")(Own)
+    registry.register("plain")(Plain)
+    assert (Plain.target, Plain.read_published(Path("a.pt")), Own.target) == (None, None, "its own")
+    assert not hasattr(Plain, "with_action_head")
+
+
+def test_former_names_of_the_data_warn() -> None:
+    with pytest.warns(DeprecationWarning, match="use EpisodeMetadata"):
+        from latentact.data.format import Episode
+    assert Episode is EpisodeMetadata
+    frames = torch.zeros(1, 2, 3, 4, 4, dtype=torch.uint8)
+    clip = Clip(
+        frames=frames, valid=torch.ones(1, 2, dtype=torch.bool), index=torch.zeros(1, dtype=torch.int64)
+    )
+    with pytest.warns(DeprecationWarning, match=r"use Clip.idm_frames"):
+        assert clip.seen is clip.idm_frames

@@ -15,7 +15,7 @@ from latentact.io.arrays import load_npy
 from latentact.io.tensors import require_array
 from latentact.labeling import precision
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
-from latentact.labeling.units import Shard, units_of
+from latentact.labeling.units import ProcessRank, units_of
 from latentact.lams.contract import LatentActionModel
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -224,10 +224,10 @@ def test_shares_are_joined_by_the_first(numbered, tmp_path):
     whole = encode_dataset(
         Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "whole"), batch_size=4)
     )
-    shards = [Shard(rank=rank, world=2) for rank in (1, 0)]
+    shards = [ProcessRank(rank=rank, world_size=2) for rank in (1, 0)]
     found = [
         encode_dataset(
-            Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "cut"), batch_size=4, shard=s)
+            Corner(), numbered, 1, EncodeOptions(cache_dir=str(tmp_path / "cut"), batch_size=4, process=s)
         )
         for s in shards
     ]
@@ -239,7 +239,7 @@ def test_shares_that_contradict_each_other(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK must be between 0 and WORLD_SIZE - 1"):
-        Shard.from_environment()
+        ProcessRank.from_environment()
 
 
 def test_a_damaged_video_has_no_tokens_and_harms_no_other(tmp_path):

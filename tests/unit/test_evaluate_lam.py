@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentact.data.cache import FrameStore
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 from latentact.evaluation.lam.metrics import evaluate_lam
 from latentact.types import ActionSpace, LatentActions, LatentActionSpec

@@ -12,7 +12,8 @@ import torch
 
 import latentact.labeling.features as frozen
 from conftest import cli
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.store import FrameStore
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.lams.contract import load_lam

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from conftest import write_blocks
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.samples import PolicyBatch
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import FrameStore
 from latentact.data.windows import Clips
 from latentact.lams.models.idm import IdmConfig
 from latentact.lams.models.lapo import LapoConfig

@@ -21,7 +21,7 @@ from latentact.quantizers.kl import KlConfig
 from latentact.quantizers.lfq import Lfq, LfqConfig
 from latentact.quantizers.nsvq import Nsvq, NsvqConfig
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantizer
-from latentact.quantizers.residual_vq import Residual, ResidualVqConfig
+from latentact.quantizers.residual_vq import ResidualVq, ResidualVqConfig
 from latentact.quantizers.usage import UsageGuard, usage
 from latentact.quantizers.vq import Vq, VqConfig
 from latentact.stages.train_lam import TrainLamConfig
@@ -102,7 +102,7 @@ def test_lfq_codes_are_signs() -> None:
 
 def test_residual_vectors_are_sums_of_entries() -> None:
     torch.manual_seed(0)
-    residual = Residual(ResidualVqConfig(dim=8, codebooks=2, positions=2, codebook_size=4))
+    residual = ResidualVq(ResidualVqConfig(dim=8, codebooks=2, positions=2, codebook_size=4))
     residual.eval()
     x = torch.randn(5, 8) * 0.1
     out = residual(x)

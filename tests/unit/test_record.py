@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from latentact.data.lerobot.writer import (
-    Episode,
+    EpisodeBuffer,
     RecordSpec,
     number_statistics,
     pixel_statistics,
@@ -32,7 +32,7 @@ def episode(seed, n=5, size=8, action=None, task="go"):
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, size, dtype=np.uint8)
     frames = np.stack([np.broadcast_to(ramp[:, None, None] + 10 * i, (size, size, 3)) for i in range(n)])
-    return Episode(
+    return EpisodeBuffer(
         frames=frames if size >= 96 else rng.integers(0, 256, (n, size, size, 3), np.uint8),
         state=rng.random((n, 2), np.float32),
         action=rng.integers(0, 3, n) if action is None else action,
@@ -86,7 +86,7 @@ def test_large_frames_become_video_that_stays_in_step(tmp_path):
         96, action_space=ActionSpace(kind="continuous", size=2), action_names=("x", "y"), state_names=()
     )
     episodes = [episode(0, size=96, action=actions), episode(1, n=3, size=96, action=actions[:3])]
-    dataset = written(tmp_path, form, [Episode(**{**vars(e), "state": None}) for e in episodes])
+    dataset = written(tmp_path, form, [EpisodeBuffer(**{**vars(e), "state": None}) for e in episodes])
     assert dataset.meta.features["observation.images.top"]["dtype"] == "video"
     assert "observation.state" not in dataset.meta.features
     row = 0

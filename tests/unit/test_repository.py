@@ -73,6 +73,15 @@ def test_no_file_is_too_long() -> None:
     assert {name for name, lines in files.items() if lines > 600} == set(LONG_FILES)
 
 
+def test_no_two_public_classes_share_a_name() -> None:
+    found: dict[str, list[str]] = {}
+    for file in [*(ROOT / "src").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        for name in re.findall(r"^class ([A-Za-z]\w*)", file.read_text(), re.MULTILINE):
+            found.setdefault(name, []).append(file.relative_to(ROOT).as_posix())
+    several = {name: files for name, files in found.items() if len(files) > 1}
+    assert several.keys() <= {"Actor", "Result"}, several
+
+
 def test_import_does_not_import_torch() -> None:
     loaded = in_a_process("import latentact, sys; print(*sys.modules)").split()
     assert "latentact" in loaded

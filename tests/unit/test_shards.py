@@ -19,13 +19,14 @@ from PIL import Image
 import distributed_training
 from conftest import fork, ranks, write_blocks
 from latentact.data.access import IndexedFrames
-from latentact.data.cache import DataConfig, Sampling, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.check import check_data
 from latentact.data.mixture import MixedStore, MixturePart, TrainingDataConfig, open_training_store
 from latentact.data.order import Order
 from latentact.data.splits import split_episodes
+from latentact.data.store import Sampling
 from latentact.data.stream import FrameStream
-from latentact.data.tars import Shard, sealed, tar_files, write_record
+from latentact.data.tars import ShardIndex, sealed, tar_files, write_record
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.io.video_writer import write_video
@@ -191,7 +192,7 @@ def test_a_damaged_image_is_named_when_it_is_read(shards, tmp_path):
     data[begin : begin + 60] = bytes(60)
     tar.write_bytes(data)
     about["sha256"] = hashlib.sha256(data).hexdigest()  # as if it had been written so
-    write_record(tar.with_suffix(".json"), sealed(Shard.model_validate(about)))
+    write_record(tar.with_suffix(".json"), sealed(ShardIndex.model_validate(about)))
     store = opened(copy)
     assert store.frames[:2].shape[0] == 2
     with pytest.raises(UserError, match=r"blocks.npz #0 #0 in shard-000000.tar .*frame 2 cannot be decoded"):

@@ -44,7 +44,7 @@ def model(latent=TWO, config=TINY, head=None, kind="tiny", **spec):
 @pytest.mark.parametrize("kind", toy_vlms.KINDS)
 def test_a_code_sees_those_before_it_only(kind):
     vla = model(replace(TWO, tokens=4), kind=kind)
-    inputs = vla.ask(images(), ["push", "pull it", "go", "stop there"])
+    inputs = vla.prepare_inputs(images(), ["push", "pull it", "go", "stop there"])
     codes = torch.zeros(4, 3, dtype=torch.long)
     with torch.no_grad():
         logits = vla.code_logits(inputs, None, codes)
@@ -56,11 +56,13 @@ def test_a_code_sees_those_before_it_only(kind):
             assert torch.equal(other[:, : position + 1], logits[:, : position + 1])
             assert not torch.allclose(other[:, position + 1], logits[:, position + 1], atol=1e-5)
         # Padding on the left changes nothing.
-        alone = vla.code_logits(vla.ask(images()[:1], ["push"]), None, codes[:1])
+        alone = vla.code_logits(vla.prepare_inputs(images()[:1], ["push"]), None, codes[:1])
         assert torch.allclose(alone, logits[:1], atol=1e-4)
         # The image and the text matter.
         assert not torch.allclose(
-            vla.code_logits(vla.ask(images(seed=1), ["push"] * 4), None, codes)[0], alone[0], atol=1e-5
+            vla.code_logits(vla.prepare_inputs(images(seed=1), ["push"] * 4), None, codes)[0],
+            alone[0],
+            atol=1e-5,
         )
         decoded = vla.decode(inputs, None)
     assert decoded.shape == (4, 4)
@@ -92,7 +94,7 @@ def toy(vla):
     table = torch.tensor([(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30)], dtype=torch.uint8)
     frames = table[color][:, :, None, None].expand(-1, -1, 16, 16).contiguous()
     codes = torch.stack([color, (color + 1 + verb) % 4], dim=1)
-    inputs = vla.ask(frames, [("push", "pull")[v] for v in verb])
+    inputs = vla.prepare_inputs(frames, [("push", "pull")[v] for v in verb])
     return VlaBatch(inputs=inputs, latent=codes, latent_mask=torch.ones(8, dtype=torch.bool))
 
 
@@ -176,7 +178,7 @@ def test_numbers_without_codes(regression):
     vla = model(NUMBERS, replace(TINY, regression=regression, use_state=True), state_size=2)
     numbers = np.random.default_rng(0).normal(3, 2, (64, 2, 3)).astype(np.float32)
     vla.set_stats(numbers, np.arange(128, dtype=np.float32).reshape(64, 2))
-    inputs, state = vla.ask(images(), ["go"] * 4), torch.tensor([[64.0, 65.0]] * 4)
+    inputs, state = vla.prepare_inputs(images(), ["go"] * 4), torch.tensor([[64.0, 65.0]] * 4)
     decoded = vla.decode(inputs, state)
     assert decoded.shape == (4, 2, 3)
     mask = torch.tensor([True, True, False, True])
@@ -195,7 +197,7 @@ def test_masked_rows_do_not_count():
     batch = toy(vla)
     half = replace(batch, latent_mask=torch.arange(8) < 4)
     kept = VlaBatch(
-        inputs=vla.ask(images(8), ["a"] * 8),
+        inputs=vla.prepare_inputs(images(8), ["a"] * 8),
         latent=batch.latent,
         latent_mask=torch.zeros(8, dtype=torch.bool),
     )
@@ -209,7 +211,7 @@ def test_a_prompt_longer_than_the_context_is_refused():
     with pytest.raises(
         UserError, match=r"must have at most 2048 tokens for this vlm, got 3\d\d\d with 'go go"
     ):
-        model().ask(images(1), ["go " * 1000])
+        model().prepare_inputs(images(1), ["go " * 1000])
 
 
 def test_models_of_another_kind_are_refused(tmp_path):
@@ -348,7 +350,7 @@ def test_statistics_are_in_the_checkpoint(kind, tmp_path):
         saved = again.own.state_dict()[name]
         assert torch.equal(saved, vla.own.state_dict()[name])
         assert saved.std() > 0
-    inputs, state = vla.ask(images(), ["go"] * 4), torch.tensor([[4.0, 5.0]] * 4)
+    inputs, state = vla.prepare_inputs(images(), ["go"] * 4), torch.tensor([[4.0, 5.0]] * 4)
     assert torch.equal(again.actions(inputs, state), vla.actions(inputs, state))
     assert torch.equal(again.decode(inputs, state), vla.decode(inputs, state))
 

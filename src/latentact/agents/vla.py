@@ -62,6 +62,6 @@ class VlaAgent:
         state = None
         if size := self.spec.state_size:
             state = torch.from_numpy(select_state(observation, size)).to(self.device)
-        inputs = self.model.ask(frames, list(observation[TASK]))
+        inputs = self.model.prepare_inputs(frames, list(observation[TASK]))
         actions = self.model.actions({k: v.to(self.device) for k, v in inputs.items()}, state, self._choose)
         return to_env_actions(self.spec.action_space, actions.numpy(force=True))

@@ -14,34 +14,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 from latentact.data.build import Entry
 from latentact.data.decode.pipeline import DecodeSpec, require_shape, unreadable_message
 from latentact.data.decode.resize import resize
-from latentact.data.format import Source, Unreadable
+from latentact.data.format import Unreadable
 from latentact.data.time_base import at_times
 from latentact.errors import UserError
-
-
-@runtime_checkable
-class RandomAccess(Protocol):
-    """A source whose frames can be read in any order."""
-
-    random_access: bool
-    """Whether this data supports random access."""
-
-    def times(self, number: int) -> Float64[np.ndarray, " n"]:
-        """Return the time of each frame of an episode, in seconds since its first frame."""
-        ...
-
-    def frame(self, number: int, index: int) -> UInt8[np.ndarray, "h w c"]:
-        """Return a frame of an episode.
-
-        Raises:
-            Unreadable: the frame is damaged.
-        """
-        ...
 
 
 @runtime_checkable
@@ -62,14 +42,9 @@ class Frames(Protocol):
         ...
 
 
-def is_random_access(source: Source) -> bool:
-    """Return whether the frames of a source can be read in any order."""
-    return isinstance(source, RandomAccess) and source.random_access
-
-
 def index_entry(spec: DecodeSpec) -> Entry:
     """Return the contents of a cache entry of this spec, except the pixels; only one frame is decoded."""
-    source: Any = spec.source
+    source = spec.source
     times, indices = [], []
     for number in range(len(source.episodes)):
         seconds = source.times(number)
@@ -145,7 +120,7 @@ def rows_of(rows: Any, length: int) -> Int64[np.ndarray, "..."]:
 
 
 def _frame(spec: DecodeSpec, number: int, index: int) -> UInt8[np.ndarray, "h w c"]:
-    source: Any = spec.source
+    source = spec.source
     try:
         return resize(source.frame(number, index)[None], spec.resolution, spec.resize)[0]
     except Unreadable as error:

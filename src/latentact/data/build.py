@@ -56,7 +56,7 @@ class Journal:
         return next((tuple(line["shape"]) for line in self.lines if "shape" in line), None)
 
 
-class _Line(Record):
+class _EpisodeLine(Record):
     """One line of the journal."""
 
     times: tuple[float, ...] | None = Field(default=None, strict=False)
@@ -65,7 +65,7 @@ class _Line(Record):
     unreadable: str | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> _Line:
+    def _check(self) -> _EpisodeLine:
         read = None not in (self.times, self.frame_indices, self.shape)
         if read == (self.unreadable is not None) or len(self.times or ()) != len(self.frame_indices or ()):
             raise ValueError("the frames of an episode, or the reason why it is unreadable")
@@ -99,7 +99,7 @@ def _resume(log: BinaryIO, frames: BinaryIO) -> Journal:
     journal, end = Journal(), 0
     for line in log:
         try:
-            parsed = parse_record(_Line, parse_json(line.decode(), "journal"), "journal")
+            parsed = parse_record(_EpisodeLine, parse_json(line.decode(), "journal"), "journal")
         except (UserError, UnicodeDecodeError):
             break
         if not line.endswith(b"\n"):
@@ -197,7 +197,7 @@ def _finish(spec: DecodeSpec, journal: Journal, partial: Path, folder: Path) -> 
     os.close(descriptor)
 
 
-class _Meta(Record):
+class _EntryRecord(Record):
     """Content of `meta.json`."""
 
     shape: tuple[int, int, int, int] = Field(strict=False)
@@ -232,7 +232,7 @@ def read_entry(folder: Path) -> Entry | None:
     if not folder.is_dir():
         return None
     try:
-        meta = read_record(_Meta, folder / "meta.json")
+        meta = read_record(_EntryRecord, folder / "meta.json")
         data = [(folder / f"{name}.npy").read_bytes() for name in _ARRAYS]
         intact = meta.digest == _digest(meta.model_dump(exclude={"digest"}), data)
         if intact and (folder / "frames").stat().st_size == math.prod(meta.shape):

@@ -1,4 +1,4 @@
-"""Convert LeRobot datasets and folders of videos to LeRobot v3: collect the parts of each episode."""
+"""Convert data to LeRobot v3, such as LeRobot v2 datasets and folders of videos."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from latentact.data.decode.video import decode
-from latentact.data.format import Unreadable
-from latentact.data.formats.video_folder import VideoFolderSource
-from latentact.data.lerobot.convert import VIDEO_KEY, EpisodeData, write_episodes
-from latentact.data.lerobot.metadata import BOOKKEEPING, Feature, read_episode_table
-from latentact.data.lerobot.source import LeRobotSource, lerobot_version
+from latentact.data.format import EpisodeData, LeRobotParts, Unreadable
+from latentact.data.lerobot.convert import write_episodes
 from latentact.data.stream import FrameStream
 from latentact.data.time_base import is_integer_rate
 from latentact.errors import UserError
@@ -28,7 +25,7 @@ def convert(
     """Write episodes of a dataset as a LeRobot v3 dataset.
 
     Args:
-        stream: a LeRobot v2 dataset or a folder of videos.
+        stream: data whose source has `lerobot_parts`.
         out: folder to create.
         numbers: indices into `stream.source.episodes`, ascending.
         remedy: advice, for messages.
@@ -39,8 +36,8 @@ def convert(
     Raises:
         UserError: the format is not supported, the videos do not fit one LeRobot dataset, or one is damaged.
     """
-    features, episodes = _collect(stream, numbers, remedy)
-    _write(stream, out, features, list(episodes.values()), remedy)
+    parts, episodes = _collect(stream, numbers, remedy)
+    _write(out, parts.features, stream.fps, parts.robot_type, list(episodes.values()), remedy)
     return list(episodes)
 
 
@@ -74,7 +71,7 @@ def convert_with_actions(
     robot state every row gets a state of zeros, because LeRobot's policies require one.
 
     Args:
-        stream: a LeRobot dataset or a folder of videos.
+        stream: data whose source has `lerobot_parts`.
         out: folder to create.
         pieces: in the order of the new episodes.
         remedy: advice, for messages.
@@ -84,8 +81,8 @@ def convert_with_actions(
     Raises:
         UserError: as in `convert`.
     """
-    features, episodes = _collect(stream, sorted({piece.number for piece in pieces}), remedy)
-    features = {name: feature for name, feature in features.items() if not name.startswith("action")}
+    parts, episodes = _collect(stream, sorted({piece.number for piece in pieces}), remedy)
+    features = {name: feature for name, feature in parts.features.items() if not name.startswith("action")}
     features.setdefault(STATE, {"dtype": "float32", "shape": (state_size,), "names": None})
     for name, values in pieces[0].columns.items():
         features[name] = {"dtype": str(values.dtype), "shape": values.shape[1:], "names": names.get(name)}
@@ -95,7 +92,7 @@ def convert_with_actions(
             rows = slice(piece.first, piece.first + len(piece.columns["action"]))
             columns = _with_columns(episodes[piece.number].columns, piece, features)
             written.append(replace(episodes[piece.number], rows=rows, columns=columns))
-    _write(stream, out, features, written, remedy)
+    _write(out, features, stream.fps, parts.robot_type, written, remedy)
 
 
 def _with_columns(
@@ -118,20 +115,17 @@ def _with_columns(
 
 def _collect(
     stream: FrameStream, numbers: Sequence[int], remedy: str
-) -> tuple[dict[str, Any], dict[int, EpisodeData]]:
-    """Return the features, and the parts of each episode whose video files exist."""
-    source, fps = stream.source, stream.fps
-    if isinstance(source, LeRobotSource):
-        kept = {k: f for k, f in source.tables.features.items() if k not in BOOKKEEPING and not f.depth}
-        features = {k: _feature(f) for k, f in kept.items()}
-        files = _video_files(stream.path, source)
-        episodes = {number: _recorded(source, number, files(number)) for number in numbers}
-        episodes = {n: e for n, e in episodes.items() if all(file.is_file() for file in e.videos.values())}
-    elif isinstance(source, VideoFolderSource):
-        episodes = {number: _plain(source, number, remedy) for number in numbers}
-        features = {VIDEO_KEY: {"dtype": "video", "shape": (0, 0, 3), "names": None}}
-    else:
+) -> tuple[LeRobotParts, dict[int, EpisodeData]]:
+    """Return the parts of the dataset, and of each episode whose video files exist."""
+    parts, fps = stream.source.lerobot_parts(), stream.fps
+    if parts is None:
         raise UserError(f"{stream.path} must be a LeRobot dataset or a folder of videos; {remedy}.")
+    episodes = {number: parts.episode(number) for number in numbers}
+    for episode in episodes.values():
+        for file in episode.videos.values() if episode.times is None else ():
+            if file.suffix.lower() != ".mp4":
+                raise UserError(f"{file} must be an mp4 file for a LeRobot dataset; {remedy}.")
+    episodes = {n: e for n, e in episodes.items() if all(file.is_file() for file in e.videos.values())}
     if not is_integer_rate(fps):
         raise UserError(
             f"{stream.path} must have an integer number of frames per second, as LeRobot datasets do, got "
@@ -144,77 +138,15 @@ def _collect(
         )
     first = next(iter(episodes.values()))
     for key, file in first.videos.items():  # the size in the metadata may be wrong
-        features[key] |= {"shape": next(decode(file))[1].shape, "names": ["height", "width", "channels"]}
-    return features, episodes
+        shape = next(decode(file))[1].shape
+        parts.features[key] |= {"shape": shape, "names": ["height", "width", "channels"]}
+    return parts, episodes
 
 
 def _write(
-    stream: FrameStream, out: Path, features: dict[str, Any], episodes: list[EpisodeData], remedy: str
+    out: Path, features: dict[str, Any], fps: float, robot: Any, episodes: list[EpisodeData], remedy: str
 ) -> None:
-    robot = stream.source.info.robot_type if isinstance(stream.source, LeRobotSource) else None
     try:
-        write_episodes(out, features, round(stream.fps), robot, episodes)
+        write_episodes(out, features, round(fps), robot, episodes)
     except Unreadable as error:
         raise UserError(f"{error}; {remedy}, or replace it.") from error
-
-
-def _feature(feature: Feature) -> dict[str, Any]:
-    """Return a feature in LeRobot v3 format."""
-    names = feature.names
-    if feature.visual:
-        names = ["height", "width", "channels"]
-    elif isinstance(names, list) and len(names) == 1 and isinstance(names[0], list):
-        names = names[0]
-    shape = (*feature.hwc[:2], 3) if feature.visual else feature.shape or (1,)
-    return {"dtype": feature.dtype, "shape": shape, "names": names}
-
-
-def _video_files(path: Path, source: LeRobotSource) -> Callable[[int], dict[str, tuple[Path, float]]]:
-    """Return a function from an episode to its cameras: video file, and its offset in seconds at time 0."""
-    info = source.info
-    cameras = [key for key, f in info.features.items() if f.dtype == "video" and not f.depth]
-    tables = {}
-    if lerobot_version(path).startswith("v3"):
-        tables = {key: read_episode_table(path, key).to_pydict() for key in cameras}
-
-    def find(number: int) -> dict[str, tuple[Path, float]]:
-        episode = source.recordings[number].episode
-        found = {}
-        for key in cameras:
-            if not tables:
-                places, start = {"episode_chunk": episode // info.chunks_size, "episode_index": episode}, 0.0
-            else:
-                row = tables[key]["episode_index"].index(episode)
-                names = ("chunk_index", "file_index")
-                places = {name: int(tables[key][f"videos/{key}/{name}"][row]) for name in names}
-                start = float(tables[key][f"videos/{key}/from_timestamp"][row])
-            found[key] = path / info.file(path, "video_path", **places, video_key=key), start
-        return found
-
-    return find
-
-
-def _recorded(source: LeRobotSource, number: int, videos: Mapping[str, tuple[Path, float]]) -> EpisodeData:
-    """Return the files and columns of an episode of a LeRobot dataset."""
-    episode, tables = source.recordings[number].episode, source.tables
-    columns = [
-        k for k, f in tables.features.items() if f.dtype != "video" and k not in BOOKKEEPING and not f.depth
-    ]
-    return EpisodeData(
-        label=source.episodes[number].label,
-        times=tables.timestamps(episode) if videos else source.times(number),
-        tasks=["" if n < 0 else source.tasks[n] for n in source.row_tasks(number)],
-        videos={key: file for key, (file, _) in videos.items()},
-        starts={key: start for key, (_, start) in videos.items()},
-        columns=lambda: {name: tables.episode_column(name, episode) for name in columns},
-    )
-
-
-def _plain(source: VideoFolderSource, number: int, remedy: str) -> EpisodeData:
-    """Return a video of a folder as an episode."""
-    file, episode = source.files[number], source.episodes[number]
-    if file.suffix.lower() != ".mp4":
-        raise UserError(f"{file} must be an mp4 file for a LeRobot dataset; {remedy}.")
-    return EpisodeData(
-        label=episode.name, times=None, tasks=[episode.task], videos={VIDEO_KEY: file}, columns=dict
-    )

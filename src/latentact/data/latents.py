@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float32, Int64
 from pydantic import Field
 
 from latentact.config import from_dict, to_dict
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.locate import absolute_name
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_dir, atomic_write, write_json
 from latentact.io.records import Record, naming, parse_record, read_record

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float32, Shaped, UInt8
 
 from latentact.config import Between
 from latentact.data.access import Frames, rows_of
-from latentact.data.cache import DataConfig, FrameStore, Sampling, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.digest import blake2b
+from latentact.data.store import FrameStore, Sampling
 from latentact.data.time_base import rates_agree
 from latentact.errors import UserError, require_between
 

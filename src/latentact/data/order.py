@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int64
 
-from latentact.data.cache import FrameStore
+from latentact.data.store import FrameStore
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from latentact.data.order import Order
 from latentact.errors import UserError
 
 if TYPE_CHECKING:
-    from latentact.data.cache import FrameStore
+    from latentact.data.store import FrameStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from pydantic import Field
 from latentact.data.decode.pipeline import DecodeSpec, episode_chunks
 from latentact.data.format import Unreadable
 from latentact.data.scenes import SIZE, SceneCuts
-from latentact.data.tars import Clip, Episode, Range, tar_member, write_record
+from latentact.data.tars import Range, ShardClip, ShardEpisode, tar_member, write_record
 from latentact.data.time_base import at_times
 from latentact.io.atomic import atomic_write
 from latentact.io.records import Record
@@ -59,8 +59,8 @@ class ClipSettings:
 class Draft(Record):
     """Content of a draft: the tar's clips, with offsets in the draft's own tar."""
 
-    episode: Episode
-    clips: tuple[Clip, ...] = Field(strict=False)
+    episode: ShardEpisode
+    clips: tuple[ShardClip, ...] = Field(strict=False)
     spans: tuple[Range, ...] = Field(strict=False)
     """Offset and size of the contiguous members of each clip."""
 
@@ -91,12 +91,12 @@ class DraftWriter:
                 raise Unreadable("it has no frames")
         except Unreadable as error:
             (self.folder / f"{number:06d}.tar").unlink(missing_ok=True)
-            draft = Draft(episode=Episode(**found, unreadable=str(error)), clips=(), spans=())
+            draft = Draft(episode=ShardEpisode(**found, unreadable=str(error)), clips=(), spans=())
         else:
             found |= {"frames": frames, "still": clips.still, "short": clips.short}
             if scan is not None:
                 found |= {"cuts": scan.cuts, "digest": scan.digest if self.settings.duplicates else ""}
-            draft = Draft(episode=Episode(**found), clips=tuple(clips.clips), spans=tuple(clips.spans))
+            draft = Draft(episode=ShardEpisode(**found), clips=tuple(clips.clips), spans=tuple(clips.spans))
         write_record(self.folder / f"{number:06d}.json", draft)
         return draft
 
@@ -183,7 +183,7 @@ class _Clips:
     writer: DraftWriter
     number: int
     file: BinaryIO
-    clips: list[Clip] = field(default_factory=list)
+    clips: list[ShardClip] = field(default_factory=list)
     spans: list[Range] = field(default_factory=list)
     still: int = 0
     short: int = 0
@@ -271,7 +271,7 @@ class _Clips:
             images = [_encode_image(frame, settings) for frame in frames]
             ranges = [self._member(f"{key}.{n:04d}.{ending}", data) for n, data in enumerate(images)]
             found["offsets"], found["sizes"] = zip(*ranges, strict=True)
-        self.clips.append(Clip(key=key, count=len(times), **about, **found))
+        self.clips.append(ShardClip(key=key, count=len(times), **about, **found))
         self.spans.append((begin, self.file.tell() - begin))
         held.clear()
         return len(times)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from latentact.data.cache import FrameStore
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 
 logger = logging.getLogger(__name__)

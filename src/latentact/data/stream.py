@@ -13,10 +13,11 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from latentact.data.build import Entry, read_entry
-from latentact.data.cache import DataConfig, finite, resolve_source, usable_rows
+from latentact.data.cache import DataConfig, resolve_source
 from latentact.data.decode.pipeline import Chunk, decoded, require_shape, unreadable_message
 from latentact.data.format import Source, Unreadable
 from latentact.data.locate import resolve_dataset
+from latentact.data.store import finite, usable_rows
 from latentact.data.time_base import valid_transitions
 from latentact.errors import UserError
 
@@ -52,7 +53,7 @@ class FrameStream:
         self.lengths = [max(1, round(e.frames * ratio)) for e in self.source.episodes]
         """Number of frames of each episode; an estimate if frames are resampled."""
         self.groups: tuple[tuple[int, int], ...] = tuple(
-            (begin, end) for begin, end in getattr(self.source, "groups", ()) if begin < end
+            (begin, end) for begin, end in self.source.groups if begin < end
         )
         """First episode, and last + 1, of each shard, as indices into `source.episodes`; empty for data that
         is not in shards."""

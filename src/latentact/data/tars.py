@@ -44,7 +44,7 @@ Range = tuple[int, int]
 """Offset and size of a member in its tar, in bytes."""
 
 
-class Clip(Record):
+class ShardClip(Record):
     """Consecutive frames of one scene, in one tar."""
 
     key: str
@@ -80,7 +80,7 @@ class Clip(Record):
     """Whether it is a sample with one image, whose arrays have no frame axis."""
 
     @model_validator(mode="after")
-    def _check(self) -> Clip:
+    def _check(self) -> ShardClip:
         images = 0 if self.video else self.count
         if self.count < 1 or not len(self.offsets) == len(self.sizes) == images:
             raise ValueError(f"an image for each of {self.count} frames, or a video")
@@ -90,12 +90,12 @@ class Clip(Record):
             raise ValueError("ranges of bytes")
         return self
 
-    def continues(self, other: Clip) -> bool:
+    def continues(self, other: ShardClip) -> bool:
         """Return whether this clip follows `other` in the same scene."""
         place = other.source, other.episode, other.scene, other.first + other.count
         return (self.source, self.episode, self.scene, self.first) == place
 
-    def at_rate(self, fps: float) -> Clip:
+    def at_rate(self, fps: float) -> ShardClip:
         """Return a clip of unknown rate, whose times count frames, at a rate."""
         return self.model_copy(update={"fps": fps, "start_s": self.start_s / fps})
 
@@ -105,7 +105,7 @@ class Clip(Record):
         return self.start_s + within
 
 
-class Episode(Record):
+class ShardEpisode(Record):
     """How one episode of the source data was sharded."""
 
     number: int
@@ -134,7 +134,7 @@ class Space(Record):
     values: tuple[int, ...] = Field(default=(), strict=False)
 
 
-class Shard(Record):
+class ShardIndex(Record):
     """The JSON file next to a tar."""
 
     format: str
@@ -152,9 +152,9 @@ class Shard(Record):
     """Episode and clip at its start."""
     next: Range = Field(strict=False)
     """Episode and clip at the start of the next shard."""
-    episodes: tuple[Episode, ...] = Field(strict=False)
+    episodes: tuple[ShardEpisode, ...] = Field(strict=False)
     """Episodes that end in this shard."""
-    clips: tuple[Clip, ...] = Field(strict=False)
+    clips: tuple[ShardClip, ...] = Field(strict=False)
 
 
 def is_pattern(path: Path) -> bool:
@@ -211,7 +211,7 @@ def write_record(file: Path, record: Record) -> None:
         partial.write_text(record.model_dump_json() + "\n")
 
 
-def sealed(shard: Shard) -> Shard:
+def sealed(shard: ShardIndex) -> ShardIndex:
     """Return a shard with the hash of its JSON file."""
     return shard.model_copy(update={"digest": _digest(shard.model_dump(mode="json"))})
 
@@ -308,7 +308,7 @@ def _compressed(file: Path) -> bool:
         return opened.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
 
 
-def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[Clip]:
+def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[ShardClip]:
     """Return the clips of another program's tar, or of one of ours without its JSON file.
 
     Images of a sample whose names have numbers are its frames, in the order of these numbers. Otherwise each
@@ -320,7 +320,7 @@ def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[Clip]:
         tar: name of the tar.
         camera: one of `foreign_cameras`.
     """
-    clips: list[Clip] = []
+    clips: list[ShardClip] = []
     last: tuple[Any, int] | None = None
     for place, sample in enumerate(scan["samples"]):
         meta = sample.get("meta", {})
@@ -337,8 +337,8 @@ def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[Clip]:
         if ours:
             about |= {n: meta[n] for n in ("episode", "scene", "first", "start_s", "times")}
 
-        def clip(*, about: dict[str, Any] = about, **frames: Any) -> Clip:
-            return parse_record(Clip, about | frames, f"{tar}, {about['key']}")
+        def clip(*, about: dict[str, Any] = about, **frames: Any) -> ShardClip:
+            return parse_record(ShardClip, about | frames, f"{tar}, {about['key']}")
 
         numbered = [image for image in sample["images"] if re.search(r"\d", image[0])]
         if "video" in sample:
@@ -385,7 +385,7 @@ def _number(meta: dict[str, Any], names: Sequence[str]) -> float:
     return float(values[0]) if values and 0 < values[0] < 1e6 else 0.0
 
 
-def read_shard(file: Path, sha256: Callable[[], str] | None) -> Shard | None:
+def read_shard(file: Path, sha256: Callable[[], str] | None) -> ShardIndex | None:
     """Return the JSON file next to a tar after checking both; None if it is missing or not ours.
 
     Args:
@@ -402,7 +402,7 @@ def read_shard(file: Path, sha256: Callable[[], str] | None) -> Shard | None:
         values = parse_json(read_text(beside), str(beside)) if beside.is_file() else None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             return None
-        shard = parse_record(Shard, values, str(beside)) if values.get("version") == VERSION else None
+        shard = parse_record(ShardIndex, values, str(beside)) if values.get("version") == VERSION else None
     except UserError as error:
         raise Unreadable(str(error).rstrip(".")) from error
     if shard is None:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int64
 from torch.utils.data import Dataset
 
-from latentact.data.cache import FrameStore, known_rows
 from latentact.data.order import Order
+from latentact.data.store import FrameStore, known_rows
 from latentact.errors import UserError
 from latentact.types import Clip
 

@@ -44,7 +44,7 @@ class Frame:
 
 
 @runtime_checkable
-class Source(Protocol):
+class FrameSource(Protocol):
     """What `Capture` reads."""
 
     name: str
@@ -134,7 +134,7 @@ class CameraSource:
             self._camera.disconnect()
 
 
-def open_source(text: str, extractor: LatentActionExtractor, target_fps: float = 0.0) -> Source:
+def open_source(text: str, extractor: LatentActionExtractor, target_fps: float = 0.0) -> FrameSource:
     """Return the source of frames for a LAM, connected if it is a camera.
 
     Args:
@@ -176,7 +176,7 @@ class Capture:
         max_frames: frames after which it ends; 0: no limit.
     """
 
-    def __init__(self, source: Source, max_frames: int = 0) -> None:
+    def __init__(self, source: FrameSource, max_frames: int = 0) -> None:
         self.source, self.dropped = source, 0
         self._max_frames = max_frames or None
         self._queue: deque[Frame] = deque()

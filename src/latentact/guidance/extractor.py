@@ -197,8 +197,8 @@ class LatentActionExtractor:
         # index spaces: `rows` and `window` count frames of the video, `held` starts at its frame `first`
         window = rows[:, None] + np.arange(-self.model.context, 2) * gap
         inside = np.maximum(window, 0)
-        seen = None if states is None else states[inside].astype(np.float32)
-        return self.encode_last(held[inside - first], window == inside, seen)
+        kept_states = None if states is None else states[inside].astype(np.float32)
+        return self.encode_last(held[inside - first], window == inside, kept_states)
 
     @torch.inference_mode()
     def encode_last(

@@ -111,7 +111,7 @@ class Guide(LatentSequence):
         return joined._noted(f"replace {steps.start}:{steps.stop} with {_history(other)}")
 
     def scale(self, factor: float) -> Guide:
-        """Return latent actions with `factor` times the difference to no change; 0: no change at all."""
+        """Return the guide with its differences from no change multiplied by `factor`; 0 gives no change."""
         if not abs(factor) <= 1000:
             raise UserError(
                 f"the factor of scale must be between -1000 and 1000, got {factor:g}. Use 1 for no scaling."
@@ -153,7 +153,7 @@ class Guide(LatentSequence):
         return edited._noted(f"set_code {steps.start}:{steps.stop} {','.join(map(str, row))}")
 
     def concat(self, other: Guide, transition: int = 0) -> Guide:
-        """Return this guide, `transition` steps that change linearly from its end to the other, the other."""
+        """Return this guide followed by another, with `transition` interpolated steps between them."""
         self._check_same(other)
         if not 0 <= transition <= 100_000:
             raise UserError(
@@ -180,7 +180,7 @@ class Guide(LatentSequence):
     def interpolate(self, other: Guide, t: float) -> Guide:
         """Return a guide between this (t = 0) and the other (t = 1), aligned by the fraction of their length.
 
-        Its length is between theirs in the same proportion.
+        Its length is interpolated between theirs, too.
         """
         self._check_same(other)
         if not 0 <= t <= 1:
@@ -229,7 +229,7 @@ class Guide(LatentSequence):
         return dataclasses.replace(result, provenance=())._noted(f"blend {' + '.join(parents)}")
 
     def smooth(self, window: int) -> Guide:
-        """Return the mean over a window of steps around each step; at the ends over those that exist.
+        """Return the mean over a window of steps around each step; the window is cut off at the ends.
 
         Args:
             window: odd number of steps; 1: no change.

@@ -120,7 +120,7 @@ def _require_unicode(value: Any, text: str, where: str) -> Any:
     Raises:
         UserError: a string is not valid Unicode.
     """
-    left, seen = [value] if "\\u" in text.lower() else [], set()
+    left, visited = [value] if "\\u" in text.lower() else [], set()
     while left:
         item = left.pop()
         if isinstance(item, str):
@@ -129,8 +129,8 @@ def _require_unicode(value: Any, text: str, where: str) -> Any:
                     f"{where} must be Unicode text, got half of a character, \\u{ord(lone):04x}; repair the "
                     f"file or copy it again."
                 )
-        elif isinstance(item, (dict, list)) and id(item) not in seen:
-            seen.add(id(item))  # YAML can refer to an object from inside it
+        elif isinstance(item, (dict, list)) and id(item) not in visited:
+            visited.add(id(item))  # YAML can refer to an object from inside it
             left += [*item, *item.values()] if isinstance(item, dict) else item
     return value
 

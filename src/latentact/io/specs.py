@@ -23,7 +23,7 @@ def _text(value: str) -> str:
     return value
 
 
-Whole = Annotated[int, Field(ge=1, le=1 << 20)]
+PositiveInt = Annotated[int, Field(ge=1, le=1 << 20)]
 Rate = Annotated[float, AfterValidator(_rate)]
 Text = Annotated[str, AfterValidator(_text)]
 
@@ -34,13 +34,13 @@ class SpecRecord(Record):
     model_config = ConfigDict(extra="forbid")
 
     model: Text
-    tokens: Whole
-    token_dim: Whole
+    tokens: PositiveInt
+    token_dim: PositiveInt
     codebook_size: Annotated[int, Field(ge=1, le=1 << 40)] | None
-    frame_gap: Whole
+    frame_gap: PositiveInt
     frame_gap_s: Rate
     fps: Rate
-    resolution: Whole
+    resolution: PositiveInt
     camera: Text
     value_range: tuple[Literal[0], Literal[255]] = Field(strict=False)
     resize: Literal[KERNELS]  # type: ignore[valid-type]

@@ -35,7 +35,7 @@ from latentact.io.records import Record, read_record
 from latentact.io.tensors import load_about, load_tensors, to_arrays
 from latentact.labeling.engines import local, torchrun
 from latentact.labeling.precision import PRECISIONS, apply_precision, select_precision
-from latentact.labeling.units import Engine, Job, Shard, states_of, units_of
+from latentact.labeling.units import Engine, Job, ProcessRank, states_of, units_of
 from latentact.lams.contract import LatentActionModel
 from latentact.progress import duration
 from latentact.types import LatentActionSpec
@@ -84,7 +84,7 @@ class EncodeOptions:
     """Folder of the cache; empty: $LATENTACT_CACHE, or ~/.cache/latentact."""
     overwrite: bool = False
     """Whether to ignore cached results."""
-    shard: Shard = field(default_factory=Shard.from_environment)
+    process: ProcessRank = field(default_factory=ProcessRank.from_environment)
     """Rank of this process among several."""
 
     def __post_init__(self) -> None:
@@ -135,24 +135,16 @@ def encode_dataset(
         fastest = select_precision(model, stream, gap, options.device, options.workers, states)
         log.info("computing in %s", fastest)
         options = replace(options, precision=fastest)
-    shard = options.shard
-    engine = engine or (torchrun.encode if shard.world > 1 else local.encode)
+    process = options.process
+    engine = engine or (torchrun.encode if process.world_size > 1 else local.encode)
     folder = cache_folder(options.cache_dir) / "tokens"
     spec = replace(model.spec, frame_gap=gap, frame_gap_s=gap / stream.fps, fps=stream.fps)
-    settings = to_dict(model.config)  # some, like a window, change results for the same weights
-    identity = [_VERSION, stream.key, spec.weights, settings, gap, options.precision]
-    if not stream.usable.all():
-        identity.append(blake2b(np.packbits(stream.usable).tobytes()))
-    key = blake2b(json.dumps(identity).encode())
-    again = ".again" if options.overwrite else ""
+    key = _key(model, stream, gap, options.precision)
     units = units_of(stream.lengths, stream.groups, options.batch_size)
-    about = [key, str(options.batch_size), options.device.partition(":")[0]]
-    if stream.groups:
-        about.append(blake2b(json.dumps(stream.groups).encode())[:8])
-    entry, parts = folder / key, folder / f"{'.'.join(about)}{again}.partial"
+    entry, parts = folder / key, folder / f"{_draft_name(key, stream, options)}.partial"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        if shard.rank == 0:
+        if process.rank == 0:
             stack.enter_context(FileLock(writable(folder / f"{key}.lock")))
         found = None if options.overwrite else _read(entry, spec)
         if found is None:
@@ -170,8 +162,8 @@ def encode_dataset(
             )
             parts.mkdir(exist_ok=True)
             begun, frames = time.monotonic(), job.frames(job.missing())
-            engine(job, shard)
-            if shard.rank == 0:
+            engine(job, process)
+            if process.rank == 0:
                 _report(frames, stream.fps, time.monotonic() - begun)
                 _join(job, entry, spec)
                 found = _read(entry, spec)
@@ -179,7 +171,7 @@ def encode_dataset(
                 shutil.rmtree(parts, ignore_errors=True)  # the first process has joined all parts
         else:
             log.info("the latent actions of %s are cached", stream.path)
-        mine = found if shard.rank == 0 else None
+        mine = found if process.rank == 0 else None
         encoded = _encoded(*mine, entry, stream, spec, options.precision) if mine else None
     if encoded and not encoded.valid.any():
         raise UserError(
@@ -191,6 +183,23 @@ def encode_dataset(
             raise UserError(unreadable_message(encoded.unreadable))
         log.warning("%s: skipped %s", stream.path, unreadable_message(encoded.unreadable))
     return encoded
+
+
+def _key(model: LatentActionModel, stream: FrameStream, gap: int, precision: str) -> str:
+    """Return the key of a cache entry: a digest of everything that affects the latent actions."""
+    settings = to_dict(model.config)  # some, like a window, change results for the same weights
+    identity = [_VERSION, stream.key, model.spec.weights, settings, gap, precision]
+    if not stream.usable.all():
+        identity.append(blake2b(np.packbits(stream.usable).tobytes()))
+    return blake2b(json.dumps(identity).encode())
+
+
+def _draft_name(key: str, stream: FrameStream, options: EncodeOptions) -> str:
+    """Return the name of an unfinished entry: its key, and what affects the division into units."""
+    parts = [key, str(options.batch_size), options.device.partition(":")[0]]
+    if stream.groups:
+        parts.append(blake2b(json.dumps(stream.groups).encode())[:8])
+    return ".".join(parts) + (".again" if options.overwrite else "")
 
 
 def _report(frames: int, fps: float, seconds: float) -> None:
@@ -241,19 +250,19 @@ def _join(job: Job, entry: Path, spec: LatentActionSpec) -> None:
     shutil.rmtree(job.parts)
 
 
-class _Meta(Record):
+class _LatentsRecord(Record):
     """`meta.json` of a cache entry."""
 
     rows: int
     unreadable: dict[str, str]
 
 
-def _read(entry: Path, spec: LatentActionSpec) -> tuple[_Meta, dict[str, np.ndarray]] | None:
+def _read(entry: Path, spec: LatentActionSpec) -> tuple[_LatentsRecord, dict[str, np.ndarray]] | None:
     """Return a cache entry; None if it is missing or damaged."""
     if not entry.is_dir():
         return None
     try:
-        meta = read_record(_Meta, entry / "meta.json")
+        meta = read_record(_LatentsRecord, entry / "meta.json")
         arrays = {
             name: load_npy(entry / f"{name}.npy", "it is computed again") for name in ("lengths", "episodes")
         }
@@ -283,7 +292,7 @@ def _kinds(spec: LatentActionSpec) -> dict[str, tuple[type, tuple[int, ...]]]:
 
 
 def _encoded(
-    meta: _Meta,
+    meta: _LatentsRecord,
     arrays: dict[str, np.ndarray],
     entry: Path,
     stream: FrameStream,

@@ -60,7 +60,7 @@ def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
 
 class EpisodeEncoder:
-    """Encodes the frames of a shard of episodes; keeps only frames that later clips need.
+    """Encodes the frames of a unit of episodes; keeps only frames that later clips need.
 
     A clip has `transitions_per_window` transitions, each one gap after the previous.
 

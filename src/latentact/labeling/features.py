@@ -21,8 +21,9 @@ from filelock import FileLock
 from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
-from latentact.data.cache import FrameStore, writable
+from latentact.data.cache import writable
 from latentact.data.digest import blake2b
+from latentact.data.store import FrameStore
 from latentact.errors import UserError, missing_extra
 from latentact.io.atomic import atomic_dir, disk_full
 from latentact.io.tensors import save_tensors
@@ -46,7 +47,7 @@ def with_features(
     Raises:
         UserError: the backbone or its package is missing, or the disk is full.
     """
-    target: TargetConfig | None = getattr(lam, "target", None)
+    target: TargetConfig | None = lam.target
     if target is None or target.kind != "frozen_features":
         return lam, None
     features = frozen_features(store, target, device)

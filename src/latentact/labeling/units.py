@@ -26,17 +26,17 @@ from latentact.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class ProcessRank:
     """Rank of this process among several."""
 
     rank: int = 0
-    world: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
     """Rank among the processes of this machine."""
 
     @classmethod
-    def from_environment(cls, launched: bool = False) -> Shard:
-        """Return the shard of torchrun's environment variables; a single process without them.
+    def from_environment(cls, launched: bool = False) -> ProcessRank:
+        """Return the rank in torchrun's environment variables; a single process without them.
 
         Args:
             launched: whether a launcher is required, torchrun or srun.
@@ -63,15 +63,15 @@ class Shard:
             raise UserError(
                 f"{names[0]} must be between 0 and {names[1]} - 1 = {world - 1}, got {rank}. Use torchrun."
             )
-        return cls(rank=rank, world=world, local=local)
+        return cls(rank=rank, world_size=world, local_rank=local)
 
     def device(self, name: str) -> str:
         """Return the device of this process: with `cuda`, processes of a machine take one GPU each."""
-        if name != "cuda" or self.world == 1:
+        if name != "cuda" or self.world_size == 1:
             return name
         import torch
 
-        return f"cuda:{self.local % max(1, torch.cuda.device_count())}"
+        return f"cuda:{self.local_rank % max(1, torch.cuda.device_count())}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Job:
         return sum(self.stream.lengths[number] for unit in units for number in self.units[unit])
 
 
-type Engine = Callable[[Job, Shard], None]
+type Engine = Callable[[Job, ProcessRank], None]
 """Writes this process's missing files of a job; in the first process, returns when all exist.
 
 Raises:

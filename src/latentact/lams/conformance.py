@@ -1,4 +1,4 @@
-"""`check_lam`: does a latent action model keep its contract? The counterpart of Gymnasium's `check_env`."""
+"""`check_lam`: check that a latent action model keeps its contract, as Gymnasium's `check_env` does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_clip(model: LatentActionModel, batch: int = 8, size: int = 32) -> Cli
     """Return random clips of color frames with the states, actions and features that the model needs."""
     generator = torch.Generator().manual_seed(0)
     t = model.context + 1 + model.horizon
-    actions, target = model.actions, getattr(model.config, "target", None)
+    actions, target = model.actions, model.config.target
     action = None
     if actions is not None:
         values = torch.randn(batch, actions.size, generator=generator)

@@ -39,23 +39,36 @@ from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 class LamConfig(Protocol):
     """Settings of a LAM; a frozen dataclass whose field `kind` is its registered name.
 
-    A config that reads published checkpoints has a classmethod
-    ``read_published(path, *, keyword=default, ...) -> LatentActionModel | None`` for `load_lam`: None for a
-    file or folder in another format, a UserError for a damaged one.
+    `LAMS.register` adds the defaults of `target` and `read_published` to a config without them.
     """
 
     kind: str
+    target: Any = None
+    """`TargetConfig` of models with several prediction targets; None: the target are pixels."""
 
+    @abstractmethod
     def build(self, actions: ActionSpace | None = None) -> LatentActionModel:
         """Return a model with random weights; `actions` is the space of a joint action head."""
         ...
 
+    @abstractmethod
     def with_action_head(self, weight: float) -> LamConfig | None:
         """Return the settings with an action head of this loss weight; None if the model cannot have one."""
         ...
 
+    @classmethod
+    def read_published(cls, path: Path) -> LatentActionModel | None:
+        """Return the model in a published checkpoint, for `load_lam`; None for another format.
 
-LAMS: Registry[type[LamConfig]] = Registry("lam", "latentact.lams.models", "latentact.lams")
+        An override may take keywords with defaults: settings that the checkpoint lacks.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        return None
+
+
+LAMS: Registry[type[LamConfig]] = Registry("lam", "latentact.lams.models", "latentact.lams", LamConfig)
 
 
 class LatentActionModel(nn.Module, ABC):
@@ -71,8 +84,8 @@ class LatentActionModel(nn.Module, ABC):
         uses_images: whether it uses frames, not only the robot state.
         generative: whether it has forward dynamics, so that `predict` works.
         actions: action space of its joint action head, or None.
-        augments: inputs that training can augment: "frames", if inverse dynamics in `loss` takes `clip.seen`,
-            and "state", if it adds `clip.state_noise` to the normalized states.
+        augments: inputs that training can augment: "frames", if inverse dynamics in `loss` takes
+            `clip.idm_frames`, and "state", if it adds `clip.state_noise` to the normalized states.
         renamed_weights: old -> new prefixes of weight names, for checkpoints written before a rename.
     """
 
@@ -270,8 +283,7 @@ def _published(path: Path, keywords: dict[str, Any]) -> LatentActionModel:
     """Return the model of the first registered config that reads this published format."""
     known: set[str] = set()
     for name in LAMS.names():
-        if (read := getattr(LAMS.get(name), "read_published", None)) is None:
-            continue
+        read: Any = LAMS.get(name).read_published
         takes = set(inspect.signature(read).parameters) - {"path"}
         known |= takes
         if (model := read(path, **{k: v for k, v in keywords.items() if k in takes})) is None:

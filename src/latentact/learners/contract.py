@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from latentact.data.cache import FrameStore
+from latentact.data.store import FrameStore
 from latentact.envs.spec import EnvSpec, make_env
 from latentact.evaluation.policy.intervals import mean_interval, success_interval
 from latentact.policies.contract import PolicyConfig, uses_frames

@@ -29,7 +29,13 @@ from pydantic import Field
 from latentact.agents.agent import STATE, TASK, Agent
 from latentact.agents.load import load_agent
 from latentact.config import Between, check_bounds
-from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.data.lerobot.writer import (
+    EpisodeBuffer,
+    RecordSpec,
+    require_lerobot,
+    stage_episode,
+    write_dataset,
+)
 from latentact.envs.episode import run_episodes
 from latentact.envs.spec import EnvSpec, ExpertStuckError, make_expert
 from latentact.errors import UserError
@@ -238,7 +244,7 @@ class _Arm:
 
     def _episode(
         self, env: Any, number: int, agent: Agent | None, beta: float, known: set[int], target: int
-    ) -> tuple[Episode | None, list[int]]:
+    ) -> tuple[EpisodeBuffer | None, list[int]]:
         """Play one episode; return it and the keys of its labels; None if the expert has no first action.
 
         Args:
@@ -272,7 +278,7 @@ class _Arm:
         dtype = np.int64 if spec.action_space.discrete else np.float32
         labels, executed, hold = actor.labels, played.actions, spec.hold
         success = [bool(each) for each in played.successes]
-        return Episode(
+        return EpisodeBuffer(
             frames=np.stack(frames),
             state=np.stack(played.states) if spec.state_names else None,
             action=np.array([*labels, labels[-1] if hold is None else hold], dtype),

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from latentact.config import Between, Count, OneOf, check_bounds
-from latentact.data.cache import FrameStore
 from latentact.data.splits import choose_labeled
+from latentact.data.store import FrameStore
 from latentact.envs.episode import Episode, run_episodes
 from latentact.envs.spec import make_expert
 from latentact.errors import UserError, missing_extra, require_one_of

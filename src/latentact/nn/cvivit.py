@@ -116,7 +116,7 @@ class PositionalConv(nn.Module):
         return found
 
 
-class Attention(nn.Module):
+class CosineAttention(nn.Module):
     """Cosine attention; cross-attention also has `null` learned keys and values."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, null: int, norm_keys: bool) -> None:
@@ -199,8 +199,8 @@ class Transformer(nn.Module):
             feed = [nn.LayerNorm(dim), nn.Linear(dim, 2 * inner, bias=False), Gate(), nn.Identity()]
             return nn.ModuleList([
                 PositionalConv(dim),
-                Attention(dim, heads, head_dim, null=0, norm_keys=not compat),
-                Attention(dim, heads, head_dim, null=2, norm_keys=True) if cross else nn.Identity(),
+                CosineAttention(dim, heads, head_dim, null=0, norm_keys=not compat),
+                CosineAttention(dim, heads, head_dim, null=2, norm_keys=True) if cross else nn.Identity(),
                 nn.Sequential(*feed, nn.Linear(inner, dim, bias=False)),
             ])  # fmt: skip
 

@@ -89,7 +89,7 @@ class GridDecoder(nn.Module):
 
 
 class CellEncoder(nn.Module):
-    """Frames of integer cells to a feature vector: embeddings and two layers, which cost little.
+    """Map frames of integer cells to a feature vector at low cost: embeddings and two layers.
 
     Args:
         frames: number of stacked frames.
@@ -111,10 +111,10 @@ class CellEncoder(nn.Module):
 
 
 class CellMixer(nn.Module):
-    """Frames of integer cells and a latent vector to scores of every value of every cell of the next frame.
+    """Map frames of integer cells and a latent vector to logits of the cell values of the next frame.
 
-    The latent vector selects for every cell of the next frame from which cells of the last ones it comes, as
-    turning and walking move all cells together, and adds what is new.
+    The latent vector selects the cells of the last frames from which each cell of the next frame is copied,
+    since turning and walking move all cells together, and adds new content.
 
     Args:
         frames: number of stacked frames.

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class _Residual(nn.Module):
+class _ImpalaResidual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
@@ -22,8 +22,8 @@ class _Stage(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.res_block0 = _Residual(out_channels)
-        self.res_block1 = _Residual(out_channels)
+        self.res_block0 = _ImpalaResidual(out_channels)
+        self.res_block1 = _ImpalaResidual(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.res_block1(self.res_block0(F.max_pool2d(self.conv(x), 3, stride=2, padding=1)))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class _Residual(nn.Module):
+class _UnetResidual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.res_block = nn.Sequential(
@@ -34,7 +34,7 @@ class _Down(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm = nn.BatchNorm2d(out_channels)
-        self.res = _Residual(out_channels)
+        self.res = _UnetResidual(out_channels)
 
     def forward(self, x: Tensor, latent: Tensor | None = None) -> Tensor:
         x = self.conv(x) if latent is None else _conv_with_constant(self.conv, x, latent)
@@ -46,7 +46,7 @@ class _Up(nn.Module):
         super().__init__()
         self.conv = nn.ConvTranspose2d(in_channels, out_channels, factor, factor)
         self.norm = nn.BatchNorm2d(out_channels)
-        self.res = _Residual(out_channels)
+        self.res = _UnetResidual(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu_(self.res(self.norm(_upsampled(self.conv, x))))
@@ -111,7 +111,7 @@ class UNet(nn.Module):
         )
         self.final_conv = nn.Sequential(
             nn.Conv2d(b + in_channels, b, 3, padding=1),
-            _Residual(b),
+            _UnetResidual(b),
             nn.ReLU(),
             nn.Conv2d(b, out_channels, 1),
         )

@@ -1,4 +1,4 @@
-"""`check_policy`: does a policy keep the contract of `policies/contract.py`?"""
+"""`check_policy`: check that a policy keeps the contract of `policies/contract.py`."""
 
 from __future__ import annotations
 

@@ -65,6 +65,11 @@ class NetworkSettings(Protocol):
         """Whether the network takes the robot state."""
         ...
 
+    @property
+    def uses_frames(self) -> bool:
+        """Whether the network takes frames; True for settings of other packages without this property."""
+        return True
+
 
 @runtime_checkable
 class PolicyConfig(Protocol):
@@ -110,12 +115,8 @@ POLICIES: Registry[type[PolicyConfig]] = Registry("policy", "latentact.policies"
 
 
 def uses_frames(config: PolicyConfig) -> bool:
-    """Return whether a policy looks at frames; all do but those whose network settings say otherwise.
-
-    Args:
-        config: the policy; its `network` may have a property `uses_frames`.
-    """
-    return getattr(config.network, "uses_frames", True)
+    """Return whether a policy takes frames; see `NetworkSettings`."""
+    return not isinstance(config.network, NetworkSettings) or config.network.uses_frames
 
 
 class Policy(nn.Module, ABC):
@@ -189,7 +190,7 @@ class Policy(nn.Module, ABC):
 
     @property
     def output_layer(self) -> nn.Linear | None:
-        """The linear layer that `forward` ends with, which PPO initializes; None: it ends otherwise."""
+        """The last layer of `forward`, which PPO initializes; None if it is not linear."""
         return None
 
     @property

@@ -136,8 +136,8 @@ class NetworkPolicy(Policy):
         if not self.uses_frames:
             return self.encoder(others.clamp(-STATE_LIMIT, STATE_LIMIT))
         grid = self.grid_values
-        seen = self._cells(frames, grid) if grid else self.normal_frames(frames)
-        features = self.encoder(torch.cat(seen.unbind(1), dim=1))
+        inputs = self._cells(frames, grid) if grid else self.normal_frames(frames)
+        features = self.encoder(torch.cat(inputs.unbind(1), dim=1))
         return features if self.extra is None else features + self.extra(others)
 
     def _cells(self, frames: Tensor, values: int) -> Tensor:

@@ -46,12 +46,12 @@ class ResidualVqConfig(BottleneckConfig):
         super().__post_init__()
         self._check_tokens(self.dim, self.codebooks * self.positions)
 
-    def build(self) -> Residual:
+    def build(self) -> ResidualVq:
         """Return the bottleneck with an initial codebook."""
-        return Residual(self)
+        return ResidualVq(self)
 
 
-class Residual(Quantizer):
+class ResidualVq(Quantizer):
     """`positions` vectors, each the sum of one entry of each of `codebooks` codebooks."""
 
     def __init__(self, config: ResidualVqConfig) -> None:

@@ -52,7 +52,7 @@ def policy_card(
         comparison: content of the `comparison.json` with this policy.
         run: folder of the policy's rollout, as in the rows of the comparison.
     """
-    spec, vla = config["spec"], config.get("vla")
+    actions, vla = config["spec"]["action_space"], config.get("vla")
     kind = "vision-language-action" if vla else config["policy"]["kind"]
     rows = list((comparison or {}).get("rows", ()))
     own = next((row for row in rows if row["run"] == run), None)
@@ -62,27 +62,14 @@ def policy_card(
     results = [_eval_result(env, own, baselines)] if own else []
     results += [_eval_result(_where(rollout), rollout, []) for rollout in rollouts]
     results += _code_results(numbers.get("vla.json", {}))
-    inputs, actions, latent = config["input_features"], spec["action_space"], config["latent"]
-    state = f" and {spec['state_size']} state values" if "observation.state" in inputs else ""
-    described = "latent actions"
-    if actions:
-        discrete = actions["kind"] == "discrete"
-        described = f"{actions['size']} {'discrete actions' if discrete else 'continuous action values'}"
     around = f" around `{vla['vlm']}`" if vla else ""
     lines = [
         f"A `{kind}` {'model' if vla else 'policy'}{around} trained with latentact, as a "
         f"LeRobot policy of type `{config['type']}`.",
         "",
-        f"- Input: {spec['resolution']}x{spec['resolution']} frames of `{next(iter(inputs))}`{state}, "
-        f"{spec['fps']:g} fps.",
-        f"- Output: {described}.",
+        *_interface_lines(config),
+        *_training_lines(numbers),
     ]
-    if latent:
-        lines.append(
-            f"- Latent actions: `{latent['model']}`, {latent['tokens']} x {latent['token_dim']} values over "
-            f"{latent['frame_gap_s']:g} s."
-        )
-    lines += _training_lines(numbers)
     lines += ["", "## Results", ""]
     lines += _code_table(numbers.get("vla.json", {}))
     if own:
@@ -223,6 +210,27 @@ def dataset_card(
     lines += ["from lerobot.datasets.lerobot_dataset import LeRobotDataset", ""]
     lines += [f'dataset = LeRobotDataset("{info.repo_id}")', "```"]
     return _card(data.to_yaml(), info.repo_id, lines)
+
+
+def _interface_lines(config: Mapping[str, Any]) -> list[str]:
+    """Return the inputs, the outputs and the latent actions of a policy."""
+    spec, inputs, latent = config["spec"], config["input_features"], config["latent"]
+    state = f" and {spec['state_size']} state values" if "observation.state" in inputs else ""
+    output = "latent actions"
+    if actions := spec["action_space"]:
+        discrete = actions["kind"] == "discrete"
+        output = f"{actions['size']} {'discrete actions' if discrete else 'continuous action values'}"
+    lines = [
+        f"- Input: {spec['resolution']}x{spec['resolution']} frames of `{next(iter(inputs))}`{state}, "
+        f"{spec['fps']:g} fps.",
+        f"- Output: {output}.",
+    ]
+    if latent:
+        lines.append(
+            f"- Latent actions: `{latent['model']}`, {latent['tokens']} x {latent['token_dim']} values over "
+            f"{latent['frame_gap_s']:g} s."
+        )
+    return lines
 
 
 def _training_lines(numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:

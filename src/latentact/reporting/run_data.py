@@ -78,7 +78,7 @@ class _Before(Record):
     return_ci95: Interval | None = None
 
 
-class _Row(_Before):
+class _ComparisonRow(_Before):
     method: str
     k: Count | None
     seed: int
@@ -92,7 +92,7 @@ class _Row(_Before):
 class _ComparisonRecord(Record):
     """`comparison.json`."""
 
-    rows: Annotated[list[_Row], Field(min_length=1)]
+    rows: Annotated[list[_ComparisonRow], Field(min_length=1)]
     verdict: str = ""
 
 
@@ -199,7 +199,7 @@ class Curves:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
+class RolloutRecord:
     """A policy in an environment."""
 
     path: str
@@ -222,7 +222,7 @@ class Findings:
     """In the order of their paths."""
     curves: list[Curves] = field(default_factory=list)
     """In the order of their paths."""
-    rollouts: list[Rollout] = field(default_factory=list)
+    rollouts: list[RolloutRecord] = field(default_factory=list)
     """In the order of their paths."""
     vlas: list[VlaRun] = field(default_factory=list)
     """In the order of their paths."""
@@ -264,7 +264,7 @@ def find(run_dir: Path) -> Findings:
             videos = sorted(path.parent.glob("episode_*.mp4"))
             numbers = _mapping(path)
             parse_record(_RolloutRecord, numbers, str(path))
-            found.rollouts.append(Rollout(path=folder, numbers=numbers, videos=videos))
+            found.rollouts.append(RolloutRecord(path=folder, numbers=numbers, videos=videos))
         elif path.name == "vla.json":
             numbers = _mapping(path)
             if parse_record(_VlaRecord, numbers, str(path)).score is not None:

@@ -11,7 +11,7 @@ from latentact.evaluation.policy.rollout import conditions
 from latentact.reporting.charts import curve_panels
 from latentact.reporting.comparison_plot import color, comparison_svg
 from latentact.reporting.html import Section, chart, figure, fold, table, text, video
-from latentact.reporting.run_data import Comparison, Curves, Findings, Rollout
+from latentact.reporting.run_data import Comparison, Curves, Findings, RolloutRecord
 
 VIDEOS_EACH = 4  # maximum videos per policy
 VIDEO_BYTES = 32_000_000  # maximum videos per page
@@ -64,7 +64,7 @@ def _comparison_table(results: Sequence[Result]) -> str:
 def rollout_section(found: Findings) -> Section | str:
     """Return the section with videos of policies: for every method and k, the first recorded seed."""
     titles = _rollout_titles(found)
-    shown: dict[tuple[int, str], Rollout] = {}
+    shown: dict[tuple[int, str], RolloutRecord] = {}
     for rollout in found.rollouts:
         if rollout.videos:
             shown.setdefault(titles.get(rollout.path, (UNKNOWN, rollout.path)), rollout)
@@ -111,7 +111,7 @@ def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
     return titles
 
 
-def _reached(rollout: Rollout, shown: int) -> str:
+def _reached(rollout: RolloutRecord, shown: int) -> str:
     success, episodes = rollout.numbers.get("success"), rollout.numbers.get("episodes")
     parts = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
     parts += filter(None, [conditions(rollout.numbers)])

@@ -20,7 +20,7 @@ from latentact.errors import UserError
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.policies.lerobot_files import TYPE, VLA_TYPE
 from latentact.stages.precompute import clear_drafts
-from latentact.training.adapt_policy import adapt
+from latentact.training.lerobot.adapt import adapt
 
 log = logging.getLogger(__name__)
 

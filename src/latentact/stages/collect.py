@@ -27,7 +27,13 @@ from typing import Annotated, Any
 import numpy as np
 
 from latentact.config import Count, Fraction, Limit, OneOf, Pixels, Seed, Workers
-from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.data.lerobot.writer import (
+    EpisodeBuffer,
+    RecordSpec,
+    require_lerobot,
+    stage_episode,
+    write_dataset,
+)
 from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import NUISANCE, Distraction
@@ -344,7 +350,9 @@ def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[
     )
 
 
-def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Episode) -> Episode | None:
+def _demonstration(
+    config: CollectConfig, spec: EnvSpec, played: envs_episode.Episode
+) -> EpisodeBuffer | None:
     """Return what is written of an episode, or None if it did not succeed."""
     if played.error is not None:
         raise played.error
@@ -354,7 +362,7 @@ def _demonstration(config: CollectConfig, spec: EnvSpec, played: envs_episode.Ep
         return None
     last = played.actions[-1] if spec.hold is None else spec.hold
     dtype = np.int64 if spec.action_space.discrete else np.float32
-    return Episode(
+    return EpisodeBuffer(
         frames=np.stack(played.frames),  # type: ignore[arg-type]
         state=np.stack(played.states) if spec.state_names else None,
         action=np.array([*played.actions, last], dtype),

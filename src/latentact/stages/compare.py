@@ -24,9 +24,10 @@ import numpy as np
 from latentact.agents.agent import Agent
 from latentact.agents.blind import BLIND, BlindAgent
 from latentact.config import choice
-from latentact.data.cache import DataConfig, known_rows, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.mixture import TrainingDataConfig
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import known_rows
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec

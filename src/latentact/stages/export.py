@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from latentact.config import LARGEST, Between, OneOf, to_dict
-from latentact.data.cache import DataConfig, FrameStore, known_rows
+from latentact.data.cache import DataConfig
 from latentact.data.convert import Piece, convert_with_actions
 from latentact.data.exports import LabeledEpisode, write_lapa_jsonl, write_robomimic, write_zarr
 from latentact.data.latents import Labels, read_labels
 from latentact.data.lerobot.verify import verify_dataset
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import FrameStore, known_rows
 from latentact.data.stream import FrameStream
 from latentact.errors import UserError, require_one_of
 from latentact.evaluation.policy.conformal import Calibration, ClassCalibration, IntervalCalibration

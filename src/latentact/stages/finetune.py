@@ -17,9 +17,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from latentact.config import LARGEST
-from latentact.data.cache import DataConfig, FrameStore, flagged_rows, known_rows, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.samples import LabeledRows, PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, training_episodes
+from latentact.data.store import FrameStore, flagged_rows, known_rows
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from latentact.config import Between, Seed, check_bounds, choice
-from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import FrameStore, known_rows
 from latentact.errors import UserError
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.heads import ActionHeadConfig
@@ -165,7 +165,7 @@ def _samples(
     assert model.head is not None
     return VlaSamples(
         store,
-        model.ask,
+        model.prepare_inputs,
         np.flatnonzero(known),
         latent=latent,
         valid=valid,

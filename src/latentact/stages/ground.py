@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from latentact.config import LARGEST, OneOf, choice
-from latentact.data.cache import FrameStore, known_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.samples import LabeledBatch, LabeledRows
 from latentact.data.splits import choose_labeled, split_episodes
+from latentact.data.store import FrameStore, known_rows
 from latentact.errors import UserError, require_between, require_one_of
 from latentact.io.atomic import write_json
 from latentact.policies.contract import Policy

@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import Field
 
 from latentact.config import LARGEST, Between, Count, Seconds, from_dict
-from latentact.data.cache import FrameStore
 from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.splits import split_episodes
+from latentact.data.store import FrameStore
 from latentact.data.time_base import lam_frame_gap, require_gap
 from latentact.device import require_device
 from latentact.errors import EXTRAS, UserError, missing_extra, require_between

@@ -19,7 +19,7 @@ from latentact.io.records import read_record
 from latentact.labeling.dataset import EncodeOptions, encode_dataset
 from latentact.labeling.engines.ray import EngineConfig
 from latentact.labeling.precision import PRECISIONS
-from latentact.labeling.units import Shard
+from latentact.labeling.units import ProcessRank
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,13 @@ class LabelConfig(EngineConfig):
 def run(config: LabelConfig) -> Path:
     """Label a dataset and return the folder of the labels."""
     out = Path(config.out)
-    shard = Shard.from_environment(launched=config.engine == "torchrun")
+    process = ProcessRank.from_environment(launched=config.engine == "torchrun")
     options = EncodeOptions(
         batch_size=config.batch_size,
-        device=shard.device(config.device),
+        device=process.device(config.device),
         precision=config.precision,
         cache_dir=config.data.cache_dir,
-        shard=shard,
+        process=process,
     )
     require_gap(config.frame_gap_s)
     device = config.loads_on(options.device, config.precision)
@@ -88,7 +88,7 @@ def run(config: LabelConfig) -> Path:
         raise UserError(f"{out} must be new or hold labels, got other files. Choose another --out.")
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, stream.path, config.frame_gap_s)
-    encoded = encode_dataset(model, stream, gap, options, config.build(shard, config.lam, data))
+    encoded = encode_dataset(model, stream, gap, options, config.build(process, config.lam, data))
     if encoded is None:  # the first of several processes writes
         return out
     labels = Labels(

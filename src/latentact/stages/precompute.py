@@ -23,11 +23,8 @@ from latentact.config import BatchSize, Between, OneOf, Seconds, Workers, to_dic
 from latentact.data.cache import DataConfig
 from latentact.data.convert import Piece, convert, convert_with_actions
 from latentact.data.format import Source
-from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.data.lerobot.columns import Column, add_columns
-from latentact.data.lerobot.openable import require_openable
-from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.lerobot.verify import require_upright, verify_dataset
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.data.locate import local_dataset
@@ -39,7 +36,7 @@ from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.labeling.dataset import DatasetLatents, EncodeOptions, encode_dataset
 from latentact.labeling.engines.ray import EngineConfig
 from latentact.labeling.precision import PRECISIONS
-from latentact.labeling.units import Shard
+from latentact.labeling.units import ProcessRank
 from latentact.lams.contract import load_lam
 
 log = logging.getLogger(__name__)
@@ -119,14 +116,14 @@ class PrecomputeConfig(EngineConfig):
 def run(config: PrecomputeConfig) -> Path:
     """Write the tokens and return the folder."""
     out = Path(config.output_dir)
-    shard = Shard.from_environment(launched=config.engine == "torchrun")
+    process = ProcessRank.from_environment(launched=config.engine == "torchrun")
     options = EncodeOptions(
         batch_size=config.batch_size,
-        device=shard.device(config.device),
+        device=process.device(config.device),
         precision=config.precision,
         workers=config.num_workers,
         overwrite=config.overwrite,
-        shard=shard,
+        process=process,
     )
     require_gap(config.frame_gap_s)
     device = config.loads_on(options.device, config.precision)
@@ -150,20 +147,13 @@ def run(config: PrecomputeConfig) -> Path:
     )
     stream = FrameStream(data)
     gap = lam_frame_gap(model.spec, stream.fps, path, config.frame_gap_s)
-    requested = {
-        "weights": model.spec.weights,
-        "frames": stream.key,
-        "gap": gap,
-        "model": to_dict(model.config),
-        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
-        **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
-        **({"as": "action", "state_size": config.state_size} if config.role == "action" else {}),
-    }
-    if shard.rank == 0 and _finished(out, requested, config, type(model.config)):
+    requested = {"weights": spec.weights, "frames": stream.key, "gap": gap, "model": to_dict(model.config)}
+    requested |= _requested(config)
+    if process.rank == 0 and _finished(out, requested, config, type(model.config)):
         return out
     if config.output != "file":
         require_rows(stream, _remedy(config))
-    encoded = encode_dataset(model, stream, gap, options, config.build(shard, config.lam_model_path, data))
+    encoded = encode_dataset(model, stream, gap, options, config.build(process, config.lam_model_path, data))
     if encoded is None:  # the first of several processes writes
         return out
     sidecar = {"asked": requested, **_provenance(config, stream, encoded)}
@@ -178,6 +168,15 @@ def run(config: PrecomputeConfig) -> Path:
         out,
     )
     return out
+
+
+def _requested(config: PrecomputeConfig) -> dict[str, Any]:
+    """Return the settings that affect the output, for comparison with those of an earlier run."""
+    return {
+        **{name: getattr(config, name) for name in ("tokens", "output", "dtype", "precision")},
+        **({"drop_nonfinite": True} if config.drop_nonfinite else {}),
+        **({"as": "action", "state_size": config.state_size} if config.role == "action" else {}),
+    }
 
 
 def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, lam: type) -> bool:
@@ -195,8 +194,8 @@ def _finished(out: Path, requested: dict[str, Any], config: PrecomputeConfig, la
         )
     if config.overwrite:
         return False
-    asked = read_object(sidecar).get("asked")
-    if not isinstance(asked, dict) or {**asked, "model": updated(lam, asked.get("model"))} != requested:
+    written = read_object(sidecar).get("asked")
+    if not isinstance(written, dict) or {**written, "model": updated(lam, written.get("model"))} != requested:
         raise UserError(
             f"{out} must be new or hold these LAM tokens, got tokens with other settings. Choose another "
             "--output-dir, or add --overwrite."
@@ -220,22 +219,20 @@ def require_rows(stream: FrameStream, remedy: str) -> None:
             f"videos of {stream.path} must have one frame rate to be rows of a dataset, got a variable "
             f"rate; {remedy}."
         )
-    if not isinstance(stream.source, (LeRobotSource, VideoFolderSource)):
+    source = stream.source
+    if not source.lerobot_version and source.lerobot_parts() is None:
         raise UserError(
             f"{stream.path} must be a LeRobot dataset or a folder of videos to become a dataset with tokens; "
             f"{remedy}."
         )
-    if isinstance(stream.source, VideoFolderSource):
-        require_upright(stream.source.files)
-    elif isinstance(stream.source, LeRobotSource):
-        if stream.source.absent and lerobot_version(stream.path).startswith("v3"):
-            raise UserError(
-                f"{stream.path} must hold the files of all episodes for LeRobot v3, got "
-                f"{stream.source.absent} episodes without files. Copy them too, or {remedy}."
-            )
-        require_openable(stream.path, stream.source)
-        indices = range(len(stream.source.episodes))
-        require_upright({stream.source.video_file(n) for n in indices if stream.source.recordings[n].video})
+    if source.missing_episodes and source.lerobot_version.startswith("v3"):
+        raise UserError(
+            f"{stream.path} must hold the files of all episodes for LeRobot v3, got "
+            f"{source.missing_episodes} episodes without files. Copy them too, or {remedy}."
+        )
+    for problem in source.lerobot_problems():
+        raise UserError(f"{stream.path}: {problem}; repair the dataset, or use --output file.")
+    require_upright(source.video_files)
 
 
 def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetLatents) -> dict[str, Any]:
@@ -287,7 +284,7 @@ def _write(
     if config.output == "file":
         rows = _table_rows(stream.source, encoded)
         write_json(folder / SIDECAR, sidecar)
-    elif lerobot_version(stream.path).startswith("v3"):
+    elif stream.source.lerobot_version.startswith("v3"):
         rows = _table_rows(stream.source, encoded)
         add_columns(stream.path, folder, _columns(config, encoded, rows.place))
     else:
@@ -341,17 +338,13 @@ class _Rows(NamedTuple):
 
 
 def _table_rows(source: Source, encoded: DatasetLatents) -> _Rows:
-    """Return the table rows of a LeRobot dataset; for other data, all frames."""
-    if not isinstance(source, LeRobotSource):
+    """Return the rows of the data's tables; without tables, all frames."""
+    if (rows := source.table_rows()) is None:
         return _episode_rows(encoded, encoded.episodes.tolist())
-    place = np.full(source.tables.rows, -1)
+    place = np.full(len(rows[0]), -1)
     first = np.array(source.first_rows)[encoded.episodes]
     place[np.repeat(first, encoded.lengths) + encoded.frame_indices] = np.arange(len(encoded.frame_indices))
-    lengths = {episode: span.end - span.begin for episode, span in source.tables.spans.items()}
-    frame = source.column("frame_index")
-    if frame is None:
-        frame = np.concatenate([np.arange(length) for length in lengths.values()])
-    return _Rows(place, np.repeat([*lengths], [*lengths.values()]), frame)
+    return _Rows(place, *rows)
 
 
 def _episode_rows(encoded: DatasetLatents, selected: Sequence[int]) -> _Rows:

@@ -19,7 +19,13 @@ import numpy as np
 from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
 from latentact.config import Between, Count, Limit, OneOf, Pixels, Seed
-from latentact.data.lerobot.writer import Episode, RecordSpec, require_lerobot, stage_episode, write_dataset
+from latentact.data.lerobot.writer import (
+    EpisodeBuffer,
+    RecordSpec,
+    require_lerobot,
+    stage_episode,
+    write_dataset,
+)
 from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_step_limit
 from latentact.envs.episode import Recorded, run_episodes
@@ -233,11 +239,13 @@ def _success(played: envs_episode.Episode, outcome: Outcome | None) -> bool:
     return bool(played.successes[-1])
 
 
-def _episode(spec: EnvSpec, played: envs_episode.Episode, frames: list[np.ndarray], success: bool) -> Episode:
+def _episode(
+    spec: EnvSpec, played: envs_episode.Episode, frames: list[np.ndarray], success: bool
+) -> EpisodeBuffer:
     """Return the rows of an episode; the last one has the final observation and holds still."""
     last = played.actions[-1] if spec.hold is None else spec.hold
     reported = [bool(value) for value in played.successes[:-1]]
-    return Episode(
+    return EpisodeBuffer(
         frames=np.stack(frames),
         state=np.stack(played.states) if spec.state_names else None,
         action=np.array([*played.actions, last], np.int64 if spec.action_space.discrete else np.float32),

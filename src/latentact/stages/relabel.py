@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import numpy as np
 
 from latentact.config import Between, Count, OneOf
-from latentact.data.cache import DataConfig, FrameStore, open_store
+from latentact.data.cache import DataConfig, open_store
 from latentact.data.lerobot.columns import Column, add_columns
 from latentact.data.lerobot.metadata import read_info
 from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.tables import Tables
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.data.locate import resolve_dataset
+from latentact.data.store import FrameStore
 from latentact.envs.human import MOVES, class_keys
 from latentact.envs.input_devices import Device, Terminal, Window
 from latentact.errors import UserError, require_one_of

@@ -27,7 +27,6 @@ from latentact.data.cache import DataConfig, resolve_source
 from latentact.data.decode.pipeline import DecodeSpec, unreadable_message
 from latentact.data.digest import blake2b
 from latentact.data.format import Unreadable
-from latentact.data.formats.video_folder import VideoFolderSource
 from latentact.data.shard_writer import CODECS, ClipSettings, Draft, DraftWriter
 from latentact.data.tars import (
     FORMAT,
@@ -35,9 +34,9 @@ from latentact.data.tars import (
     TAR_END,
     VERSION,
     WORK,
-    Clip,
-    Episode,
-    Shard,
+    ShardClip,
+    ShardEpisode,
+    ShardIndex,
     file_sha256,
     read_shard,
     sealed,
@@ -125,7 +124,7 @@ def run(config: ShardConfig) -> ShardResult:
         quality=config.quality if config.codec == "jpeg" else 0,
         clip_frames=config.clip_frames,
         min_frames=config.min_frames,
-        cuts=config.cuts == "always" or (config.cuts == "auto" and isinstance(source, VideoFolderSource)),
+        cuts=config.cuts == "always" or (config.cuts == "auto" and source.scene_cuts),
         still_s=config.drop_still_s,
         duplicates=config.drop_duplicates,
     )
@@ -196,7 +195,7 @@ def _tar(out: Path, index: int) -> Path:
     return out / f"shard-{index:06d}.tar"
 
 
-def _finished(tar: Path, verify: bool) -> Shard | None:
+def _finished(tar: Path, verify: bool) -> ShardIndex | None:
     """Return a finished shard; None if it is missing, truncated or, with `verify`, altered."""
     try:
         return read_shard(tar, functools.partial(file_sha256, tar) if verify else None)
@@ -204,7 +203,9 @@ def _finished(tar: Path, verify: bool) -> Shard | None:
         return None
 
 
-def _write_or_clear(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path) -> list[Shard]:
+def _write_or_clear(
+    spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path
+) -> list[ShardIndex]:
     """Return all shards; leave nothing behind if the data yields none."""
     try:
         return _write_shards(spec, settings, config, out)
@@ -216,14 +217,16 @@ def _write_or_clear(spec: DecodeSpec, settings: ClipSettings, config: ShardConfi
         raise
 
 
-def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path) -> list[Shard]:
+def _write_shards(
+    spec: DecodeSpec, settings: ClipSettings, config: ShardConfig, out: Path
+) -> list[ShardIndex]:
     """Return all shards, in order, after writing those that are missing."""
-    shards: list[Shard] = []
+    shards: list[ShardIndex] = []
     total = len(spec.source.episodes)
     place, digests = (0, 0), set[str]()
     writer = DraftWriter(spec, settings, out / WORK)
 
-    def finished(first: tuple[int, int]) -> Shard | None:
+    def finished(first: tuple[int, int]) -> ShardIndex | None:
         shard = _finished(_tar(out, len(shards)), config.verify)
         return shard if shard and shard.first == first else None
 
@@ -252,7 +255,7 @@ def _write_shards(spec: DecodeSpec, settings: ClipSettings, config: ShardConfig,
     return shards
 
 
-def _light(shard: Shard) -> Shard:
+def _light(shard: ShardIndex) -> ShardIndex:
     """Return a shard without its byte ranges, to save memory."""
     ranges = {"offsets": (), "sizes": ()}
     return shard.model_copy(update={"clips": tuple(clip.model_copy(update=ranges) for clip in shard.clips)})
@@ -291,7 +294,7 @@ class _Assembly:
         spec: DecodeSpec,
         config: ShardConfig,
         out: Path,
-        shards: list[Shard],
+        shards: list[ShardIndex],
         place: tuple[int, int],
         digests: set[str],
     ) -> None:
@@ -303,10 +306,10 @@ class _Assembly:
         self._partial = out / WORK / "shard.tar"
         self._file = self._partial.open("wb")
         self._hash = hashlib.sha256()
-        self._clips: list[Clip] = []
-        self._episodes: list[Episode] = []
+        self._clips: list[ShardClip] = []
+        self._episodes: list[ShardEpisode] = []
 
-    def add(self, draft: Draft, finished: Callable[[tuple[int, int]], Shard | None]) -> bool:
+    def add(self, draft: Draft, finished: Callable[[tuple[int, int]], ShardIndex | None]) -> bool:
         """Add an episode; return whether the next shard is finished already, so that this ends here."""
         episode, number = draft.episode, draft.episode.number
         if episode.unreadable:
@@ -341,10 +344,10 @@ class _Assembly:
         self._episodes.append(episode)
         return False
 
-    def _fits(self, scenes: dict[int, int], clip: Clip) -> bool:
+    def _fits(self, scenes: dict[int, int], clip: ShardClip) -> bool:
         return scenes[clip.scene] <= self._limit
 
-    def _append(self, clip: Clip, number: int, offset: int, size: int) -> None:
+    def _append(self, clip: ShardClip, number: int, offset: int, size: int) -> None:
         shift = self._file.tell() - offset
         with (self._out / WORK / f"{number:06d}.tar").open("rb") as draft:
             draft.seek(offset)
@@ -377,7 +380,7 @@ class _Assembly:
         self._file.flush()
         os.fsync(self._file.fileno())
         source, tar = self._spec.source, _tar(self._out, len(self._shards))
-        shard = Shard(
+        shard = ShardIndex(
             format=FORMAT,
             version=VERSION,
             bytes=self._file.tell(),
@@ -401,7 +404,7 @@ class _Assembly:
         self._first, self._clips, self._episodes = place, [], []
 
 
-def _losses(episodes: list[Episode]) -> str:
+def _losses(episodes: list[ShardEpisode]) -> str:
     unreadable = {episode.name: episode.unreadable for episode in episodes if episode.unreadable}
     dropped = {
         "still frames": sum(e.still for e in episodes),
@@ -412,7 +415,7 @@ def _losses(episodes: list[Episode]) -> str:
     return f"Dropped: {listed}, {unreadable_message(unreadable).rstrip('.')}"
 
 
-def _manifest(spec: DecodeSpec, identity: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+def _manifest(spec: DecodeSpec, identity: dict[str, Any], shards: list[ShardIndex]) -> dict[str, Any]:
     """Return the content of the shards, what was dropped, and their provenance."""
     source, episodes = spec.source, [episode for shard in shards for episode in shard.episodes]
     scenes = {(clip.episode, clip.scene) for shard in shards for clip in shard.clips}

@@ -13,13 +13,13 @@ from typing import Annotated
 from filelock import FileLock, Timeout
 
 from latentact.config import BatchSize, Between, Count, OneOf, Seed, Workers, check_bounds
-from latentact.data.cache import FrameStore
 from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.writer import require_lerobot
+from latentact.data.store import FrameStore
 from latentact.device import select_device
 from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import write_json
-from latentact.training.lerobot import (
+from latentact.training.lerobot.train import (
     LeRobotTrainee,
     lerobot_settings,
     open_dataset,

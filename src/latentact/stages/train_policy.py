@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from latentact.config import LARGEST, choice
-from latentact.data.cache import FrameStore, flagged_rows
 from latentact.data.latents import Labels, read_labels
 from latentact.data.mixture import TrainingDataConfig, open_training_store
 from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, training_episodes
+from latentact.data.store import FrameStore, flagged_rows
 from latentact.errors import UserError, require_between
 from latentact.io.atomic import write_json
 from latentact.policies.contract import POLICIES, Policy, PolicyConfig

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from latentact.config import Between, Pixels, Seed, check_bounds, choice
-from latentact.data.cache import FrameStore, open_store
+from latentact.data.cache import open_store
 from latentact.data.latents import Labels, read_labels
 from latentact.data.splits import split_episodes
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 from latentact.evaluation.policy.latent_accuracy import evaluate_latents, table
 from latentact.io.atomic import read_object, write_json
@@ -107,7 +108,7 @@ def run(config: TrainVlaConfig, out: Path) -> TrainVlaResult | Plan:
         name: np.flatnonzero(exists & np.isin(store.episode, episodes))
         for name, episodes in (("train", train), ("held_out", held_out))
     }
-    samples = VlaSamples(store, model.ask, rows["train"], latent=latent, valid=exists)
+    samples = VlaSamples(store, model.prepare_inputs, rows["train"], latent=latent, valid=exists)
     model.set_stats(latent[rows["train"]], None if store.state is None else store.state[rows["train"]])
     samples.batch(
         rows["train"][:1], tasks=[max(store.task_texts, key=len)]

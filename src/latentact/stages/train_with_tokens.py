@@ -18,7 +18,7 @@ from latentact.data.locate import local_dataset
 from latentact.device import require_device
 from latentact.errors import UserError, require_one_of
 from latentact.io.atomic import write_json
-from latentact.training.lerobot import (
+from latentact.training.lerobot.train import (
     LeRobotTrainee,
     lerobot_settings,
     open_dataset,

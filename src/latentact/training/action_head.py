@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latentact.data.cache import FrameStore
 from latentact.data.samples import LabeledBatch, PolicySamples
+from latentact.data.store import FrameStore
 from latentact.lams.contract import action_loss
 from latentact.policies.contract import Policy
 from latentact.types import ActionSpace

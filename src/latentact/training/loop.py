@@ -39,7 +39,7 @@ from latentact.training.settings import TrainingConfig, get_precision
 from latentact.training.strategies import ShardedLoss, build_environment, build_strategy
 
 log = logging.getLogger(__name__)
-_STEPS_PER_QUESTION = 8
+_STEPS_PER_CHECK = 8
 _AUGMENT = 1
 """Last number of the seeds of augmentation, so that they differ from those of batches."""
 for _name in (
@@ -346,8 +346,8 @@ class _Progress(pl.Callback):
         """Return whether any process received the signal to stop; the same in all processes."""
         if trainer.world_size == 1:
             return preemption.requested()
-        asks = step % _STEPS_PER_QUESTION == 0  # the result waits for the device
-        return asks and trainer.strategy.reduce_boolean_decision(preemption.requested(), all=False)
+        due = step % _STEPS_PER_CHECK == 0  # the result waits for the device
+        return due and trainer.strategy.reduce_boolean_decision(preemption.requested(), all=False)
 
     def _report(self, trainer: pl.Trainer, row: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""Which of several training processes has died: each holds a lock in the run folder while it trains."""
+"""Detect which of several training processes died: each holds a lock in the run folder while it trains."""
 
 from __future__ import annotations
 

@@ -115,13 +115,13 @@ def _with_defaults(cls: type, found: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k != "out"}
 
 
-def _first_difference(found: Any, asked: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(found, dict) and isinstance(asked, dict):
-        for name in {**asked, **found}:
+def _first_difference(found: Any, requested: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(found, dict) and isinstance(requested, dict):
+        for name in {**requested, **found}:
             if name in _PLACES:
                 continue
             path = f"{key}.{name}" if key else name
-            if different := _first_difference(found.get(name), asked.get(name), path):
+            if different := _first_difference(found.get(name), requested.get(name), path):
                 return different
         return None
-    return None if found == asked else (key, found, asked)
+    return None if found == requested else (key, found, requested)

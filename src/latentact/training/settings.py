@@ -122,7 +122,7 @@ class TrainingConfig:
 
     @property
     def plain(self) -> TrainingConfig:
-        """The same without augmentation, for training on features and latent actions."""
+        """These settings without augmentation, for training on features and latent actions."""
         return replace(self, augment=AugmentConfig())
 
 

@@ -38,7 +38,7 @@ PROVENANCE = "lam_tokens.json"
 
 
 @dataclass
-class LamConfig(Host):
+class LamPolicyConfig(Host):
     """Settings that both policies add to those of the host."""
 
     use_lam_conditioning: bool = True
@@ -270,11 +270,11 @@ class LamConfig(Host):
 
 @PreTrainedConfig.register_subclass("lam_diffusion")
 @dataclass
-class LamDiffusionConfig(LamConfig, DiffusionConfig):
+class LamDiffusionConfig(LamPolicyConfig, DiffusionConfig):
     """Diffusion Policy conditioned on LAM tokens."""
 
 
 @PreTrainedConfig.register_subclass("lam_act")
 @dataclass
-class LamActConfig(LamConfig, ACTConfig):
+class LamActConfig(LamPolicyConfig, ACTConfig):
     """ACT conditioned on LAM tokens."""

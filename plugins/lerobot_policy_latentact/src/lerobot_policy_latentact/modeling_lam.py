@@ -24,8 +24,8 @@ from lerobot_policy_latentact.configuration_lam import (
     LAM_STATES,
     LAM_VALID,
     LamActConfig,
-    LamConfig,
     LamDiffusionConfig,
+    LamPolicyConfig,
 )
 
 Host: Any = object
@@ -45,7 +45,7 @@ class LamPolicy(Host):
 
     def __init__(
         self,
-        config: LamConfig,
+        config: LamPolicyConfig,
         *,
         dataset_stats: dict[str, dict[str, Any]] | None = None,
         dataset_meta: Any = None,

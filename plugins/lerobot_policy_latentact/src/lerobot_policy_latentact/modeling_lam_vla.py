@@ -163,7 +163,7 @@ class LamVlaPolicy(PreTrainedPolicy):
         frames = as_uint8(batch[next(iter(self.config.image_features))]).cpu()
         tasks = batch.get("task") or [""] * len(frames)
         tasks = [tasks] * len(frames) if isinstance(tasks, str) else [*tasks]
-        inputs = {name: value.to(device) for name, value in self.model.ask(frames, tasks).items()}
+        inputs = {name: value.to(device) for name, value in self.model.prepare_inputs(frames, tasks).items()}
         return inputs, batch[OBS_STATE].float().to(device) if self.model.config.use_state else None
 
     def _latent(self, batch: dict[str, Any], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
 from lerobot.utils.constants import OBS_STATE
 
-from lerobot_policy_latentact.configuration_lam import LAM_FRAMES, LAM_STATES, LamConfig
+from lerobot_policy_latentact.configuration_lam import LAM_FRAMES, LAM_STATES, LamPolicyConfig
 
 
 @ProcessorStepRegistry.register("latentact_lam_inputs")
@@ -78,7 +78,7 @@ make_lam_diffusion_pre_post_processors = make_lam_pre_post_processors
 make_lam_act_pre_post_processors = make_lam_pre_post_processors
 
 
-def _normalized(config: LamConfig) -> set[str]:
+def _normalized(config: LamPolicyConfig) -> set[str]:
     """Return the inputs to normalize: all but the LAM's, of which some are flags and indices."""
     lam = (config.lam_tokens_key, "observation.lam_")
     return {key for key in config.input_features or {} if not key.startswith(lam)}

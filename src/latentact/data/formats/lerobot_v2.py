@@ -7,7 +7,8 @@ from pathlib import Path
 from latentact.data.digest import Memo
 from latentact.data.format import FORMATS
 from latentact.data.lerobot.metadata import choose_lerobot_camera, read_episode_lines, read_info, read_tasks
-from latentact.data.lerobot.source import LeRobotSource, Recording, lerobot_version
+from latentact.data.lerobot.recording import Recording
+from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.lerobot.tables import Tables
 
 

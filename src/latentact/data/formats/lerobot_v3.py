@@ -17,7 +17,8 @@ from latentact.data.lerobot.metadata import (
     read_tasks,
     task_list,
 )
-from latentact.data.lerobot.source import LeRobotSource, Recording, lerobot_version
+from latentact.data.lerobot.recording import Recording
+from latentact.data.lerobot.source import LeRobotSource, lerobot_version
 from latentact.data.lerobot.tables import Tables
 from latentact.errors import UserError
 

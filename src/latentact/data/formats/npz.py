@@ -25,7 +25,15 @@ from jaxtyping import Bool, Int64, Shaped, UInt8
 
 from latentact.data.digest import Memo, blake2b, file_digest
 from latentact.data.files import files_below, printable
-from latentact.data.format import FASTEST, FORMATS, SLOWEST, Episode, Unreadable, discrete_space
+from latentact.data.format import (
+    FASTEST,
+    FORMATS,
+    SLOWEST,
+    EpisodeMetadata,
+    Source,
+    Unreadable,
+    discrete_space,
+)
 from latentact.data.formats.video_folder import has_videos
 from latentact.errors import UserError
 from latentact.io.arrays import DAMAGED
@@ -68,7 +76,7 @@ class Npz:
         return NpzSource(path, memo)
 
 
-class NpzSource:
+class NpzSource(Source):
     """The episodes of npz files.
 
     Args:
@@ -77,6 +85,7 @@ class NpzSource:
     """
 
     camera = ""
+    kind = "npz episodes"
     uneven = False
     action_names = ()
     tasks = ()
@@ -90,10 +99,8 @@ class NpzSource:
         self._path = path
         root = path if path.is_dir() else path.parent
         files, self.skipped = files_below(path, _SUFFIXES)
-        self.unreadable: dict[str, str] = {}
-        self.notes: list[str] = []
-        self.episodes: list[Episode] = []
-        self.first_rows: list[int] = []
+        self.unreadable, self.notes, self.episodes = {}, [], []
+        first_rows: list[int] = []
         self._spans: list[tuple[Path, int, int]] = []
         self._files: dict[Path, tuple[int, ...]] = {}
         scans: dict[str, dict[str, Any]] = {}
@@ -117,11 +124,12 @@ class NpzSource:
                 content = blake2b(scan["digest"].encode(), b"%d:%d" % (begin, end))
                 label = f"{name} #{place}"
                 self.episodes.append(
-                    Episode(name=label, file=name, task="", frames=end - begin, content=content)
+                    EpisodeMetadata(name=label, file=name, task="", frames=end - begin, content=content)
                 )
-                self.first_rows.append(row + begin)
+                first_rows.append(row + begin)
                 self._spans.append((file, begin, end))
             row += scan["rows"]
+        self.first_rows = first_rows
         self.resizable = all(scan["image"] for scan in scans.values())
         self.fps = float(next(iter(scans.values()))["fps"]) if scans else 1.0
         if not all(scan["timed"] for scan in scans.values()):

@@ -22,14 +22,14 @@ from PIL import Image
 from latentact.data.decode.video import decode
 from latentact.data.digest import Memo, blake2b
 from latentact.data.files import printable
-from latentact.data.format import FORMATS, Episode, Unreadable, choose_camera, discrete_space
+from latentact.data.format import FORMATS, EpisodeMetadata, Source, Unreadable, choose_camera, discrete_space
 from latentact.data.formats.video_folder import has_videos
 from latentact.data.tars import (
     MANIFEST,
     WORK,
-    Clip,
     Range,
-    Shard,
+    ShardClip,
+    ShardIndex,
     file_sha256,
     foreign_cameras,
     foreign_clips,
@@ -70,7 +70,7 @@ class Shards:
         return ShardSource(path, camera, memo)
 
 
-class ShardSource:
+class ShardSource(Source):
     """The clips in tars; each scene is an episode.
 
     Args:
@@ -79,6 +79,7 @@ class ShardSource:
         memo: cache of hashes, and of the headers of tars without a JSON file.
     """
 
+    kind = "shards"
     resizable = True
 
     def __init__(self, path: Path, camera: str, memo: Memo) -> None:
@@ -87,10 +88,8 @@ class ShardSource:
         self._open_tar = functools.lru_cache(maxsize=_OPEN_TARS)(_open_tar)
         self._columns: dict[str, np.ndarray | None] = {}
         self._ranges: dict[Path, tuple[np.ndarray, np.ndarray]] = {}
-        self.notes: list[str] = []
-        self.skipped: dict[str, str] = {}
-        self.unreadable: dict[str, str] = {}
-        self.damaged: dict[str, str] = {}
+        self.notes, self.skipped, self.unreadable = [], {}, {}
+        self._damaged: dict[str, str] = {}
         """Tars that were truncated or altered, or are missing: name -> reason."""
         files = tar_files(path)
         if not files:
@@ -110,13 +109,14 @@ class ShardSource:
             read = {file: self._read_index(file, root, memo, sha256) for file in files}
             digests = [sha256(file) for file, index in read.items() if index]
         self._find_missing(files)
-        self.unreadable |= self.damaged
+        self.damaged = self._damaged
+        self.unreadable |= self._damaged
         self._tars = [file for file in files if read[file]]
         indices = [read[file] for file in self._tars]
         self._names = [printable(file.relative_to(root)) for file in self._tars]
         cameras = {camera for index in indices for camera in self._cameras(index)}
         self.camera = choose_camera(sorted(cameras), camera, path) if cameras - {""} or camera else ""
-        old = sum(isinstance(index, Shard) and not index.digest for index in indices)
+        old = sum(isinstance(index, ShardIndex) and not index.digest for index in indices)
         if old:
             self.notes.append(
                 f"{old} JSON files of an older release have no hash of their own, so changes to them are "
@@ -124,16 +124,16 @@ class ShardSource:
             )
         clips = [
             index.clips
-            if isinstance(index, Shard)
+            if isinstance(index, ShardIndex)
             else self._compact(file, foreign_clips(index, name, self.camera))
             for index, name, file in zip(indices, self._names, self._tars, strict=True)
         ]
         self._join(clips, digests)
-        self._describe_actions([index for index in indices if isinstance(index, Shard)])
+        self._describe_actions([index for index in indices if isinstance(index, ShardIndex)])
 
     def _read_index(
         self, file: Path, root: Path, memo: Memo, sha256: Callable[[Path], str]
-    ) -> Shard | dict[str, Any]:
+    ) -> ShardIndex | dict[str, Any]:
         """Return the JSON file next to a tar, or else the samples in it; empty for a damaged tar."""
         name = printable(file.relative_to(root))
         try:
@@ -145,14 +145,14 @@ class ShardSource:
             if "error" in scan:
                 raise Unreadable(scan["error"])
         except Unreadable as error:
-            self.damaged[name] = str(error)
+            self._damaged[name] = str(error)
             return {}
         broken = {s["key"]: s["error"] for s in scan["samples"] if "error" in s}
         self.unreadable |= {f"{name}/{key}": why for key, why in broken.items()}
         self.skipped |= {f"{name} *.{ending}": f"{n} members" for ending, n in scan["skipped"].items()}
         return scan
 
-    def _compact(self, file: Path, clips: Sequence[Clip]) -> tuple[Clip, ...]:
+    def _compact(self, file: Path, clips: Sequence[ShardClip]) -> tuple[ShardClip, ...]:
         """Move the byte ranges of a tar's clips into arrays, which need a sixth of the memory."""
         none = [0] * max((clip.count for clip in clips if clip.video), default=0)
         ranges = [(clip.offsets or none[: clip.count], clip.sizes or none[: clip.count]) for clip in clips]
@@ -163,13 +163,8 @@ class ShardSource:
         return tuple(clip.model_copy(update={"offsets": (), "sizes": ()}) for clip in clips)
 
     @staticmethod
-    def _cameras(index: Shard | dict[str, Any]) -> set[str]:
-        return {index.camera} if isinstance(index, Shard) else foreign_cameras(index)
-
-    @property
-    def random_access(self) -> bool:
-        """Whether every frame is a separate image that `frame` can read."""
-        return bool(self.episodes) and bool((self._sizes > 0).all())
+    def _cameras(index: ShardIndex | dict[str, Any]) -> set[str]:
+        return {index.camera} if isinstance(index, ShardIndex) else foreign_cameras(index)
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds since the first frame, frame) of a scene."""
@@ -248,14 +243,13 @@ class ShardSource:
         count = read_object(path / MANIFEST).get("shards")
         for index in range(count if isinstance(count, int) else 0):
             if (name := f"shard-{index:06d}.tar") not in names:
-                self.damaged[name] = f"it is missing, although {MANIFEST} lists it"
+                self._damaged[name] = f"it is missing, although {MANIFEST} lists it"
 
-    def _join(self, clips: list[tuple[Clip, ...]], digests: list[str]) -> None:
+    def _join(self, clips: list[tuple[ShardClip, ...]], digests: list[str]) -> None:
         """Join the clips of each scene into an episode."""
-        self._episodes: list[tuple[int, list[Clip]]] = []
-        self.groups: list[tuple[int, int]] = []
-        """First episode, and last + 1, of each tar."""
-        self.episodes: list[Episode] = []
+        self._episodes: list[tuple[int, list[ShardClip]]] = []
+        groups: list[tuple[int, int]] = []
+        self.episodes = []
         sizes: list[tuple[int, int]] = []
         for tar, found in enumerate(clips):
             begin = len(self._episodes)
@@ -264,16 +258,17 @@ class ShardSource:
                     self._episodes[-1][1].append(clip)
                 else:
                     self._episodes.append((tar, [clip]))
-            self.groups.append((begin, len(self._episodes)))
-        seen: Counter[str] = Counter()
+            groups.append((begin, len(self._episodes)))
+        self.groups = groups
+        counts: Counter[str] = Counter()
         for tar, scene in self._episodes:
             first = scene[0]
             name = f"{first.source} #{first.scene}"
-            seen[name] += 1
+            counts[name] += 1
             texts = dict.fromkeys(clip.text for clip in scene if clip.text)
             self.episodes.append(
-                Episode(
-                    name=name if seen[name] == 1 else f"{name} ({seen[name]})",
+                EpisodeMetadata(
+                    name=name if counts[name] == 1 else f"{name} ({counts[name]})",
                     file=self._names[tar],
                     task=" / ".join(texts),
                     frames=sum(clip.count for clip in scene),
@@ -286,12 +281,12 @@ class ShardSource:
         self._offsets = np.concatenate([np.zeros(0, np.int64), *(offsets for offsets, _ in ranges)])
         """Offset of each frame's image in its tar; 0 for frames of a video."""
         self._sizes = np.concatenate([np.zeros(0, np.int32), *(sizes for _, sizes in ranges)])
+        self.random_access = bool(self.episodes) and bool((self._sizes > 0).all())
         lengths = [episode.frames for episode in self.episodes]
         self.first_rows = (np.cumsum(lengths) - lengths).tolist() if lengths else []
         self.tasks = list(dict.fromkeys(c.text for _, scene in self._episodes for c in scene if c.text))
         self._task = {text: place for place, text in enumerate(self.tasks)} | {"": -1}
         self.sizes = sorted({size for size in sizes if all(size)})
-        """Width and height of the frames, where they are known."""
 
     def _set_rates(self) -> None:
         """Set the frame rate; clips without one get the slowest."""
@@ -306,7 +301,7 @@ class ShardSource:
                 for tar, scene in self._episodes
             ]
 
-    def _describe_actions(self, shards: list[Shard]) -> None:
+    def _describe_actions(self, shards: list[ShardIndex]) -> None:
         """Set the action space: that of the JSON files, or else that of the values."""
         self.action_space, self.action_names = None, ()
         spaces = [(shard.action_space, shard.action_names) for shard in shards]
@@ -327,7 +322,7 @@ class ShardSource:
             except ValueError as error:
                 raise UserError(f"{self._path}, `action`: {error}; store numbers as float32.") from error
 
-    def _rows(self, tar: int, clip: Clip, place: Range, name: str) -> np.ndarray:
+    def _rows(self, tar: int, clip: ShardClip, place: Range, name: str) -> np.ndarray:
         where = f"{self._tars[tar]}: {_COLUMNS[name]} of clip {clip.key}"
         try:
             rows = np.load(io.BytesIO(self._read(tar, *place)), allow_pickle=False)

@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from latentact.data.decode.video import SUFFIXES, decode, probe
 from latentact.data.digest import Memo, file_digest
 from latentact.data.files import files_below, printable
-from latentact.data.format import FORMATS, Episode, Unreadable
+from latentact.data.format import FORMATS, EpisodeMetadata, Source, Unreadable
 from latentact.data.time_base import rates_agree
 from latentact.errors import UserError
 from latentact.io.records import Record, parse_json, parse_record, read_text
@@ -49,7 +49,7 @@ class VideoFolder:
         return VideoFolderSource(path, memo)
 
 
-class VideoFolderSource:
+class VideoFolderSource(Source):
     """The videos at a path.
 
     Args:
@@ -61,16 +61,17 @@ class VideoFolderSource:
     resizable = True
     action_space = None
     action_names = ()
+    scene_cuts = True
+    whole_videos = True
 
     def __init__(self, path: Path, memo: Memo) -> None:
         """Scan every file."""
         root = path if path.is_dir() else path.parent
         files, self.skipped = files_below(path, SUFFIXES)
         self.skipped = {name: why for name, why in self.skipped.items() if name.lower() not in _METADATA}
-        self.unreadable: dict[str, str] = {}
-        self.episodes: list[Episode] = []
-        self.files: list[Path] = []
-        self.notes: list[str] = []
+        self.kind = "video" if path.is_file() else "folder of videos"
+        self.unreadable, self.episodes, self.notes = {}, [], []
+        self.video_files = video_files = list[Path]()
         rates: list[float] = []
         metadata = _tasks(path) if path.is_dir() else None
         texts = metadata or {}
@@ -84,9 +85,9 @@ class VideoFolderSource:
             rates.append(found["fps"])
             if found["uneven"]:
                 uneven[name] = f"{found['fps']:g} to {found['fastest']:g} fps"
-            self.files.append(file)
+            video_files.append(file)
             self.episodes.append(
-                Episode(
+                EpisodeMetadata(
                     name=name,
                     file=name,
                     task=texts.get(_key(name), ""),
@@ -112,7 +113,7 @@ class VideoFolderSource:
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds from the first frame, frame) of a video."""
         origin = None
-        for seconds, frame in decode(self.files[number]):
+        for seconds, frame in decode(self.video_files[number]):
             origin = seconds if origin is None else origin
             yield seconds - origin, frame
 
@@ -141,7 +142,7 @@ def _scan(file: Path) -> dict[str, Any]:
     return {"digest": file_digest(file), "frames": info.frames, **rate}
 
 
-class _Line(Record):
+class _TaskLine(Record):
     """One line of a folder's metadata."""
 
     file_name: str
@@ -173,7 +174,7 @@ def _tasks(folder: Path) -> dict[str, str] | None:
         if isinstance(row, dict):
             _require_once(list(row), f"{table}, line {number}")
         fields = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else row
-        line = parse_record(_Line, fields, f"{table}, line {number}")
+        line = parse_record(_TaskLine, fields, f"{table}, line {number}")
         name = _key(PurePosixPath(line.file_name.strip().replace("\\", "/")).as_posix())
         task = (line.task or "").strip()
         if found.setdefault(name, task) != task:
@@ -194,7 +195,7 @@ def _require_once(names: list[str], where: str) -> None:
     Raises:
         UserError: one has.
     """
-    for column in _Line.model_fields:
+    for column in _TaskLine.model_fields:
         same = [name for name in names if str(name).strip().lower() == column]
         if len(same) > 1:
             raise UserError(f"{where} must have one column {column}, got {', '.join(same)}; keep one.")

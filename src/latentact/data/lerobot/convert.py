@@ -8,44 +8,20 @@ renumbers them and computes the statistics. The output has the same frames as th
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 from PIL import Image
 
 from latentact.data.decode.color import image_rgb
 from latentact.data.decode.video import decode
-from latentact.data.format import Unreadable
+from latentact.data.format import EpisodeData, Unreadable
 from latentact.data.lerobot.columns import link
 from latentact.data.lerobot.writer import EPISODES_FILE, Table, number_statistics, pixel_statistics
 from latentact.data.time_base import LEROBOT_TOLERANCE_S, lookup_span, nearest_frames, row_times
 from latentact.progress import Progress
-
-VIDEO_KEY = "observation.images.video"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpisodeData:
-    """Files and columns of one episode."""
-
-    label: str
-    """Name in messages."""
-    times: Float64[np.ndarray, " n"] | None
-    """Time of each row in seconds; None: every frame of the video is a row."""
-    tasks: list[str]
-    """Task text of each row, or a single text for all rows."""
-    videos: dict[str, Path]
-    """Camera -> video file."""
-    columns: Callable[[], dict[str, Any]]
-    """Returns the numeric, text and image columns."""
-    starts: dict[str, float] = field(default_factory=dict)
-    """Camera -> time in its video, in seconds, at time 0 of the rows, if not 0."""
-    rows: slice = field(default_factory=lambda: slice(None))
-    """Rows to write."""
 
 
 def write_episodes(
@@ -63,11 +39,8 @@ def write_episodes(
     Raises:
         Unreadable: an image or a video is damaged.
     """
-    from datasets import Dataset
-    from lerobot.datasets import io_utils
-    from lerobot.datasets.compute_stats import aggregate_stats
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-    from lerobot.utils.utils import SuppressProgressBars, flatten_dict
+    from lerobot.utils.utils import flatten_dict
 
     meta: Any = LeRobotDatasetMetadata.create(
         "local/dataset",
@@ -116,17 +89,27 @@ def write_episodes(
             statistics.append(stats)
             first_row += len(times)
             progress.advance(1)
+    _write_metadata(meta, rows, statistics)
+
+
+def _write_metadata(meta: Any, rows: list[dict[str, Any]], statistics: list[dict[str, Any]]) -> None:
+    """Write `meta/`: totals, statistics over all episodes, and the rows of `meta/episodes`."""
+    from datasets import Dataset
+    from lerobot.datasets import io_utils
+    from lerobot.datasets.compute_stats import aggregate_stats
+    from lerobot.utils.utils import SuppressProgressBars
+
     for key in meta.video_keys:
         meta.update_video_info(key)
     info = meta.info
-    info.total_episodes = len(episodes)
-    info.total_frames = first_row
+    info.total_episodes = len(rows)
+    info.total_frames = sum(row["length"] for row in rows)
     info.total_tasks = len(meta.tasks)
-    info.splits = {"train": f"0:{len(episodes)}"}
-    io_utils.write_info(info, root)
-    io_utils.write_stats(dict(sorted(aggregate_stats(statistics).items())), root)
+    info.splits = {"train": f"0:{len(rows)}"}
+    io_utils.write_info(info, meta.root)
+    io_utils.write_stats(dict(sorted(aggregate_stats(statistics).items())), meta.root)
     with SuppressProgressBars():
-        io_utils.write_episodes(Dataset.from_list(rows), root)
+        io_utils.write_episodes(Dataset.from_list(rows), meta.root)
 
 
 def _require_regular(times: np.ndarray, fps: int, file: Path) -> None:

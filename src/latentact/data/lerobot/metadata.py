@@ -130,7 +130,7 @@ def read_info(path: Path) -> Info:
 
 
 def cameras(features: Mapping[str, Feature]) -> list[str]:
-    """Return the camera keys; depth is not a camera."""
+    """Return the camera keys, without depth maps."""
     return [key for key, feature in features.items() if feature.visual and not feature.depth]
 
 

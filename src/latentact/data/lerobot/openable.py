@@ -14,7 +14,7 @@ import pyarrow as pa
 from latentact.data.decode.video import frame_times, video_properties
 from latentact.data.format import Unreadable
 from latentact.data.lerobot.metadata import BOOKKEEPING, cameras, read_episodes
-from latentact.data.lerobot.source import LeRobotSource
+from latentact.data.lerobot.recording import LeRobotFiles
 from latentact.data.time_base import LEROBOT_TOLERANCE_S, lerobot_misses, row_times
 from latentact.errors import UserError
 from latentact.io.records import parquet_columns, parse_json, read_parquet, read_text
@@ -25,23 +25,14 @@ _PLACE = ("chunk_index", "file_index")
 _COUNTED = ("length", "dataset_from_index", "dataset_to_index")
 
 
-def require_openable(path: Path, source: LeRobotSource) -> None:
-    """Check that LeRobot can open a dataset, or its conversion to version 3.
-
-    Raises:
-        UserError: LeRobot cannot open it.
-    """
-    for problem in problems(path, source):
-        raise UserError(f"{path}: {problem}; repair the dataset, or use --output file.")
-
-
-def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+def problems(source: LeRobotFiles) -> Iterator[str]:
     """Yield problems that keep LeRobot from opening a dataset or its conversion to version 3."""
+    path = source.path
     yield from _feature_problems(source)
     yield from _value_problems(source)
     yield from _image_problems(source)
     if not source.info.codebase_version.startswith("v3"):
-        yield from _old_time_problems(path, source)
+        yield from _old_time_problems(source)
         return
     for name in BOOKKEEPING:
         if name not in source.tables.features:
@@ -49,8 +40,8 @@ def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
     for file in source.tables.empty:
         yield f"{file.relative_to(path)} must have rows, got none"
     yield from total_problems(source)
-    yield from _episode_problems(path, source)
-    yield from _task_problems(path, source)
+    yield from _episode_problems(source)
+    yield from _task_problems(source)
     statistics = path / "meta/stats.json"
     if statistics.is_file():
         try:
@@ -61,7 +52,7 @@ def problems(path: Path, source: LeRobotSource) -> Iterator[str]:
             yield str(error).rstrip(".").replace(str(statistics), "meta/stats.json")
 
 
-def total_problems(source: LeRobotSource) -> Iterator[str]:
+def total_problems(source: LeRobotFiles) -> Iterator[str]:
     """Yield the totals of `meta/info.json` that contradict the tables; version 3 needs all of them."""
     needed = source.info.codebase_version.startswith("v3")
     counted = {"total_frames": source.tables.rows, "total_episodes": len(source.tables.spans)}
@@ -73,7 +64,7 @@ def total_problems(source: LeRobotSource) -> Iterator[str]:
         yield f"meta/info.json: total_tasks must be at least 1, got {source.info.total_tasks}"
 
 
-def _feature_problems(source: LeRobotSource) -> Iterator[str]:
+def _feature_problems(source: LeRobotFiles) -> Iterator[str]:
     for name, feature in source.tables.features.items():
         if not feature.numeric:
             continue
@@ -83,18 +74,18 @@ def _feature_problems(source: LeRobotSource) -> Iterator[str]:
             yield f"meta/info.json: features.{name}.dtype must be a numeric type, got {feature.dtype!r}"
 
 
-def _value_problems(source: LeRobotSource) -> Iterator[str]:
+def _value_problems(source: LeRobotFiles) -> Iterator[str]:
     """Find missing values in columns whose type has no NaN; LeRobot cannot batch nulls."""
     rewritten = () if source.info.codebase_version.startswith("v3") else BOOKKEEPING
     for name, feature in source.tables.features.items():
         exact = not feature.dtype.startswith("float") and name not in rewritten
-        column = source.column(name) if exact else None
+        column = source.tables.column(name) if exact else None
         if column is not None and column.dtype.kind == "f":
             row = int(np.argmax(np.isnan(column.reshape(len(column), -1)).any(1)))
             yield f"column {name} of {feature.dtype} must have a value in every row, got none in row {row}"
 
 
-def _image_problems(source: LeRobotSource) -> Iterator[str]:
+def _image_problems(source: LeRobotFiles) -> Iterator[str]:
     """Compare images with the shape that LeRobot expects: the first and last one of some episodes."""
     converted = not source.info.codebase_version.startswith("v3")
     for name in cameras(source.tables.features):
@@ -117,9 +108,9 @@ def _image_problems(source: LeRobotSource) -> Iterator[str]:
                 break
 
 
-def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+def _episode_problems(source: LeRobotFiles) -> Iterator[str]:
     """Compare `meta/episodes`, where LeRobot looks up episodes by row, with the tables."""
-    info, spans = source.info, source.tables.spans
+    path, info, spans = source.path, source.info, source.tables.spans
     videos = [key for key, feature in info.features.items() if feature.dtype == "video"]
     files = {key: [f"videos/{key}/{name}" for name in _PLACE] for key in videos}
     files["data"] = [f"data/{name}" for name in _PLACE]
@@ -164,7 +155,7 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
                     f"{columns[name][episode]}"
                 )
                 return
-    yield from _file_problems(path, source, {key: [columns[name] for name in files[key]] for key in files})
+    yield from _file_problems(source, {key: [columns[name] for name in files[key]] for key in files})
     for key in videos:
         by_file: dict[str, list[tuple[int, np.ndarray]]] = {}
         for episode, *place, start in zip(
@@ -180,9 +171,9 @@ def _episode_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
         yield from _time_problems(path, by_file)
 
 
-def _old_time_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
+def _old_time_problems(source: LeRobotFiles) -> Iterator[str]:
     """Find rows of version 2 data without a frame where LeRobot looks it up after conversion."""
-    info, fps = source.info, source.fps
+    path, info, fps = source.path, source.info, source.fps
     for key in (k for k in cameras(info.features) if info.features[k].dtype == "video"):
         by_file = {}
         for recording in source.recordings:
@@ -215,15 +206,14 @@ def _time_problems(path: Path, by_file: Mapping[str, Sequence[tuple[int, np.ndar
                 return
 
 
-def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list[int]]]) -> Iterator[str]:
+def _file_problems(source: LeRobotFiles, files: dict[str, list[list[int]]]) -> Iterator[str]:
     """Check the files that `meta/episodes` names, and the size of the videos.
 
     Args:
-        path: the dataset.
         source: the opened dataset.
         files: camera key, or "data" -> chunk index and file index of each episode.
     """
-    info = source.info
+    path, info = source.path, source.info
     for key, indices in files.items():
         template, camera = ("data_path", {}) if key == "data" else ("video_path", {"video_key": key})
         for place in sorted(set(zip(*indices, strict=True))):
@@ -238,21 +228,21 @@ def _file_problems(path: Path, source: LeRobotSource, files: dict[str, list[list
             if key == "data" or info.features[key].depth:
                 continue
             try:
-                seen = video_properties(path / file)
+                video = video_properties(path / file)
             except Unreadable:
                 continue  # decoding reports it
-            shape, named = [seen.height, seen.width, 3], list(info.features[key].hwc)
+            shape, named = [video.height, video.width, 3], list(info.features[key].hwc)
             if shape != named:
                 yield f"meta/info.json: features.{key}.shape must be {shape} as in {file}, got {named}"
                 break
 
 
-def _task_problems(path: Path, source: LeRobotSource) -> Iterator[str]:
-    file = path / "meta/tasks.parquet"
+def _task_problems(source: LeRobotFiles) -> Iterator[str]:
+    file = source.path / "meta/tasks.parquet"
     if not file.is_file():
         yield "meta/tasks.parquet is missing"
         return
-    count, index = len(read_parquet(file)), source.column("task_index")
+    count, index = len(read_parquet(file)), source.tables.column("task_index")
     if index is None:
         return
     wrong = np.flatnonzero(~((-count <= index) & (index < count)))

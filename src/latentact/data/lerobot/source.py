@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped, UInt8
 
 from latentact.data.decode.video import decode, frame_times
 from latentact.data.digest import Memo, blake2b, file_digest
-from latentact.data.format import Episode, Unreadable
+from latentact.data.format import EpisodeMetadata, FormatFindings, LeRobotParts, Unreadable
+from latentact.data.lerobot.check import check_lerobot
 from latentact.data.lerobot.metadata import Info
+from latentact.data.lerobot.openable import problems
+from latentact.data.lerobot.parts import lerobot_parts
+from latentact.data.lerobot.recording import LeRobotFiles, Recording
 from latentact.data.lerobot.tables import Tables, action_space, column_int
 from latentact.data.time_base import clock_problem, image_times, lookup_span, nearest_frames, row_problem
 from latentact.errors import UserError
@@ -23,18 +27,8 @@ from latentact.io.records import read_text
 
 logger = logging.getLogger(__name__)
 
-
-class Recording(NamedTuple):
-    """Location of the frames of an episode."""
-
-    episode: int
-    """`episode_index` of the episode."""
-    tasks: Sequence[str]
-    """Task texts from the list of episodes."""
-    video: str = ""
-    """Video file relative to the dataset; empty if images are in the table."""
-    start: float = 0.0
-    """Time in the video, in seconds, of timestamp 0 of the table (`from_timestamp`)."""
+_SAMPLED = 8
+"""Number of episodes whose images are looked at."""
 
 
 def lerobot_version(path: Path) -> str:
@@ -52,7 +46,7 @@ def lerobot_version(path: Path) -> str:
         raise UserError(f"{file} must be JSON ({error}); copy the dataset again.") from error
 
 
-class LeRobotSource:
+class LeRobotSource(LeRobotFiles):
     """An opened LeRobot dataset.
 
     Args:
@@ -82,12 +76,13 @@ class LeRobotSource:
         memo: Memo,
     ) -> None:
         """Scan the dataset."""
-        self.camera, self.fps, self.info = camera, float(info.fps), info
-        self._path = path
+        self.camera, self.fps, self.info, self.path = camera, float(info.fps), info, path
+        self.lerobot_version = info.codebase_version
+        self.kind = f"LeRobot {info.codebase_version}"
         self.tables = tables
-        """Parquet files of the dataset."""
         self.action_space, self.action_names = action_space(tables, path)
-        self.skipped: dict[str, str] = {}
+        self.numeric_columns = [name for name, feature in tables.features.items() if feature.numeric]
+        self.skipped = {}
         if camera in tables.missing:
             raise UserError(
                 f"{path} must have a column for the camera {camera!r} in its tables; copy the dataset again."
@@ -98,8 +93,7 @@ class LeRobotSource:
         missing = {r.episode: found for r in recordings if (found := self._missing(r))}
         present = [r for r in recordings if r.episode not in missing]
         first = next(iter(missing.values()), "")
-        self.absent = len(recordings) - len(present)
-        """Number of listed episodes with missing files."""
+        self.missing_episodes = len(recordings) - len(present)
         if not present:
             raise UserError(
                 f"{path} lists {len(recordings)} episodes but has the files of none"
@@ -116,18 +110,24 @@ class LeRobotSource:
                 f"in the list of episodes: they are left out"
             )
         self._set_tasks(present, texts)
-        digests = tables.image_digests(camera, memo) if any(not r.video for r in present) else {}
-        self.recordings: list[Recording] = []
-        """Location of the frames of each of `episodes`."""
-        self.episodes: list[Episode] = []
-        self.unreadable: dict[str, str] = {}
+        self._set_episodes(present, memo)
+        self.first_rows = [tables.spans[r.episode].begin for r in self.recordings]
+        videos = dict.fromkeys(recording.video for recording in self.recordings if recording.video)
+        self.video_files = [path / video for video in videos]
+
+    def _set_episodes(self, recordings: Sequence[Recording], memo: Memo) -> None:
+        """Set the readable episodes, and the reasons why others are not readable."""
+        images = any(not r.video for r in recordings)
+        digests = self.tables.image_digests(self.camera, memo) if images else {}
+        self.recordings = []
+        self.episodes = []
+        self.unreadable = {}
         self.wrong_clocks = 0
-        """Number of unreadable episodes whose timestamps are not finite or do not ascend."""
-        lost = self._lost(present, memo)
+        lost = self._lost(recordings, memo)
         replaced: list[str] = []
-        for recording in present:
+        for recording in recordings:
             episode = self._describe(recording, digests, memo)
-            timestamps = tables.timestamps(recording.episode)
+            timestamps = self.tables.timestamps(recording.episode)
             problem = lost.get(recording.episode, "")
             if not problem and not recording.video:
                 problem = image_times(timestamps, self.fps)[1]
@@ -143,7 +143,6 @@ class LeRobotSource:
                 f"{replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''}: using "
                 f"row / fps as timestamps, with {self.fps:g} fps"
             )
-        self.first_rows = [tables.spans[r.episode].begin for r in self.recordings]
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w 3"]]]:
         """Yield (seconds since the first row, frame) for each row of an episode."""
@@ -153,7 +152,7 @@ class LeRobotSource:
             yield from zip(times.tolist(), self.tables.images(self.camera, recording.episode), strict=True)
             return
         video_times = recording.start + self.tables.timestamps(recording.episode)
-        video = decode(self._path / recording.video, *lookup_span(video_times, self.fps))
+        video = decode(self.path / recording.video, *lookup_span(video_times, self.fps))
         frames = nearest_frames(video, video_times, self.fps)
         for seconds, (_, frame) in zip(times.tolist(), frames, strict=True):
             yield seconds, frame
@@ -172,9 +171,33 @@ class LeRobotSource:
         """Return the index into `tasks` of each row of an episode; -1: no task."""
         return self._row_tasks[self.recordings[number].episode]
 
-    def video_file(self, number: int) -> Path:
-        """Return the video file of an episode."""
-        return self._path / self.recordings[number].video
+    def image_modes(self) -> Sequence[str]:
+        """Return Pillow's modes of the first images of some episodes."""
+        modes = set()
+        for recording in self.recordings[:: max(1, len(self.recordings) // _SAMPLED)]:
+            with suppress(Unreadable):  # decoding reports it
+                modes.add(self.tables.image_mode(self.camera, recording.episode))
+        return sorted(modes)
+
+    def table_rows(self) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
+        """Return `episode_index` and `frame_index` of each row of the tables."""
+        lengths = {episode: span.end - span.begin for episode, span in self.tables.spans.items()}
+        frame = self.column("frame_index")
+        if frame is None:
+            frame = np.concatenate([np.arange(length) for length in lengths.values()])
+        return np.repeat([*lengths], [*lengths.values()]), frame
+
+    def findings(self) -> FormatFindings:
+        """Return what `check-data` reports about LeRobot datasets."""
+        return check_lerobot(self)
+
+    def lerobot_problems(self) -> Iterable[str]:
+        """Return what keeps LeRobot from opening this data, or its conversion to version 3."""
+        return problems(self)
+
+    def lerobot_parts(self) -> LeRobotParts:
+        """Return the parts of a LeRobot dataset of version 3."""
+        return lerobot_parts(self)
 
     def _set_tasks(self, recordings: Sequence[Recording], texts: Mapping[int, str]) -> None:
         """Set the task of each row from `task_index`, or else from the list of episodes."""
@@ -222,30 +245,30 @@ class LeRobotSource:
                 return {name: problem for name, problem in problems.items() if problem}
 
             key = blake2b(repr([self.fps, *lookups]).encode(), *(t.tobytes() for t in lookups.values()))
-            wrong = memo.get(self._path / video, f"rows.1:{key}", find)
+            wrong = memo.get(self.path / video, f"rows.1:{key}", find)
             found |= {int(name): problem for name, problem in wrong.items()}
         return found
 
     def _missing(self, recording: Recording) -> str:
         """Return the part of an episode that does not exist: its video, or the rows of its table."""
-        if recording.video and not (self._path / recording.video).is_file():
+        if recording.video and not (self.path / recording.video).is_file():
             return recording.video
         return "" if recording.episode in self.tables.spans else f"row of episode {recording.episode}"
 
-    def _describe(self, recording: Recording, digests: dict[int, str], memo: Memo) -> Episode:
+    def _describe(self, recording: Recording, digests: dict[int, str], memo: Memo) -> EpisodeMetadata:
         """Return name, file, tasks, length and content digest of an episode."""
         times = self.tables.timestamps(recording.episode)
         if recording.video:
-            video = memo.get(self._path / recording.video, "file", file_digest)
+            video = memo.get(self.path / recording.video, "file", file_digest)
             content = blake2b(video.encode(), np.float64(recording.start).tobytes(), times.tobytes())
         else:
             content = blake2b(digests[recording.episode].encode(), times.tobytes())
         span = self.tables.spans[recording.episode]
         tasks = dict.fromkeys(self._row_tasks[recording.episode].tolist())
-        return Episode(
+        return EpisodeMetadata(
             name=f"episode {recording.episode}",
-            file=recording.video or self.tables.file(span).relative_to(self._path).as_posix(),
-            task=" / ".join(self.tasks[n] for n in tasks if n >= 0),
+            file=recording.video or self.tables.file(span).relative_to(self.path).as_posix(),
+            task=" / ".join(self.tasks[int(n)] for n in tasks if n >= 0),
             frames=len(times),
             content=content,
         )

@@ -73,15 +73,15 @@ def require_upright(videos: Iterable[Path]) -> None:
     """
     for file in sorted(videos):
         try:
-            seen = video_properties(file)
+            video = video_properties(file)
         except Unreadable:
             continue
-        if not seen.first:
+        if not video.first:
             raise UserError(
-                f"{file} has {seen.streams} video streams, of which LeRobot's decoders show different ones; "
+                f"{file} has {video.streams} video streams, of which LeRobot's decoders show different ones; "
                 f"use --output file, or keep one: ffmpeg -i IN.mp4 -map 0:v:0 -c copy OUT.mp4."
             )
-        if seen.orientation != (1, 0, 0, 1):
+        if video.orientation != (1, 0, 0, 1):
             raise UserError(
                 f"{file} is rotated or mirrored by its display matrix, which one of LeRobot's decoders "
                 f"ignores; use --output file, or encode it upright: ffmpeg -i IN.mp4 OUT.mp4."

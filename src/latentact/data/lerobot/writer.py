@@ -116,7 +116,7 @@ class RecordSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episode:
+class EpisodeBuffer:
     """One episode of n rows; the last row has the final observation and an action that is not executed."""
 
     frames: UInt8[np.ndarray, "n h w 3"]
@@ -141,7 +141,7 @@ class Episode:
     """Whether `action` is a label to learn from."""
 
 
-def stage_episode(path: Path, spec: RecordSpec, episode: Episode) -> None:
+def stage_episode(path: Path, spec: RecordSpec, episode: EpisodeBuffer) -> None:
     """Write one episode atomically to `path` (`.npz`, and `.mp4` with the same stem for video)."""
     pixel_counts = [
         np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(episode.frames, -1, 0)

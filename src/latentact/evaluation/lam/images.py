@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
     from torch import Tensor
 
-    from latentact.data.cache import FrameStore
+    from latentact.data.store import FrameStore
     from latentact.data.windows import Clips
     from latentact.lams.contract import LatentActionModel
 

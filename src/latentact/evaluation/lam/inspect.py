@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from latentact.data.cache import FrameStore
+    from latentact.data.store import FrameStore
     from latentact.lams.contract import LatentActionModel
 
 MAP_POINTS = 1500

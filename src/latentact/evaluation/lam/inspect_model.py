@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from latentact.data.cache import known_rows
+from latentact.data.store import known_rows
 from latentact.data.windows import Clips
 from latentact.evaluation.lam import diagnostics
 from latentact.evaluation.lam.images import resize
@@ -28,7 +28,7 @@ from latentact.evaluation.lam.probes import ProbeData, linear_probe
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 
-    from latentact.data.cache import FrameStore
+    from latentact.data.store import FrameStore
     from latentact.lams.contract import LatentActionModel
     from latentact.types import Clip
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.data.cache import known_rows
+from latentact.data.store import known_rows
 from latentact.evaluation.lam import diagnostics
 from latentact.evaluation.lam.metrics import FEWEST_PROBED, bootstrap_groups, halves_of, present_features
 from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe, mlp_probe

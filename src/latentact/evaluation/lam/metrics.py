@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from latentact.data.cache import known_rows
+from latentact.data.store import known_rows
 from latentact.data.windows import Clips
 from latentact.errors import UserError
 from latentact.evaluation.lam.codebook import codebook_health
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, Shaped
     from torch import Tensor
 
-    from latentact.data.cache import FrameStore
+    from latentact.data.store import FrameStore
     from latentact.lams.contract import LatentActionModel
 
 BATCH = 128

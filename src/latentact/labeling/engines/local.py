@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from latentact.labeling.units import Job, Shard, encode_units
+from latentact.labeling.units import Job, ProcessRank, encode_units
 from latentact.progress import Progress
 
 
-def encode(job: Job, shard: Shard) -> None:
+def encode(job: Job, process: ProcessRank) -> None:
     """Write all missing files."""
     missing = job.missing()
     total = job.frames(range(len(job.units)))

@@ -28,7 +28,7 @@ from latentact.data.stream import FrameStream
 from latentact.device import require_device
 from latentact.errors import UserError, missing_extra, require_one_of
 from latentact.labeling.precision import apply_precision
-from latentact.labeling.units import Job, Shard, encode_units, states_of, units_of
+from latentact.labeling.units import Job, ProcessRank, encode_units, states_of, units_of
 from latentact.lams.contract import load_lam
 from latentact.progress import Progress
 
@@ -68,7 +68,7 @@ class EngineConfig:
         """Return the device of this process: with Ray only actors encode; the trial of `auto` runs here."""
         return "cpu" if self.engine == "ray" and precision != "auto" else device
 
-    def build(self, shard: Shard, lam: str, data: DataConfig) -> Ray | None:
+    def build(self, process: ProcessRank, lam: str, data: DataConfig) -> Ray | None:
         """Return the engine; None: this process, or those of the launcher.
 
         Raises:
@@ -76,9 +76,10 @@ class EngineConfig:
         """
         if self.engine != "ray":
             return None
-        if shard.world > 1:
+        if process.world_size > 1:
             raise UserError(
-                f"--engine ray must be started once, got {shard.world} processes. Use --engine torchrun."
+                f"--engine ray must be started once, got {process.world_size} processes. Use --engine "
+                f"torchrun."
             )
         return Ray(lam=lam, data=data, address=self.ray_address, actors=self.ray_actors)
 
@@ -101,7 +102,7 @@ class Ray:
     actors: int
     """Number of actors; 0: one per free GPU or CPU core."""
 
-    def __call__(self, job: Job, shard: Shard) -> None:
+    def __call__(self, job: Job, process: ProcessRank) -> None:
         """Write all missing files."""
         missing = job.missing()
         for file in job.parts.glob("*.tries"):
@@ -133,7 +134,7 @@ class Ray:
         }
         items = [{"units": json.dumps(task)} for task in tasks]
         encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Actor,
+            RayActor,
             fn_constructor_args=(recipe,),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(tasks))),
@@ -167,7 +168,7 @@ class Ray:
             time.sleep(0.5)
 
 
-class Actor:
+class RayActor:
     """Encodes units; loads the model once.
 
     Args:

@@ -248,7 +248,7 @@ class Clam(LatentActionModel):
             normalize_frames(clip.frames, self.config.size) if self.uses_images else None,
             self._states(clip.states),
         )
-        seen = self._seen(observations, clip)
+        augmented = self._augmented(observations, clip)
         device = clip.frames.device
         total, recon, prediction = torch.zeros((), device=device), torch.zeros((), device=device), None
         first, metrics = None, {}
@@ -256,7 +256,7 @@ class Clam(LatentActionModel):
             window = observations.cut(step, step + 3)
             if prediction is not None:
                 window = window.replaced(1, prediction)
-            latent = self._infer(window if seen is None else seen.cut(step, step + 3))
+            latent = self._infer(window if augmented is None else augmented.cut(step, step + 3))
             target = observations.cut(step + 1, step + 3)
             error, step_metrics, prediction = self._step(window, target, latent.vectors, clip)
             recon = recon + error.detach() / self.config.steps
@@ -274,7 +274,7 @@ class Clam(LatentActionModel):
             total = total + self.config.action_weight * decoded
         return total, metrics
 
-    def _seen(self, observations: _Observations, clip: Clip) -> _Observations | None:
+    def _augmented(self, observations: _Observations, clip: Clip) -> _Observations | None:
         """Return augmented observations, at every timestep those of the data; None without augmentation."""
         x, s = observations.x, observations.s
         if x is not None and clip.observed is not None:

@@ -127,7 +127,7 @@ class Idm(LatentActionModel):
         assert clip.action is not None
         assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
-        return action_loss(self._scores(clip.seen[:, -3:]), action, clip.labeled), {}
+        return action_loss(self._scores(clip.idm_frames[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
         if self.config.backbone == "cells":

@@ -182,12 +182,12 @@ class Laom(LatentActionModel):
         """Return feature prediction loss + bottleneck loss + action loss on labeled steps."""
         c = self.config
         x = normalize_frames(clip.frames, c.size)
-        seen = x if clip.observed is None else normalize_frames(clip.observed, c.size)
+        observed = x if clip.observed is None else normalize_frames(clip.observed, c.size)
         b, device = len(x), x.device
         ahead = torch.randint(1, c.horizon + 1, (b, 1), device=device)
         steps = torch.arange(c.stack, device=device)
-        future = seen[torch.arange(b, device=device)[:, None], steps + ahead]
-        now, after, future = self._augmented(seen[:, : c.stack], x[:, 1 : c.stack + 1], future)
+        future = observed[torch.arange(b, device=device)[:, None], steps + ahead]
+        now, after, future = self._augmented(observed[:, : c.stack], x[:, 1 : c.stack + 1], future)
         latent, features = self._infer(now, future)
         if self.fdm.average is not None:
             self.fdm.update_average(self.encoder)

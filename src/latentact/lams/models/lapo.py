@@ -276,8 +276,8 @@ class Lapo(LatentActionModel):
     def loss(self, clip: Clip) -> tuple[Tensor, dict[str, Tensor]]:
         """Return reconstruction loss + bottleneck loss + action loss on labeled steps."""
         x = self._pixels(clip.frames[:, -3:])
-        seen = x if clip.observed is None else self._pixels(clip.observed[:, -3:])
-        latent, action_logits = self._infer(seen)
+        observed = x if clip.observed is None else self._pixels(clip.observed[:, -3:])
+        latent, action_logits = self._infer(observed)
         if isinstance(self.fdm, FeatureFdm):
             recon, metrics = self.fdm.of_clip(latent.vectors, x, clip, self.context)
         else:

@@ -230,8 +230,8 @@ class Laq(LatentActionModel):
         bias = self.net.bias(patches)
         observed = pixels if clip.observed is None else self._pixels(clip.observed[:, -2:])
         same = observed is pixels and self.config.difference_gain == 1
-        seen = patches if same else self.net.patches(self._amplified(observed))
-        latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(seen, bias)))
+        observed_patches = patches if same else self.net.patches(self._amplified(observed))
+        latent = self.bottleneck(self.net.delta(self.net.spatial_tokens(observed_patches, bias)))
         first = patches[:, :1].detach() if self.config.compat else patches[:, :1]
         now, target = pixels.unbind(1)
         predicted = self._decode(pixels, first, latent.vectors, bias)

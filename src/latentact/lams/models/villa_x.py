@@ -312,8 +312,8 @@ class VillaX(LatentActionModel):
         if clip.observed is not None:  # the same crop
             frames = torch.cat([frames, clip.observed[row, order]], dim=1)
         x = self._pixels(self._cropped(frames)).unflatten(0, (b, -1))
-        x, seen = x[:, :t], x[:, -t:]
-        stems = self.encoder.stem(seen.flatten(0, 1)).unflatten(0, (b, t))
+        x, observed = x[:, :t], x[:, -t:]
+        stems = self.encoder.stem(observed.flatten(0, 1)).unflatten(0, (b, t))
         now = torch.minimum(
             steps[:-1], t - 2 - missing
         )  # the last transition replaces those that are missing
@@ -426,8 +426,8 @@ class Proprio(nn.Module):
                 )
             state, after = self.state_norm(torch.cat([*clip.states[:, -2:].unbind(1)])).chunk(2)
         noise = clip.state_noise
-        seen = state if state is None or noise is None else state + noise
-        x = torch.cat([latent] if seen is None else [latent, seen], dim=1)
+        noisy = state if state is None or noise is None else state + noise
+        x = torch.cat([latent] if noisy is None else [latent, noisy], dim=1)
         x = F.gelu(self.enter(x) + self.embodiment)
         losses = {}
         if self.state_head is not None and state is not None and after is not None:

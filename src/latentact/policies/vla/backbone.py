@@ -280,7 +280,7 @@ def set_resolution(processor: Any, resolution: int) -> None:
             images.min_pixels = images.max_pixels = pixels
 
 
-def ask(
+def prepare_inputs(
     processor: Any, frames: UInt8[Tensor, "b 3 h w"], prompts: Sequence[str], context: int
 ) -> dict[str, Tensor]:
     """Return the inputs of a model for one image and one prompt per sample, padded on the left.

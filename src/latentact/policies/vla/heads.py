@@ -52,7 +52,7 @@ class ActionHeadConfig:
             )
 
 
-class ActionHead(nn.Module, ABC):
+class VlaHead(nn.Module, ABC):
     """Map hidden states of the queries to actions.
 
     Args:
@@ -97,7 +97,7 @@ class ActionHead(nn.Module, ABC):
         return (actions.nan_to_num() - self.mean) / self.std
 
 
-class ChunkHead(ActionHead):
+class ChunkHead(VlaHead):
     """Predict all actions of the chunk in one pass."""
 
     def __init__(self, config: ActionHeadConfig, space: ActionSpace, width: int) -> None:
@@ -121,7 +121,7 @@ class ChunkHead(ActionHead):
         return choose(out) if self.space.discrete else out * self.std + self.mean
 
 
-class BinsHead(ActionHead):
+class BinsHead(VlaHead):
     """Classify each action dimension into bins; an action is the center of its bin."""
 
     edges: Tensor
@@ -162,7 +162,7 @@ class BinsHead(ActionHead):
         return middles[torch.arange(self.space.size, device=chosen.device), chosen]
 
 
-class FlowHead(ActionHead):
+class FlowHead(VlaHead):
     """A velocity field from noise to actions, conditioned on the queries' hidden states."""
 
     def __init__(self, config: ActionHeadConfig, space: ActionSpace, width: int) -> None:
@@ -202,7 +202,7 @@ class FlowHead(ActionHead):
         return self.outward(self.decoder(tokens, self.norm(hidden))).float()
 
 
-HEADS: dict[str, type[ActionHead]] = {"chunk": ChunkHead, "bins": BinsHead, "flow": FlowHead}
+HEADS: dict[str, type[VlaHead]] = {"chunk": ChunkHead, "bins": BinsHead, "flow": FlowHead}
 
 
 def _mean(each: Float[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Tensor:

@@ -30,12 +30,12 @@ from latentact.policies.selection import Choose, greedy
 from latentact.policies.vla.backbone import (
     add_lora,
     append,
-    ask,
     checkpoint_activations,
     context_length,
     load_vlm,
     merge_lora,
     no_progress_bar,
+    prepare_inputs,
     unused_parameters,
     vision_parameters,
 )
@@ -230,7 +230,7 @@ class Vla(nn.Module):
             own.state_mean.copy_(torch.from_numpy(state.mean(0)))
             own.state_std.copy_(torch.from_numpy(state.std(0)).clamp(min=1e-4))
 
-    def ask(self, frames: UInt8[Tensor, "b 3 h w"], tasks: list[str]) -> dict[str, Tensor]:
+    def prepare_inputs(self, frames: UInt8[Tensor, "b 3 h w"], tasks: list[str]) -> dict[str, Tensor]:
         """Return the inputs of the vision-language model for images and task texts.
 
         Raises:
@@ -240,7 +240,7 @@ class Vla(nn.Module):
         if frames.shape[-2:] != size:
             frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
         prompts = [self.config.prompt.replace("{task}", task) for task in tasks]
-        return ask(self.processor, frames, prompts, self.context)
+        return prepare_inputs(self.processor, frames, prompts, self.context)
 
     def loss(self, batch: VlaBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of latent actions, of robot actions, or their weighted sum; and metrics."""
@@ -314,7 +314,7 @@ class Vla(nn.Module):
         """Return the logits of the codes after 0, 1, ..., n given ones, ``[b, n + 1, codebook]``.
 
         Args:
-            inputs: result of `ask`.
+            inputs: result of `prepare_inputs`.
             state: robot state ``[b, s]``, or None.
             codes: int64 ``[b, n]``.
         """
@@ -334,7 +334,7 @@ class Vla(nn.Module):
         """Return the last hidden states of the position before the tail, and of the tail.
 
         Args:
-            inputs: result of `ask`.
+            inputs: result of `prepare_inputs`.
             state: robot state ``[b, s]`` in its own units; it gets one position before the tail.
             tail: embeddings at the end, ``[b, n, h]`` or, the same for all samples, ``[n, h]``.
         """

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Shaped
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latentact.data.cache import FrameStore
+from latentact.data.store import FrameStore
 from latentact.errors import UserError
 
 
@@ -49,8 +49,8 @@ class VlaSamples(Dataset):
 
     Args:
         store: frames, tasks and states.
-        ask: function from uint8 frames ``[b, 3, h, w]`` and task texts to the inputs of the vision-language
-            model.
+        prepare_inputs: function from uint8 frames ``[b, 3, h, w]`` and task texts to the inputs of the
+            vision-language model.
         rows: rows of the store.
         latent: codes int64 ``[n, k]`` or float32 ``[n, k, d]`` of every row.
         valid: whether the latent action of a row exists, ``[n]``.
@@ -62,7 +62,7 @@ class VlaSamples(Dataset):
     def __init__(
         self,
         store: FrameStore,
-        ask: Callable[[Tensor, list[str]], dict[str, Tensor]],
+        prepare_inputs: Callable[[Tensor, list[str]], dict[str, Tensor]],
         rows: np.ndarray,
         *,
         latent: np.ndarray,
@@ -73,7 +73,7 @@ class VlaSamples(Dataset):
     ) -> None:
         if not len(rows):
             raise UserError("the data must have a step to learn from, got none; label more episodes.")
-        self.store, self.ask, self.rows = store, ask, rows
+        self.store, self.prepare_inputs, self.rows = store, prepare_inputs, rows
         self.latent, self.valid, self.actions, self.known = latent, valid, actions, known
         self.ahead = np.arange(chunk)
 
@@ -99,7 +99,7 @@ class VlaSamples(Dataset):
         frames = torch.from_numpy(store.frames[rows if images is None else images]).permute(0, 3, 1, 2)
         texts = [store.task_texts[task] for task in store.task[rows]] if tasks is None else tasks
         batch = VlaBatch(
-            inputs=self.ask(frames, texts),
+            inputs=self.prepare_inputs(frames, texts),
             latent=torch.from_numpy(self.latent[rows]),
             latent_mask=torch.from_numpy(self.valid[rows]),
             state=None if store.state is None else torch.from_numpy(store.state[rows]),

@@ -15,7 +15,8 @@ from latentact.reporting.html import Section, figure, fold, image, page, table, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from latentact.data.check import DataCheck, Sheet
+    from latentact.data.check import DataCheck
+    from latentact.data.check_frames import Sheet
 
 
 _HEIGHT = 160

@@ -1,4 +1,4 @@
-"""The page of `check-guidance --operations`: does the policy follow its guide, and edited guides?"""
+"""The page of `check-guidance --operations`: how well the policy follows its guide and edited guides."""
 
 from __future__ import annotations
 

@@ -259,9 +259,9 @@ def run_epochs(trainee: LeRobotTrainee, out: Path, checkpoints: int = 0) -> None
     """Train all epochs, or resume.
 
     Args:
-        trainee: what is trained.
+        trainee: the policy and its data.
         out: run folder.
-        checkpoints: how many to write, of which the last is kept; 0: one per epoch, and all are kept.
+        checkpoints: number of checkpoints, each of which replaces the one before; 0: one per epoch, all kept.
     """
     folder, epochs, each = out / "checkpoints", trainee.epochs, trainee.steps_per_epoch
     for leftover in folder.glob(".*.partial"):

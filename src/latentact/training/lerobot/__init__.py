@@ -1,0 +1,1 @@
+"""LeRobot policies: training as in `lerobot-train`, and adaptation to another dataset."""
