@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from conftest import ok
+from conftest import cli, ok
 from latentact import UserError, check_format
 from latentact.data import check
 from latentact.data.decode.video import decode
@@ -162,6 +162,19 @@ def test_precompute_adds_columns_to_its_videos_and_actions(clips, lam, tmp_path)
     assert pretraining.meta.features["action"]["shape"] == (4,)
 
 
+def test_precompute_rejects_columns_that_do_not_fit_the_videos(clips, lam, tmp_path):
+    index = json.loads(clips.read_text())
+    for clip in index["clips"]:
+        clip["video"] = str(clips.parent / clip["video"])
+    index["clips"][0]["action"].append([0.0, 0.0])
+    (tmp_path / "clips.json").write_text(json.dumps(index))
+    where = ("--dataset-root", tmp_path / "clips.json", "--lam-model-path", lam)
+    refused = cli("precompute", *where, "--output-dir", tmp_path / "tokens")
+    assert refused.returncode == 2
+    assert "must have a row of action for each of its 12 frames, got 13; use --output file" in refused.stderr
+    assert not (tmp_path / "tokens").exists()
+
+
 def test_shard_looks_for_scene_cuts(clips, tmp_path):
     ok("shard", "--data", clips, "--out", tmp_path / "shards")
     assert json.loads((tmp_path / "shards/manifest.json").read_text())["settings"]["cuts"] is True
@@ -215,3 +228,20 @@ def test_a_source_without_the_base_class_is_completed(clips, monkeypatch, tmp_pa
     np.testing.assert_allclose(source.times(1), np.arange(9) / 10, atol=1e-3)
     assert source.frame(1, 3).shape == (SIZE, SIZE, 3)
     assert source.lerobot_parts() is None
+
+
+def test_a_frozen_source_without_the_base_class_is_completed(clips, monkeypatch, tmp_path):
+    @dataclass(frozen=True)
+    class Frozen:
+        camera: str
+
+    monkeypatch.setattr(Clips, "open", staticmethod(lambda path, camera, memo: Frozen("top")))
+    with pytest.warns(DeprecationWarning, match="Frozen must subclass"):
+        source = open_source(clips, "", Memo(tmp_path, clips))
+    assert (source.camera, source.scene_cuts) == ("top", False)
+
+
+def test_tasks_of_parts_are_those_of_the_rows(clips):
+    source = ClipsSource(clips)
+    source.episodes = [replace(episode, task="") for episode in source.episodes]
+    assert source.lerobot_parts().episode(1).tasks == ["task 1"]

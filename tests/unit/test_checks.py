@@ -158,6 +158,13 @@ def test_a_format_that_detects_everything_is_noticed(tmp_path: Path) -> None:
         check_format(greedy, data)
 
 
+def test_a_config_that_is_not_registered_is_noticed() -> None:
+    model = SMALL.build()
+    model.config = type("Other", (), {"kind": "lapo"})()
+    with pytest.raises(UserError, match=r"registered with LAMS.register\('lapo'\), got another Other"):
+        check_lam(model)
+
+
 def test_a_registered_config_gets_the_defaults_of_its_contract() -> None:
     class Plain:
         kind = "plain"

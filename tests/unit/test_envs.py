@@ -539,6 +539,15 @@ def test_experts_that_use_the_former_name_of_report_action():
         def took(self, action):
             self.actions.append(action)
 
-    expert = Former()
-    expert.report_action(2)
-    assert expert.actions == [2]
+    class Current(Former):
+        took = Expert.took
+
+        def report_action(self, action):
+            super().report_action(action)
+            self.actions.append(action)
+
+    with pytest.warns(DeprecationWarning, match=r"use Expert.report_action"):
+        Former().report_action(2)
+    with pytest.warns(DeprecationWarning, match=r"use Expert.report_action"):
+        Current().took(3)
+    assert Former.actions == [2, 3]

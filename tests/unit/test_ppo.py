@@ -11,7 +11,7 @@ from latentact.data.samples import PolicyBatch
 from latentact.envs.spec import make_env
 from latentact.lams.contract import LatentActionModel
 from latentact.learners.ppo.environment import PolicyEnv
-from latentact.learners.ppo.online import Actor, PolicyFeatures, from_scratch, train_online
+from latentact.learners.ppo.online import ActorNetwork, PolicyFeatures, from_scratch, train_online
 from latentact.policies.decoder import DecoderConfig
 from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
@@ -70,7 +70,7 @@ def test_the_actor_gives_the_scores_of_the_policy(case, scratch):
         frames=frames.permute(0, 1, 4, 2, 3), state=observation.get("state"),
         words=inputs["words"], target=torch.zeros(6, 0, 1), mask=torch.zeros(6, 0, dtype=torch.bool),
     )  # fmt: skip
-    actor = Actor(policy, latent.shape[1])
+    actor = ActorNetwork(policy, latent.shape[1])
     scores = actor(torch.cat([latent, features], dim=1))
     torch.testing.assert_close(scores, policy.action_scores(batch)[:, 0])
 

@@ -210,12 +210,12 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
 
 
 def settings_as_flags(arguments: list[str], flags: list[Flag], stage: str) -> list[str]:
-    """Return what was typed with KEY=VALUE replaced by flags, and `experiment=NAME` by those in its file.
+    """Replace KEY=VALUE by flags, and `experiment=NAME` by the flags of its file.
 
-    The file is `conf/STAGE/experiment/NAME.yaml`; what was typed besides has precedence.
+    The file is `conf/STAGE/experiment/NAME.yaml`; other arguments take precedence over it.
 
     Raises:
-        UserError: there is no such experiment.
+        UserError: there is no such experiment, or a switch is neither true nor false.
     """
     names = {flag.path[-1]: flag for flag in flags}
     words: list[str] = []
@@ -232,6 +232,8 @@ def settings_as_flags(arguments: list[str], flags: list[Flag], stage: str) -> li
             typed.append(word)
         elif names[key].kind is not bool:
             typed.append(f"--{names[key].name}={value}")
+        elif value.lower() not in ("true", "false"):
+            raise UserError(f"{key} must be true or false, got {value!r}.")
         elif value.lower() == "true":
             typed.append(f"--{names[key].name}")
         elif names[key].default is True:

@@ -41,7 +41,7 @@ VIDEO_KEY = "observation.images.video"
 """Camera key of plain video in a LeRobot dataset."""
 _MOST_CLASSES = 4096
 COLUMNS = ("action", "observation.state")
-"""Columns that every command knows; a dataset has them or not."""
+"""Columns that commands use if the data has them."""
 
 
 class CameraRequired(UserError):
@@ -291,7 +291,8 @@ def open_source(path: Path, camera: str, memo: Memo) -> Source:
     if not isinstance(source, Source):  # of a package that was written before `Source` had defaults
         name = type(source).__name__
         warnings.warn(f"{name} must subclass latentact.data.format.Source", DeprecationWarning, stacklevel=2)
-        source.__class__ = types.new_class(name, (type(source), Source))
+        declared = types.new_class(name, (type(source), Source))
+        object.__setattr__(source, "__class__", declared)  # also of a frozen dataclass
     return source
 
 
@@ -313,7 +314,7 @@ def _video_parts(source: Source) -> LeRobotParts:
         return EpisodeData(
             label=found.name,
             times=None,
-            tasks=texts if len(set(texts)) > 1 else [found.task],
+            tasks=texts if len(set(texts)) > 1 else texts[:1],
             videos={camera: source.video_files[number]},
             columns=lambda: {
                 name: values[first : first + found.frames].astype(features[name]["dtype"])

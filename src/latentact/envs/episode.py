@@ -70,11 +70,14 @@ class EnvBatch(Protocol):
     """
 
     def reset(self, seeds: Sequence[int]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yield what Gymnasium's `reset` returns for each environment."""
+        """Yield observation and info of each environment, as `reset` of `make_env` does.
+
+        The observation has `pixels` and, if there is a state, `agent_pos`; the info has `task`.
+        """
         ...
 
     def step(self, actions: Mapping[int, Any]) -> Iterator[tuple[Any, float, bool, bool, dict[str, Any]]]:
-        """Yield what Gymnasium's `step` returns for each action.
+        """Yield what `step` of `make_env` returns for each action; the info may have `is_success`.
 
         Args:
             actions: index of an environment -> its action; the episodes of the others have ended.

@@ -7,6 +7,7 @@ name belongs to the suite `gymnasium`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -50,6 +51,9 @@ class EnvError(UserError):
     """An environment raised an exception, or returned an invalid value."""
 
 
+_TOOK = "Expert.took is deprecated; use Expert.report_action."
+
+
 class ExpertStuckError(Exception):
     """The expert has no action; the episode has failed."""
 
@@ -73,10 +77,15 @@ class Expert(Protocol):
 
     def report_action(self, action: int | np.ndarray) -> None:
         """Receive the action executed since `act`, if it differs; by default this changes nothing."""
-        self.took(action)
+        if type(self).took is not Expert.took:
+            warnings.warn(_TOOK, DeprecationWarning, stacklevel=2)
+            self.took(action)
 
     def took(self, action: int | np.ndarray) -> None:
         """Former name of `report_action`."""
+        if type(self).report_action is not Expert.report_action:
+            warnings.warn(_TOOK, DeprecationWarning, stacklevel=2)
+            self.report_action(action)
 
 
 @runtime_checkable

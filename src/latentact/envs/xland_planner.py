@@ -118,7 +118,7 @@ def _subgoal(
     """Return the cells `[h, w]` to act on from in front of them, and the action.
 
     A tile is lifted if it is to be held or put elsewhere, or if no cell next to it can be reached; it is put
-    down where the goal wants it, or first in the open. Other tiles that are carried are put down.
+    down where the goal requires it, or first in the open. Other tiles that are carried are put down.
 
     Args:
         grid: tile and color of each cell `[h, w, 2]`.

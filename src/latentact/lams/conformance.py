@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentact.errors import UserError
-from latentact.lams.contract import LatentActionModel, load_lam
+from latentact.lams.contract import LAMS, LatentActionModel, load_lam
 from latentact.types import Clip, LatentActions, LatentActionSpec
 
 _CLOSE = 1e-4
@@ -31,6 +31,12 @@ def check_lam(model: LatentActionModel, clip: Clip | None = None) -> None:
     Raises:
         UserError: a rule is broken; the message names it.
     """
+    kind = model.config.kind
+    _require(
+        kind in LAMS.names() and LAMS.get(kind) is type(model.config),
+        f"the config must be registered with LAMS.register({kind!r})",
+        f"another {type(model.config).__name__}",
+    )
     clip = clip or random_clip(model)
     model = deepcopy(model).eval()
     for check in (

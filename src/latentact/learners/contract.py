@@ -59,11 +59,11 @@ class LearnerTools:
 
     @property
     def uses_frames(self) -> bool:
-        """Whether the policy looks at frames."""
+        """Whether the policy takes frames."""
         return uses_frames(self.policy)
 
     def make_env(self) -> Any:
-        """Return the environment; its frames are black if the policy does not look at them."""
+        """Return the environment; its frames are black if the policy takes none."""
         return make_env(self.env.name, resolution=self.resolution, view=self.view, frames=self.uses_frames)
 
 

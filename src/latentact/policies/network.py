@@ -72,7 +72,7 @@ class NetworkConfig:
 
     @property
     def uses_frames(self) -> bool:
-        """Whether the network looks at frames."""
+        """Whether the network takes frames."""
         return self.backbone != "state"
 
 

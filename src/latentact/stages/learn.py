@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 RESULT = "learner.json"
 BLACK = 16
-"""Height and width in pixels of the frames of policies that do not look at them."""
+"""Height and width in pixels of the frames for policies that take none."""
 
 
 @dataclass(frozen=True, kw_only=True)

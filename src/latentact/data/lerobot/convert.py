@@ -37,7 +37,7 @@ def write_episodes(
         episodes: episodes in order.
 
     Raises:
-        Unreadable: an image or a video is damaged.
+        Unreadable: an image or a video is damaged, or a column has not one row per frame.
     """
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
     from lerobot.utils.utils import flatten_dict
@@ -126,8 +126,15 @@ def _columns(
     """Return the columns of an episode, including the index columns of lerobot."""
     frame_index = np.arange(len(times))
     tasks = tasks if len(tasks) > 1 else tasks * len(times)
+    columns = {name: column[episode.rows] for name, column in episode.columns().items()}
+    for name, column in {**columns, "task": tasks}.items():
+        if len(column) != len(times):  # a video may decode to fewer frames than it lists
+            raise Unreadable(
+                f"{episode.label} must have a row of {name} for each of its {len(times)} frames, got "
+                f"{len(column)}"
+            )
     return {
-        **{name: column[episode.rows] for name, column in episode.columns().items()},
+        **columns,
         "timestamp": row_times(times, float(meta.fps)),
         "frame_index": frame_index,
         "episode_index": np.full_like(frame_index, number),

@@ -1,4 +1,4 @@
-"""Experts of Gymnasium's classic control: functions of the true state, so that they can be asked anywhere.
+"""Experts of Gymnasium's classic control: functions of the true state, which act in any state.
 
 CartPole-v1: a linear controller (return 500 of 500). Pendulum-v1: swing up by energy, then a PD controller
 (return -139 on average; the start decides how much).

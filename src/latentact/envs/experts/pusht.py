@@ -87,8 +87,8 @@ class _Push:
 class PushPlanner(Expert):
     """Expert for one episode of PushT; the same states and seed give the same actions.
 
-    It may be asked in any state: every target is computed from where the finger is, and a push is given up
-    where block or finger are no longer where it needs them.
+    It acts in any state: every target is computed from the position of the finger, and a push is abandoned
+    once block or finger have left the positions that it requires.
     """
 
     def __init__(self, env: gym.Env, seed: int) -> None:

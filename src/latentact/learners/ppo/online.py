@@ -86,8 +86,8 @@ class _Extractor(BaseFeaturesExtractor):
         return torch.cat(self.features(observations), dim=1)
 
 
-class Actor(nn.Module):
-    """Features to scores of actions, through the decoder if there is one.
+class ActorNetwork(nn.Module):
+    """Map features to scores of actions, through the decoder if there is one.
 
     Args:
         policy: the policy.
@@ -111,7 +111,7 @@ class Actor(nn.Module):
 
 
 class _Critic(nn.Module):
-    """Features to values; the first `skip` features are the actor's."""
+    """Map features to values; the first `skip` features are the actor's."""
 
     def __init__(self, skip: int, size: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def train_online(
     )
     actor_critic: Any = ppo.policy
     actor_critic.action_net, actor_critic.value_net = (
-        Actor(policy, actor_size),
+        ActorNetwork(policy, actor_size),
         _Critic(actor_size, critic_size),
     )
     if critic is not None:

@@ -23,4 +23,4 @@ class LrzH100Config(SlurmConfig):
             gpus_per_node=4, cpus_per_task=16, time="2-00:00:00", partition="lrz-hgx-h100-94x4"
         )
     )
-    """What a job asks for."""
+    """Resources that a job requests."""
