@@ -212,6 +212,8 @@ def test_switches_that_are_on_can_be_typed_both_ways():
     assert "Turn off" not in shown
     typed = settings_as_flags(["render=false", "save_video=true"], flags, "imitate")
     assert typed == ["--no-render", "--save-video"]
+    assert translate_flags(["--render=false", "--save_video=true"], flags, "") == typed
+    assert translate_flags(["--render=true", "--save-video=False"], flags, "")[1:] == ["--no-save-video"]
 
 
 def test_help_has_the_defaults_of_nested_settings():

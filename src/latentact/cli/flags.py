@@ -185,6 +185,7 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
         if (field := next((name for name in names if name in fields), ""))
         and not isinstance(fields[field].constraint, OneOf)  # the kind of a policy is not a path
     }
+    switches = {f"--{flag.name}": flag for flag in flags if flag.kind is bool}
     root, repo_id = targets.get("dataset.root"), targets.get("dataset.repo_id")
     typed = {word.partition("=")[0] for word in arguments}
     drop_repo_id = root is not None and root == repo_id and "--dataset.root" in typed
@@ -200,7 +201,8 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
         target = targets.get(name) if key.startswith("--") else None
         if target is None:
             dashed = key.replace("_", "-") if key.startswith("--") else key
-            translated.append(f"{dashed}{equals}{value}")
+            switch = switches.get(dashed) if equals else None
+            translated += _switch(switch, value) if switch else [f"{dashed}{equals}{value}"]
             continue
         value = value if equals else next(words, "")
         if name == "dataset.repo_id" and drop_repo_id:
@@ -232,13 +234,18 @@ def settings_as_flags(arguments: list[str], flags: list[Flag], stage: str) -> li
             typed.append(word)
         elif names[key].kind is not bool:
             typed.append(f"--{names[key].name}={value}")
-        elif value.lower() not in ("true", "false"):
-            raise UserError(f"{key} must be true or false, got {value!r}.")
-        elif value.lower() == "true":
-            typed.append(f"--{names[key].name}")
-        elif names[key].default is True:
-            typed.append(f"--no-{names[key].name}")
+        else:
+            typed += _switch(names[key], value)
     return typed
+
+
+def _switch(flag: Flag, value: str) -> list[str]:
+    """Return a switch as it is typed for `true` or `false`; nothing if that is how it is off by default."""
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"{flag.path[-1]} must be true or false, got {value!r}.")
+    if value.lower() == "true":
+        return [f"--{flag.name}"]
+    return [f"--no-{flag.name}"] if flag.default is True else []
 
 
 def _experiment(stage: str, name: str) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from latentact.envs.spec import EnvError, Expert, ExpertStuckError, Suite, find_suite, make_expert
+from latentact.errors import UserError
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -101,9 +102,18 @@ class BatchedSuite(Suite, Protocol):
 
 
 def batched_expert(name: str, seeds: Sequence[int], explore: float) -> tuple[EnvBatch, Actor]:
-    """Return environments that are computed together, and their expert; see `BatchedSuite.batch`."""
-    suite, name = find_suite(name)
-    return cast(BatchedSuite, suite).batch(name, seeds, explore)
+    """Return environments that are computed together, and their expert; see `BatchedSuite.batch`.
+
+    Raises:
+        UserError: the suite computes one episode at a time.
+    """
+    suite, own = find_suite(name)
+    if not isinstance(suite, BatchedSuite):
+        raise UserError(
+            f"the suite of {name} must have `batch` (envs.episode.BatchedSuite), as the spec's batch is more "
+            f"than 1, got {type(suite).__name__}."
+        )
+    return suite.batch(own, seeds, explore)
 
 
 class SeparateEnvs:
