@@ -59,7 +59,7 @@ docs: .venv/ready
 	$(BIN)/sphinx-build -W --keep-going -q -E -d build/doctrees docs build/docs
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --extra procgen --extra xland --group dev --group docs --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra all --extra features --extra umap --extra vla --extra wandb --extra scale --extra export --extra metaworld --extra gail --extra procgen --extra xland --extra studio --group dev --group docs --python-version 3.12 \
 	  --no-header --no-emit-index-url --quiet --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra all --python-version 3.12 --constraint requirements.lock \
 	  --no-header --no-emit-index-url --quiet --output-file requirements-demo.lock

@@ -49,6 +49,7 @@ EXTRAS = {
     "diffusers": "lerobot",
     "envpool": "procgen",
     "gymnasium": "envs",
+    "gradio": "studio",
     "h5py": "export",
     "gym_pusht": "envs",
     "hydra": "train",

@@ -41,6 +41,7 @@ BASES = {
     "adapt-policy": "--policy {w}/ground --data {w}/column --out {o}",
     "record": "babyai/GoToRedBallNoDists --device terminal --out {o} --episodes 1",
     "relabel": "{w}/column --device terminal --out {o}",
+    "studio": "{w}/lam --data {w}/blocks.npz --export {o} --out {o}/saved",
     "export": "--policy {w}/ground --labels {w}/labels --out {o} --labeled-episodes 2 --steps 2",
 }
 """Command -> flags with which it ends quickly."""

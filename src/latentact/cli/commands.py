@@ -19,6 +19,7 @@ NOT_RESUMABLE = {
     "preview-augment",
     "report",
     "rollout",
+    "studio",
 }
 """Commands that start over after an interruption."""
 
@@ -328,6 +329,16 @@ def _inspect(config: Any, result: Any) -> str:
     """
     cautions = [f"Caution: {caution}" for caution in result.cautions]
     return "\n".join([result.verdict, *cautions, result.recommendation, str(result.html)])
+
+
+@stage_command("studio", "StudioConfig", argument="run")
+def _studio(config: Any, result: Any) -> str:
+    """Open a LAM in the browser: look at latent actions, name, edit and drive them; or export a page.
+
+    Examples: latentact studio runs/demo; latentact studio runs/lam --data data/pusht --policy runs/guided
+    --env pusht; latentact studio runs/demo --export site
+    """
+    return f"{result['path']} ({result['bytes'] / 1e6:.1f} MB)" if config.export else "stopped"
 
 
 @stage_command("report", "ReportConfig", argument="run_dir")
