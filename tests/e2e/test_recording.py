@@ -148,6 +148,8 @@ def test_held_keys_move_a_continuous_action(monkeypatch, tmp_path):
     monkeypatch.setattr(input_devices.time, "monotonic", lambda: next(moments) * 0.1)  # one step a look
     keys = ["[d", "", "", "]d", "[w", "]w", "", "p", "", "", "p", "+", "", "right"]
     record(monkeypatch, keys, tmp_path / "mine", "--no-only-successes", "--episodes", "1", env="pusht")
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER, "the encoder leaves a real-time process"
     (episode,) = rows(tmp_path / "mine")
     steps = np.diff(episode["action"], axis=0)[:5]
     moved = {tuple(np.round(step / 25.6, 2)) for step in steps}

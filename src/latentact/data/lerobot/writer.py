@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -413,13 +414,26 @@ def _encode_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
     os.environ.setdefault("SVT_LOG", "1")  # errors only; the default is a page of log lines per video
     options = {"g": str(GOP), "crf": str(CRF), "preset": str(PRESET), "svtav1-params": "lp=1"}
-    with av.open(str(path), "w", format="mp4") as container:
+    with _scheduling_kept(), av.open(str(path), "w", format="mp4") as container:
         stream: Any = container.add_stream("libsvtav1", fps, options=options)
         stream.pix_fmt = "yuv420p"
         stream.height, stream.width = frames.shape[1:3]
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+@contextmanager
+def _scheduling_kept() -> Iterator[None]:
+    """Restore this thread's scheduling policy: for root, the AV1 encoder changes it to a real-time policy."""
+    if not hasattr(os, "sched_setscheduler"):  # not Linux
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _png(frame: np.ndarray) -> bytes:
