@@ -62,7 +62,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _scheduling() -> Iterator[None]:
-    """Undo what the AV1 encoder does for root: LeRobot's writers leave a real-time process that stops others."""
+    """Undo what the AV1 encoder does for root: LeRobot's writers leave a real-time process."""
     if not hasattr(os, "sched_setscheduler"):
         yield
         return
