@@ -10,11 +10,11 @@ export PYTHONDONTWRITEBYTECODE =
 demo: .venv/demo
 	$(BIN)/latentact demo
 
-# Four processes of one thread each for two cores, since some tests wait.
+# Three processes of one thread each for two cores, since some tests wait.
 test test-slurm check: export OMP_NUM_THREADS = 1
 test:
 	@$(MAKE) --no-print-directory -j 2 static slurm
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
 test-slurm: .venv/ready
