@@ -449,7 +449,7 @@ def test_the_lam_policy_and_environment_of_a_run_are_found(lams, tmp_path):
 
 def test_flags_are_checked(lams, blocks, tmp_path):
     lam = str(lams / "codes")
-    assert "--token must be given" in refused("studio", lam, "--host", "0.0.0.0")
+    assert "--token is required with --host 0.0.0.0" in refused("studio", lam, "--host", "0.0.0.0")
     assert "at least 8 letters and digits" in refused("studio", lam, "--token", "a b")
     assert "needs data" in refused("studio", lam, "--export", tmp_path / "site")
     assert "must be a folder" in refused("studio", lam, "--export", blocks)

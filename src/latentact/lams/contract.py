@@ -39,12 +39,17 @@ from latentact.types import ActionSpace, Clip, LatentActions, LatentActionSpec
 class LamConfig(Protocol):
     """Settings of a LAM; a frozen dataclass whose field `kind` is its registered name.
 
-    `LAMS.register` adds the defaults of `target` and `read_published` to a config without them.
+    `LAMS.register` adds the defaults of `target`, `integers` and `read_published` to a config without them.
     """
 
     kind: str
     target: Any = None
     """`TargetConfig` of models with several prediction targets; None: the target are pixels."""
+
+    @property
+    def integers(self) -> bool:
+        """Whether frames are grids of integers instead of images."""
+        return False
 
     @abstractmethod
     def build(self, actions: ActionSpace | None = None) -> LatentActionModel:

@@ -86,8 +86,7 @@ def latent_action_target(latent: LatentActionSpec | None, column: str, kind: str
     """
     if latent is None:
         raise UserError(
-            f"labels must be given for policy={kind}, got none. Give labels=DIR, the output of latentact "
-            "label."
+            f"labels is required with policy={kind}. Give labels=DIR, the output of latentact label."
         )
     if column != "codes":
         return Target(kind="continuous", size=latent.tokens * latent.token_dim)

@@ -70,8 +70,8 @@ class StudioConfig:
             raise UserError("--token must be at least 8 letters and digits. Choose a long random one.")
         if not is_loopback(self.host) and not self.token:
             raise UserError(
-                f"--token must be given with --host {self.host}, which others can reach, got none. Give a "
-                "long random one."
+                f"--token is required with --host {self.host}, which others can reach. Choose a long random "
+                "one."
             )
 
 
@@ -108,7 +108,7 @@ def open_workspace(config: StudioConfig) -> Workspace:
     spec = extractor.model.spec
     extractor.model.requires_grad_(False)
     extractor.resolution = spec.resolution
-    if getattr(extractor.model.config, "integers", False):
+    if extractor.model.config.integers:
         raise UserError(
             f"the LAM {lam} must have images as frames, got grids of integers. Use latentact inspect."
         )
