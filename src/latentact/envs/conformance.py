@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import import_gymnasium
+from latentact.envs.boundary import import_gymnasium
 from latentact.envs.spec import EnvError, EnvSpec, env_spec, make_env
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ import torch
 from latentact.agents.agent import to_env_actions
 from latentact.config import Between, Count, Limit, OneOf, Seed, check_bounds
 from latentact.data.samples import LabeledRows
-from latentact.envs.adapt import import_gymnasium
+from latentact.envs.boundary import import_gymnasium
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.episode import run_episodes

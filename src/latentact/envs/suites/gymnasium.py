@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, close, env_errors, import_gymnasium, to_bool
+from latentact.envs.adapt import adapt
+from latentact.envs.boundary import close, env_errors, import_gymnasium, to_bool
 from latentact.envs.distract import directions
 from latentact.envs.frames import is_image, to_rgb
 from latentact.envs.spec import ENVS, EXPERTS, EnvSpec, Expert

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, env_errors, import_gymnasium
+from latentact.envs.adapt import adapt
+from latentact.envs.boundary import env_errors, import_gymnasium
 from latentact.envs.spec import ENVS, EnvSpec, Expert, ExpertStuckError
 from latentact.errors import UserError, did_you_mean, missing_extra
 from latentact.types import ActionSpace

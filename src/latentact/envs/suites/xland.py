@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentact.envs.adapt import adapt, import_gymnasium
+from latentact.envs.adapt import adapt
+from latentact.envs.boundary import import_gymnasium
 from latentact.envs.episode import Actor, EnvBatch
 from latentact.envs.spec import ENVS, EnvSpec, Expert, ExpertStuckError
 from latentact.errors import UserError, did_you_mean, missing_extra
