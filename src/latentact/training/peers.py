@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,9 @@ from filelock import FileLock, Timeout
 
 from latentact.errors import UserError
 from latentact.training.run_folder import Busy
+
+_DYING_S = 5.0
+"""Seconds in which a process whose connection is lost can still hold its lock."""
 
 
 @contextmanager
@@ -31,12 +35,21 @@ def training_lock(out: Path, rank: int, world: int) -> Iterator[None]:
         except RuntimeError as error:
             if world == 1 or not _is_lost_connection(error):
                 raise
-            dead = [str(other) for other in range(world) if other != rank and _is_free(out, other)]
-            name = " and ".join(dead[:3]) or f"other than {rank}"
+            name = " and ".join(_dead(out, rank, world)[:3]) or f"other than {rank}"
             raise UserError(
                 f"process {name} of {world} has stopped before the training was done. See its output, and "
                 f"re-run the command to resume."
             ) from error
+
+
+def _dead(out: Path, rank: int, world: int) -> list[str]:
+    """Return the ranks of other processes without a lock; a dying process can lose its connection first."""
+    deadline = time.monotonic() + _DYING_S
+    while True:
+        dead = [str(other) for other in range(world) if other != rank and _is_free(out, other)]
+        if dead or time.monotonic() > deadline:
+            return dead
+        time.sleep(0.05)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
