@@ -60,6 +60,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _composed_once() -> Iterator[None]:
+    """Compose settings once per command: Hydra does so twice, first only to read `hydra.mode`.
+
+    Processes that tests start are not affected.
+    """
+    with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _scheduling() -> Iterator[None]:
     """Undo what the AV1 encoder does for root: LeRobot's writers leave a real-time process."""

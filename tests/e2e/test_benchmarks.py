@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from conftest import needs_gl, run_python
+from conftest import cli, needs_gl, run_python
 from latentact.device import supports_int8
 from latentact.evaluation.policy.comparison import Row, aggregate
 from latentact.evaluation.policy.intervals import success_interval
+from latentact.lams.contract import load_lam
 from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
@@ -140,3 +141,16 @@ def test_the_page_first_says_where_latent_actions_do_not_pay(tmp_path: Path) -> 
     )
     assert "| IDM on k labels | 0.50 (0.40 to 0.60) | 0.66 (0.56 to 0.75) |" in lines
     assert "| best latent row | ahead | behind, intervals overlap |" in lines
+
+
+def test_reference_lams_have_cards_and_can_be_pushed(
+    blocks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, out = load("reference_lams"), tmp_path / "models"
+    given = ["--clips", str(blocks), "--out", str(out), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(sys, "argv", ["reference_lams", *given, "--only", "robot_clips", "--steps", "1"])
+    script.main()
+    assert "robot_clips: " in capsys.readouterr().out
+    assert "prediction of the next frame, held-out episodes" in (out / "robot_clips/README.md").read_text()
+    assert cli("push", out / "robot_clips", "me/lam", "--dry-run").returncode == 0
+    assert load_lam(out / "robot_clips").spec.frame_gap == 2

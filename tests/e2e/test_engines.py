@@ -188,8 +188,10 @@ def cluster():
     pytest.importorskip("ray")
     from latentact.labeling.engines import ray
 
-    with ray._cluster("", 2) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # actors would wait for the other tests
+        with ray._cluster("", 2) as started:
+            yield started
 
 
 def actors():
