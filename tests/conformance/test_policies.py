@@ -55,8 +55,8 @@ def bc(network=NETWORK, space=DISCRETE):
     return BcConfig(network=network).build(replace(SPEC, target=target, action_space=space, stride=1))
 
 
-def guided(space=CONTINUOUS):
-    config = GuidedConfig(network=NETWORK, offsets=(0, 2), dropout=0.0)
+def guided(space=CONTINUOUS, linear=False):
+    config = GuidedConfig(network=NETWORK, offsets=(0, 2), dropout=0.0, linear=linear)
     target = Target(kind="classes" if space.discrete else "continuous", size=space.size)
     guide = config.targets(LATENT, space).guide
     return config.build(replace(SPEC, target=target, action_space=space, stride=1, guide=guide), LATENT)
@@ -72,6 +72,7 @@ MAKERS = {
     "latent grounded": lambda: latent().ground(DecoderConfig(hidden=(8,), use_state=True), DISCRETE),
     "guided": lambda: guided(),
     "guided discrete": lambda: guided(DISCRETE),
+    "guided linear": lambda: guided(linear=True),
     "latent codes grounded": lambda: latent(target="codes").ground(DecoderConfig(hidden=()), CONTINUOUS),
 }
 
@@ -102,6 +103,22 @@ def test_every_policy_passes_the_public_check(policy):
     check_policy(policy)
     after = policy.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_linear_map_of_a_guide_is_fitted_before_training():
+    """Actions that are linear in tokens and state are nearly exact; hidden guides do not disturb the fit."""
+    torch.manual_seed(0)
+    made, batch = guided(linear=True), observe(guided(), 64)
+    exact = torch.cat([batch.guide.flatten(1), batch.state], dim=1) @ torch.randn(15, 6) + 1
+    batch = replace(batch, target=exact.view(64, 3, 2), mask=torch.ones(64, 3, dtype=torch.bool))
+    made.set_action_stats(batch.target[:, 0].numpy(), batch.state.numpy(), batch.guide[:, 0].numpy())
+    before = made.loss(batch)[0].item()
+    hidden = batch.guide.clone()
+    hidden[::4] = torch.nan
+    made.initialize(replace(batch, guide=hidden))
+    assert made.loss(batch)[0].item() < 1e-2 < before
+    with pytest.raises(UserError, match=r"policy\.linear must be false for discrete actions, got true"):
+        guided(DISCRETE, linear=True)
 
 
 class SharedAcrossBatch(NetworkPolicy):

@@ -96,7 +96,7 @@ class Adapter(gym.Wrapper):
         self._steps += 1
         action = self._checked(action)
         with env_errors(self._name, self._where()):
-            if self._distractor:
+            if self._distractor and self._heading:
                 self._distractor.step(self._heading(action))
             observation, reward, terminated, truncated, info = self.env.step(action)
             reward = _scalar(reward)
@@ -125,7 +125,8 @@ class Adapter(gym.Wrapper):
 
     def _checked(self, action: Any) -> int | np.ndarray:
         """Return a valid action for the environment; see the module's docstring."""
-        space, given = self.env.action_space, np.asarray(action)
+        space: Any = self.env.action_space
+        given = np.asarray(action)
 
         def invalid(expected: str, remedy: str) -> UserError:
             return UserError(

@@ -325,6 +325,13 @@ class Policy(nn.Module, ABC):
             return self.decoder.codebook[latent[:, 0].long()]
         return F.one_hot(latent.long(), self.spec.target.size).flatten(1).float()
 
+    def normal_target(self, target: Float[Tensor, "b l f"]) -> Float[Tensor, "b l f"]:
+        """Return continuous targets at zero mean and unit variance."""
+        return (target.nan_to_num() - self.mean) / self.std
+
+    def initialize(self, batch: PolicyBatch) -> None:
+        """Prepare a new policy, after `set_action_stats` and before training, from some of its samples."""
+
     def loss(self, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss over unmasked targets: cross-entropy, or squared error of normalized values."""
         out = self(batch.frames, batch.state, batch.words, batch.guide)
@@ -334,8 +341,7 @@ class Policy(nn.Module, ABC):
             each = F.cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none")
             each = each.view(target.shape)
         else:
-            target = (batch.target.nan_to_num() - self.mean) / self.std
-            each = (out - target).square()
+            each = (out - self.normal_target(batch.target)).square()
         loss = (each.mean(2) * batch.mask).sum() / batch.mask.sum().clamp(min=1)
         return loss, {}
 

@@ -166,12 +166,19 @@ class NetworkPolicy(Policy):
         self, frames: Tensor, state: Tensor | None, words: Tensor, guide: Tensor | None = None
     ) -> tuple[Float[Tensor, "b l f"], Float[Tensor, "b d"]]:
         """Return the outputs of the last layer, and the features."""
-        features = inputs = self.features(frames, state, words)
-        if self.guide is not None:
-            guidance = self.normal_guide(guide, len(features))
-            inputs = self.guide(torch.cat([features, guidance], dim=1))
-        out = self.head(inputs).unflatten(1, (self.config.network.chunk_size, -1)).float()
-        return out, features
+        features = self.features(frames, state, words)
+        if self.guide is None:
+            out = self.head(features)
+        else:
+            out = self.guided_outputs(features, self.normal_guide(guide, len(features)), state)
+        return out.unflatten(1, (self.config.network.chunk_size, -1)).float(), features
+
+    def guided_outputs(
+        self, features: Float[Tensor, "b d"], guidance: Float[Tensor, "b g"], state: Tensor | None
+    ) -> Float[Tensor, "b f"]:
+        """Return the outputs of the last layer from features and the result of `normal_guide`."""
+        assert self.guide is not None
+        return self.head(self.guide(torch.cat([features, guidance], dim=1)))
 
 
 def _layers(inputs: int, widths: tuple[int, ...]) -> nn.Sequential:

@@ -27,6 +27,8 @@ from latentact.training.settings import TrainingConfig, require_trainable_size
 from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
+_INITIAL = 4096
+"""Least number of samples for `Policy.initialize`, if there are as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         tokens = tokens[rows & labels.valid]
     policy.set_action_stats(values[rows], None if store.state is None else store.state[rows], tokens)
     samples = PolicySamples(store, target=values, exists=rows, **shape)
+    policy.initialize(samples.batch(samples.rows[:: max(1, len(samples.rows) // _INITIAL)]))
     log.info("%d steps of %d episodes to learn from", len(samples), len(train))
 
     def evaluate(_: bool = True) -> dict[str, float]:
