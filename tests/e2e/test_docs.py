@@ -35,6 +35,8 @@ TESTED_ELSEWHERE = {
     "index.html": "tests/unit/test_studio.py",
     "site/index.html": "tests/unit/test_studio.py",
     "runs/pays/does_it_pay.md": "tests/e2e/test_benchmarks.py",
+    "models/NAME": "tests/e2e/test_benchmarks.py",
+    "models/pusht": "tests/e2e/test_benchmarks.py",
     "meta/record.json": "tests/e2e/test_recording.py",
     "meta/relabel.json": "tests/e2e/test_recording.py",
     "runs/dagger": "tests/e2e/test_learners.py",
