@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,49 @@ def test_reference_lams_have_cards_and_can_be_pushed(
     assert "prediction of the next frame, held-out episodes" in (out / "robot_clips/README.md").read_text()
     assert cli("push", out / "robot_clips", "me/lam", "--dry-run").returncode == 0
     assert load_lam(out / "robot_clips").spec.frame_gap == 2
+
+
+def test_pretraining_and_its_baselines_take_as_many_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = load("pretrain_act")
+    monkeypatch.setattr(sys, "argv", ["pretrain_act", "--pretrain-steps=30", "--tune-steps=10"])
+    options, runs = benchmark._options(), {}
+
+    def lerobot_train(flags: tuple[str, ...]) -> None:
+        given = dict(flag.removeprefix("--").split("=") for flag in flags)
+        out = Path(given["output_dir"])
+        row = runs.setdefault(out.parent.name, {})
+        row[given["dataset.root"]] = int(given["steps"]), given.get("policy.path")
+        checkpoint = out / "checkpoints/last/pretrained_model"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").touch()
+
+    def adapt(config: Any) -> Any:
+        assert config.policy == "pretrained"
+        return SimpleNamespace(path=config.out)
+
+    monkeypatch.setattr(benchmark, "run_lerobot_train", lerobot_train)
+    monkeypatch.setattr(benchmark.adapt_policy, "run", adapt)
+    for row, _ in itertools.product(benchmark.ROWS, range(2)):  # the second time nothing is missing
+        data = (Path("all"), Path("labeled"), Path("pretrained"))
+        assert benchmark.trained(row, tmp_path / row, *data, 0, options).parent.parent.parent.name == "act"
+    adapted = str(tmp_path / "pretrained/adapted")
+    assert runs == {
+        "pretrained": {"labeled": (10, adapted)},  # after the 30 on the videos
+        "scratch": {"labeled": (40, None)},
+        "scratch_short": {"labeled": (10, None)},
+        "oracle": {"all": (40, None)},
+    }
+
+
+def test_table_of_pretraining_pools_the_seeds() -> None:
+    benchmark = load("pretrain_act")
+    won = {"row": "pretrained", "successes": [1] * 100, "max_rewards": [10.0] * 100, "error": 0.25}
+    lost = {"row": "scratch", "successes": [0] * 100, "max_rewards": [2.0] * 100, "error": 0.5}
+    page = benchmark.page(
+        [{**won, "seed": 0}, {**won, "successes": [0] * 100, "seed": 1}, {**lost, "seed": 0}]
+    )
+    first, second = (line.split(" | ") for line in page.splitlines()[2:])
+    assert first[1:] == ["1.00, 0.00", "0.50 (0.43 to 0.57)", "10.00 (10.00 to 10.00)", "0.25 |"]
+    assert second == ["| ACT", "0.00", "0.00 (0.00 to 0.04)", "2.00 (2.00 to 2.00)", "0.50 |"]
