@@ -5,9 +5,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from latentact.data.lerobot.writer import EpisodeBuffer, RecordSpec, stage_episode, write_dataset
 from latentact.envs.spec import make_env
 from latentact.lams.models.lapo import LapoConfig
+from latentact.policies.decoder import DecoderConfig
 from latentact.policies.guided import GuidedConfig
+from latentact.policies.latent import LatentConfig
 from latentact.policies.network import NetworkConfig
 from latentact.policies.spec import PolicySpec, Target
 from latentact.types import ActionSpace
@@ -43,6 +46,14 @@ def save_policy(folder, spec):
     policy.save_pretrained(folder)
 
 
+def save_grounded(folder, spec, camera):
+    """Save an untrained latent policy with a decoder to four classes."""
+    config = LatentConfig(network=NetworkConfig(backbone="patch", patch=4, channels=(8,)))
+    target = config.targets(spec, None).target
+    policy = config.build(PolicySpec(target=target, resolution=32, fps=10.0, camera=camera), spec)
+    policy.ground(DecoderConfig(), ActionSpace(kind="discrete", size=4)).save_pretrained(folder)
+
+
 def write_pusht(path, episodes=2, steps=15):
     """Write episodes of random moves as an npz file."""
     env, rng, rows = make_env("pusht", resolution=32), np.random.default_rng(0), []
@@ -54,3 +65,34 @@ def write_pusht(path, episodes=2, steps=15):
             observation = env.step(action)[0]
     columns = zip(("obs", "states", "action", "done"), map(np.array, zip(*rows, strict=True)), strict=True)
     np.savez(path, fps=10, **dict(columns))
+
+
+def write_moving_block(folder, blocks, camera):
+    """Write the npz dataset of `conftest.write_blocks` as a LeRobot dataset."""
+    arrays, staged = np.load(blocks), []
+    names = ("left", "right", "up", "down")
+    spec = RecordSpec(
+        fps=10,
+        camera=camera,
+        height=32,
+        width=32,
+        action_space=ActionSpace(kind="discrete", size=4),
+        action_names=names,
+        state_names=("x",),
+        robot_type="toy",
+    )
+    ends = np.flatnonzero(arrays["done"]) + 1
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        staged.append(folder / f"{start}.npz")
+        n = end - start
+        buffer = EpisodeBuffer(
+            frames=arrays["obs"][start:end],
+            state=np.zeros((n, 1), np.float32),
+            action=arrays["action"][start:end],
+            reward=np.zeros(n, np.float32),
+            success=np.zeros(n, bool),
+            task="move",
+        )
+        stage_episode(staged[-1], spec, buffer)
+    write_dataset(folder / "data", spec, staged, sidecars={})
+    return folder / "data"

@@ -201,3 +201,19 @@ def test_table_of_pretraining_pools_the_seeds() -> None:
     first, second = (line.split(" | ") for line in page.splitlines()[2:])
     assert first[1:] == ["1.00, 0.00", "0.50 (0.43 to 0.57)", "10.00 (10.00 to 10.00)", "0.25 |"]
     assert second == ["| ACT", "0.00", "0.00 (0.00 to 0.04)", "2.00 (2.00 to 2.00)", "0.50 |"]
+
+
+def test_planned_and_random_episodes_are_compared() -> None:
+    benchmark = load("label_plan")
+    given = SimpleNamespace(ks=[5, 10], methods=["coverage", "random", "longest"])
+    rates = {("coverage", 5): [0.7, 0.9], ("coverage", 10): [0.8, 0.8], ("random", 5): [0.5, 0.5]}
+    rates |= {("random", 10): [0.6, 0.8], ("longest", 5): [0.2, 0.4]}
+    predicted = {5: [(0.6, 0.4, 0.8), (0.7, 0.5, 0.8)], 10: [(0.8, 0.6, 0.9), (0.9, 0.7, 1.0)]}
+    found = {"rates": rates, "predicted": predicted, "episodes": 100}
+    text = "\n".join(benchmark.page("A", found, given))
+    assert "| coverage | 0.80 (0.70 to 0.90): 0.70, 0.90 | 0.80 (0.80 to 0.80): 0.80, 0.80 |" in text
+    assert "| longest | 0.30 (0.20 to 0.40): 0.20, 0.40 |  |" in text
+    assert "| 5 | 0.65 | 0.80 | -0.15 | 0.15 | 1 of 2 |" in text
+    assert "| 10 | 0.85 | 0.80 | +0.05 | 0.05 | 2 of 2 |" in text
+    alone = benchmark.Cell(method="random", k=5, rates=[0.5], episodes=100)
+    assert alone.interval == success_interval([True] * 50 + [False] * 50)

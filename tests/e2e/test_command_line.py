@@ -90,6 +90,7 @@ STUBBED = {
     "adapt-policy": (("--policy=p", "--data=d", "--out=o"), {"path": "o"}),
     "preview-augment": (("--data=d", "--shift=1", "--out=o"), {"path": "o"}),
     "studio": (("runs/lam",), {"path": "runs/lam/studio", "address": "http://127.0.0.1:7860"}),
+    "plan": (("--labels=l", "--budget=1"), {"path": "plan.json", "episodes": []}),
     "export": (("--labels=l", "--out=o"), {"path": "o"}),
     "compare": (("data.path=data", "env=pusht", "out=out"), {"verdict": "v"}),
 }

@@ -30,6 +30,8 @@ TESTED_ELSEWHERE = {
     "seed0/dagger/labels400/rollout": "tests/e2e/test_learners.py",
     "seed0/dagger/round1": "tests/e2e/test_learners.py",
     "seed0/expert/rollout.json": "src/latentact/learners/contract.py",
+    "labels.json": "tests/unit/test_studio_label.py",
+    "labeled": "tests/unit/test_studio_label.py",
     "guides/": "tests/unit/test_studio.py",
     "videos/": "tests/unit/test_studio.py",
     "index.html": "tests/unit/test_studio.py",
@@ -100,6 +102,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[set[str]]:
         ("collect", "babyai/GoToLocal", "--episodes", "6", "--workers", "1", "--out", red_ball),
         ("train-lam", f"data.path={red_ball}", *TINY_LAM, *steps, "out=runs/lam"),
         ("label", "--lam", "runs/lam", "--data", red_ball, "--out", labels),
+        ("plan", "--labels", labels, "--budget", "2"),
         ("shard", "--data", red_ball, "--out", "data/red_ball_shards"),
         ("train-policy", f"labels={labels}", *TINY_POLICY, *steps, "out=runs/policy"),
         (

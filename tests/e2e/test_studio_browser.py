@@ -7,12 +7,15 @@ import re
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import start
+from latentact.data.cache import DataConfig, open_store
+from latentact.data.store import flagged_rows
 from latentact.io.video_writer import write_video
 from latentact.lams.contract import load_lam
 from latentact.lams.models.lapo import LapoConfig
@@ -20,10 +23,11 @@ from latentact.quantizers.fsq import FsqConfig
 from latentact.quantizers.none import WhitenedConfig
 from latentact.stages import studio
 from latentact.stages.studio import StudioConfig
-from toy_studio import SHAPE, save_lam, save_policy, write_pusht
+from toy_studio import SHAPE, save_grounded, save_lam, save_policy, write_moving_block, write_pusht
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
+CAMERA = "observation.images.top"
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium or Chrome")
 
@@ -40,25 +44,33 @@ def browser():
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("browser")
     config = LapoConfig(**SHAPE, bottleneck=WhitenedConfig(dim=4))
-    save_policy(root / "guided", save_lam(root / "lam", config, camera="observation.images.top").spec)
+    save_policy(root / "guided", save_lam(root / "lam", config, camera=CAMERA).spec)
     write_pusht(root / "data.npz", episodes=3)
     return root
 
 
-@pytest.fixture(scope="module")
-def address(root):
-    """The command, on a free port."""
+@contextmanager
+def served(root, data, *flags):
+    """The command, on a free port; yields its address."""
     log = root / "log.txt"
-    flags = ("--policy", root / "guided", "--env", "pusht", "--out", root / "out", "--port", "0")
-    process = start("studio", root / "lam", "--data", root / "data.npz", *flags, log=log)
+    flags = (*flags, "--out", root / "out", "--port", "0")
+    process = start("studio", root / "lam", "--data", root / data, *flags, log=log)
     while not (found := re.search(r"http://\S+(?=;)", log.read_text() if log.exists() else "")):
         assert process.is_alive(), log.read_text()
         time.sleep(0.1)
-    yield found.group()
-    os.kill(process.pid, signal.SIGINT)
-    process.join(30)
+    try:
+        yield found.group()
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
     assert process.exitcode == 0, log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def address(root):
+    with served(root, "data.npz", "--policy", root / "guided", "--env", "pusht") as found:
+        yield found
 
 
 @pytest.fixture
@@ -133,6 +145,54 @@ def test_a_newcomer_uses_every_page(visit, root):
     press(page, "Start")
     page.wait_for_selector("text=The demonstration has ended.")
     assert page.locator("th", has_text="capture to action").is_visible()
+
+
+def test_an_episode_is_labeled(browser, tmp_path_factory, blocks):
+    """Proposals, a label by hand, pseudo-labels, and the dataset with them."""
+    root = tmp_path_factory.mktemp("label")
+    spec = save_lam(root / "lam", LapoConfig(**SHAPE, bottleneck=WhitenedConfig(dim=4)), camera=CAMERA).spec
+    save_grounded(root / "ground", spec, CAMERA)
+    write_moving_block(root, blocks, CAMERA)
+    with served(root, "data", "--policy", root / "ground") as address:
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        page.goto(address)
+        page.wait_for_selector("#studio-look canvas.st-frame")
+        tab(page, "Label")
+        page.get_by_label("budget").fill("3")
+        press(page, "Propose episodes")
+        page.wait_for_selector("text=coverage with it")
+        assert page.locator(".st-table tr").filter(visible=True).count() == 4
+        press(page, "Open for labeling")
+        page.wait_for_selector("text=0 of 11 steps labeled (drag to select)")
+        timeline = page.locator("#studio-label .st-timeline")
+        timeline.scroll_into_view_if_needed()
+        box = timeline.bounding_box()
+        across = [box["x"] + 96 + share * (box["width"] - 96) for share in (0.2, 0.5)]
+        page.mouse.move(across[0], box["y"] + 8)
+        page.mouse.down()
+        page.mouse.move(across[1], box["y"] + 8, steps=4)
+        page.mouse.up()
+        playwright.expect(page.get_by_label("first step")).to_have_value("2")
+        playwright.expect(page.get_by_label("before step")).to_have_value("6")
+        page.get_by_label("action").filter(visible=True).click()
+        page.get_by_role("option", name="down").click()
+        press(page, "Set")
+        page.wait_for_selector("text=4 of 11 steps labeled (drag to select)")
+        press(page, "Save episode")
+        page.wait_for_selector("text=Saved: 4 of 11 steps")
+        press(page, "Accept all")
+        page.wait_for_selector("text=11 of 11 steps labeled (drag to select)")
+        page.get_by_label("before step").fill("40")
+        press(page, "Set")
+        page.wait_for_selector(".st-warn >> text=the steps must be among 0 to 11")
+        press(page, "Save episode")
+        page.wait_for_selector("text=Saved: 11 of 11 steps")
+        press(page, "Write the dataset")
+        page.wait_for_selector("text=Written: 1 episodes, 11 labels")
+        page.close()
+    labels = open_store(DataConfig(path=str(root / "out/labeled"), resolution=32))
+    assert flagged_rows(labels, "labeled").sum() == 11
 
 
 def test_two_users_do_not_mix_and_a_broken_file_is_a_sentence(visit, root):

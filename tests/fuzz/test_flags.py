@@ -42,6 +42,7 @@ BASES = {
     "record": "babyai/GoToRedBallNoDists --device terminal --out {o} --episodes 1",
     "relabel": "{w}/column --device terminal --out {o}",
     "studio": "{w}/lam --data {w}/blocks.npz --export {o} --out {o}/saved",
+    "plan": "--labels {w}/labels --budget 2 --out {o}",
     "export": "--policy {w}/ground --labels {w}/labels --out {o} --labeled-episodes 2 --steps 2",
 }
 """Command -> flags with which it ends quickly."""

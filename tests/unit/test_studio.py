@@ -20,7 +20,7 @@ from latentact.stages import studio
 from latentact.stages.studio import StudioConfig
 from latentact.studio import drive, edit, look, meaning
 from latentact.studio.live import TakeSource, live, open_live
-from latentact.studio.meaning import Survey, cluster, galleries, local_survey, survey
+from latentact.studio.meaning import Survey, galleries, local_survey, survey
 from latentact.studio.pages import PALETTE, groups_html
 from latentact.studio.workspace import find_env, find_lam, find_policy, imagine, in_thread
 from toy_studio import SHAPE, save_lam, save_policy, write_pusht
@@ -106,15 +106,6 @@ def test_words_of_continuous_actions_are_means_in_standard_deviations():
 def test_words_need_labels():
     found = replace(hand_made([0, 1], [0, 1], ("a", "b")), actions=None)
     assert (found.words(0), found.trust) == ("", "")
-
-
-def test_clusters_are_the_blobs():
-    rng = np.random.default_rng(0)
-    points = np.concatenate([at + 0.1 * rng.normal(size=(20, 2)) for at in ((0, 0), (9, 0), (0, 9))])
-    group = cluster(points, 3)
-    assert [len(set(group[i : i + 20])) for i in (0, 20, 40)] == [1, 1, 1]
-    assert len(set(group)) == 3
-    assert set(cluster(np.zeros((5, 2)), 3)) == {0}
 
 
 def test_the_survey_has_a_group_per_code(work):

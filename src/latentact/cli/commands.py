@@ -16,6 +16,7 @@ NOT_RESUMABLE = {
     "guide",
     "imitate",
     "inspect",
+    "plan",
     "preview-augment",
     "report",
     "rollout",
@@ -193,6 +194,19 @@ hydra_command(
     example="latentact finetune-vla experiment=vla_debug vla=runs/vla labels=data/red_ball_labels",
     show=_show_finetuned_vla,
 )
+
+
+@stage_command("plan", "PlanConfig")
+def _plan(config: Any, result: Any) -> str:
+    """Choose the episodes whose labels help most, and predict success by their number.
+
+    Example: latentact plan --lam runs/lam --data data/red_ball --budget 5 --out plan.json
+    """
+    from latentact.stages.plan import summary
+
+    return f"{summary(result.content)}\n{result.path}"
+
+
 hydra_command(
     "ground",
     "GroundConfig",

@@ -130,6 +130,7 @@ class MixedStore(FrameStore):
         self.timestamps = np.concatenate([part.timestamps for part in parts])
         self.source_rows = np.concatenate([part.source_rows for part in parts])
         self.episode_ids = tuple(f"{part.path}: {name}" for part in parts for name in part.episode_ids)
+        self.episode_contents = tuple(content for part in parts for content in part.episode_contents)
         self.task_texts = tuple(dict.fromkeys(text for part in parts for text in part.task_texts))
         places = [np.array([self.task_texts.index(text) for text in part.task_texts]) for part in parts]
         self.task = np.concatenate([each[part.task] for each, part in zip(places, parts, strict=True)])

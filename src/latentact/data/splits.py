@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from latentact.data.store import FrameStore
 from latentact.errors import UserError
@@ -54,23 +55,40 @@ def split_sizes(total: int, held_out: float) -> tuple[int, int]:
     return total - count, count
 
 
-def choose_labeled(train_episodes: Sequence[int] | np.ndarray, k: int | None, seed: int) -> np.ndarray:
+def choose_labeled(
+    train_episodes: Sequence[int] | np.ndarray,
+    k: int | None,
+    seed: int,
+    planned: Int64[np.ndarray, " p"] | None = None,
+) -> np.ndarray:
     """Return the k labeled episodes, ascending; those for a smaller k are a subset.
 
     Args:
         train_episodes: episodes to choose from.
         k: number of episodes; None: all.
         seed: seed of the draw.
+        planned: episodes in the order of a plan (`latentact.data.plan.read_plan`), of which the first k are
+            chosen; None: drawn.
 
     Raises:
-        UserError: k is negative, or larger than the number of episodes.
+        UserError: k is negative, or larger than the number of episodes, or a planned episode is held out.
     """
-    episodes = np.sort(np.asarray(train_episodes, np.int64))
-    if k is None:
-        return episodes
-    if not 0 <= k <= len(episodes):
+    order = draw_order(train_episodes, seed) if planned is None else planned
+    if planned is not None and (wrong := np.setdiff1d(planned, train_episodes)).size:
         raise UserError(
-            f"labeled episodes must be between 0 and {len(episodes)}, the number of training episodes, got "
-            f"{k}."
+            f"the plan must list training episodes only, got {len(wrong)} of {len(planned)} that are held "
+            f"out. Use the held_out and split_seed of the plan."
         )
-    return np.sort(np.random.default_rng(seed).permutation(episodes)[:k])
+    if k is None:
+        return np.sort(order)
+    if not 0 <= k <= len(order):
+        kind = "training episodes" if planned is None else "episodes of the plan"
+        raise UserError(
+            f"labeled episodes must be between 0 and {len(order)}, the number of {kind}, got {k}."
+        )
+    return np.sort(order[:k])
+
+
+def draw_order(train_episodes: Sequence[int] | np.ndarray, seed: int) -> Int64[np.ndarray, " e"]:
+    """Return the training episodes in the order in which they are labeled without a plan."""
+    return np.random.default_rng(seed).permutation(np.sort(np.asarray(train_episodes, np.int64)))

@@ -80,6 +80,8 @@ class FrameStore:
         """Row in the tables of the dataset (LeRobot's `index`) of each row in this store."""
         self.episode_ids = tuple(episode.name for episode in episodes)
         """Human-readable name of each episode."""
+        self.episode_contents = tuple(episode.content for episode in episodes)
+        """Digest of the content of each episode, at any resolution."""
         texts, task = _tasks(source, kept, np.split(indices, np.cumsum(self.lengths)[:-1]))
         self.task_texts: tuple[str, ...] = texts
         """Distinct task texts; the empty text for rows without a task."""

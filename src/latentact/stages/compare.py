@@ -26,6 +26,7 @@ from latentact.agents.blind import BLIND, BlindAgent
 from latentact.config import choice
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.mixture import TrainingDataConfig
+from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import known_rows
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
@@ -109,6 +110,8 @@ class CompareConfig(ClusterStage):
     `latent_finetuned` and `bc_k_self_training`."""
     ks: tuple[int, ...] = (5,)
     """Numbers of labeled episodes."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled in every row; empty: drawn by seed."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of weights, batches, and the choice of labeled and held-out episodes."""
     episodes: int = 200
@@ -220,7 +223,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     try_step(config.env, view=config.view, distract=distract, seed=config.eval_seed)
     for seed in config.seeds:
         train, _ = split_episodes(store, held_out=config.held_out, seed=seed)
-        choose_labeled(train, max(config.ks, default=0), seed)
+        choose_labeled(train, max(config.ks, default=0), seed, read_plan(config.plan, store))
     if "latent_joint" in config.methods and _joint_lam(config) is None:
         others = ",".join(method for method in config.methods if method != "latent_joint")
         raise UserError(
@@ -306,6 +309,11 @@ class _Row:
         result = self._rollout(folder, "rollout")
         return Row.from_json(result | more | {"run": self._run("rollout")})
 
+    @property
+    def _plan(self) -> str:
+        """The plan of the labeled episodes; none where all are labeled."""
+        return "" if self.k is None else self.config.plan
+
     def _run(self, name: str) -> str:
         return str(self._folder(name).relative_to(self.out))
 
@@ -345,6 +353,7 @@ class _Row:
             held_out=c.held_out,
             split_seed=self.seed,
             labeled_episodes=k,
+            plan=c.plan,
         )
         return train_lam.run(settings, self._folder("lam"))
 
@@ -368,6 +377,7 @@ class _Row:
             held_out=c.held_out,
             split_seed=self.seed,
             labeled_episodes=k,
+            plan=self._plan if k else "",
         )
         return train_policy.run(settings, self._folder("policy"))
 
@@ -377,6 +387,7 @@ class _Row:
             policy=str(self._policy(c.policy, labels=labels)),
             labels=str(labels),
             labeled_episodes=self.k or 0,
+            plan=c.plan,
             decoder=c.decoder,
             training=replace(c.decoder_training, seed=self.seed),
             finetune_steps=c.finetune_steps,
@@ -394,6 +405,7 @@ class _Row:
             policy=str(policy),
             data=c.data,
             labeled_episodes=self.k,
+            plan=self._plan,
             training=replace(training, steps=c.finetune_steps, lr=c.finetune_lr),
             self_training=self.method == "bc_k_self_training",
             teacher_training=training,
@@ -415,7 +427,8 @@ class _Row:
             )
             data = precompute.run(tokens)
         train, _ = split_episodes(store, held_out=c.held_out, seed=self.seed)
-        training, chosen = c.policy_training, choose_labeled(train, self.k, self.seed)
+        training = c.policy_training
+        chosen = choose_labeled(train, self.k, self.seed, read_plan(self._plan, store))
         settings = train_lerobot.TrainLeRobotConfig(
             out=str(self._folder("policy")),
             dataset_root=str(data),
@@ -457,6 +470,7 @@ class _Row:
             vla=str(self._folder("policy")),
             labels=labels,
             labeled_episodes=self.k,
+            plan=self._plan,
             scratch=self.method != "vla",
             held_out=c.held_out,
             split_seed=self.seed,

@@ -25,6 +25,7 @@ from latentact.data.convert import Piece, convert_with_actions
 from latentact.data.exports import LabeledEpisode, write_lapa_jsonl, write_robomimic, write_zarr
 from latentact.data.latents import Labels, read_labels
 from latentact.data.lerobot.verify import verify_dataset
+from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import FrameStore, known_rows
 from latentact.data.stream import FrameStream
@@ -64,6 +65,8 @@ class ExportConfig:
     labeled_episodes: Annotated[int, Between(2, LARGEST)] = 5
     """k: episodes of `calibration` whose robot actions are used; for an inverse dynamics model, its training
     episodes."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
     calibration_episodes: Annotated[int, Between(0, LARGEST)] = 0
     """Further labeled episodes, for calibration only; 0: cross-fitting among the labeled ones."""
     level: Annotated[float, Between(0.5, 0.999)] = 0.9
@@ -128,8 +131,9 @@ def run(config: ExportConfig) -> Exported:
     policy = _policy(config, labels)
     stream = _stream(config, labels)
     train, held_out = split_episodes(labeled_store, held_out=config.held_out, seed=config.split_seed)
-    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
-    more = choose_labeled(train, config.labeled_episodes + config.calibration_episodes, config.split_seed)
+    k, planned = config.labeled_episodes, read_plan(config.plan, labeled_store)
+    labeled = choose_labeled(train, k, config.split_seed, planned)
+    more = choose_labeled(train, k + config.calibration_episodes, config.split_seed, planned)
     extra = np.setdiff1d(more, labeled)
     inputs = _inputs(policy, known, labeled_store)
     predictor = _Predictor.fit(

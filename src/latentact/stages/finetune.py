@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentact.config import LARGEST
 from latentact.data.cache import DataConfig, open_store
+from latentact.data.plan import read_plan
 from latentact.data.samples import LabeledRows, PolicyBatch, PolicySamples
 from latentact.data.splits import choose_labeled, training_episodes
 from latentact.data.store import FrameStore, flagged_rows, known_rows
@@ -45,6 +46,8 @@ class FinetuneConfig:
     """Data with robot actions."""
     labeled_episodes: int | None = 5
     """k: training episodes whose actions are used; empty: all."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(steps=500, batch_size=64, lr=1e-4, eval_every=0)
     )
@@ -83,7 +86,7 @@ def run(config: FinetuneConfig, out: Path) -> Path:
             f"{store.action_space or 'no robot actions'}; give the data that it was trained on."
         )
     train, _ = training_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store))
     teacher = config.teacher_training if config.self_training else None
     with run_folder(out, config):
         finetune(policy, store, train, labeled, config.training, teacher, out, config.only)

@@ -17,6 +17,7 @@ import torch
 
 from latentact.config import Between, Seed, check_bounds, choice
 from latentact.data.latents import Labels
+from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import FrameStore, known_rows
 from latentact.errors import UserError
@@ -83,6 +84,8 @@ class FinetuneVlaConfig(FinetuneVlaRecipe, ClusterStage):
     """Folder of the labels that it was trained on; their data must have robot actions."""
     labeled_episodes: int | None = 5
     """k: training episodes whose actions are used; empty: all."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
     scratch: bool = False
     """Whether to start from the vision-language model, without the result of train-vla, and use the labeled
     episodes only (baseline)."""
@@ -120,7 +123,7 @@ def run(config: FinetuneVlaConfig, out: Path) -> FinetuneVlaResult:
         )
     base.spec = replace(base.spec, camera=store.camera)  # of the robot; stage 2 may have used other video
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store))
     torch.manual_seed(config.training.seed)
     if config.scratch:
         base = Vla.create(base.config, base.spec, base.latent)

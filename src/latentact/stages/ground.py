@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from latentact.config import LARGEST, OneOf, choice
 from latentact.data.latents import Labels, read_labels
+from latentact.data.plan import read_plan
 from latentact.data.samples import LabeledBatch, LabeledRows
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import FrameStore, known_rows
@@ -57,6 +58,8 @@ class GroundConfig(ClusterStage):
     """mode=online: environment and PPO."""
     labeled_episodes: int = 5
     """k: training episodes whose actions are used."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The decoder."""
     training: TrainingConfig = field(
@@ -113,7 +116,7 @@ def run(config: GroundConfig, out: Path) -> Path:
             f"decoder.use_state must be false for {store.path}, which has no observation.state, got true."
         )
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store))
 
     torch.manual_seed(config.training.seed)
     states = None if store.state is None else store.state[np.isin(store.episode, labeled)]

@@ -17,23 +17,21 @@ import numpy as np
 
 from latentact.config import Between, Count, OneOf
 from latentact.data.cache import DataConfig, open_store
-from latentact.data.lerobot.columns import Column, add_columns
-from latentact.data.lerobot.metadata import read_info
+from latentact.data.lerobot.relabeled import write_relabeled
 from latentact.data.lerobot.source import lerobot_version
-from latentact.data.lerobot.tables import Tables
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.data.locate import resolve_dataset
 from latentact.data.store import FrameStore
 from latentact.envs.human import MOVES, class_keys
 from latentact.envs.input_devices import Device, Terminal, Window
 from latentact.errors import UserError, require_one_of
-from latentact.io.atomic import atomic_dir, read_json, write_json
+from latentact.io.atomic import read_json, write_json
 from latentact.io.staging import locked_staging
 from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
 
-LABELS, SIDECAR = "labels.json", "relabel.json"
+LABELS = "labels.json"
 DEVICES = {"keyboard": Window, "terminal": Terminal}
 HELP = "enter: keep the action, right: no label, left: one frame back, escape: end and write the dataset"
 
@@ -113,7 +111,9 @@ def run(config: RelabelConfig) -> RelabelResult:
             device.close()
         if not labels:
             raise UserError(f"no frame was labeled, so {out} is not written. Re-run the command.")
-        changed = _write(config, root, store, labels, out)
+        changed = write_relabeled(root, store, labels, out, config.identity(), store.action_space)
+        text = "%s: %d labels, %d of them differ from the executed action"
+        log.info(text, out, len(labels), changed)
         shutil.rmtree(staging)
     return RelabelResult(path=out, labels=len(labels), changed=changed)
 
@@ -206,46 +206,3 @@ def _text(store: FrameStore, row: int, action: np.ndarray) -> str:
     frame = f"frame {row - store.starts[episode] + 1} of {store.lengths[episode]}"
     parts = (task, f"episode {episode + 1} of {store.num_episodes}", frame, shown)
     return " | ".join(filter(None, parts))
-
-
-def _write(config: RelabelConfig, root: Path, store: FrameStore, labels: dict[int, Any], out: Path) -> int:
-    """Write the dataset with the labels; return how many differ from the executed action.
-
-    Rows that the store lacks, such as those of unreadable episodes, stay as they are.
-    """
-    features = read_info(root).features
-    tables = Tables(root, features, sorted((root / "data").glob("*/*.parquet")))
-    feature = read_json(root / "meta/info.json")["features"]["action"]
-
-    def values(name: str) -> np.ndarray | None:
-        found = tables.column(name)
-        return None if found is None else found.reshape(len(found), -1)
-
-    def column(table: np.ndarray, dtype: str, names: Any) -> Column:
-        table = table.astype(dtype)
-        return Column(dtype=dtype, size=table.shape[1], read=lambda a, b: table[a:b], names=names)
-
-    action, executed, labeled = values("action"), values("executed_action"), values("labeled")
-    assert action is not None
-    assert store.action_space is not None
-    executed = action.copy() if executed is None else executed
-    labeled = np.zeros((len(action), 1), bool) if labeled is None else labeled
-    rows = np.array(sorted(labels))
-    given = np.array([labels[row] for row in rows.tolist()])
-    if store.action_space.values:
-        given = np.array(store.action_space.values)[given]
-    places = store.source_rows[rows]
-    action[places] = given.reshape(len(rows), -1)
-    labeled[places] = True
-    columns = {
-        "action": column(action, feature["dtype"], feature["names"]),
-        "executed_action": column(executed, feature["dtype"], feature["names"]),
-        "labeled": column(labeled, "bool", None),
-    }
-    changed = int((action[places] != executed[places]).any(1).sum())
-    about = {**config.identity(), "labels": len(rows), "changed": changed}
-    with atomic_dir(out) as folder:
-        add_columns(root, folder, columns)
-        write_json(folder / "meta" / SIDECAR, about)
-    log.info("%s: %d labels, %d of them differ from the executed action", out, len(rows), changed)
-    return changed

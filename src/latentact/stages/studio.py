@@ -1,6 +1,6 @@
 """Open a LAM in the browser: `latentact studio RUN_OR_LAM`, or write it as a page that works offline.
 
-Saved guides and videos are written to the output folder; nothing else is.
+Saved guides, videos and labels are written to the output folder; nothing else is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class StudioConfig:
     """Camera for the page Live: opencv:0, any TYPE:key=value,... of LeRobot, or a video file, which is played
     at its own rate; empty: none."""
     out: str = ""
-    """Folder of saved guides and videos; empty: `studio` in the folder of the run, or here without one."""
+    """Folder of saved guides, videos and labels; empty: `studio` in the folder of the run, or here without
+    one."""
     export: str = ""
     """Folder for index.html, a page that works offline, instead of serving the studio."""
     camera: str = ""

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from latentact.config import LARGEST, choice
 from latentact.data.cache import FrameStore
 from latentact.data.mixture import TrainingDataConfig, open_training_store
+from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.time_base import frames_in_gap
 from latentact.data.windows import Clips
@@ -59,6 +60,8 @@ class TrainLamConfig(ClusterStage):
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int = 0
     """k: training episodes whose actions the model may learn from."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
     labeled_share: float = 0.25
     """Fraction of every batch drawn from the labeled episodes, if there are any."""
     probe_transitions: int = 1024
@@ -82,7 +85,7 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     if config.frame_gap_s:
         gap = frames_in_gap(config.frame_gap_s, store.fps, store.path, setting="frame_gap_s")
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
-    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed)
+    labeled = choose_labeled(train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store))
 
     lam, features = with_features(config.lam, store, select_device(config.training.device))
     torch.manual_seed(config.training.seed)

@@ -13,6 +13,7 @@ import torch
 from latentact.config import LARGEST, choice
 from latentact.data.latents import Labels, read_labels
 from latentact.data.mixture import TrainingDataConfig, open_training_store
+from latentact.data.plan import read_plan
 from latentact.data.samples import PolicySamples, vocabulary
 from latentact.data.splits import choose_labeled, training_episodes
 from latentact.data.store import FrameStore, flagged_rows
@@ -58,6 +59,8 @@ class TrainPolicyConfig(ClusterStage):
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int | None = None
     """k: training episodes that policy=bc and policy=guided learn from; empty: all."""
+    plan: str = ""
+    """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -83,7 +86,9 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     elif labels and not learns.guide:
         values, exists = _labeled_actions(labels, config.policy.kind)
     else:
-        train = choose_labeled(train, config.labeled_episodes, config.split_seed)
+        train = choose_labeled(
+            train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store)
+        )
         values, exists = _robot_actions(store, train, held_out)
 
     torch.manual_seed(config.training.seed)

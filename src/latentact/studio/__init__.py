@@ -1,1 +1,1 @@
-"""The studio: latent actions to look at, name, edit and drive, in a browser or an exported page."""
+"""The studio: latent actions to look at, name, edit, drive and label, in a browser or an exported page."""

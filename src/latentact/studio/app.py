@@ -7,6 +7,7 @@ import gradio as gr
 from latentact.reporting.html import text
 from latentact.studio.drive_page import DrivePage, LivePage
 from latentact.studio.edit_page import EditPage
+from latentact.studio.label_page import LabelPage
 from latentact.studio.look_page import LookPage, MeaningPage
 from latentact.studio.ui import IDLE_S, Shared, html
 from latentact.studio.workspace import Workspace
@@ -28,9 +29,11 @@ def build(work: Workspace) -> gr.Blocks:
                 drive = DrivePage(shared)
             with gr.Tab("Live"):
                 live = LivePage(shared)
+            with gr.Tab("Label"):
+                label = LabelPage(shared)
         look.wire(app, edit.opened, edit.opened_outputs)
         meaning.wire(tab)
-        for page in (edit, drive, live):
+        for page in (edit, drive, live, label):
             page.wire()
     return app
 

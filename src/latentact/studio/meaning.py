@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from latentact.data.store import FrameStore, known_rows
 from latentact.data.windows import Clips
 from latentact.errors import UserError
+from latentact.evaluation.lam.clusters import cluster
 from latentact.evaluation.lam.diagnostics import without_state
 from latentact.evaluation.lam.metrics import FEWEST_PROBED, bootstrap_groups, encode_rows, halves_of
 from latentact.evaluation.lam.probes import ProbeData, ProbeScore, linear_probe
@@ -201,23 +202,6 @@ def _groups(
 def _members(vectors: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """Return the latent action nearest to each center, since the mean of codes is no code."""
     return np.stack([vectors[np.square(vectors - each).sum((1, 2)).argmin()] for each in centers])
-
-
-def cluster(points: Float[np.ndarray, "m f"], count: int) -> Int64[np.ndarray, " m"]:
-    """Return the cluster of each point by k-means, which starts from farthest points; no cluster is empty."""
-    centers = [points[np.square(points - points.mean(0)).sum(1).argmin()]]
-    nearest = np.square(points - centers[0]).sum(1)
-    while len(centers) < count and nearest.max() > 0:
-        centers.append(points[nearest.argmax()])
-        nearest = np.minimum(nearest, np.square(points - centers[-1]).sum(1))
-    group = np.zeros(len(points), np.int64)
-    for _ in range(50):
-        distance = np.stack([np.square(points - center).sum(1) for center in centers], axis=1)
-        if np.array_equal(distance.argmin(1), group) and _:
-            break
-        group = distance.argmin(1)
-        centers = [points[group == g].mean(0) for g in range(len(centers)) if (group == g).any()]
-    return np.unique(group, return_inverse=True)[1]
 
 
 def _labels(store: FrameStore, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:

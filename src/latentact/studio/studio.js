@@ -85,6 +85,7 @@ window.latentact = (() => {
         pen.fillText(row.name, 0, y + height / 2, GUTTER - 8);
         if (row.kind === "line") line(pen, row, cell, y, height, accent, soft);
         else row.values.forEach((value, i) => {
+          if (value === null) return;
           pen.fillStyle = row.kind === "heat" ? heat(value) : paint(value);
           pen.fillRect(GUTTER + i * cell, y, Math.max(cell - (cell > 4 ? 1 : 0), 0.6), height);
           if (row.texts && cell > 7 * String(row.texts[i]).length + 2) {
@@ -282,6 +283,28 @@ window.latentact = (() => {
     return {};
   }
 
+  function label(root, data, emit) {
+    const frames = film("now", data.frames), facts = make("p", { className: "st-facts" });
+    const show = (i) => {
+      frames.show(i);
+      time.show(i);
+      root.dataset.step = i;
+      const named = data.tracks.map((track) => `${track.name} ${track.texts ? track.texts[i] || "none" : track.values[i] ?? "none"}`);
+      facts.textContent = [`step ${i} of ${data.n}`, ...named].join(" · ");
+    };
+    const control = player(data.n, data.fps, show);
+    const rows = [...data.tracks.map((track) => ({ height: 22, ...track })), ...latentRows(data)];
+    const time = timeline(rows, data.n, { step: (i) => { control.stop(); control.go(i); }, range: ([start, stop]) => emit("range", { start, stop }) });
+    root.replaceChildren(
+      make("div", { className: "st-films st-large" }, frames.node),
+      control.node, facts,
+      make("h4", { textContent: `${data.labeled} of ${data.n} steps labeled (drag to select)` }), time.node,
+    );
+    control.go(0);
+    frames.ready.then(() => show(control.at));
+    return {};
+  }
+
   function drive(root, first, emit) {
     const keys = "123456789abcdefghijklmnop";
     let data = first;
@@ -322,7 +345,7 @@ window.latentact = (() => {
     return { update };
   }
 
-  const pages = { look, edit, drive };
+  const pages = { look, edit, label, drive };
 
   // Draw a page into a gr.HTML component and again whenever its value changes.
   function mount(name, element, props, trigger, watch) {

@@ -59,7 +59,7 @@ class Workspace:
     view: str
     """View of the environment that the LAM's camera shows."""
     out: Path
-    """Folder of saved guides and videos."""
+    """Folder of saved guides, videos and labels."""
     live: str = ""
     """Camera of the page Live; empty: none."""
 
