@@ -179,7 +179,7 @@ def predict(out: Path, given: argparse.Namespace, config: compare.CompareConfig)
                 held_out=config.held_out,
                 split_seed=seed,
                 results=others,
-                out=str(out / f"seed{seed}" / "predicted.json"),
+                out=str(out / f"seed{seed}" / f"predicted_from_{'_'.join(map(str, given.seeds))}.json"),
             )
         )
         for k in given.ks:
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--demonstrations", type=int, default=0, help="0: those of the task")
     parser.add_argument("overrides", nargs="*", help="settings of latentact compare")
     given = parser.parse_args()
+    given.methods = [*dict.fromkeys((PLANNED, DRAWN, *given.methods))]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out, lines = Path(given.out), ["# Planned and random episodes", ""]
     for task in given.tasks:

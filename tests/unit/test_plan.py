@@ -39,7 +39,6 @@ def test_clusters_are_the_blobs():
 def test_coverage_is_the_distance_to_the_nearest_labeled_episode():
     coverage = Coverage.fit(LINE, np.arange(5))
     spread = np.abs(LINE - LINE.mean()).mean()
-    assert coverage.of(np.array([], int)) == 0
     assert coverage.of(np.array([1])) == pytest.approx(1 - (1 + 0 + 1 + 9 + 10) / 5 / spread)
     assert coverage.of(np.array([1, 3])) == pytest.approx(1 - (1 + 0 + 1 + 0 + 1) / 5 / spread)
     assert coverage.of(np.arange(5)) == pytest.approx(1)
@@ -66,16 +65,28 @@ def test_random_episodes_are_worth_themselves():
     curve = coverage.random_curve(np.arange(40), 20)
     assert len(curve) == 20
     assert (np.diff(curve) > 0).all()
-    assert Coverage.fit(LINE, np.arange(5)).of(np.array([4])) == 0
     worth = [random_equivalent(coverage.of(draw_order(np.arange(40), s)[:10]), curve) for s in range(30)]
     assert np.mean(worth) == pytest.approx(10, abs=1)
     planned = coverage.greedy(np.array([], int), np.arange(40), 10)
     assert random_equivalent(coverage.of(planned), curve) > 12
 
 
+def test_flat_curves_give_the_least_number():
+    wide = np.random.default_rng(0).normal(size=(200, 128))
+    coverage = Coverage.fit(wide, np.arange(200))
+    curve = coverage.random_curve(np.arange(200), 100)
+    planned = coverage.greedy(np.array([], int), np.arange(200), 20)
+    worth = [random_equivalent(coverage.of(planned[:k]), curve) for k in (1, 2, 5, 10, 20)]
+    assert worth == sorted(set(worth))
+    few = np.repeat(np.arange(4.0), 45)[:, None]
+    coverage = Coverage.fit(few, np.arange(180))
+    planned = coverage.greedy(np.array([], int), np.arange(180), 4)
+    assert 4 < random_equivalent(coverage.of(planned), coverage.random_curve(np.arange(180), 180)) < 60
+
+
 def candidates(**more):
     points = np.array([[0.0, 0], [0.1, 0], [0.2, 0], [9, 9], [9.1, 9]])
-    given = {"steps": np.array([4, 2, 4, 0, 18]), "points": points, "seed": 0}
+    given = {"steps": np.array([4, 2, 4, 1, 18]), "points": points, "seed": 0}
     given |= {"train": np.arange(5), "labeled": np.array([], int), **more}
     return Candidates(coverage=Coverage.fit(given["points"], np.arange(5)), **given)
 
@@ -86,6 +97,8 @@ def test_baselines():
     assert by_kmeans(candidates(), 2).tolist()[0] == 1
     assert by_kmeans(candidates(), 2).tolist()[1] in (3, 4)
     assert by_chance(candidates(), 3).tolist() == draw_order(np.arange(5), 0)[:3].tolist()
+    for method in METHODS.values():  # an episode without a latent action is never chosen
+        assert 3 not in method(candidates(steps=np.array([4, 2, 4, 0, 18])), 4)
     same = candidates(points=np.zeros((5, 2)))
     for method in METHODS.values():
         for given in (candidates(), same):
@@ -215,7 +228,7 @@ def test_episodes_are_compared_by_a_policy_and_weighted_by_its_uncertainty(runs,
         assert bool(plan["policy_weights"]) == bool(name)
         found[name] = [each["coverage"] for each in plan["episodes"]]
     assert found[""] != found["policy"] != found["ground"]
-    assert "--policy must be a latent policy" in refused(
+    assert "--policy must be a policy of latent actions" in refused(
         "plan", *given, "--policy", bc(runs), "--out", tmp_path / "no.json"
     )
 

@@ -1,6 +1,7 @@
 """The page Label: proposals, drafts, saved labels, and the dataset with them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from conftest import TINY_POLICY, contents, ok
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.plan import read_plan
+from latentact.data.splits import split_episodes
 from latentact.errors import UserError
 from latentact.lams.models.lapo import LapoConfig
 from latentact.quantizers.fsq import FsqConfig
@@ -77,7 +79,7 @@ def test_labels_are_set_accepted_and_removed(work):
     assert drawn.values[2:4, 0].tolist() == [3, 3]
     assert drawn.values[5:7].tolist() == drawn.pseudo[5:7].tolist()
     for steps in (range(3, 3), range(0, 12), range(-1, 2)):
-        with pytest.raises(UserError, match="the steps must be among 0 to 11"):
+        with pytest.raises(UserError, match="the first step and the end must be between 0 and 11"):
             drawn.set(steps, 0)
     with pytest.raises(UserError, match="the action must be one of"):
         actions.parse("jump")
@@ -99,8 +101,8 @@ def test_saved_labels_come_back_and_become_a_dataset(work, root):
     before = contents(root / "data")
     with pytest.raises(UserError, match="there are no saved labels"):
         label.write_copy(work)
-    with pytest.raises(UserError, match="no step has a label"):
-        label.save(work, label.draft(work, actions, 3))
+    assert "0 of 11 steps" in label.save(work, label.draft(work, actions, 3))
+    assert label.read_saved(work) == {}
     for number in (3, 1):
         drawn = label.draft(work, actions, number).set(range(11), 2)
         assert "11 of 11 steps" in label.save(work, drawn)
@@ -108,7 +110,11 @@ def test_saved_labels_come_back_and_become_a_dataset(work, root):
     again = label.draft(work, actions, 5)
     assert np.flatnonzero(again.given).tolist() == [2, 3]
     assert label.page(again, actions, finished(survey(work)))["labeled"] == 2
-    assert "3 episodes, 24 labels" in label.write_copy(work)
+    train, _ = split_episodes(work.store, held_out=0.1, seed=0)
+    held_out = [number for number in (3, 1, 5) if number not in train]
+    written = label.write_copy(work)
+    assert "3 episodes, 24 labels" in written
+    assert ("1 held-out episodes are not in the plan" in written) == bool(held_out)
     assert contents(root / "data") == before
     copy = open_store(DataConfig(path=str(work.out / "labeled"), resolution=32))
     old = np.ma.getdata(work.store.actions(range(8)))
@@ -119,20 +125,45 @@ def test_saved_labels_come_back_and_become_a_dataset(work, root):
         changed[copy.starts[number] + np.array(steps)] = True
     assert np.array_equal(new[~changed], old[~changed])
     assert np.array_equal(copy.column("labeled").ravel(), changed)
-    assert read_plan(work.out / "plan.json", copy).tolist() == [3, 1, 5]
+    planned = read_plan(work.out / "labeled/plan.json", copy).tolist()
+    assert planned == [number for number in (3, 1, 5) if number in train]
     label.write_copy(work)  # again, with the labels so far
+    shutil.rmtree(work.out / "labeled/meta")
+    with pytest.raises(UserError, match="must be new or an earlier copy, got something else"):
+        label.write_copy(work)
+
+
+def test_labels_of_other_steps_or_actions_are_refused(work):
+    """As when the data was opened at another rate, or the file was changed by hand."""
+    actions = label.actions_of(work)
+    label.save(work, label.draft(work, actions, 1).set(range(11), 2))
+    saved = json.loads((work.out / "labels.json").read_text())
+    (entry,) = saved["episodes"].values()
+    for wrong in ([2] * 20, [2] * 5, [9] * 11, [-1] * 11, [[1.0]] * 11, ["left"] * 11):
+        entry["actions"] = wrong
+        (work.out / "labels.json").write_text(json.dumps(saved))
+        for read in (label.write_copy, lambda work: label.draft(work, actions, 1)):
+            with pytest.raises(UserError, match=r"must have actions \(.*\) for the 11 steps|repair the file"):
+                read(work)
+    assert not (work.out / "labeled").exists()
 
 
 def test_ground_learns_from_what_was_labeled(work, root):
     actions = label.actions_of(work)
-    for number in (3, 1):
-        drawn = label.draft(work, actions, number)
+    train, _ = split_episodes(work.store, held_out=0.1, seed=0)
+    for number in train[:2]:
+        drawn = label.draft(work, actions, int(number))
         label.save(work, drawn.accept(range(len(drawn))))
     label.write_copy(work)
     out = work.out
     ok("label", "--lam", root / "lam", "--data", out / "labeled", "--out", out / "labels")
-    given = (f"policy={root}/policy", f"labels={out}/labels", f"plan={out}/plan.json", "labeled_episodes=2")
-    ok("ground", *given, "training.steps=2", "split_seed=1", f"out={out}/ground")
+    given = (
+        f"policy={root}/policy",
+        f"labels={out}/labels",
+        f"plan={out}/labeled/plan.json",
+        "labeled_episodes=2",
+    )
+    ok("ground", *given, "training.steps=2", f"out={out}/ground")
     assert json.loads((out / "ground/ground.json").read_text())["labeled_steps"] == 22
 
 
@@ -149,7 +180,7 @@ def test_damaged_labels_and_other_data_are_a_sentence(work, blocks, root, tmp_pa
     drawn = label.draft(other, actions, 0)
     assert drawn.pseudo is None
     label.save(other, drawn.set(range(2), 1))
-    with pytest.raises(UserError, match="a copy of a LeRobot v3 dataset"):
+    with pytest.raises(UserError, match="must be a LeRobot v3 dataset with actions for a copy"):
         label.write_copy(other)
     none = studio.open_workspace(StudioConfig(run=str(root / "lam")))
     with pytest.raises(UserError, match="this page needs data"):

@@ -77,7 +77,7 @@ def choose_labeled(
     if planned is not None and (wrong := np.setdiff1d(planned, train_episodes)).size:
         raise UserError(
             f"the plan must list training episodes only, got {len(wrong)} of {len(planned)} that are held "
-            f"out. Use the held_out and split_seed of the plan."
+            f"out. Use the held_out and split_seed of the plan, in compare by seeds=[split_seed]."
         )
     if k is None:
         return np.sort(order)

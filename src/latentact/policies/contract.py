@@ -329,6 +329,11 @@ class Policy(nn.Module, ABC):
         """Return continuous targets at zero mean and unit variance."""
         return (target.nan_to_num() - self.mean) / self.std
 
+    @property
+    def initialized_by(self) -> int:
+        """Number of samples that `initialize` needs; 0: it is not called."""
+        return 0
+
     def initialize(self, batch: PolicyBatch) -> None:
         """Prepare a new policy, after `set_action_stats` and before training, from some of its samples."""
 

@@ -25,6 +25,8 @@ from latentact.types import ActionSpace, LatentActionSpec
 
 _RIDGE = 1e-8
 """Regularization of the least squares, relative to the number of samples."""
+_SAMPLES = 4096
+"""Samples for the least squares."""
 _FIRST = 0.01
 """Scale of the first weights of the network's output beside the linear map."""
 
@@ -115,12 +117,25 @@ class GuidedPolicy(NetworkPolicy):
         self.linear: Tensor | None
         self.register_buffer("linear", linear)
 
+    @property
+    def initialized_by(self) -> int:
+        """Number of samples for the linear map."""
+        return 0 if self.linear is None else _SAMPLES
+
     def initialize(self, batch: PolicyBatch) -> None:
-        """Fit the linear map to samples by least squares."""
-        if self.linear is None:
-            return
+        """Fit the linear map to samples by least squares.
+
+        Raises:
+            UserError: none of them has a guide and all targets of a chunk.
+        """
+        assert self.linear is not None
         x = self._linear_inputs(self.normal_guide(batch.guide, len(batch.target)), batch.state)
         known = batch.mask.all(1) & (x[:, -1] > 0)
+        if not known.any():
+            raise UserError(
+                "policy.linear needs samples with a guide and all targets of a chunk, got none. Use a "
+                "smaller policy.network.chunk_size, or policy.linear=false."
+            )
         x, y = x[known].double(), self.normal_target(batch.target).flatten(1)[known].double()
         ridge = _RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
         self.linear.copy_(torch.linalg.solve(x.T @ x + ridge, x.T @ y).T)

@@ -353,7 +353,7 @@ class _Row:
             held_out=c.held_out,
             split_seed=self.seed,
             labeled_episodes=k,
-            plan=c.plan,
+            plan=c.plan if k else "",
         )
         return train_lam.run(settings, self._folder("lam"))
 

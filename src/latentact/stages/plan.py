@@ -35,7 +35,8 @@ from latentact.evaluation.lam.selection import (
 )
 from latentact.evaluation.policy.learning_curve import LearningCurve, Measured
 from latentact.io.atomic import read_object, write_json
-from latentact.io.records import read_record, read_yaml
+from latentact.io.hub import resolve_folder
+from latentact.io.records import Record, read_record, read_yaml
 from latentact.io.tensors import WEIGHTS, weights_hash
 from latentact.policies.contract import Policy
 from latentact.stages import label
@@ -46,8 +47,19 @@ log = logging.getLogger(__name__)
 
 SURE = 0.01
 """Importance of a step where the decoder is certain."""
+CONDITIONS = ("view", "distract", "latency", "action_noise", "max_steps")
+"""Settings of a rollout besides its environment that must be equal."""
 MOST_RANDOM = 256
 """Most random episodes that a plan is compared with."""
+
+
+class MeasuredRollout(Record):
+    """What a plan reads of `rollout.json`."""
+
+    env: str
+    episodes: int
+    success: float | None
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +136,15 @@ def run(config: PlanConfig) -> WrittenPlan:
     planned = read_plan(config.labeled, store)
     labeled = np.zeros(0, np.int64) if planned is None else planned
     choose_labeled(train, None, config.split_seed, labeled)  # none of them is held out
-    if config.budget > len(train) - len(labeled):
-        raise UserError(
-            f"--budget must be at most {len(train) - len(labeled)}, the number of training episodes without "
-            f"labels, got {config.budget}."
-        )
     given = _candidates(config, labels, store, train, labeled)
+    if config.budget > len(given.left):
+        raise UserError(
+            f"--budget must be at most {len(given.left)}, the number of training episodes without labels, "
+            f"got {config.budget}. Use a smaller --budget."
+        )
     chosen = np.concatenate([labeled, METHODS[config.method](given, config.budget)])
-    curve = given.coverage.random_curve(train, min(len(train), MOST_RANDOM))
+    useful = train[given.steps[train] > 0]
+    curve = given.coverage.random_curve(useful, min(len(useful), MOST_RANDOM))
     measured = _measured(config.results, given.coverage, curve, store)
     content = {
         "method": config.method,
@@ -142,7 +155,7 @@ def run(config: PlanConfig) -> WrittenPlan:
         "data": absolute_name(labels.data.path),
         "digest": store.digest,
         "spec": asdict(labels.spec),
-        "policy_weights": weights_hash(Path(config.policy) / WEIGHTS) if config.policy else None,
+        "policy_weights": weights_hash(resolve_folder(config.policy) / WEIGHTS) if config.policy else None,
         "software": {"latentact": version("latentact")},
     }
     write_json(out, content)
@@ -180,11 +193,14 @@ def _candidates(
             uncertainty = means_of(unsure, episode, store.num_episodes)[:, 0]
     else:
         values = standardized(labels.vectors[rows].reshape(len(rows), -1))
-    points = means_of(values, episode, store.num_episodes)
+    points, steps = (
+        means_of(values, episode, store.num_episodes),
+        np.bincount(episode, minlength=store.num_episodes),
+    )
     return Candidates(
-        coverage=Coverage.fit(points, train, uncertainty),
+        coverage=Coverage.fit(points, train[steps[train] > 0], uncertainty),
         points=points,
-        steps=np.bincount(episode, minlength=store.num_episodes),
+        steps=steps,
         train=train,
         labeled=labeled,
         seed=config.split_seed,
@@ -200,7 +216,8 @@ def _load_policy(folder: str, labels: Labels) -> Policy:
     policy = Policy.from_pretrained(folder)
     if policy.latent is None or not policy.targets.latent:
         raise UserError(
-            f"--policy must be a latent policy, got {folder}. Give the folder of train-policy or ground."
+            f"--policy must be a policy of latent actions, got one of robot actions in {folder}. Give the "
+            "folder of train-policy or ground."
         )
     policy.latent.check_compatible(labels.spec, "the policy", "the labels")
     return policy
@@ -228,27 +245,30 @@ def _measured(
         UserError: a folder holds none, or they are in several environments.
     """
     found: list[Measured] = []
-    envs: set[str] = set()
+    conditions: set[tuple[str, ...]] = set()
+    seen: set[Path] = set()
     for folder in folders:
         before = len(found)
         for file in sorted(Path(folder).rglob("rollout.json")):
-            rollout = read_object(file)
-            grounding = _grounding(Path(rollout.get("config", {}).get("policy", "")))
-            if grounding is None or rollout["success"] is None:
+            rollout = read_record(MeasuredRollout, file)
+            grounding = _grounding(Path(rollout.config.get("policy", "")))
+            if grounding is None or rollout.success is None or file.resolve() in seen:
                 continue
-            envs.add(rollout["env"])
-            episodes = rollout["episodes"]
+            seen.add(file.resolve())
+            conditions.add((rollout.env, *(f"{rollout.config.get(name)}" for name in CONDITIONS)))
             k = _worth(grounding, coverage, curve, store)
-            found.append(Measured(k=k, successes=rollout["success"] * episodes, episodes=episodes))
+            successes = rollout.success * rollout.episodes
+            found.append(Measured(k=k, successes=successes, episodes=rollout.episodes))
         if len(found) == before:
             raise UserError(
                 f"--results must hold rollouts of grounded policies with success, got none in {folder}. "
                 "Give a folder of latentact compare, or of rollouts of policies that are still in place."
             )
-    if len(envs) > 1:
+    if len(conditions) > 1:
+        got = " and ".join(", ".join(filter(None, each)) for each in sorted(conditions)[:2])
         raise UserError(
-            f"--results must hold rollouts in one environment, got {', '.join(sorted(envs))}. Give the "
-            "folders of one environment."
+            f"--results must hold rollouts in one environment with the same {', '.join(CONDITIONS)}, got "
+            f"{got}. Give the folders of one of them."
         )
     return found
 
@@ -259,7 +279,8 @@ def _grounding(policy: Path) -> GroundConfig | None:
     folder = policy.parent if tuned else policy
     if not (folder / "ground.json").is_file() or (not tuned and (folder / "finetuned").is_dir()):
         return None
-    return from_dict(GroundConfig, {**read_yaml(folder / "config.yaml"), "out": str(folder)})
+    grounding = from_dict(GroundConfig, {**read_yaml(folder / "config.yaml"), "out": str(folder)})
+    return grounding if grounding.mode == "offline" else None  # online: learned from reward, not from labels
 
 
 def _worth(grounding: GroundConfig, coverage: Coverage, curve: np.ndarray, store: FrameStore) -> float:
@@ -286,7 +307,7 @@ def _described(
             {
                 **plan_entry(store, episode),
                 "steps": int(given.steps[episode]),
-                "coverage": covered,
+                "coverage": max(covered, 0.0),
                 "random_equivalent": worth,
                 "success": predicted.success,
                 "ci95": [predicted.low, predicted.high],

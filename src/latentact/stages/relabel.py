@@ -111,7 +111,7 @@ def run(config: RelabelConfig) -> RelabelResult:
             device.close()
         if not labels:
             raise UserError(f"no frame was labeled, so {out} is not written. Re-run the command.")
-        changed = write_relabeled(root, store, labels, out, config.identity(), store.action_space)
+        changed = write_relabeled(root, store, labels, out, config.identity())
         text = "%s: %d labels, %d of them differ from the executed action"
         log.info(text, out, len(labels), changed)
         shutil.rmtree(staging)

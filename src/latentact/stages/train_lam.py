@@ -85,6 +85,8 @@ def run(config: TrainLamConfig, out: Path) -> Path:
     if config.frame_gap_s:
         gap = frames_in_gap(config.frame_gap_s, store.fps, store.path, setting="frame_gap_s")
     train, held_out = split_episodes(store, held_out=config.held_out, seed=config.split_seed)
+    if config.plan and not config.labeled_episodes:
+        raise UserError("labeled_episodes must be at least 1 with plan, got 0. Give the number of episodes.")
     labeled = choose_labeled(train, config.labeled_episodes, config.split_seed, read_plan(config.plan, store))
 
     lam, features = with_features(config.lam, store, select_device(config.training.device))

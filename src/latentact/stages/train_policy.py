@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +29,6 @@ from latentact.training.settings import TrainingConfig, require_trainable_size
 from latentact.types import LatentActionSpec
 
 log = logging.getLogger(__name__)
-_INITIAL = 4096
-"""Least number of samples for `Policy.initialize`, if there are as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class TrainPolicyConfig(ClusterStage):
     split_seed: int = 0
     """Seed of the choice of held-out and labeled episodes."""
     labeled_episodes: int | None = None
-    """k: training episodes that policy=bc and policy=guided learn from; empty: all."""
+    """k: training episodes that policy=bc and policy=guided learn from; empty: all, or all of the plan."""
     plan: str = ""
     """File of `latentact plan` whose first k episodes are labeled; empty: drawn by `split_seed`."""
 
@@ -79,6 +78,10 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
     labels, store = read_labels(config.labels) if config.labels else (None, open_training_store(config.data))
     train, held_out = training_episodes(store, held_out=config.held_out, seed=config.split_seed)
     learns = config.policy.targets(labels.spec if labels else None, store.action_space)
+    if config.plan and (learns.latent or (labels and not learns.guide)):
+        raise UserError(
+            f"plan must be empty where all episodes have labels, got {config.plan}. Leave it out."
+        )
     if learns.latent:
         assert labels is not None
         column = getattr(labels, learns.column)
@@ -111,7 +114,8 @@ def run(config: TrainPolicyConfig, out: Path) -> Path:
         tokens = tokens[rows & labels.valid]
     policy.set_action_stats(values[rows], None if store.state is None else store.state[rows], tokens)
     samples = PolicySamples(store, target=values, exists=rows, **shape)
-    policy.initialize(samples.batch(samples.rows[:: max(1, len(samples.rows) // _INITIAL)]))
+    if count := policy.initialized_by:
+        policy.initialize(samples.batch(samples.rows[:: math.ceil(len(samples.rows) / count)]))
     log.info("%d steps of %d episodes to learn from", len(samples), len(train))
 
     def evaluate(_: bool = True) -> dict[str, float]:

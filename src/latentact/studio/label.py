@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float32
 from latentact.agents.agent import STATE
 from latentact.agents.grounded import DecoderAgent
 from latentact.agents.load import load_agent
-from latentact.data.lerobot.relabeled import write_relabeled
+from latentact.data.lerobot.relabeled import SIDECAR, write_relabeled
 from latentact.data.lerobot.source import lerobot_version
+from latentact.data.lerobot.writer import require_lerobot
 from latentact.data.plan import plan_entry
 from latentact.data.splits import split_episodes
 from latentact.data.store import FrameStore
@@ -33,7 +34,7 @@ from latentact.policies.contract import Policy
 from latentact.studio.images import sheet
 from latentact.studio.look import rows_of
 from latentact.studio.meaning import Survey
-from latentact.studio.workspace import BATCH, Take, Work, WorkProgress, Workspace
+from latentact.studio.workspace import BATCH, LONGEST, Take, Work, WorkProgress, Workspace
 from latentact.training.action_head import policy_features
 from latentact.types import ActionSpace
 
@@ -44,14 +45,14 @@ HELD_OUT = 0.1
 """Fraction of episodes that are never proposed: the default of all stages, with split_seed 0."""
 MOST = 50_000
 """Transitions that are encoded for proposals; of more, evenly spaced ones."""
-_SAVING = threading.Lock()
+_SAVING, _WRITING = threading.Lock(), threading.Lock()
 
 
 class SavedEpisode(Record):
     """Labels of one episode."""
 
     name: str
-    actions: list[Any]
+    actions: list[int | list[float] | None]
     """Class or values of each step; null without a label."""
 
 
@@ -121,7 +122,8 @@ class LabelDraft:
         """
         if not 0 <= steps.start < steps.stop <= len(self):
             raise UserError(
-                f"the steps must be among 0 to {len(self)}, got {steps.start} to {steps.stop}. Change them."
+                f"the first step and the end must be between 0 and {len(self)}, first before end, got "
+                f"{steps.start} and {steps.stop}. Change them."
             )
         part = slice(steps.start, steps.stop)
         made = replace(self, values=self.values.copy(), given=self.given.copy())
@@ -138,8 +140,8 @@ class LabelDraft:
         """
         if self.pseudo is None:
             raise UserError(
-                "pseudo-labels need a policy grounded on discrete or continuous actions, got none. Give "
-                "--policy, or set the actions yourself."
+                "pseudo-labels need a policy that is grounded on the actions of the data, got none. Give one "
+                "as --policy, or set the actions yourself."
             )
         return self.set(steps, self.pseudo[steps.start : steps.stop])
 
@@ -200,15 +202,25 @@ def draft(work: Workspace, actions: Actions, number: int) -> LabelDraft:
     steps, width = len(take.frames) - 1, 1 if actions.space.discrete else actions.space.size
     values, given = np.zeros((steps, width), np.float32), np.zeros(steps, bool)
     if saved := read_saved(work).get(store.episode_contents[number]):
-        given = np.array([each is not None for each in saved.actions])[:steps]
-        kept = [np.reshape(each, -1) for each in saved.actions[:steps] if each is not None]
-        if len(given) != steps or any(len(each) != width for each in kept):
-            raise UserError(
-                f"{saved_file(work)} must have labels for the {steps} steps of {take.name}, got others. "
-                "Delete the file, or choose another --out."
-            )
-        values[given] = kept
+        _check_saved(work, actions, saved, number)
+        given = np.array([each is not None for each in saved.actions])
+        values[given] = [np.reshape(each, -1) for each in saved.actions if each is not None]
     return LabelDraft(take=take, values=values, given=given, pseudo=_pseudo(work, actions, take, steps))
+
+
+def _check_saved(work: Workspace, actions: Actions, saved: SavedEpisode, number: int) -> None:
+    """Raise a UserError unless saved labels are actions for the steps of an episode."""
+    space, steps = actions.space, min(int(require_data(work).lengths[number]), LONGEST) - 1
+    known = [each for each in saved.actions if each is not None]
+    if space.discrete:
+        fits = all(isinstance(each, int) and 0 <= each < space.size for each in known)
+    else:
+        fits = all(isinstance(each, list) and len(each) == space.size for each in known)
+    if len(saved.actions) != steps or not fits:
+        raise UserError(
+            f"{saved_file(work)} must have actions ({space}) for the {steps} steps of {saved.name}, got "
+            "others. Delete the file, or choose another --out."
+        )
 
 
 def _pseudo(work: Workspace, actions: Actions, take: Take, steps: int) -> Float32[np.ndarray, "n a"] | None:
@@ -232,21 +244,21 @@ def _pseudo(work: Workspace, actions: Actions, take: Take, steps: int) -> Float3
 
 
 def save(work: Workspace, drawn: LabelDraft) -> str:
-    """Save the labels of an episode beside those of others, and return what was saved.
+    """Save the labels of an episode beside those of others, or remove it without any; return what was saved.
 
     Raises:
-        UserError: no step has a label, or the file of the others is damaged.
+        UserError: the file of the others is damaged.
     """
     store, number = require_data(work), drawn.take.episode
     assert number is not None
-    if not drawn.given.any():
-        raise UserError("no step has a label. Set or accept some.")
     discrete = drawn.values.shape[1] == 1 and actions_of(work).space.discrete
     values = [int(row[0]) if discrete else row.tolist() for row in drawn.values]
     kept = [value if given else None for value, given in zip(values, drawn.given, strict=True)]
     entry = SavedEpisode(name=drawn.take.name, actions=kept)
     with _SAVING:  # of several users
         episodes = {**read_saved(work), store.episode_contents[number]: entry}
+        if not drawn.given.any():
+            del episodes[store.episode_contents[number]]
         write_json(saved_file(work), {"episodes": {key: vars(each) for key, each in episodes.items()}})
     return f"{int(drawn.given.sum())} of {len(drawn)} steps of {drawn.take.name}"
 
@@ -255,36 +267,41 @@ def write_copy(work: Workspace) -> str:
     """Write the dataset with all saved labels, and the plan of its labeled episodes; return what was written.
 
     Raises:
-        UserError: nothing is saved, or the data is no LeRobot v3 dataset, or a step of an episode has no
-            action at all.
+        UserError: nothing is saved, the data is no LeRobot v3 dataset with actions, saved labels do not fit,
+            or the folder holds something else.
     """
+    require_lerobot()
     store, actions = require_data(work), actions_of(work)
     root, out = Path(store.path), work.out / COPY
-    if not (root / "meta/info.json").is_file() or not lerobot_version(root).startswith("v3"):
+    version = lerobot_version(root) if (root / "meta/info.json").is_file() else ""
+    if not version.startswith("v3") or store.action_space is None:
         raise UserError(
-            f"the labels can be written into a copy of a LeRobot v3 dataset, got {root}. Convert it first "
-            f"with latentact precompute; the labels are in {saved_file(work)}."
+            f"the data must be a LeRobot v3 dataset with actions for a copy with labels, got {root}. The "
+            f"labels are in {saved_file(work)}."
         )
+    if out.exists() and not (out / "meta" / SIDECAR).is_file():
+        raise UserError(f"{out} must be new or an earlier copy, got something else. Choose another --out.")
     known = dict(zip(store.episode_contents, range(store.num_episodes), strict=True))
+    train, _ = split_episodes(store, held_out=HELD_OUT, seed=0)
     labels: dict[int, Any] = {}
-    chosen = []
+    chosen, held_out = [], 0
     for content, saved in read_saved(work).items():
         if (number := known.get(content)) is None:
             continue
-        if None in saved.actions and store.action_space is None:
-            raise UserError(
-                f"every step of {saved.name} must have a label in data without actions, got "
-                f"{saved.actions.count(None)} without. Label them."
-            )
-        chosen.append(number)
+        _check_saved(work, actions, saved, number)
         start = int(store.starts[number])
         labels |= {start + i: each for i, each in enumerate(saved.actions) if each is not None}
+        if number in train:
+            chosen.append(number)
+        else:
+            held_out += 1
     if not labels:
         raise UserError("there are no saved labels of this data. Save an episode first.")
-    about = {"data": str(root), "digest": store.digest}
-    write_relabeled(root, store, labels, out, about, actions.space, actions.names)
-    write_json(work.out / PLAN, {"episodes": [plan_entry(store, number) for number in chosen]})
-    return f"{len(chosen)} episodes, {len(labels)} labels: {out}; their plan: {work.out / PLAN}"
+    with _WRITING:
+        write_relabeled(root, store, labels, out, {"data": str(root), "digest": store.digest})
+        write_json(out / PLAN, {"episodes": [plan_entry(store, number) for number in chosen]})
+    more = f"; {held_out} held-out episodes are not in the plan" if held_out else ""
+    return f"{len(chosen) + held_out} episodes, {len(labels)} labels: {out}; their plan: {out / PLAN}{more}"
 
 
 def page(drawn: LabelDraft, actions: Actions, found: Survey) -> dict[str, Any]:
@@ -316,7 +333,11 @@ def _track(actions: Actions, values: np.ndarray, given: np.ndarray, scale: float
     """Return a row of the timeline: classes as colors with names, numbers as heat; -1 or null: no label."""
     if not actions.space.discrete:
         shades = np.round(values / scale, 3).tolist()
-        return {"kind": "heat", "values": [v if g else None for v, g in zip(shades, given, strict=True)]}
+        return {
+            "kind": "heat",
+            "values": [v if g else None for v, g in zip(shades, given, strict=True)],
+            "texts": [f"{v:.4g}" if g else "" for v, g in zip(values.tolist(), given, strict=True)],
+        }
     classes = values.astype(int).tolist()
     return {
         "kind": "blocks",
@@ -351,10 +372,11 @@ def candidates(work: Workspace, actions: Actions) -> Work[Candidates]:
     train, _ = split_episodes(store, held_out=HELD_OUT, seed=0)
     values, episode = np.concatenate(found), store.episode[rows]
     points = means_of(values if policy else standardized(values), episode, store.num_episodes)
+    steps = np.bincount(episode, minlength=store.num_episodes)
     return Candidates(
-        coverage=Coverage.fit(points, train),
+        coverage=Coverage.fit(points, train[steps[train] > 0]),
         points=points,
-        steps=np.bincount(episode, minlength=store.num_episodes),
+        steps=steps,
         train=train,
         labeled=np.zeros(0, np.int64),
     )

@@ -105,7 +105,7 @@ class LabelPage:
         store = label.require_data(self.work)
         rows = "".join(
             f"<tr><th>{text(store.episode_ids[number])}</th><td>{number}</td><td>{store.lengths[number]}</td>"
-            f"<td>{covered:.2f}</td></tr>"
+            f"<td>{max(covered, 0):.2f}</td></tr>"
             for number, covered in chosen
         )
         head = "<tr><th>episode</th><td>number</td><td>frames</td><td>coverage with it</td></tr>"

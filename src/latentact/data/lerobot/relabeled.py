@@ -13,7 +13,6 @@ from latentact.data.lerobot.metadata import read_info
 from latentact.data.lerobot.tables import Tables
 from latentact.data.store import FrameStore
 from latentact.io.atomic import atomic_dir, read_json, write_json
-from latentact.types import ActionSpace
 
 SIDECAR = "relabel.json"
 
@@ -24,28 +23,21 @@ def write_relabeled(
     labels: Mapping[int, Any],
     out: Path,
     about: Mapping[str, Any],
-    space: ActionSpace,
-    names: tuple[str, ...] = (),
 ) -> int:
     """Write the dataset with the labels; return how many differ from the executed action.
 
     `action` is the label where there is one, `executed_action` the recorded action, and `labeled` marks the
-    rows with a label. Rows that the store lacks, such as those of unreadable episodes, stay as they are. In
-    data without actions, other rows are 0.
+    rows with a label. Rows that the store lacks, such as those of unreadable episodes, stay as they are.
 
     Args:
-        root: folder of the dataset; videos are hard-linked.
+        root: folder of a dataset with actions; videos are hard-linked.
         store: the data.
         labels: row of the store -> class index or values.
         out: folder of the new dataset.
         about: further entries of the sidecar `meta/relabel.json`.
-        space: space of the labels.
-        names: their names, for data without actions.
     """
     tables = Tables(root, read_info(root).features, sorted((root / "data").glob("*/*.parquet")))
-    default: Any = {"classes": list(names)} if space.discrete else list(names) or None
-    feature = {"dtype": "int64" if space.discrete else "float32", "names": default}
-    feature = read_json(root / "meta/info.json")["features"].get("action", feature)
+    feature = read_json(root / "meta/info.json")["features"]["action"]
 
     def values(name: str) -> np.ndarray | None:
         found = tables.column(name)
@@ -56,14 +48,14 @@ def write_relabeled(
         return Column(dtype=dtype, size=table.shape[1], read=lambda a, b: table[a:b], names=names)
 
     action, executed, labeled = values("action"), values("executed_action"), values("labeled")
-    if action is None:
-        action = np.zeros((tables.rows, 1 if space.discrete else space.size), feature["dtype"])
+    assert action is not None
+    assert store.action_space is not None
     executed = action.copy() if executed is None else executed
     labeled = np.zeros((len(action), 1), bool) if labeled is None else labeled
     rows = np.array(sorted(labels))
     given = np.array([labels[row] for row in rows.tolist()])
-    if space.values:
-        given = np.array(space.values)[given]
+    if store.action_space.values:
+        given = np.array(store.action_space.values)[given]
     places = store.source_rows[rows]
     action[places] = given.reshape(len(rows), -1)
     labeled[places] = True

@@ -42,7 +42,7 @@ class Coverage:
 
         Args:
             points: one point per episode.
-            train: training episodes.
+            train: training episodes with a point.
             importance: weight of each episode, such as the decoder's uncertainty; None: equal.
         """
         chosen = train[np.unique(np.linspace(0, len(train) - 1, min(len(train), REFERENCES)).astype(int))]
@@ -54,8 +54,11 @@ class Coverage:
         return cls(distance=np.sqrt(squares.clip(min=0)) / max(scale, 1e-9), weight=weight)
 
     def of(self, chosen: Int64[np.ndarray, " k"]) -> float:
-        """Return the coverage by these episodes: 1 if all are labeled, 0 if no nearer than the mean."""
-        return max(0.0, float(1 - self.weight @ self.distance[:, chosen].min(1, initial=np.inf)))
+        """Return the coverage by at least one episode: 1 if all are labeled, 0 if no nearer than the mean.
+
+        A few episodes far from the others can be below 0.
+        """
+        return float(1 - self.weight @ self.distance[:, chosen].min(1, initial=np.inf))
 
     def greedy(
         self, labeled: Int64[np.ndarray, " l"], left: Int64[np.ndarray, " m"], budget: int
@@ -74,12 +77,13 @@ class Coverage:
         """Return the mean coverage by 1, 2, ..., `most` random training episodes."""
         draws = [draw_order(train, seed)[:most] for seed in range(DRAWS)]
         near = [self.weight @ np.minimum.accumulate(self.distance[:, draw], axis=1) for draw in draws]
-        return np.maximum(1 - np.array(near), 0).mean(0)
+        return 1 - np.array(near).mean(0)
 
 
 def random_equivalent(covered: float, curve: Float64[np.ndarray, " m"]) -> float:
-    """Return how many random episodes cover as much; at least 1, and at most as many as the curve has."""
-    return float(np.interp(covered, curve, 1 + np.arange(len(curve))))
+    """Return the least number of random episodes that cover as much, between 1 and the curve's length."""
+    values, first = np.unique(curve, return_index=True)
+    return float(np.interp(covered, values, 1 + first))
 
 
 def means_of(
@@ -115,8 +119,8 @@ class Candidates:
 
     @property
     def left(self) -> Int64[np.ndarray, " m"]:
-        """Training episodes that are not labeled."""
-        return np.setdiff1d(self.train, self.labeled)
+        """Training episodes that are not labeled and have latent actions."""
+        return np.setdiff1d(self.train[self.steps[self.train] > 0], self.labeled)
 
 
 def by_coverage(given: Candidates, budget: int) -> Int64[np.ndarray, " b"]:
@@ -127,7 +131,7 @@ def by_coverage(given: Candidates, budget: int) -> Int64[np.ndarray, " b"]:
 def by_chance(given: Candidates, budget: int) -> Int64[np.ndarray, " b"]:
     """Return random episodes: those that every stage labels without a plan."""
     order = draw_order(given.train, given.seed)
-    return order[~np.isin(order, given.labeled)][:budget]
+    return order[np.isin(order, given.left)][:budget]
 
 
 def by_length(given: Candidates, budget: int) -> Int64[np.ndarray, " b"]:
