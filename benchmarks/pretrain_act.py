@@ -106,13 +106,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=10, help="labeled episodes")
     parser.add_argument("--lam-steps", type=int, default=800)
     parser.add_argument("--lam-gap", type=float, default=0.05, help="seconds between the LAM's two frames")
-    parser.add_argument("--set", nargs="*", default=[], help="further settings of train-lam")
+    parser.add_argument("--set", action="append", default=[], help="further setting of train-lam; repeatable")
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--tune-steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pretrain-lr", type=float, default=3e-4, help="learning rate on the videos")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate on actions; 3e-4 diverges")
-    parser.add_argument("--act", nargs="*", default=[], help="further flags of lerobot-train")
+    parser.add_argument(
+        "--act",
+        action="append",
+        default=[],
+        help="further flag of lerobot-train, as --act=--policy.x=1; repeatable",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--episodes", type=int, default=100, help="of each rollout; 0: none")
