@@ -22,7 +22,8 @@ from conftest import cli
 from latentact import Policy
 from latentact.data.latents import read_labels
 from latentact.data.samples import PolicyBatch
-from latentact.envs import adapt
+from latentact.envs.adapter import Adapter
+from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
 from latentact.errors import UserError
 from latentact.policies.bc import BcConfig
@@ -125,14 +126,13 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.actions: dict[int, list[np.ndarray]] = defaultdict(list)
-        adapter: Any = adapt._adapter()
-        step = adapter.step
+        step = Adapter.step
 
         def recorded(env: Any, action: Any) -> Any:
             self.actions[env._seed].append(np.ravel(np.asarray(action, np.float64)))
             return step(env, action)
 
-        monkeypatch.setattr(adapter, "step", recorded)
+        monkeypatch.setattr(Adapter, "step", recorded)
 
     def take(self) -> dict[int, np.ndarray]:
         """Return the recorded actions ``[t, a]`` of every episode and start again."""
@@ -357,7 +357,7 @@ def test_the_environment_shows_and_takes_what_ours_does() -> None:
 
     config = LatentactEnv(task=BABYAI, view="full", distract="background=0.5")
     envs = make_env(config, n_envs=2)["latentact"][0]
-    ours = make_ours(BABYAI, view="full", distract=adapt.Distraction(background=0.5))
+    ours = make_ours(BABYAI, view="full", distract=Distraction(background=0.5))
     seen, _ = envs.reset(seed=[3, 4])
     expected, info = ours.reset(seed=4)
     camera = env_spec(BABYAI, view="full").camera.removeprefix("observation.images.")

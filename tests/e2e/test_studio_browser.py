@@ -185,7 +185,7 @@ def test_an_episode_is_labeled(browser, tmp_path_factory, blocks):
         page.wait_for_selector("text=11 of 11 steps labeled (drag to select)")
         page.get_by_label("before step").fill("40")
         press(page, "Set")
-        page.wait_for_selector(".st-warn >> text=the steps must be among 0 to 11")
+        page.wait_for_selector(".st-warn >> text=the first step and the end must be between 0 and 11")
         press(page, "Save episode")
         page.wait_for_selector("text=Saved: 11 of 11 steps")
         press(page, "Write the dataset")
