@@ -308,3 +308,18 @@ def test_a_planned_choice_is_nested_and_in_order():
     assert choose_labeled(train, None, 0, order).tolist() == [1, 4, 5]
     with pytest.raises(UserError, match="held out"):
         choose_labeled(np.arange(5), 1, 0, order)
+
+
+def test_a_plan_without_effect_is_refused(runs, tmp_path):
+    labels, plan, out = f"labels={runs}/labels", "plan=plan.json", f"out={tmp_path}/no"
+    data = json.loads((runs / "labels/manifest.json").read_text())["data"]["path"]
+    for command, message in (
+        (("ground", "mode=online", f"policy={runs}/policy", labels), "plan must be empty for mode=online"),
+        (("train-policy", labels), "plan must be empty where all episodes have labels, got plan.json"),
+        (
+            ("train-lam", *TINY_LAM, f"data.path={data}"),
+            "labeled_episodes must be at least 1 with plan, got 0",
+        ),
+    ):
+        assert message in refused(*command, plan, out)
+    assert not (tmp_path / "no").exists()

@@ -85,7 +85,9 @@ class GroundConfig(ClusterStage):
         require_one_of("mode", self.mode, MODES)
         require_between("split_seed", self.split_seed, 0, LARGEST)
         if self.plan and self.mode == "online":
-            raise UserError(f"plan must be empty for mode=online, which needs no labels, got {self.plan}.")
+            raise UserError(
+                f"plan must be empty for mode=online, which needs no labels, got {self.plan}. Leave it out."
+            )
         require_between("finetune_steps", self.finetune_steps, 0, 10**9)
         require_between("finetune_lr", self.finetune_lr, 1e-12, 100)
         if self.training.augment.inputs and not self.finetune_steps:
