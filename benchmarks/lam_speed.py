@@ -32,6 +32,7 @@ from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
 from latentact.nn.int8 import int8
+from latentact.training.loop import compiled as compiled_loss
 from latentact.types import Clip
 
 CONFIGS: dict[str, Any] = {
@@ -97,7 +98,8 @@ def _row(name: str, precision: str, compiled: str, device: str, repeats: int) ->
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     compiling = torch.compile if compiled == "yes" else lambda function: function
     labels = int8(model) if precision == "int8" else model
-    loss, encode = compiling(model.loss), compiling(labels.encode)
+    loss = compiled_loss(model.loss) if compiled == "yes" else model.loss
+    encode = compiling(labels.encode)
     peak = _peak(device, PRECISIONS[precision])
 
     def step() -> None:

@@ -2,11 +2,12 @@
 
 Run: python benchmarks/pays.py --out runs/pays      (re-run an interrupted command to resume it)
 
-Every cell is one environment, with or without distractors that move with the actions; each is one run of
-`latentact compare` with equal numbers of updates per row, for every k and seed. The page answers for every k
-whether the best latent row is ahead of the best row without latent actions, both by their success in the
-evaluation, and first lists the cells where it is not. `--quick` uses one k, one seed, fewer updates and
-episodes, and the cells with cheap environments.
+Every cell is one environment, with or without distractors that move with the actions; each seed of a cell is
+one run of `latentact compare` with equal numbers of updates per row, for every k. Commands with other cells
+or seeds can run at the same time on the same folder; one with all of them then writes the page. The page
+answers for every k whether the best latent row is ahead of the best row without latent actions, both by their
+success in the evaluation, and first lists the cells where it is not. `--quick` uses one k, one seed, fewer
+updates and episodes, and the cells with cheap environments.
 """
 
 from __future__ import annotations
@@ -72,25 +73,40 @@ def run(place: str, cell: Cell, distract: str, out: Path, given: argparse.Namesp
         distract=distract,
     )
     collect.run(data)
+    rows: list[Row] = []
+    for seed in given.seeds:
+        found = compare.run(settings(cell, distract, data.out, seed, given), folder(out, place, seed, given))
+        rows += [Row.from_json(row) for row in found["rows"]]
+    return aggregate(rows)
+
+
+def folder(out: Path, place: str, seed: int, given: argparse.Namespace) -> Path:
+    """Return the run folder of one seed of a cell."""
+    return out / ("quick" if given.quick else "full") / place / f"seed{seed}"
+
+
+def settings(
+    cell: Cell, distract: str, data: str, seed: int, given: argparse.Namespace
+) -> compare.CompareConfig:
+    """Return the settings of one seed's comparison."""
     rows = [row for row in ROWS if cell.joint or row != "latent_joint"]
-    settings = [
+    overrides = [
         f"experiment={cell.experiment}",
         f"env={cell.env}",
-        f"data.path={data.out}",
+        f"data.path={data}",
         f"methods=[{','.join(rows)}]",
         f"ks={given.ks}",
-        f"seeds={given.seeds}",
+        f"seeds=[{seed}]",
         f"episodes={given.episodes}",
         f"distract='{distract}'",
         "record=0",
         *cell.settings,
     ]
-    config = load_experiment("compare", compare.CompareConfig, settings)
-    if given.quick:
-        shorter = [f"{group}.steps={getattr(config, group).steps // QUICK}" for group in TRAININGS]
-        config = load_experiment("compare", compare.CompareConfig, [*settings, *shorter])
-    found = compare.run(config, out / ("quick" if given.quick else "full") / place)
-    return aggregate(Row.from_json(row) for row in found["rows"])
+    config = load_experiment("compare", compare.CompareConfig, overrides)
+    if not given.quick:
+        return config
+    shorter = [f"{group}.steps={getattr(config, group).steps // QUICK}" for group in TRAININGS]
+    return load_experiment("compare", compare.CompareConfig, [*overrides, *shorter])
 
 
 def best(results: list[Result], k: int, methods: tuple[str, ...]) -> Result | None:

@@ -122,12 +122,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--episodes", type=int, default=100, help="of each rollout; 0: none")
     parser.add_argument("--max-steps", type=int, default=120, help="of each episode of a rollout")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of the policies")
     return parser.parse_args()
 
 
 def _refuse_other_settings(path: Path, options: argparse.Namespace) -> None:
     """Rows of one folder are made with the same settings; more rows and seeds may join."""
-    free = ("out", "rows", "seeds", "episodes", "max_steps")
+    free = ("out", "rows", "seeds", "episodes", "max_steps", "device")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     if path.is_file() and read_object(path) != settings:
         raise SystemExit(f"{path.parent} holds a table with other settings. Choose another --out.")
@@ -218,7 +219,7 @@ def lerobot_train(
         shutil.rmtree(out, ignore_errors=True)
         flags = (
             *policy,
-            "--policy.device=cpu",
+            f"--policy.device={options.device}",
             "--policy.push_to_hub=false",
             "--dataset.repo_id=local/data",
             f"--dataset.root={data}",
@@ -245,7 +246,7 @@ def run_lerobot_train(flags: tuple[str, ...]) -> None:
 
 def scores(policy: Path, folder: Path, held_out: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the error on held-out episodes and the result of a rollout."""
-    found: dict[str, Any] = {"error": action_error(policy, held_out)}
+    found: dict[str, Any] = {"error": action_error(policy, held_out, options.device)}
     log.info("error of the action: %.3f", found["error"])
     if options.episodes:
         config = rollout.RolloutConfig(
@@ -256,6 +257,7 @@ def scores(policy: Path, folder: Path, held_out: Path, options: argparse.Namespa
             seed=ROLLOUTS,
             max_steps=options.max_steps,
             record=0,
+            device=options.device,
         )
         result = rollout.run(config)
         found["successes"] = result["successes"]
@@ -263,12 +265,12 @@ def scores(policy: Path, folder: Path, held_out: Path, options: argparse.Namespa
     return found
 
 
-def action_error(policy: Path, held_out: Path) -> float:
+def action_error(policy: Path, held_out: Path, device: str) -> float:
     """Return the mean absolute error of the first action, relative to that of the mean action."""
     store = open_store(DataConfig(path=str(held_out), resolution=0))
     actions = np.ma.getdata(store.actions(range(store.num_episodes)))
     rows = np.flatnonzero(np.isfinite(actions).all(1))[::3]
-    states, agent, found = store.state, load_agent(str(policy), "cpu"), []
+    states, agent, found = store.state, load_agent(str(policy), device), []
     for part in np.array_split(rows, max(1, len(rows) // 64)):
         agent.reset(len(part))
         observation: dict[str, Any] = {store.camera: np.asarray(store.frames[part]), "task": [""] * len(part)}

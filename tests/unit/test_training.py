@@ -98,6 +98,36 @@ def equal(a, b):
     return mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
 
 
+class Plain(nn.Module):
+    """A model whose loss equals one of its metrics."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(1, 1)
+
+    def loss(self, batch):
+        x = batch.positions.float()[:, None] / 100
+        error = (self.net(x) - x.sin()).square().mean()
+        return error + error.new_zeros(()), {"recon": error.detach()}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_loss_that_equals_a_metric_is_learned_from(tmp_path):
+    for name in ("eager", "compiled"):
+        config = TrainingConfig(steps=4, batch_size=8, device="cpu", compile=name == "compiled", log_every=1)
+        fit(Plain(), Positions(), config, tmp_path / name)
+    eager, compiled = rows(tmp_path / "eager"), rows(tmp_path / "compiled")
+    assert float(eager[-1]["train/loss"]) < float(eager[0]["train/loss"])
+    for one, other in zip(eager, compiled, strict=True):
+        assert float(other["train/loss"]) == pytest.approx(float(one["train/loss"]), rel=1e-3)
+
+
+def test_shards_are_not_compiled():
+    with pytest.raises(UserError, match=r"training\.compile must be false with strategy=fsdp, got true"):
+        TrainingConfig(compile=True, strategy="fsdp")
+
+
 def test_undisturbed_run(tmp_path):
     model = train(tmp_path)
     assert [int(row["step"]) for row in rows(tmp_path)] == [1, 3, 6, 9, 12]

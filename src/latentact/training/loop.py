@@ -118,6 +118,26 @@ def train(
     model.eval()
 
 
+def compiled(loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]) -> Callable[[Any], Any]:
+    """Return a loss function that runs through torch.compile.
+
+    The compiled graph returns the loss as a vector: the compiler merges equal outputs, and a loss merged with a
+    detached metric, such as `recon + 0` with `recon.detach()`, has no gradient (torch 2.11).
+    """
+
+    def as_vector(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = loss(batch)
+        return value.unsqueeze(0), metrics
+
+    run: Any = torch.compile(as_vector)
+
+    def as_number(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = run(batch)
+        return value[0], metrics
+
+    return as_number
+
+
 @runtime_checkable
 class HasParameterGroups(Protocol):
     """A module with its own learning rates or weight decays."""
@@ -145,8 +165,7 @@ class _Module(pl.LightningModule):
         else:
             self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = config
-        loss: Any = model.loss
-        self.compute = torch.compile(loss) if config.compile else loss
+        self.compute = compiled(model.loss) if config.compile else model.loss
         self.state_std = state_std
         self.slices: list[dict[str, Tensor]] = []
         """Loss and metrics of each slice of the current step."""

@@ -92,7 +92,7 @@ class TrainingConfig:
     num_workers: int = 0
     """Data loader processes; the memory-mapped store rarely needs any."""
     compile: bool = False
-    """Whether to run the loss through torch.compile."""
+    """Whether to run the loss through torch.compile; not with strategy=fsdp."""
     smoke_test: bool = False
     """Whether to take two steps only, to see that everything works."""
     wandb: bool = False
@@ -117,6 +117,8 @@ class TrainingConfig:
                 f"training.batch_size must be a multiple of accumulate x devices x num_nodes ({slices}), got "
                 f"{self.batch_size}."
             )
+        if self.compile and self.strategy == "fsdp":
+            raise UserError("training.compile must be false with strategy=fsdp, got true. Use strategy=ddp.")
         if self.device != "auto":
             require_device(self.device)
 

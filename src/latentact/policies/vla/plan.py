@@ -54,12 +54,14 @@ class Plan:
     """The same with every parameter of the vision-language model trained."""
     gathered_bytes: int
     """Bytes of unsharded weights on each device: the largest block, and parameters outside of blocks."""
+    copy_bytes: int
+    """Bytes of the bf16 copies of trained weights that autocast keeps for the backward pass, per device."""
     activation_bytes: int
     """Estimated bytes of activations per device."""
     devices: int
     """Devices."""
     device_bytes: int
-    """Bytes of memory per device: states, gathered weights and activations."""
+    """Bytes of memory per device: states, gathered weights, copies and activations."""
     sequence: int
     """Positions per sample: image, prompt and latent action."""
     tokens_per_step: int
@@ -84,8 +86,8 @@ class Plan:
                 f"states          {self.state_bytes / gb:.1f} GB (fp32 weights, gradients, AdamW); "
                 f"{self.state_bytes_all_trained / gb:.1f} GB if all were trained",
                 f"memory          {self.device_bytes / gb:.1f} GB on each of {devices} "
-                f"(gathered weights {self.gathered_bytes / gb:.1f} GB, activations about "
-                f"{self.activation_bytes / gb:.1f} GB)",
+                f"(gathered weights {self.gathered_bytes / gb:.1f} GB, bf16 copies "
+                f"{self.copy_bytes / gb:.1f} GB, activations about {self.activation_bytes / gb:.1f} GB)",
                 f"tokens          {self.sequence} per sample, {self.tokens_per_step:,} per step",
                 f"FLOPs           {self.flops_per_step:.3g} per step",
                 f"time            {self.hours:.1f} h for {self.steps:,} steps at {self.tflops:g} TFLOP/s per "
@@ -148,6 +150,7 @@ def plan(
     layers = text_config.num_hidden_layers
     activations = rows * (layers + per_layer) if config.gradient_checkpointing else rows * layers * per_layer
     gathered = 4 * _gathered(model) if sharded else 0
+    copies = 2 * trained if bf16 and not sharded else 0
 
     embedding = model.vlm.get_input_embeddings().weight.numel()
     unused = sum(p.numel() for p in unused_parameters(model.vlm))
@@ -165,9 +168,10 @@ def plan(
         state_bytes=state,
         state_bytes_all_trained=_TRAINED_BYTES * total,
         gathered_bytes=gathered,
+        copy_bytes=copies,
         activation_bytes=activations,
         devices=devices,
-        device_bytes=state // (devices if sharded else 1) + gathered + activations,
+        device_bytes=state // (devices if sharded else 1) + gathered + copies + activations,
         sequence=sequence,
         tokens_per_step=sequence * batch_size,
         flops_per_step=flops,
