@@ -38,6 +38,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
             marks=needs_gl,
         ),
         ("augment_step", "--steps 1 --batch-size 2", r"everything: .* % of the step"),
+        (
+            "vla_step",
+            "--device cpu --models vla_debug --batch 2 --repeats 1",
+            r"\| vla_debug \| no \| 0\.2 M \|",
+        ),
         ("token_step", "--steps 1 --batch-size 2 --memory-runs 0", r"on the fly .* ratio \d"),
     ],
 )
