@@ -121,8 +121,8 @@ def train(
 def compiled(loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]) -> Callable[[Any], Any]:
     """Return a loss function that runs through torch.compile.
 
-    The compiled graph returns the loss as a vector: the compiler merges equal outputs, and a loss merged with a
-    detached metric, such as `recon + 0` with `recon.detach()`, has no gradient (torch 2.11).
+    The compiled graph returns the loss as a vector: the compiler merges equal outputs, and a loss merged with
+    a detached metric, such as `recon + 0` with `recon.detach()`, has no gradient (torch 2.11).
     """
 
     def as_vector(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
