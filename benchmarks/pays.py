@@ -6,8 +6,8 @@ Every cell is one environment, with or without distractors that move with the ac
 one run of `latentact compare` with equal numbers of updates per row, for every k. Commands with other cells
 or seeds can run at the same time on the same folder, once a cell's demonstrations are collected; one with all
 of them then writes the page. The page answers for every k whether the best latent row is ahead of the best
-row without latent actions, both by their success in the evaluation, and first lists the cells where it is not. `--quick` uses one k, one seed, fewer
-updates and episodes, and the cells with cheap environments.
+row without latent actions, both by their success in the evaluation, and first lists the cells where it is
+not. `--quick` uses one k, one seed, fewer updates and episodes, and the cells with cheap environments.
 """
 
 from __future__ import annotations

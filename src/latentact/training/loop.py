@@ -165,7 +165,8 @@ class _Module(pl.LightningModule):
         else:
             self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = config
-        self.compute = compiled(model.loss) if config.compile else model.loss
+        loss: Any = model.loss
+        self.compute = compiled(loss) if config.compile else loss
         self.state_std = state_std
         self.slices: list[dict[str, Tensor]] = []
         """Loss and metrics of each slice of the current step."""
