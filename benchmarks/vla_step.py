@@ -4,7 +4,7 @@ Random weights of the published sizes, so nothing is downloaded; images and task
 loss, backward pass, clipping and AdamW, in bf16 with fp32 weights as in `train-vla`. Memory is the peak of
 the allocator, planned memory that of `train-vla --dry-run` for one device.
 
-    python benchmarks/vla_step.py [--device cuda] [--models vla_2b vla_2b_full] [--batch 32] [--compile]
+    python benchmarks/vla_step.py [--device cuda] [--models vla_2b vla_2b_full] [--batch 64] [--compile]
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vla_7b_adapters": ("vla_7b", {"lora_rank": 32}),
 }
 """Experiment of `train-vla`, and settings of its model that differ."""
-TOKENS = 38
-"""Of the prompt: those that the plan assumes for a typical task."""
+TEMPLATE = 20
+"""Tokens of a prompt that the plan adds to a quarter of its characters."""
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=[m for m in MODELS if m != "vla_debug"]
     )
-    parser.add_argument("--batch", type=int, default=32, help="samples of a step")
+    parser.add_argument("--batch", type=int, default=64, help="samples of a step")
+    parser.add_argument("--prompt-tokens", type=int, default=75, help="tokens of the prompt, at least 21")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def row(name: str, compiled: bool, options: argparse.Namespace) -> str:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(settings, resolution, options.device)
-    batch = random_batch(model, options.batch).to(options.device)
+    batch = random_batch(model, options.batch, options.prompt_tokens).to(options.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
     loss = compiled_loss(model.loss) if compiled else model.loss
 
@@ -94,7 +95,7 @@ def row(name: str, compiled: bool, options: argparse.Namespace) -> str:
         step()
         times.append(time.perf_counter() - begun)
     seconds = statistics.median(times[2:])
-    planned = planned_cost(replace(settings, prompt=VlaConfig.prompt), resolution, options.batch)
+    planned = planned_cost(settings, resolution, options.batch, options.prompt_tokens)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cuda else "-"
     cells = (
@@ -141,12 +142,12 @@ def random_model(config: VlaConfig, resolution: int, device: str) -> Vla:
         return Vla(config, spec, LAPA, AutoModelForImageTextToText.from_config(vlm), processor)
 
 
-def random_batch(model: Vla, size: int) -> VlaBatch:
-    """Return random images and codes, with a prompt of `TOKENS` tokens: bytes, and the marks of the image."""
+def random_batch(model: Vla, size: int, tokens: int) -> VlaBatch:
+    """Return random images and codes, and a prompt of `tokens` tokens, with the two marks of the image."""
     side = model.spec.resolution
     frames = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8)
     return VlaBatch(
-        inputs=model.prepare_inputs(frames, ["a" * (TOKENS - 2)] * size),
+        inputs=model.prepare_inputs(frames, ["a" * (tokens - 2)] * size),
         state=None,
         latent=torch.randint(0, LAPA.codebook_size or 1, (size, LAPA.tokens)),
         latent_mask=torch.ones(size, dtype=torch.bool),
@@ -155,13 +156,13 @@ def random_batch(model: Vla, size: int) -> VlaBatch:
     )
 
 
-def planned_cost(config: VlaConfig, resolution: int, batch: int) -> Plan:
+def planned_cost(config: VlaConfig, resolution: int, batch: int, tokens: int) -> Plan:
     """Return what `train-vla --dry-run` plans for one device."""
     return plan(
         config,
         LAPA,
         resolution=resolution,
-        task="",
+        task="a" * 4 * (tokens - TEMPLATE),
         batch_size=batch,
         steps=1,
         devices=1,
