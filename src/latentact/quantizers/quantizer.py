@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -76,6 +77,11 @@ class Quantizer(nn.Module, ABC):
     """d of its latent actions; the output has size k x d."""
     codebook_size: int | None
     """Number of codes, or None."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `forward` outside compiled graphs, which may read a codebook after its update (torch 2.11)."""
+        return super().__call__(*args, **kwargs)
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
