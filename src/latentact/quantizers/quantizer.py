@@ -79,7 +79,7 @@ class Quantizer(nn.Module, ABC):
     """Number of codes, or None."""
 
     @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Run `forward` outside compiled graphs, which may read a codebook after its update (torch 2.11)."""
         return super().__call__(*args, **kwargs)
 
