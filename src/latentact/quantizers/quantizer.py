@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -78,10 +79,8 @@ class Quantizer(nn.Module, ABC):
     codebook_size: int | None
     """Number of codes, or None."""
 
-    @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Run `forward` outside compiled graphs, which may read a codebook after its update (torch 2.11)."""
-        return super().__call__(*args, **kwargs)
+    # Outside compiled graphs, which may read a codebook after its update (torch 2.11).
+    __call__: Callable[..., Any] = torch.compiler.disable(nn.Module.__call__)
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "b i"]) -> Quantized:
