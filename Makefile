@@ -10,12 +10,13 @@ export PYTHONDONTWRITEBYTECODE =
 demo: .venv/demo
 	$(BIN)/latentact demo
 
-# Three processes of one thread each for two cores, since some tests wait; the static checks run beside them.
+# Four processes of one thread each for two cores, since some tests wait; the static checks run beside them.
 test test-slurm check: export OMP_NUM_THREADS = 1
 test:
 	@$(MAKE) --no-print-directory -j 2 .venv/ready slurm
 	@mkdir -p build; $(MAKE) --no-print-directory static >build/static.log 2>&1 & static=$$!; \
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	$(BIN)/pytest --tx "4*popen//python=$(BIN)/python tests/workers.py" --dist loadfile --no-loadscope-reorder; \
+	tests=$$?; \
 	wait $$static; static=$$?; cat build/static.log; exit $$((tests || static))
 
 # cluster=slurm on a real SLURM, which the tests start on this machine.
@@ -36,7 +37,7 @@ static: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
-	$(BIN)/pyright --threads 2
+	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 bench: .venv/ready

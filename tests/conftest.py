@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import gc
 import hashlib
 import io
 import logging
@@ -23,6 +24,9 @@ import numpy as np
 import pytest
 
 import latentact.io.atomic  # what is imported below must not be the first to import this
+from workers import PRODUCT
+
+gc.disable()  # until the tests are collected, since imports leave no garbage
 
 # Runtime type checks would refuse Typer's context, whose class is not the one Typer documents.
 with mock.patch.object(sys, "meta_path", [f for f in sys.meta_path if "jaxtyping" not in type(f).__module__]):
@@ -51,6 +55,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "PYTEST_XDIST_WORKER" in os.environ:
         own = [i for i in items if i.nodeid.startswith(OWN_PROCESS) and any(s in i.nodeid for s in THREADED)]
         items[:] = [item for item in items if item not in own]
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, apart from what is imported."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)  # as the command line's
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -126,9 +137,7 @@ def latentact(*arguments: str | Path, **options) -> subprocess.CompletedProcess[
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["latentact.stages.compare", "lightning.pytorch", "torch._dynamo", "lerobot.datasets.lerobot_dataset"]
-)
+FORKS.set_forkserver_preload(PRODUCT)
 
 
 def fork(

@@ -33,7 +33,7 @@ NAMES = {
     "idm_k": "IDM on k labels",
     "idm_k_finetuned": "IDM on k labels, fine-tuned",
 }
-STEPS = 40
+STEPS = 20
 SMALL = (
     *("data.resolution=56", "lam.idm_channels=[16]", "lam.fdm_channels=[16]", "idm.channels=[16]"),
     *("policy.network.channels=[16]", "policy_training.batch_size=16", "lam_training.batch_size=16"),
