@@ -215,6 +215,14 @@ def test_ground_follows_a_plan(runs, tmp_path):
     assert scores[""] == scores["random"]
     assert scores[""] != scores["longest"]
 
+    command = (*ground, f"plan={tmp_path}/longest.json", f"out={tmp_path}/groundlongest")
+    assert "is already finished" in ok(*command).stderr
+    longest = (tmp_path / "longest.json").read_bytes()
+    assert (tmp_path / "groundlongest/plan.json").read_bytes() == longest
+    (tmp_path / "longest.json").write_bytes((tmp_path / "random.json").read_bytes())
+    assert "longest.json must be the plan of the run in" in refused(*command)
+    assert (tmp_path / "groundlongest/plan.json").read_bytes() == longest
+
 
 def test_episodes_are_compared_by_a_policy_and_weighted_by_its_uncertainty(runs, tmp_path):
     ground = ("ground", f"policy={runs}/policy", f"labels={runs}/labels", "labeled_episodes=2")

@@ -1,4 +1,7 @@
-"""A run folder: `config.yaml` holds its settings, a result file marks it as finished."""
+"""A run folder: `config.yaml` holds its settings, a result file marks it as finished.
+
+If `plan` names the episodes that are labeled, `plan.json` is a copy of that file.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 _PLACES = {"out", "cluster", "devices", "num_nodes"}
 """Settings of where a run is executed; with other values it still resumes."""
 
+_PLAN = "plan.json"
+
 
 class Busy(UserError):
     """Another process is using the run folder."""
@@ -42,7 +47,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
 
 
 def check_settings(out: Path, config: Any) -> None:
-    """Raise a UserError if the run folder holds a run with other settings, or is not a folder."""
+    """Raise a UserError if the run folder holds a run with other settings or plan, or is not a folder."""
     path = out / "config.yaml"
     if path.exists():
         found = read_yaml(path)
@@ -53,6 +58,12 @@ def check_settings(out: Path, config: Any) -> None:
             key, old, new = different
             raise UserError(
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
+                f"choose another out=, or delete the folder."
+            )
+        plan, copy = _plan(config), out / _PLAN
+        if plan and plan.is_file() and copy.is_file() and plan.read_bytes() != copy.read_bytes():
+            raise UserError(
+                f"{plan} must be the plan of the run in {out}, got another than its copy there; "
                 f"choose another out=, or delete the folder."
             )
     elif out.exists() and not out.is_dir():
@@ -72,7 +83,10 @@ def discard_run(out: Path) -> None:
 
 
 def begin_run(out: Path, config: Any) -> None:
-    """Write `config.yaml`; call it after all inputs of the config have been checked."""
+    """Write `config.yaml` and the plan; call it after all inputs of the config have been checked."""
+    if plan := _plan(config):
+        with atomic_write(out / _PLAN) as partial:
+            shutil.copyfile(plan, partial)
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 
@@ -99,6 +113,12 @@ def run_folder(out: Path, config: Any) -> Iterator[None]:
 def saved_steps(out: Path) -> list[Path]:
     """Return the training checkpoints of a run folder."""
     return [path for path in out.glob("checkpoints/step=*") if path.name.removeprefix("step=").isdecimal()]
+
+
+def _plan(config: Any) -> Path | None:
+    """Return the file of the episodes to label, if the stage has one and it is given."""
+    values = to_dict(config)
+    return Path(values["plan"]) if values.get("plan") else None
 
 
 def _requested(config: Any) -> dict[str, Any]:
