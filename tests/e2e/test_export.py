@@ -287,6 +287,17 @@ def test_again_is_finished_and_a_failure_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_another_plan_in_the_same_file_is_noticed(world: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    ok("plan", "--labels", world / "labels", "--budget", "8", "--out", plan)
+    given = command(world, out, "--plan", plan, "--format", "lapa-jsonl")
+    ok(*given)
+    assert "already finished" in ok(*given).stderr
+    content = json.loads(plan.read_text())
+    plan.write_text(json.dumps(content | {"episodes": content["episodes"][::-1]}))
+    assert "got other files or settings" in refused(*given)
+
+
 def test_a_killed_export_leaves_nothing_and_the_next_one_writes_all(
     world: Path, exported: Path, tmp_path: Path
 ) -> None:

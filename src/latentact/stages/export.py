@@ -25,7 +25,7 @@ from latentact.data.convert import Piece, convert_with_actions
 from latentact.data.exports import LabeledEpisode, write_lapa_jsonl, write_robomimic, write_zarr
 from latentact.data.latents import Labels, read_labels
 from latentact.data.lerobot.verify import verify_dataset
-from latentact.data.plan import read_plan
+from latentact.data.plan import PlanRecord, read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import FrameStore, known_rows
 from latentact.data.stream import FrameStream
@@ -33,6 +33,7 @@ from latentact.errors import UserError, require_one_of
 from latentact.evaluation.policy.conformal import Calibration, ClassCalibration, IntervalCalibration
 from latentact.io.atomic import atomic_dir, read_object, write_json
 from latentact.io.hub import resolve_folder
+from latentact.io.records import read_record
 from latentact.io.tensors import WEIGHTS, weights_hash
 from latentact.policies.contract import Policy
 from latentact.stages.precompute import clear_drafts, require_rows
@@ -106,10 +107,12 @@ class Exported:
 
 def run(config: ExportConfig) -> Exported:
     """Write the actions and return their scores."""
-    out = Path(config.out)
+    out, asked = Path(config.out), to_dict(config)
+    if config.plan:
+        asked["plan_episodes"] = read_record(PlanRecord, Path(config.plan)).model_dump()["episodes"]
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         done = read_object(out / SIDECAR) if (out / SIDECAR).is_file() else {}
-        if done.get("asked") != to_dict(config):
+        if done.get("asked") != asked:
             raise UserError(
                 f"{out} must be empty or hold this export, got other files or settings. Choose another --out."
             )
@@ -149,7 +152,7 @@ def run(config: ExportConfig) -> Exported:
             f"larger one, or label more episodes."
         )
     numbers = {
-        "asked": to_dict(config),
+        "asked": asked,
         "dataset": stream.path.resolve().name,
         "spec": asdict(labels.spec),
         "digest": store.digest,
