@@ -16,16 +16,16 @@ from contextlib import suppress
 from multiprocessing import forkserver
 
 PACKAGES = [
-    *("diffusers.optimization", "gradio", "hypothesis", "lerobot.datasets.lerobot_dataset"),
-    *(
-        "lerobot.policies",
-        "lightning.pytorch",
-        "matplotlib.figure",
-        "pytest",
-        "scipy.signal",
-        "torch._dynamo",
-    ),
-    *("torchvision.transforms.v2", "transformers", "vector_quantize_pytorch", "zarr"),
+    "diffusers.optimization",
+    "gradio",
+    "hypothesis",
+    "lerobot.datasets.lerobot_dataset",
+    "lerobot.policies",
+    "lightning.pytorch",
+    "torch._dynamo",
+    "torchvision.transforms.v2",
+    "vector_quantize_pytorch",
+    "zarr",
 ]
 PRODUCT = [
     "latentact.stages.compare",
@@ -37,15 +37,21 @@ PRODUCT = [
 
 def main() -> None:
     """Run as a worker: after the imports in the first process, as its fork in the others."""
+    if sys.platform == "linux" and not _is_worker(f"\0latentact-tests-{os.getppid()}"):
+        return
+    exec(sys.argv[-1], {"__name__": "__main__"})
+
+
+def _is_worker(address: str) -> bool:
+    """Return whether this process is the first one or a fork of it; another waits for the end of its fork."""
     server = socket.socket(socket.AF_UNIX)
-    address = f"\0latentact-tests-{os.getppid()}"
     try:
         server.bind(address)
     except OSError:
-        server.connect(address)
+        server.connect(address)  # pytest starts one worker after the other
         socket.send_fds(server, [b"0"], [0, 1, 2])
-        server.recv(1)  # nothing comes; returns when the fork ends
-        return
+        server.recv(1)
+        return False
     server.listen(64)
     gc.disable()
     for name in PACKAGES:
@@ -53,13 +59,13 @@ def main() -> None:
             importlib.import_module(name)
     forkserver.set_forkserver_preload(PRODUCT)
     forkserver.ensure_running()
-    if os.fork() or _is_fork(server):
-        server.close()
-        exec(sys.argv[-1], {"__name__": "__main__"})
+    worker = os.fork() > 0 or _is_fork(server)
+    server.close()
+    return worker
 
 
 def _is_fork(server: socket.socket) -> bool:
-    """Fork for each process that connects, until the first worker ends; return whether this is a fork."""
+    """Fork for each process that connects, until the first one ends; return whether this is a fork."""
     forkserver._forkserver.ensure_running = lambda: None  # it is the first worker's child
     first = os.getppid()
     server.settimeout(1)
