@@ -39,6 +39,7 @@ TESTED_ELSEWHERE = {
     "runs/pays/does_it_pay.md": "tests/e2e/test_benchmarks.py",
     "models/": "tests/e2e/test_benchmarks.py",
     "labeled/plan.json": "tests/unit/test_studio_label.py",
+    "runs/lam/plan.json": "tests/unit/test_plan.py",
     "models/pusht": "tests/e2e/test_benchmarks.py",
     "meta/record.json": "tests/e2e/test_recording.py",
     "meta/relabel.json": "tests/e2e/test_recording.py",
