@@ -215,13 +215,17 @@ def test_ground_follows_a_plan(runs, tmp_path):
     assert scores[""] == scores["random"]
     assert scores[""] != scores["longest"]
 
-    command = (*ground, f"plan={tmp_path}/longest.json", f"out={tmp_path}/groundlongest")
+    plan = tmp_path / "longest.json"
+    command = (*ground, f"plan={plan}", f"out={tmp_path}/groundlongest")
+    used = tmp_path / "groundlongest/used_plan.json"
+    assert used.read_bytes() == plan.read_bytes()
+    plan.write_text(json.dumps(json.loads(plan.read_text())))
     assert "is already finished" in ok(*command).stderr
-    longest = (tmp_path / "longest.json").read_bytes()
-    assert (tmp_path / "groundlongest/plan.json").read_bytes() == longest
-    (tmp_path / "longest.json").write_bytes((tmp_path / "random.json").read_bytes())
-    assert "longest.json must be the plan of the run in" in refused(*command)
-    assert (tmp_path / "groundlongest/plan.json").read_bytes() == longest
+    plan.write_bytes((tmp_path / "random.json").read_bytes())
+    assert "longest.json must list the episodes that the run in" in refused(*command)
+    assert used.read_bytes() != plan.read_bytes()
+    plan.write_text("{}")
+    assert "episodes is missing" in refused(*command)
 
 
 def test_episodes_are_compared_by_a_policy_and_weighted_by_its_uncertainty(runs, tmp_path):

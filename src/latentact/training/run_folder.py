@@ -1,6 +1,6 @@
 """A run folder: `config.yaml` holds its settings, a result file marks it as finished.
 
-If `plan` names the episodes that are labeled, `plan.json` is a copy of that file.
+If the setting `plan` names the episodes that are labeled, `used_plan.json` is a copy of that file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from latentact.config import current_names, from_dict, to_dict
+from latentact.data.plan import PlanRecord
 from latentact.errors import UserError
 from latentact.io.atomic import atomic_write
-from latentact.io.records import read_yaml
+from latentact.io.records import read_record, read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 _PLACES = {"out", "cluster", "devices", "num_nodes"}
 """Settings of where a run is executed; with other values it still resumes."""
 
-_PLAN = "plan.json"
+_PLAN = "used_plan.json"
 
 
 class Busy(UserError):
@@ -60,12 +61,14 @@ def check_settings(out: Path, config: Any) -> None:
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
                 f"choose another out=, or delete the folder."
             )
-        plan, copy = _plan(config), out / _PLAN
-        if plan and plan.is_file() and copy.is_file() and plan.read_bytes() != copy.read_bytes():
-            raise UserError(
-                f"{plan} must be the plan of the run in {out}, got another than its copy there; "
-                f"choose another out=, or delete the folder."
-            )
+        plan, used = _plan(config), out / _PLAN
+        if plan and plan.is_file() and used.is_file():
+            now, before = (read_record(PlanRecord, file) for file in (plan, used))
+            if now != before:
+                raise UserError(
+                    f"{plan} must list the episodes that the run in {out} began with, got others; "
+                    f"choose another out=, or delete the folder."
+                )
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with out=.")
 
