@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hydra.core.config_store import ConfigStore
 
 import latentact.io.atomic  # what is imported below must not be the first to import this
 from workers import PRODUCT
@@ -73,11 +74,33 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _composed_once() -> Iterator[None]:
-    """Compose settings once per command: Hydra does so twice, first only to read `hydra.mode`.
+    """Compose settings once per command: Hydra does so twice, first only to read `hydra.mode`. And do not
+    copy all registered settings for it, which it does not change.
 
     Processes that tests start are not affected.
     """
-    with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
+    with (
+        mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None),
+        mock.patch.object(ConfigStore, "__deepcopy__", lambda store, _: store, create=True),
+    ):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _features_set_one_by_one() -> Iterator[None]:
+    """Set a column of `datasets.Features` in constant time, not in time proportional to all columns: LeRobot
+    sets more than a hundred several times whenever it opens a dataset."""
+    try:
+        from datasets.features.features import Features, require_decoding
+    except ImportError:
+        yield
+        return
+
+    def set_column(features: Features, name: str, feature: Any) -> None:
+        dict.__setitem__(features, name, feature)
+        features._column_requires_decoding[name] = require_decoding(feature)
+
+    with mock.patch.object(Features, "__setitem__", set_column):
         yield
 
 

@@ -123,27 +123,26 @@ class Adapter(gym.Wrapper):
             "choose another."
         )
 
+    def _invalid(self, given: np.ndarray, expected: str, remedy: str) -> UserError:
+        return UserError(
+            f"the action of step {self._steps} in {self._name} must be {expected}, got "
+            f"{given.tolist()!r}. {remedy}"
+        )
+
     def _checked(self, action: Any) -> int | np.ndarray:
         """Return a valid action for the environment; see the module's docstring."""
         space: Any = self.env.action_space
         given = np.asarray(action)
-
-        def invalid(expected: str, remedy: str) -> UserError:
-            return UserError(
-                f"the action of step {self._steps} in {self._name} must be {expected}, got "
-                f"{given.tolist()!r}. {remedy}"
-            )
-
         other = "Choose a policy that was trained for this environment."
         if isinstance(space, gym.spaces.Discrete):
             first, last = int(space.start), int(space.start + space.n) - 1
             if given.dtype.kind not in "iu" or given.size != 1 or not first <= given.item() <= last:
-                raise invalid(f"an integer from {first} to {last}", other)
+                raise self._invalid(given, f"an integer from {first} to {last}", other)
             return int(given.item())
         if given.dtype.kind not in "iuf" or given.shape != space.shape:
-            raise invalid(f"numbers of shape {space.shape}", other)
+            raise self._invalid(given, f"numbers of shape {space.shape}", other)
         if not np.isfinite(given).all():
-            raise invalid("finite", "Train the policy again, with a smaller learning rate.")
+            raise self._invalid(given, "finite", "Train the policy again, with a smaller learning rate.")
         given = np.rint(given) if np.issubdtype(space.dtype, np.integer) else given
         bounded = np.clip(given, space.low, space.high)
         if (bounded != given).any():

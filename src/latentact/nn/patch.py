@@ -106,24 +106,25 @@ class PatchUNet(nn.Module):
         self, frames: Float[Tensor, "b i h w"], latent: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b o h w"]:
         """Return the predicted change of the current frame."""
-
-        def blocks(x: Tensor, parts: nn.Module, bias: Tensor) -> Tensor:
-            for part in parts:  # type: ignore[attr-defined]
-                x = part(x + bias[:, :, None, None])
-            return x
-
         x, skips = self.stem(frames), []
         for level, parts in enumerate(self.blocks):
             if level:
                 x = self.down[level - 1](F.relu(x))
-            x = blocks(x, parts, self.enter[level](latent))
+            x = _shifted(x, parts, self.enter[level](latent))
             skips.append(x)
         for level in reversed(range(len(self.blocks))):
             if level < len(self.up):
                 x = F.pixel_shuffle(self.up[level](F.relu(x)), 2)
                 x = self.merge[level](torch.cat([F.relu(x), skips[level]], dim=1))
-            x = blocks(x, self.out_blocks[level], self.leave[level](latent))
+            x = _shifted(x, self.out_blocks[level], self.leave[level](latent))
         return F.pixel_shuffle(self.head(F.relu(x)), self.patch)
+
+
+def _shifted(x: Tensor, blocks: nn.Module, bias: Tensor) -> Tensor:
+    """Apply blocks, each to its input plus the bias of the channels."""
+    for block in blocks:  # type: ignore[attr-defined]
+        x = block(x + bias[:, :, None, None])
+    return x
 
 
 def _require_sizes(patch: int, channels: tuple[int, ...]) -> None:
