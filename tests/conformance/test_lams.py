@@ -95,6 +95,7 @@ CONFIGS = {
     "lapo published networks": LapoConfig(size=32, idm_scale=1, fdm_base=4, bottleneck=SMALL),
     "lapo patch": LAPO,
     "lapo odd size": replace(LAPO, size=37),
+    "lapo keypoints": replace(LAPO, bottleneck=WhitenedConfig(dim=16), idm_patch=4, keypoints=4),
     "lapo whitened": replace(
         LAPO, bottleneck=WhitenedConfig(dim=16), difference_input=2.0, motion_weight=9.0
     ),

@@ -66,6 +66,7 @@ MAKERS = {
     "bc discrete": lambda: bc(),
     "bc continuous": lambda: bc(space=CONTINUOUS),
     "bc impala": lambda: bc(replace(NETWORK, backbone="impala", impala_scale=1)),
+    "bc keypoints": lambda: bc(replace(NETWORK, patch=4, channels=(8, 8), halve=True, keypoints=4)),
     "bc state": lambda: bc(replace(NETWORK, backbone="state")),
     "latent vectors": lambda: latent(),
     "latent codes": lambda: latent(target="codes"),
@@ -493,18 +494,19 @@ def test_samples_never_leave_their_episode():
     assert batch.words.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
-def test_a_guide_is_what_comes_next_and_ends_with_its_episode():
+def test_a_guide_is_what_comes_before_and_after_within_its_episode():
     exists = np.ones(12, bool)
     exists[[3, 5, 6, 10, 11]] = False
     there = exists.copy()
     there[4] = False  # the second episode has no token at all
     tokens = np.arange(12, dtype=np.float32)[:, None]
-    shape = {"target": np.zeros((12, 1)), "guide": (tokens, there), "offsets": (0, 2)}
+    shape = {"target": np.zeros((12, 1)), "guide": (tokens, there), "offsets": (-1, 0, 2)}
     samples = PolicySamples(Store(), exists=exists, **shape)
     assert samples.rows.tolist() == [0, 1, 2, 4, 7, 8, 9]
     guide = samples.batch(samples.rows).guide[..., 0].numpy()
     nan = float("nan")
-    assert np.array_equal(guide, [[0, 2], [1, 2], [2, 2], [nan, nan], [7, 9], [8, 9], [9, 9]], equal_nan=True)
+    expected = [[0, 0, 2], [0, 1, 2], [1, 2, 2], [nan] * 3, [7, 7, 9], [7, 8, 9], [8, 9, 9]]
+    assert np.array_equal(guide, expected, equal_nan=True)
 
 
 def test_a_guide_that_is_hidden_is_none():

@@ -85,7 +85,7 @@ def make_policy(kind: str, env: str, *, dropout: float = 0.2) -> Policy:
     else:
         config: Any = BcConfig(network=network)
         if kind == "guided":
-            config = GuidedConfig(network=network, offsets=(0, 2), dropout=dropout)
+            config = GuidedConfig(network=network, offsets=(-2, 0, 2), dropout=dropout)
             spec["guide"] = config.targets(LATENT, space).guide
         policy = config.build(
             PolicySpec(target=target, action_space=space, **spec),
@@ -278,7 +278,7 @@ def test_a_guide_changes_the_action_and_its_absence_must_be_learned(tmp_path: Pa
     _, batch = observation(policy, 2, "observation.images.top")
     alone = theirs.predict_action_chunk(batch)
     assert alone.shape == (2, 4, 2)
-    guide = torch.randn(2, 2, 6)
+    guide = torch.randn(2, 3, 6)
     guided = theirs.predict_action_chunk({**batch, "observation.lam_tokens": guide})
     assert not torch.equal(alone, guided)
     flat = theirs.predict_action_chunk({**batch, "observation.lam_tokens": guide.flatten(1)})
@@ -313,10 +313,10 @@ def test_the_training_loss_is_ours(kind: str, env: str, tmp_path: Path) -> None:
     guide = None
     if kind == "guided":
         tokens, valid = torch.randn(3, len(rows), 6), torch.ones(3, len(rows), dtype=torch.bool)
-        valid[1, 1:], valid[2] = False, False
+        valid[1], valid[2] = torch.tensor(rows) == 0, False  # one token stands for those before and after it
         batch |= {"observation.lam_tokens": tokens, "observation.lam_valid": valid}
-        guide = tokens[:, [rows.index(0), rows.index(2)]].clone()
-        guide[1, 1], guide[2] = tokens[1, 0], torch.nan
+        guide = tokens[:, [rows.index(-2), rows.index(0), rows.index(2)]].clone()
+        guide[1], guide[2] = tokens[1, rows.index(0)], torch.nan
     loss, _ = theirs.forward(batch)
     inputs = PolicyBatch(
         frames=frames[:, [rows.index(row) for row in theirs.config.frame_indices]],

@@ -9,6 +9,7 @@ from torch import nn
 
 from latentact.lams.contract import action_loss, normalize_frames, transition_windows
 from latentact.lams.models.lapo import LapoConfig
+from latentact.nn.patch import Keypoints
 from latentact.nn.unet import _conv_with_constant, _flattened, _upsampled
 from latentact.quantizers.vq_ema import VqEma, VqEmaConfig
 
@@ -68,6 +69,19 @@ def test_convolutions_without_overlap_are_matrix_products(quick, conv: nn.Module
         y = way(x)
         numbers.append((y, *torch.autograd.grad(y.square().sum(), [*conv.parameters()])))
     torch.testing.assert_close(numbers[0], numbers[1], rtol=1e-5, atol=1e-4)
+
+
+def test_keypoints_are_centers_of_mass() -> None:
+    keypoints = Keypoints(in_channels=1, count=2)
+    with torch.no_grad():
+        keypoints.maps.weight.copy_(torch.tensor([1.0, -1.0])[:, None, None, None])
+        keypoints.maps.bias.zero_()
+    image = torch.zeros(1, 1, 3, 5)
+    image[0, 0, 2, 3], image[0, 0, 2, 4] = 100, 200  # places -1, -0.5, 0, 0.5, 1 across and -1, 0, 1 down
+    expected = torch.tensor([[(0.5 * 1 + 1.0 * 4) / 5, 0, 1, 0, 200, 0]])  # the second map is 0 everywhere
+    torch.testing.assert_close(keypoints(image), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(keypoints(image), expected)
 
 
 def test_pairs_are_one_window_per_transition() -> None:

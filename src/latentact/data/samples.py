@@ -55,8 +55,8 @@ class PolicySamples(Dataset):
         stride: rows between observed frames and between targets.
         words: vocabulary of the task text.
         guide: LAM tokens of each row ``[n, f]`` and whether they exist ``[n]``.
-        offsets: offsets in rows from the current row to the tokens that guide it; beyond an episode's last
-            token, that token repeats.
+        offsets: offsets in rows from the current row to the tokens that guide it; before an episode's first
+            and beyond its last token, that token repeats.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class PolicySamples(Dataset):
         self.guide = guide[0] if guide else None
         self.offsets = np.asarray(offsets, np.int64)
         if guide:
-            present = np.where(guide[1], np.arange(len(guide[1])), -1)
-            self.last_token = np.maximum.reduceat(present, store.starts)
+            places = np.arange(len(guide[1]))
+            self.first_token = np.minimum.reduceat(np.where(guide[1], places, len(places)), store.starts)
+            self.last_token = np.maximum.reduceat(np.where(guide[1], places, -1), store.starts)
         counts = [count_words(task, words) for task in store.task_texts]
         self.words = np.asarray(counts, np.float32).reshape(len(counts), len(words))
 
@@ -117,8 +118,9 @@ class PolicySamples(Dataset):
         )
 
     def _tokens(self, guide: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        last = self.last_token[self.store.episode[rows]][:, None]
-        tokens = guide[np.minimum(rows[:, None] + self.offsets, last)]
+        episode = self.store.episode[rows]
+        first, last = self.first_token[episode][:, None], self.last_token[episode][:, None]
+        tokens = guide[np.minimum(np.maximum(rows[:, None] + self.offsets, first), last)]
         return np.where(last[..., None] >= 0, tokens, np.float32(np.nan))
 
 

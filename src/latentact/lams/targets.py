@@ -19,7 +19,7 @@ from latentact.errors import UserError, require_one_of
 from latentact.lams.contract import LatentActionModel
 from latentact.nn.conditioned_mlp import ConditionedMlp
 from latentact.nn.impala import Impala
-from latentact.nn.patch import PatchEncoder
+from latentact.nn.patch import PatchEncoder, PreciseLinear
 from latentact.types import Clip
 
 KINDS = ("pixels", "ema_features", "frozen_features")
@@ -69,6 +69,7 @@ def frame_encoder(
     channels: tuple[int, ...],
     features: int = 256,
     precise: bool = False,
+    keypoints: int = 0,
 ) -> nn.Module:
     """Return a network from an image to a vector.
 
@@ -82,6 +83,7 @@ def frame_encoder(
         features: length of the vector.
         precise: whether the vector has full precision under autocast too. Half precision would drown the
             differences between consecutive frames in their common part.
+        keypoints: patch: number of keypoints.
 
     Raises:
         UserError: the backbone is unknown.
@@ -89,18 +91,12 @@ def frame_encoder(
     if backbone == "impala":
         net = Impala(in_channels, size, (16 * scale, 32 * scale, 32 * scale), features)
     elif backbone == "patch":
-        net = PatchEncoder(in_channels, size, patch, channels, features)
+        net = PatchEncoder(in_channels, size, patch, channels, features, keypoints=keypoints)
     else:
         raise UserError(f"lam.backbone must be impala or patch, got {backbone!r}.")
     if precise:
-        net.fc = _PreciseLinear(net.fc.in_features, features)
+        net.fc = PreciseLinear(net.fc.in_features, features)
     return net
-
-
-class _PreciseLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
 
 
 class FeatureFdm(nn.Module):

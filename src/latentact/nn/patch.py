@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_NO_MASS = 1e-3
+"""Added to the total weight of a keypoint, which is at the center without activations."""
+
 
 class Residual(nn.Module):
     """Pre-activation residual block of two 3x3 convolutions."""
@@ -27,6 +30,43 @@ class Residual(nn.Module):
         return x + self.conv1(F.relu(self.conv0(F.relu(x))))
 
 
+class PreciseLinear(nn.Linear):
+    """Linear layer that has full precision under autocast too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the outputs, fp32."""
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+class Keypoints(nn.Module):
+    """Positions of learned parts of an image: the centers of mass of feature maps.
+
+    As the spatial softmax of Levine et al. (2016, arXiv 1504.00702), but with squared activations as weights:
+    pixels at the edge of an object count the more, the more of them it covers, so that its center is found to
+    a fraction of a pixel.
+
+    Args:
+        in_channels: channels of the input.
+        count: number of keypoints.
+    """
+
+    def __init__(self, in_channels: int, count: int) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(in_channels, count, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """Return x and y of all keypoints in -1..1, then the strongest activation of their maps, fp32."""
+        maps = F.relu(self.maps(x))
+        with torch.autocast(x.device.type, enabled=False):
+            maps = maps.float()
+            weights = maps.square()
+            weights = weights / (weights.sum((2, 3), keepdim=True) + _NO_MASS)
+            across, down = (torch.linspace(-1, 1, n, device=x.device) for n in (x.shape[3], x.shape[2]))
+            positions = [(weights.sum(2) * across).sum(2), (weights.sum(3) * down).sum(2)]
+            return torch.cat([*positions, maps.amax((2, 3))], dim=1)
+
+
 class PatchEncoder(nn.Module):
     """Encode an image: the first level embeds patches, later levels may halve the resolution.
 
@@ -35,8 +75,9 @@ class PatchEncoder(nn.Module):
         size: height and width in pixels; incomplete patches are padded with zeros.
         patch: side of a patch in pixels.
         channels: channels of the levels; two residual blocks each.
-        features: length of the feature vector.
+        features: number of non-negative features.
         halve: whether levels after the first halve the resolution.
+        keypoints: number of keypoints of the first level, appended to the features in full precision.
     """
 
     def __init__(
@@ -47,6 +88,7 @@ class PatchEncoder(nn.Module):
         channels: tuple[int, ...],
         features: int = 256,
         halve: bool = True,
+        keypoints: int = 0,
     ) -> None:
         super().__init__()
         _require_sizes(patch, channels)
@@ -64,12 +106,18 @@ class PatchEncoder(nn.Module):
             width, size = channel, size // stride
             stride = 2 if halve else 1
         self.convs = nn.Sequential(*layers)
+        self.keypoints = Keypoints(channels[0], keypoints) if keypoints else None
         self.fc = nn.Linear(width * size * size, features)
+        self.out_features = features + 3 * keypoints
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
-        """Return non-negative features."""
+        """Return features and keypoints."""
         x = F.pad(x, (0, self.pad, 0, self.pad)) if self.pad else x
-        return F.relu(self.fc(F.relu(self.convs(x)).flatten(1)))
+        if self.keypoints is None:
+            return F.relu(self.fc(F.relu(self.convs(x)).flatten(1)))
+        first = self.convs[:3](x)
+        features = F.relu(self.fc(F.relu(self.convs[3:](first)).flatten(1)))
+        return torch.cat([features.float(), self.keypoints(F.relu(first))], dim=1)
 
 
 class PatchUNet(nn.Module):

@@ -43,7 +43,8 @@ class GuidedConfig:
     tokens: str = "continuous"
     """continuous: the vector before the quantizer; vectors: after it."""
     offsets: tuple[int, ...] = (0, 1, 2, 4)
-    """Steps ahead whose tokens the policy is conditioned on; 0 is the transition that starts now."""
+    """Steps ahead whose tokens the policy is conditioned on; 0 is the transition that starts now, -1 the one
+    that ends now."""
     dropout: float = 0.1
     """Fraction of training samples whose guide is hidden."""
     linear: bool = False
@@ -54,8 +55,8 @@ class GuidedConfig:
         """Validate the configuration."""
         if self.tokens not in ("continuous", "vectors"):
             raise UserError(f"policy.tokens must be continuous or vectors, got {self.tokens!r}.")
-        if not self.offsets or min(self.offsets) < 0:
-            raise UserError(f"policy.offsets must be at least 0, got {list(self.offsets)}.")
+        if max(self.offsets, default=-1) < 0:
+            raise UserError(f"policy.offsets must have one of at least 0, got {list(self.offsets)}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"policy.dropout must be at least 0 and less than 1, got {self.dropout}.")
 

@@ -41,6 +41,8 @@ class NetworkConfig:
     """patch: channels; two residual blocks each."""
     halve: bool = False
     """patch: whether each further level halves the resolution."""
+    keypoints: int = 0
+    """patch: number of keypoints, whose positions the features include; 0: none."""
     grid_values: int = 32
     """grid: number of values of an integer."""
     hidden: tuple[int, ...] = (64, 64)
@@ -64,6 +66,7 @@ class NetworkConfig:
                 raise UserError(f"network.hidden must have widths of at least 1, got {[*self.hidden]}.")
         require_between("network.impala_scale", self.impala_scale, 1, 256)
         require_between("network.patch", self.patch, 1, 1 << 14)
+        require_between("network.keypoints", self.keypoints, 0, 1 << 14)
         require_between("network.n_obs_steps", self.n_obs_steps, 1, 256)
         require_between("network.chunk_size", self.chunk_size, 1, 1 << 14)
         require_between(
@@ -108,8 +111,10 @@ class NetworkPolicy(Policy):
             )
         else:
             self.encoder = PatchEncoder(
-                channels, spec.resolution, network.patch, network.channels, halve=network.halve
-            )
+                channels, spec.resolution, network.patch, network.channels, halve=network.halve,
+                keypoints=network.keypoints,
+            )  # fmt: skip
+            width = self.encoder.out_features
         self.extra = nn.Linear(extra, width) if extra and network.backbone != "state" else None
         self.head = nn.Linear(width, network.chunk_size * spec.target.outputs)
         self.guide = None
@@ -130,7 +135,7 @@ class NetworkPolicy(Policy):
         return tuple(name for name in super().augments if name != "frames" or not self.grid_values)
 
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:
-        """Return one vector per observation: 256 numbers, or as many as the last layer of state has."""
+        """Return a vector per observation: 256 numbers and 3 per keypoint, or those of state's last layer."""
         parts = [self.normal_state(state)] if self.config.network.use_state else []
         others = torch.cat([*parts, words], dim=1)
         if not self.uses_frames:

@@ -96,7 +96,7 @@ class LatentactPolicy(PreTrainedPolicy):
         mask = torch.ones_like(actions[..., 0], dtype=torch.bool)
         if "action_is_pad" in batch:
             mask = ~batch["action_is_pad"]
-        inputs = self._inputs(batch, frames, state, self._tokens_ahead(batch), actions, mask)
+        inputs = self._inputs(batch, frames, state, self._tokens_around(batch), actions, mask)
         decoder = self.model.decoder
         if decoder is None:
             loss, _ = self.model.loss(inputs)
@@ -186,11 +186,12 @@ class LatentactPolicy(PreTrainedPolicy):
             return self._without_guide()
         return torch.as_tensor(batch[LAM_TOKENS]).float().reshape(size, len(guide.offsets), guide.size)
 
-    def _tokens_ahead(self, batch: dict[str, Any]) -> Tensor | None:
+    def _tokens_around(self, batch: dict[str, Any]) -> Tensor | None:
         """Return the guide's tokens for training, ``[b, offsets, k * d]``; None without a guide.
 
-        If an episode has no token at an offset, the last valid token of the window replaces it, else NaN.
-        Index spaces: `now` is the current row's position in the window; `places` and `offsets` count from it.
+        If an episode has no token at an offset, the last valid one before it in the window replaces it, else
+        the first one after it, else NaN. Index spaces: `start` is the position in the window of the first row
+        that is needed; `places` and `offsets` count from it.
         """
         guide = self.model.spec.guide
         if guide is None:
@@ -198,16 +199,18 @@ class LatentactPolicy(PreTrainedPolicy):
         if LAM_TOKENS not in batch:
             return self._without_guide()
         rows = self.config.observation_delta_indices
-        now = rows.index(0)
-        offsets = torch.tensor([rows.index(row) - now for row in guide.offsets])
-        tokens = batch[LAM_TOKENS].float()[:, now:]
+        start = rows.index(min(0, *guide.offsets))
+        offsets = torch.tensor([rows.index(row) - start for row in guide.offsets])
+        tokens = batch[LAM_TOKENS].float()[:, start:]
         valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if LAM_VALID in batch:
-            valid = batch[LAM_VALID].flatten(1)[:, now:].bool()
+            valid = batch[LAM_VALID].flatten(1)[:, start:].bool()
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last_valid = torch.where(valid, places, -1).cummax(1).values[:, offsets]
-        ahead = tokens.gather(1, last_valid.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[2]))
-        return ahead.masked_fill(last_valid[..., None] < 0, torch.nan)
+        first_valid = valid.int().argmax(1, keepdim=True)
+        chosen = torch.where(last_valid < 0, first_valid, last_valid)[..., None]
+        guided = tokens.gather(1, chosen.expand(-1, -1, tokens.shape[2]))
+        return guided.masked_fill(~valid.any(1)[:, None, None], torch.nan)
 
     def _without_guide(self) -> None:
         if not self.model.spec.guide.dropout:

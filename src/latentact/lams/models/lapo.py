@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
 from latentact.config import choice
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.tensors import load_weights
 from latentact.io.unpickle import read_pickled
 from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
@@ -30,7 +30,7 @@ from latentact.lams.targets import (
     pixel_error,
 )
 from latentact.nn.grid import CellEncoder, CellMixer, GridDecoder, GridEncoder
-from latentact.nn.patch import PatchUNet
+from latentact.nn.patch import PatchUNet, PreciseLinear
 from latentact.nn.unet import UNet
 from latentact.quantizers.quantizer import QUANTIZERS, BottleneckConfig, Quantized
 from latentact.quantizers.vq_ema import VqEmaConfig
@@ -63,6 +63,11 @@ class LapoConfig:
     """patch, grid: channels of the IDM's levels; each further level halves the resolution."""
     fdm_channels: tuple[int, ...] = (96,)
     """patch, grid: channels of the FDM's levels."""
+    idm_patch: int = 0
+    """patch: side of a patch in pixels in the IDM; 0: as `patch`."""
+    keypoints: int = 0
+    """patch: number of keypoints in the IDM, whose positions latent actions then contain to a fraction of a
+    pixel; 0: none."""
     bottleneck: BottleneckConfig = choice(QUANTIZERS, "vq_ema")
     """Bottleneck of the latent action."""
     difference_input: float = 0.0
@@ -87,6 +92,12 @@ class LapoConfig:
             raise UserError(f"lam.size must be between 32 and 256 pixels, got {self.size}.")
         if self.patch < 1:
             raise UserError(f"lam.patch must be at least 1 pixel, got {self.patch}.")
+        require_between("lam.idm_patch", self.idm_patch, 0, 1 << 14)
+        require_between("lam.keypoints", self.keypoints, 0, 1 << 14)
+        if self.keypoints and self.backbone != "patch":
+            raise UserError(
+                f"lam.keypoints must be 0 for lam.backbone={self.backbone}, got {self.keypoints}."
+            )
         if self.fdm_context not in (0, 1):
             raise UserError(f"lam.fdm_context must be 0 or 1, got {self.fdm_context}.")
         if self.integers and not 1 <= self.size <= 64:
@@ -189,8 +200,10 @@ class Lapo(LatentActionModel):
         grain = self.grain.get(config.backbone, 1)
         self.inner = -(-config.size // grain) * grain
         self.idm = self._idm()
-        self.idm_head = nn.Linear(256, self.bottleneck.in_features)
-        self.action_head = nn.Linear(256, self.actions.size) if self.actions else None
+        linear = PreciseLinear if config.keypoints else nn.Linear
+        width = 256 + 3 * config.keypoints
+        self.idm_head = linear(width, self.bottleneck.in_features)
+        self.action_head = linear(width, self.actions.size) if self.actions else None
         action_dim = self.actions.size if self.actions and not self.actions.discrete else 0
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
@@ -215,13 +228,16 @@ class Lapo(LatentActionModel):
             return CellEncoder(3, c.frame_channels, c.size, c.grid_values)
         if c.backbone == "grid":
             return GridEncoder(3, c.frame_channels, c.size, c.grid_values, c.idm_channels[0])
-        return self._frame_encoder(c.frame_channels * (4 if c.difference_input else 3))
+        channels = c.frame_channels * (4 if c.difference_input else 3)
+        return self._frame_encoder(channels, patch=c.idm_patch, keypoints=c.keypoints)
 
-    def _frame_encoder(self, channels: int, features: int = 256, precise: bool = False) -> nn.Module:
+    def _frame_encoder(
+        self, channels: int, features: int = 256, precise: bool = False, patch: int = 0, keypoints: int = 0
+    ) -> nn.Module:
         c = self.config
         return frame_encoder(
-            c.backbone, channels, self.inner, scale=c.idm_scale, patch=c.patch, channels=c.idm_channels,
-            features=features, precise=precise,
+            c.backbone, channels, self.inner, scale=c.idm_scale, patch=patch or c.patch,
+            channels=c.idm_channels, features=features, precise=precise, keypoints=keypoints,
         )  # fmt: skip
 
     def _fdm(self) -> nn.Module:
