@@ -146,6 +146,19 @@ def test_the_guide_ends_the_rollout_and_frames_can_be_left_out(made, tmp_path):
     assert '<img src="data:image/png' not in (tmp_path / "report.html").read_text()
 
 
+def test_the_policy_acts_alone_after_the_guide(made, tmp_path):
+    given = (*flags(made, policy="guided"), "--output-dir", tmp_path, "--max-frames", "6")
+    ok("imitate", *given, "--extra-steps", "3")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["end"]) == (8, "guide_end")
+    assert len(metrics["agreement"]["steps"]) == 5
+    with av.open(str(tmp_path / "imitation.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 9
+    live = ("imitate", "--live", made / "demo.mp4", "--lam-model-path", made / "lam")
+    message = refused(*live, "--policy-path", made / "guided", "--output-dir", tmp_path, "--extra-steps", "3")
+    assert "--extra-steps must be 0 with --live, got 3" in message
+
+
 def test_saved_latents_do_as_well_as_the_video(made, tmp_path):
     common = ("imitate", "--policy-path", made / "ground", "--max-steps", "6", "--no-render", "--seed", "3")
     ok(*common, "--latents-path", made / "latents", "--output-dir", tmp_path / "a")

@@ -66,7 +66,7 @@ class Echo:
         self.resets += num_envs
 
     def act(self, observation, latent=None):
-        return latent[:, 0]
+        return np.full((1, 2), 9.0) if latent is None else latent[:, 0]
 
 
 def small_lam(folder, kind="none", **spec):
@@ -284,10 +284,33 @@ def test_one_action_per_latent_action_then_none():
     assert np.array_equal(inference.act(batch)[0], LINE[1])
 
 
-def test_a_window_of_the_guide_stays_at_its_last():
+def test_extra_steps_are_without_a_guide():
+    policy = Echo(optional=True)
+    inference = LatentGuidedInference(policy, guide(LINE), extra_steps=2)
+    assert (len(inference), inference.control_steps, len(inference.position)) == (5, 7, 5)
+    for _ in range(2):
+        played = [inference.predict_action({}) for _ in range(8)]
+        assert [a.tolist() for a in played[:7]] == [*LINE, [9, 9], [9, 9]]
+        assert played[7] is None
+        assert inference.ended
+        inference.reset()
+    with pytest.raises(
+        UserError, match="--extra-steps must be 0 for a policy that always needs a guide, got 2"
+    ):
+        LatentGuidedInference(Echo(), guide(LINE), extra_steps=2)
+
+
+def test_a_window_of_the_guide_stays_at_its_ends():
     inference = LatentGuidedInference(Echo(offsets=(0, 1, 3)), guide(LINE))
     rows = [inference.get_next_latent_action()[:, 0].tolist() for _ in LINE]
     assert rows == [[0, 1, 3], [1, 2, 4], [2, 3, 4], [3, 4, 4], [4, 4, 4]]
+    past = LatentGuidedInference(Echo(offsets=(-2, 0)), guide(LINE))
+    assert [past.get_next_latent_action()[:, 0].tolist() for _ in range(4)] == [
+        [0, 0],
+        [0, 1],
+        [0, 2],
+        [1, 3],
+    ]
     faster = LatentGuidedInference(Echo(offsets=(0, 1)), guide(LINE), fps=20.0)
     rows = [faster.get_next_latent_action()[:, 0].tolist() for _ in range(4)]
     assert rows == [[0, 1], [0, 1], [1, 2], [1, 2]]  # a step of the policy is two of control

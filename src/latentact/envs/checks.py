@@ -17,6 +17,7 @@ RANGES = {
     "demos": (2, 1_000_000),
     "record": (0, 1_000_000),
     "max_steps": (0, 2**31 - 1),
+    "extra_steps": (0, 1_000_000),
     "seed": (0, 2**31 - 1),
 }
 """Minimum and maximum of settings shared by commands."""

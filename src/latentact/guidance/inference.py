@@ -126,9 +126,11 @@ class LatentGuidedInference:
         fps: control steps per second; 0: the policy's own rate, or else the guide's.
         time_base: hold or resample; see `align_to_rate`.
         device: cpu, cuda or mps.
+        extra_steps: control steps after the end of the guide, in which the policy acts without it.
 
     Raises:
-        UserError: policy and guide do not match, or their rates cannot be reconciled.
+        UserError: policy and guide do not match, their rates cannot be reconciled, or the policy has not
+            learned to act without a guide.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class LatentGuidedInference:
         fps: float = 0.0,
         time_base: str = "hold",
         device: str = "cpu",
+        extra_steps: int = 0,
     ) -> None:
         require_device(device)
         self.agent = load_agent(policy, device, guided=True) if isinstance(policy, (str, Path)) else policy
@@ -150,6 +153,12 @@ class LatentGuidedInference:
                 "grounded policy."
             )
         check_policy_matches_guide(latent, self.guide)
+        if extra_steps and not latent.optional:
+            raise UserError(
+                f"--extra-steps must be 0 for a policy that always needs a guide, got {extra_steps}. Train "
+                "one with policy.dropout above 0."
+            )
+        self.extra_steps = extra_steps
         self.fps = fps or spec.fps or self.guide.fps
         same_rate = rates_agree(self.fps, spec.fps)
         if latent.stride > 1 and spec.fps and not same_rate:
@@ -172,13 +181,13 @@ class LatentGuidedInference:
 
     @property
     def control_steps(self) -> int:
-        """Number of control steps of the guide."""
-        return len(self)
+        """Number of control steps of the guide and after it."""
+        return len(self) + self.extra_steps
 
     @property
     def ended(self) -> bool:
-        """Whether all of the guide was followed."""
-        return self.step >= len(self)
+        """Whether all of the guide was followed, and the extra steps were made."""
+        return self.step >= self.control_steps
 
     def to_json(self) -> dict[str, Any]:
         """Return nothing, since the guide is known before the run."""
@@ -195,17 +204,16 @@ class LatentGuidedInference:
         self.agent.reset(num_envs)
 
     def get_next_latent_action(self) -> Float32[Tensor, "o f"] | None:
-        """Return the guide's tokens for the next step; None at the end of the guide.
+        """Return the guide's tokens for the next step; None after the end of the guide.
 
         There is one row per offset of the policy's `LatentInput`.
         """
-        if self.step >= len(self):
+        step, self.step = self.step, self.step + 1
+        if step >= len(self):
             return None
-        rows = np.clip(self.step + self.ahead, 0, len(self) - 1)
-        self.step += 1
-        return torch.from_numpy(self._tokens[rows])
+        return torch.from_numpy(self._tokens[np.clip(step + self.ahead, 0, len(self) - 1)])
 
-    def prepare_batch(self, observation: dict[str, Any], latent_action: Tensor) -> dict[str, Any]:
+    def prepare_batch(self, observation: dict[str, Any], latent_action: Tensor | None) -> dict[str, Any]:
         """Return a batch of size one from an observation and the guide's tokens.
 
         Args:
@@ -214,26 +222,28 @@ class LatentGuidedInference:
             latent_action: result of `get_next_latent_action`.
 
         Returns:
-            The observation in the format of agents, and `observation.lam_tokens` float32 `[1, o, f]`.
+            The observation in the format of agents, and with a guide `observation.lam_tokens` float32
+            `[1, o, f]`.
         """
         batch: dict[str, Any] = {TASK: [str(observation.get(TASK, ""))]}
         batch |= {key: np.asarray(value)[None] for key, value in observation.items() if key != TASK}
+        if latent_action is None:
+            return batch
         return batch | {TOKENS: latent_action.reshape(1, len(self.ahead), -1).numpy(force=True)}
 
     def predict_action(self, observation: dict[str, Any]) -> np.ndarray | None:
-        """Return the robot action for an unbatched observation; None at the end of the guide.
+        """Return the robot action for an unbatched observation; None at the end.
 
         Float32 `[a]`, or one of the integers of a discrete action space.
         """
-        latent_action = self.get_next_latent_action()
-        if latent_action is None:
+        if self.ended:
             return None
-        batch = self.prepare_batch(observation, latent_action)
-        return np.asarray(self.agent.act(batch, batch.pop(TOKENS))[0])
+        batch = self.prepare_batch(observation, self.get_next_latent_action())
+        return np.asarray(self.agent.act(batch, batch.pop(TOKENS, None))[0])
 
     def act(self, observation: dict[str, Any]) -> list[np.ndarray | None]:
-        """Return the action for a batch of size one, as an `Actor`; None at the end of the guide."""
-        latent_action = self.get_next_latent_action()
-        if latent_action is None:
+        """Return the action for a batch of size one, as an `Actor`; None at the end."""
+        if self.ended:
             return [None]
-        return [np.asarray(self.agent.act(observation, latent_action[None].numpy())[0])]
+        tokens = self.get_next_latent_action()
+        return [np.asarray(self.agent.act(observation, None if tokens is None else tokens[None].numpy())[0])]

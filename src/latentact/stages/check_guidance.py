@@ -18,7 +18,7 @@ import torch
 
 from latentact.agents.agent import Agent
 from latentact.agents.load import load_agent
-from latentact.config import Count, OneOf, Seed
+from latentact.config import Count, Limit, OneOf, Seed
 from latentact.device import require_device
 from latentact.envs.checks import check_ranges
 from latentact.envs.episode import Actor, EpisodeEnd, ExpertActor, run_episodes, to_observation
@@ -52,6 +52,8 @@ class CheckGuidanceConfig:
     """Number of demonstrations."""
     seed: Seed = 500_000
     """Reset seed of the first demonstration; training data starts at 0 by default."""
+    extra_steps: Limit = 0
+    """Steps beyond the demonstration's length, in which the policy acts without a guide."""
     operations: bool = False
     """Whether rollouts of edited guides are checked as well: blend, interpolate, concat, replace, scale."""
     device: str = "cpu"
@@ -59,7 +61,7 @@ class CheckGuidanceConfig:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        check_ranges(demos=self.demos, seed=self.seed)
+        check_ranges(demos=self.demos, seed=self.seed, extra_steps=self.extra_steps)
 
 
 def run(config: CheckGuidanceConfig) -> dict[str, Any]:
@@ -90,11 +92,13 @@ def run(config: CheckGuidanceConfig) -> dict[str, Any]:
     without_guide = agent.spec.latent is not None and agent.spec.latent.optional
     with Progress("following", config.demos, "demonstrations") as progress:
         for number, (seed, demo) in enumerate(demos):
-            steps = len(demo.agent) - 1
+            steps = len(demo.agent) - 1 + config.extra_steps
             row: dict[str, Any] = {"seed": seed, "steps": steps}
             for condition in CONDITIONS if without_guide else CONDITIONS[:2]:
                 guide = guides[number if condition != "wrong" else (number + 1) % len(guides)]
-                inference = LatentGuidedInference(agent, guide, fps=float(spec.fps))
+                inference = LatentGuidedInference(
+                    agent, guide, fps=float(spec.fps), extra_steps=config.extra_steps
+                )
                 actor = agent if condition == "none" else _LastActionHold(inference)
                 row[condition] = compare_traces(demo, _trace(env, spec, seed, actor, steps)[0])
             rows.append(row)
@@ -166,7 +170,8 @@ def _check_one_step(
     make_expert(config.env, env, config.seed)
     fps = float(spec.fps)
     still = np.repeat(observation["pixels"][None], extractor.gap(fps) + 1, axis=0)
-    inference = LatentGuidedInference(agent, extractor.extract_from_frames(still, fps), fps=fps)
+    guide = extractor.extract_from_frames(still, fps)
+    inference = LatentGuidedInference(agent, guide, fps=fps, extra_steps=config.extra_steps)
     inference.act(to_observation([observation], [info["task"]], spec.camera))
     env.close()
 

@@ -84,6 +84,8 @@ class ImitateConfig:
     """robot: YAML file with the robot, its limits and its cameras."""
     max_steps: Limit = 0
     """Maximum number of actions; 0: until the guide ends."""
+    extra_steps: Limit = 0
+    """Actions after the end of the guide, without it; for a policy that learned to act without a guide."""
     control_time_s: Seconds = 0.0
     """Maximum seconds of control; 0: until the guide ends."""
     fps: Rate = 0.0
@@ -130,13 +132,15 @@ class ImitateConfig:
             )
         if self.max_age and not self.live:
             raise UserError(f"--max-age must be 0 without --live, got {self.max_age:g}. Leave it out.")
+        if self.extra_steps and self.live:
+            raise UserError(f"--extra-steps must be 0 with --live, got {self.extra_steps}. Leave it out.")
         for name in ("target_fps", "max_frames", "max_steps", "control_time_s", "fps", "max_age"):
             if not 0 <= getattr(self, name) < math.inf:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"{flag} must be at least 0 and finite, got {getattr(self, name)}. Use 0 for the default."
                 )
-        check_ranges(seed=self.seed, max_steps=self.max_steps)
+        check_ranges(seed=self.seed, max_steps=self.max_steps, extra_steps=self.extra_steps)
 
 
 def run(config: ImitateConfig) -> dict[str, Any]:
@@ -250,8 +254,9 @@ def _actor(
     if config.mode == "simulation":
         fps = float(fps or env_spec(config.env_name).fps)
     inference = LatentGuidedInference(
-        config.policy_path, guide, fps=fps, time_base=config.time_base, device=config.device
-    )
+        config.policy_path, guide, fps=fps, time_base=config.time_base, device=config.device,
+        extra_steps=config.extra_steps,
+    )  # fmt: skip
     if capture is None or extractor is None:
         return inference
     return LiveInference(inference, extractor, capture, config.max_age)
