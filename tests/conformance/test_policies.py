@@ -499,14 +499,21 @@ def test_a_guide_is_what_comes_before_and_after_within_its_episode():
     exists[[3, 5, 6, 10, 11]] = False
     there = exists.copy()
     there[4] = False  # the second episode has no token at all
+    there[7] = False  # the third one's first row has none
     tokens = np.arange(12, dtype=np.float32)[:, None]
     shape = {"target": np.zeros((12, 1)), "guide": (tokens, there), "offsets": (-1, 0, 2)}
     samples = PolicySamples(Store(), exists=exists, **shape)
     assert samples.rows.tolist() == [0, 1, 2, 4, 7, 8, 9]
     guide = samples.batch(samples.rows).guide[..., 0].numpy()
     nan = float("nan")
-    expected = [[0, 0, 2], [0, 1, 2], [1, 2, 2], [nan] * 3, [7, 7, 9], [7, 8, 9], [8, 9, 9]]
+    expected = [[0, 0, 2], [0, 1, 2], [1, 2, 2], [nan] * 3, [8, 8, 9], [8, 8, 9], [8, 9, 9]]
     assert np.array_equal(guide, expected, equal_nan=True)
+
+
+def test_a_guide_without_the_present_is_refused():
+    for offsets in ((-3, -1), ()):
+        with pytest.raises(UserError, match=r"policy\.offsets must have an offset of at least 0, got \["):
+            GuidedConfig(offsets=offsets)
 
 
 def test_a_guide_that_is_hidden_is_none():

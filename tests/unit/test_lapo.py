@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from latentact.errors import UserError
 from latentact.lams.contract import action_loss, normalize_frames, transition_windows
 from latentact.lams.models.lapo import LapoConfig
 from latentact.nn.patch import Keypoints
@@ -82,6 +83,11 @@ def test_keypoints_are_centers_of_mass() -> None:
     torch.testing.assert_close(keypoints(image), expected)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(keypoints(image), expected)
+
+
+def test_keypoints_are_of_patch_networks() -> None:
+    with pytest.raises(UserError, match=r"lam\.keypoints must be 0 for lam\.backbone=impala, got 4"):
+        LapoConfig(keypoints=4)
 
 
 def test_pairs_are_one_window_per_transition() -> None:

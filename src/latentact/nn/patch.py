@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_LAYERS = 3
+"""Layers of a level: a convolution and two residual blocks."""
 _NO_MASS = 1e-3
 """Added to the total weight of a keypoint, which is at the center without activations."""
 
@@ -115,8 +117,8 @@ class PatchEncoder(nn.Module):
         x = F.pad(x, (0, self.pad, 0, self.pad)) if self.pad else x
         if self.keypoints is None:
             return F.relu(self.fc(F.relu(self.convs(x)).flatten(1)))
-        first = self.convs[:3](x)
-        features = F.relu(self.fc(F.relu(self.convs[3:](first)).flatten(1)))
+        first = self.convs[:_LAYERS](x)
+        features = F.relu(self.fc(F.relu(self.convs[_LAYERS:](first)).flatten(1)))
         return torch.cat([features.float(), self.keypoints(F.relu(first))], dim=1)
 
 

@@ -56,7 +56,7 @@ class GuidedConfig:
         if self.tokens not in ("continuous", "vectors"):
             raise UserError(f"policy.tokens must be continuous or vectors, got {self.tokens!r}.")
         if max(self.offsets, default=-1) < 0:
-            raise UserError(f"policy.offsets must have one of at least 0, got {list(self.offsets)}.")
+            raise UserError(f"policy.offsets must have an offset of at least 0, got {list(self.offsets)}.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"policy.dropout must be at least 0 and less than 1, got {self.dropout}.")
 
