@@ -196,15 +196,8 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
         UserError: the folder has no labels, they are truncated, or the data has changed since.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{folder} holds no latent labels. "
-            f"Make them with: latentact label --lam LAM --data DATA --out DIR."
-        )
+    manifest, data = _read_manifest(folder)
     file = folder / TOKENS
-    manifest = read_record(Manifest, folder / MANIFEST)
-    with naming(folder / MANIFEST):
-        data = from_dict(DataConfig, manifest.data, "data")
     spec, (arrays, _) = manifest.spec.spec(), read_arrays(file)
     codes = check_arrays(file, arrays, spec, manifest.rows)
     labels = Labels(
@@ -219,6 +212,27 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     if store.digest != manifest.digest or len(store.frames) != manifest.rows:
         raise UserError(f"{labels.data.path} has changed since {folder} was written. Label it again.")
     return labels, store
+
+
+def labeled_data(folder: str | Path) -> DataConfig:
+    """Return the dataset that labels written by `write_labels` belong to.
+
+    Raises:
+        UserError: the folder has no labels.
+    """
+    return _read_manifest(Path(folder))[1]
+
+
+def _read_manifest(folder: Path) -> tuple[Manifest, DataConfig]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"{folder} holds no latent labels. "
+            f"Make them with: latentact label --lam LAM --data DATA --out DIR."
+        )
+    manifest = read_record(Manifest, file)
+    with naming(file):
+        return manifest, from_dict(DataConfig, manifest.data, "data")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A run folder: `config.yaml` holds its settings, a result file marks it as finished.
 
-If the setting `plan` names the episodes that are labeled, `used_plan.json` is a copy of that file.
+`inputs.json` holds digests of what it learns from. If the setting `plan` names the episodes that are labeled,
+`used_plan.json` is a copy of that file.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import yaml
 from latentact.config import current_names, from_dict, to_dict
 from latentact.data.plan import PlanRecord
 from latentact.errors import UserError
-from latentact.io.atomic import atomic_write
+from latentact.io.atomic import atomic_write, read_object, write_json
 from latentact.io.records import read_record, read_yaml
+from latentact.training.inputs import input_digests
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ _PLACES = {"out", "cluster", "devices", "num_nodes"}
 """Settings of where a run is executed; with other values it still resumes."""
 
 _PLAN = "used_plan.json"
+_INPUTS = "inputs.json"
 
 
 class Busy(UserError):
@@ -48,7 +51,7 @@ def finished(out: Path, config: Any, result: str) -> bool:
 
 
 def check_settings(out: Path, config: Any) -> None:
-    """Raise a UserError if the run folder holds a run with other settings or plan, or is not a folder."""
+    """Raise a UserError if the run folder holds a run with other settings or inputs, or is not a folder."""
     path = out / "config.yaml"
     if path.exists():
         found = read_yaml(path)
@@ -69,8 +72,21 @@ def check_settings(out: Path, config: Any) -> None:
                     f"{plan} must list the episodes that the run in {out} began with, got others; "
                     f"choose another out=, or delete the folder."
                 )
+        _check_inputs(out, config)
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with out=.")
+
+
+def _check_inputs(out: Path, config: Any) -> None:
+    """Raise a UserError if an input has changed since the run began; older releases recorded none."""
+    if not (out / _INPUTS).is_file():
+        return
+    began, now = read_object(out / _INPUTS), input_digests(config)
+    for path in sorted(began.keys() & now.keys()):
+        if began[path] != now[path]:
+            raise UserError(
+                f"{path} has changed since the run in {out} began; choose another out=, or delete the folder."
+            )
 
 
 def discard_run(out: Path) -> None:
@@ -86,10 +102,12 @@ def discard_run(out: Path) -> None:
 
 
 def begin_run(out: Path, config: Any) -> None:
-    """Write `config.yaml` and the plan; call it after all inputs of the config have been checked."""
+    """Write `config.yaml`, plan and digests of inputs; call it after all of them have been checked."""
     if plan := _plan(config):
         with atomic_write(out / _PLAN) as partial:
             shutil.copyfile(plan, partial)
+    if not (out / "config.yaml").exists():
+        write_json(out / _INPUTS, input_digests(config))
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 

@@ -9,6 +9,13 @@ from typing import Any
 from latentact.io.atomic import atomic_write
 from latentact.reporting.html import Section, fold, page, table, text
 
+MEASURES = {
+    "agent": "distance of the agent",
+    "block": "distance of the block",
+    "coverage": "coverage at the end",
+    "max_coverage": "maximum coverage",
+}
+"""Measure of a rollout -> meaning; others have their names."""
 WORDS = {
     "to_first": "distance of the blend to the first parent",
     "to_second": "distance of the blend to the second parent",
@@ -58,14 +65,15 @@ def write_page(path: Path, result: dict[str, Any]) -> None:
 def _conditions(result: dict[str, Any]) -> Section:
     conditions = result["conditions"]
     rows = [
-        (text(name), [_cell(value) for value in found.values()], False) for name, found in conditions.items()
+        (text(MEASURES.get(name, name)), [_cell(found[name]) for found in conditions.values()], False)
+        for name in next(iter(conditions.values()))
     ]
     return Section(
         anchor="following",
         title="Does it follow its guide?",
-        what="Rollouts with the matching demonstration as guide, another one and none: means with 95 % "
-        "intervals; agent and block are distances to the demonstration in the environment's units.",
-        body=table(("Guide", *next(iter(conditions.values()))), rows, "Guides compared"),
+        what="Rollouts with the matching demonstration as guide, a wrong one and none: means with 95 % "
+        "intervals. Distances are to the demonstration, in the environment's units.",
+        body=table(("Measure", *conditions), rows, "Guides compared"),
     )
 
 
