@@ -107,7 +107,11 @@ def begin_run(out: Path, config: Any) -> None:
         with atomic_write(out / _PLAN) as partial:
             shutil.copyfile(plan, partial)
     if not (out / "config.yaml").exists():
-        write_json(out / _INPUTS, input_digests(config))
+        from lightning.pytorch.utilities.seed import isolate_rng
+
+        with isolate_rng():  # libraries that are imported to read data draw random numbers
+            inputs = input_digests(config)
+        write_json(out / _INPUTS, inputs)
     with atomic_write(out / "config.yaml") as partial:
         partial.write_text(yaml.safe_dump(_requested(config), sort_keys=False))
 
