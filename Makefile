@@ -33,12 +33,11 @@ slurm:
 check: static
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-# pyright otherwise spends a fifth of its time on garbage collection.
 static: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
-	NODE_OPTIONS=--max-semi-space-size=128 $(BIN)/pyright
+	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
 bench: .venv/ready

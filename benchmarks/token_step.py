@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Trainee:
         shape = {"lam_num_learned_tokens": 8, "lam_action_latent_dim": 16, "lam_use_vq_tokens": False}
         config: Any = make_policy_config("lam_diffusion", **SMALL, **shape, **changes)
         data = DatasetConfig("local/tokens", root=str(folder / "tokens"), video_backend="pyav")
-        self.data: Any = make_dataset(TrainPipelineConfig(dataset=data, policy=config))
+        self.data = cast("Any", make_dataset(TrainPipelineConfig(dataset=data, policy=config)))
         torch.manual_seed(0)
         self.policy = make_policy(config, ds_meta=self.data.meta).train()
         self.before, _ = make_pre_post_processors(config, dataset_stats=self.data.meta.stats)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def _on_signal(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred() -> Generator[None]:
     """Defer the stop within the block, whose body polls `requested`."""
     _state.deferred = True
     try:

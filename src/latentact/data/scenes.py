@@ -36,7 +36,7 @@ class SceneCuts:
     """Find the cuts of one video, block by block: `add` the frames, then call `finish()`."""
 
     def __init__(self) -> None:
-        self._held = np.zeros((0, SIZE, SIZE, 3), np.uint8)
+        self._held: np.ndarray = np.zeros((0, SIZE, SIZE, 3), np.uint8)
         self._first = 0
         """Index of the first buffered frame."""
         self._decided = 0

@@ -81,7 +81,7 @@ class DraftWriter:
             OSError: the disk is full.
         """
         about = self.spec.source.episodes[number]
-        found = {"number": number, "name": about.name}
+        found: dict[str, Any] = {"number": number, "name": about.name}
         try:
             scan = _Scan.of(self.spec, self.settings, number)
             with atomic_write(self.folder / f"{number:06d}.tar") as partial, partial.open("wb") as file:

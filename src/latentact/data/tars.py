@@ -324,7 +324,7 @@ def foreign_clips(scan: dict[str, Any], tar: str, camera: str) -> list[ShardClip
     last: tuple[Any, int] | None = None
     for place, sample in enumerate(scan["samples"]):
         meta = sample.get("meta", {})
-        about = {
+        about: dict[str, Any] = {
             "key": sample["key"],
             "source": str(meta.get("source", f"{tar}/{sample['key']}")),
             "fps": _number(meta, _RATES) or float(sample.get("fps", 0.0)),

@@ -92,9 +92,9 @@ class Clips(Dataset[Clip]):
         """Return the number of windows."""
         return len(self.rows)
 
-    def __getitem__(self, position: int) -> Clip:
+    def __getitem__(self, index: int) -> Clip:
         """Return one window, as a batch of one."""
-        return self.__getitems__([position])
+        return self.__getitems__([index])
 
     def __getitems__(self, positions: list[int]) -> Clip:
         """Return the windows at these positions of `rows` as one batch."""

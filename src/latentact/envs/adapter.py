@@ -172,7 +172,7 @@ class Adapter(gym.Wrapper):
         size = (self._resolution, self._resolution)
         if self._resolution and frame.shape[:2] != size:
             frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
-        if self._shape not in (None, frame.shape):
+        if self._shape is not None and frame.shape != self._shape:
             raise self._unusable(f"frame of size {self._shape[:2]} as the first one", frame.shape[:2])
         return frame
 

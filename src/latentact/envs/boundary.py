@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def import_gymnasium() -> Any:
 
 
 @contextmanager
-def env_errors(name: str, doing: str) -> Iterator[None]:
+def env_errors(name: str, doing: str) -> Generator[None]:
     """Raise an environment's exceptions as an EnvError with its name: `{name} failed {doing}: ...`.
 
     This includes SystemExit, with which an environment would end the whole program. If the environment

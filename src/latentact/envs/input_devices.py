@@ -69,7 +69,8 @@ class Window:
             import pygame
         except ModuleNotFoundError as error:
             raise missing_extra("pygame", "envs") from error
-        self._pygame, self._held, self._screen = pygame, set(), None
+        self._pygame, self._held = pygame, set()
+        self._screen: Any = None
         try:
             pygame.display.init()
             pygame.font.init()
@@ -86,7 +87,6 @@ class Window:
                     "a gamepad must be connected, got none. Connect it, or use --device keyboard."
                 )
             self._pad = pygame.joystick.Joystick(0)
-            self._pad.init()
 
     def show(self, frame: UInt8[np.ndarray, "h w 3"], text: str) -> None:
         """Display a frame, enlarged to at least 384 pixels, and a line of text below it."""

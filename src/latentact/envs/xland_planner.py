@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """Rulesets of XLand-MiniGrid by seed, and a planner that knows the true state, in JAX.
 
 A ruleset is "trivial" in the words of its authors (arXiv 2312.12044): a goal, no rules, three distractors.

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from latentact.errors import UserError
 
 
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path) -> Generator[Path]:
     """Yield a temporary folder that replaces `path` when the block ends without an error.
 
     Raises:
@@ -41,7 +41,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Generator[Path]:
     """Yield the path of a temporary file that replaces `path` when the block ends without an error.
 
     Raises:

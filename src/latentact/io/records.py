@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,7 @@ def read_yaml(file: Path) -> Any:
 
 
 @contextmanager
-def naming(file: Path) -> Iterator[None]:
+def naming(file: Path) -> Generator[None]:
     """Prefix the message of a `UserError` with the name of the file."""
     try:
         yield

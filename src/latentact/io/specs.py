@@ -49,7 +49,8 @@ class SpecRecord(Record):
 
     def spec(self) -> LatentActionSpec:
         """Return the spec."""
-        return LatentActionSpec(**{**self.model_dump(), "value_range": (0.0, 255.0)})
+        values: dict[str, Any] = {**self.model_dump(), "value_range": (0.0, 255.0)}
+        return LatentActionSpec(**values)
 
 
 def parse_spec(values: Any, where: str) -> LatentActionSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ SETTINGS = "settings.json"
 
 
 @contextmanager
-def locked_staging(staging: Path, out: Path, settings: dict[str, Any], what: str) -> Iterator[None]:
+def locked_staging(staging: Path, out: Path, settings: dict[str, Any], what: str) -> Generator[None]:
     """Create and lock a staging folder within the block.
 
     Args:

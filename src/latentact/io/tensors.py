@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +129,7 @@ BROKEN = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeErro
 
 
 @contextmanager
-def settings_of(path: Path) -> Iterator[None]:
+def settings_of(path: Path) -> Generator[None]:
     """Convert exceptions from building a network with the settings of a file to a UserError."""
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +42,7 @@ def encode_clip(
 
 
 @contextmanager
-def encoders(device: str) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+def encoders(device: str) -> Generator[tuple[ThreadPoolExecutor, int]]:
     """Yield a pool of encoding threads, and the maximum number of queued batches.
 
     On a CPU each core encodes its own batch. If cores shared a batch, the last bits of the results would
@@ -93,7 +93,7 @@ class EpisodeEncoder:
         self._held: list[UInt8[np.ndarray, "m h w c"]] = []
         self._held_states: list[Float32[np.ndarray, "m s"]] = []
         self._base = self._end = self._next = 0
-        self._clips = np.zeros((0, 3), np.int64)
+        self._clips: np.ndarray = np.zeros((0, 3), np.int64)
         self._episodes: dict[int, tuple[int, list[int], np.ndarray]] = {}
         self._unreadable: dict[str, str] = {}
         self._encoded: list[Future[dict[str, np.ndarray]]] = []

@@ -118,14 +118,12 @@ def load_backbone(name: str, device: str) -> tuple[Callable[[UInt8[Tensor, "b 3 
     Raises:
         UserError: the backbone cannot be loaded, or its package is not installed.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
         load = _timm if name.startswith("timm/") else _transformers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # parts missing from a checkpoint, such as an unused pooler, are random
             model, maps, size, colors = load(name.removeprefix("timm/"))
-    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(
             f"lam.target.backbone must be timm/NAME, or the hub id or folder of a vision model of "

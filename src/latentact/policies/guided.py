@@ -95,8 +95,6 @@ class GuidedPolicy(NetworkPolicy):
         latent: spec of the latent actions.
     """
 
-    config: GuidedConfig
-
     def __init__(
         self,
         config: GuidedConfig,

@@ -82,7 +82,7 @@ def _curves(scores: dict[tuple[str, int | None], Score], measure: str) -> dict[s
                 "line": {"color": color, "width": 2},
             }
         )
-    xs = [x for trace in data for x in trace["x"]]
+    xs: list[Any] = [x for trace in data for x in trace["x"]]
     if expert := scores.get(("expert", None)):
         data.append(
             {

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -193,7 +193,7 @@ def _hold(connection: RobotConnection, safety: Safety) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
+def _sigterm_as_exception() -> Generator[None]:
     """Let SIGTERM end the block as an exception does, so that the robot is disconnected."""
 
     def end(number: int, _: Any) -> None:
@@ -210,7 +210,7 @@ def _sigterm_as_exception() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
+def _signals_ignored() -> Generator[None]:
     """Ignore a second Ctrl-C or SIGTERM within the block."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -203,7 +203,7 @@ def _policy(config: ExportConfig, labels: Labels) -> Policy | None:
 
 def _stream(config: ExportConfig, labels: Labels) -> FrameStream:
     """Open the data at the resolution of the output."""
-    values = {**to_dict(labels.data), "resolution": config.resolution, "resize": "uint8"}
+    values: dict[str, Any] = {**to_dict(labels.data), "resolution": config.resolution, "resize": "uint8"}
     stream = FrameStream(DataConfig(**values))
     if config.format == "lerobot":
         require_rows(stream, _REMEDY)

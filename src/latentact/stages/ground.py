@@ -139,7 +139,10 @@ def run(config: GroundConfig, out: Path) -> Path:
     with run_folder(out, config):
         fit(_DecoderTraining(policy.decoder), pairs, config.training.plain, out)
         unseen = _latent_actions(policy, store, labels, _labeled_steps(store, labels, held_out), held_out)
-        result = {"labeled_steps": len(pairs), "held_out_score": _score(policy.decoder, unseen)}
+        result: dict[str, Any] = {
+            "labeled_steps": len(pairs),
+            "held_out_score": _score(policy.decoder, unseen),
+        }
         policy.cpu().write(out)
         if config.finetune_steps:
             training = replace(config.training, steps=config.finetune_steps, lr=config.finetune_lr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -209,7 +209,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _capture(config: ImitateConfig, extractor: LatentActionExtractor | None) -> Iterator[Capture | None]:
+def _capture(config: ImitateConfig, extractor: LatentActionExtractor | None) -> Generator[Capture | None]:
     """Open the live camera, and close it after the block; None without one."""
     if not config.live or extractor is None:
         yield None

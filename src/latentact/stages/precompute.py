@@ -236,7 +236,7 @@ def require_rows(stream: FrameStream, remedy: str) -> None:
 
 
 def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetLatents) -> dict[str, Any]:
-    software = {}
+    software: dict[str, str | None] = {}
     for name in ("latentact", "lerobot", "torch", "av"):
         try:
             software[name] = version(name)

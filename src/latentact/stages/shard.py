@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -162,7 +162,7 @@ def _require_same(file: Path, identity: dict[str, Any], out: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+def _locked(out: Path, identity: dict[str, Any]) -> Generator[None]:
     """Lock the folder for this process and these settings."""
     work, known = out / WORK, {MANIFEST, WORK}
     if out.is_file():

@@ -37,7 +37,7 @@ def export(work: Workspace, folder: Path) -> Path:
     if work.store is None:
         raise UserError("--export needs data, got none. Give --data.")
     found = _run(survey(work))
-    looks = []
+    looks: list[dict[str, Any]] = []
     for number in np.unique(np.linspace(0, work.store.num_episodes - 1, EPISODES).astype(int)):
         take = work.episode(int(number))
         page = _run(look(work, take, found))

@@ -245,6 +245,8 @@ class _Module(pl.LightningModule):
 class _ShardedModule(_Module):
     """The same for a sharded copy of the model."""
 
+    model: ShardedLoss  # pyrefly: ignore[bad-override-mutable-attribute]
+
     def __init__(self, model: nn.Module, config: TrainingConfig, state_std: Tensor | None) -> None:
         super().__init__(model, config, state_std)
         self.model = ShardedLoss(model)
@@ -269,7 +271,8 @@ class _ShardedModule(_Module):
 
 def _parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups: all trained parameters without a group, then the model's groups."""
-    named = model.parameter_groups() if isinstance(model, HasParameterGroups) else []
+    has_groups = isinstance(model, HasParameterGroups)  # pyrefly: ignore[unsafe-overlap]
+    named = model.parameter_groups() if has_groups else []
     groups: list[dict[str, Any]] = [
         {
             "params": group["params"],
@@ -320,7 +323,7 @@ class _Progress(pl.Callback):
         evaluate: Callable[[bool], dict[str, float]] | None,
     ) -> None:
         self.model, self.config, self.folder, self.evaluate = model, config, folder, evaluate
-        self.began = self.began_step = 0
+        self.began, self.began_step = 0.0, 0
         self.preempted = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

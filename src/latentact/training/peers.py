@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _DYING_S = 5.0
 
 
 @contextmanager
-def training_lock(out: Path, rank: int, world: int) -> Iterator[None]:
+def training_lock(out: Path, rank: int, world: int) -> Generator[None]:
     """Hold the lock of this process.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def begin_run(out: Path, config: Any) -> None:
 
 
 @contextmanager
-def run_folder(out: Path, config: Any) -> Iterator[None]:
+def run_folder(out: Path, config: Any) -> Generator[None]:
     """Begin a run; the body trains and writes the results.
 
     If the run raises a UserError before its first checkpoint, for example because it diverges, the folders

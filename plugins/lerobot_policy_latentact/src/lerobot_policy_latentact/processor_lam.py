@@ -60,7 +60,7 @@ def make_lam_pre_post_processors(
     steps = make_default_policy_processor_steps(config, dataset_stats)
     steps.normalize.normalize_observation_keys = _normalized(config)
     uses_state = config.lam_on_the_fly and config.lam.state_size > 0
-    before = [
+    before: list[Any] = [
         steps.rename_observations,
         steps.add_batch_dim,
         LamInputsStep(

@@ -48,11 +48,11 @@ class TokenDataset(Dataset[dict[str, Any]]):
         """Return the number of rows."""
         return len(self._dataset)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a row with its tokens; offsets outside the episode repeat its first or last row."""
-        item = self._dataset[row]
-        target = row + np.array(self._deltas or [0])
-        clipped = target.clip(self._first_row[row], self._last_row[row])
+        item = self._dataset[index]
+        target = index + np.array(self._deltas or [0])
+        clipped = target.clip(self._first_row[index], self._last_row[index])
         for key, values in self._columns.items():
             item[key] = values[clipped] if self._deltas else values[clipped[0]]
             if self._deltas:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,7 +89,7 @@ def require_upright(videos: Iterable[Path]) -> None:
 
 
 @contextmanager
-def _own_cache(root: Path) -> Iterator[None]:
+def _own_cache(root: Path) -> Generator[None]:
     """Let `datasets` keep its copy of the tables in a temporary folder next to the dataset."""
     from datasets import config
 

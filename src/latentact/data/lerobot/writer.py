@@ -13,7 +13,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -424,7 +424,7 @@ def _encode_video(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 @contextmanager
-def _scheduling_kept() -> Iterator[None]:
+def _scheduling_kept() -> Generator[None]:
     """Restore this thread's scheduling policy: for root, the AV1 encoder changes it to a real-time policy."""
     if not hasattr(os, "sched_setscheduler"):  # not Linux
         yield

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class PushPlanner(Expert):
         self._rng = np.random.default_rng(seed)
         self._push: _Push | None = None
         self._pushing = False
-        self._planned_for = np.zeros(3)
+        self._planned_for: np.ndarray = np.zeros(3)
 
     def act(self, explore: np.random.Generator | None = None) -> np.ndarray:
         """Return the next target of the finger, float32 `[2]`; with `explore`, with noise."""
@@ -206,7 +206,7 @@ class _Shape:
         parts: Any = [
             shapely.Polygon([(v.x, v.y) for v in part.get_vertices()]) for part in world.block.shapes
         ]
-        self.block: Any = shapely.union_all(parts)
+        self.block = cast("Any", shapely.union_all(parts))
         x, y, angle = world.goal_pose
         self._corners = np.array(self.block.exterior.coords)[:-1] @ (1, 1j)
         self._goal = self._corners * cmath.exp(1j * angle) + complex(x, y)

@@ -87,6 +87,8 @@ class _Bot(Expert):
         from minigrid.utils import baby_ai_bot
 
         class Bot(baby_ai_bot.BabyAIBot):
+            searches = 0
+
             def _breadth_first_search(self, *args: Any, **kwargs: Any) -> Any:
                 self.searches += 1
                 if self.searches > SEARCHES_PER_STEP:

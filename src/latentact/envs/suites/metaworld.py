@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -153,7 +153,7 @@ class _Scripted(Expert):
     def __init__(self, env: gym.Env) -> None:
         from metaworld.policies import ENV_POLICY_MAP
 
-        self._world: Any = env.unwrapped
+        self._world = cast("Any", env.unwrapped)
         self._policy = ENV_POLICY_MAP[self._world.task]()
 
     def act(self, explore: np.random.Generator | None = None) -> np.ndarray:

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """Procgen: 16 games with generated levels, 64x64 pixels (Cobbe et al., 2020; package envpool).
 
 `procgen/GAME` has easy levels, `procgen/GAME-hard` hard ones; the reset seed is the level's seed.

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false
 """XLand-MiniGrid: rulesets in a grid world, in JAX (Nikulin et al., 2024; package xminigrid).
 
 A level is a layout and the seed of a ruleset, `xland/R1-9x9/7`: every episode has the same goal and objects,
@@ -109,7 +108,7 @@ class _Envs:
         self._size = FEW if count <= FEW else max(count, BATCH)
         filled = np.array([*seeds, *[seeds[-1]] * (self._size - count)])
         self.timestep, out = self.layout.reset_all(self._task.ruleset, filled)
-        rows = {key: np.array(value) for key, value in out.items()}
+        rows: dict[str, np.ndarray] = {key: np.array(value) for key, value in out.items()}
         for i in range(count):
             yield _observation(rows, i), {"task": self._task.text}
 
@@ -120,7 +119,7 @@ class _Envs:
         chosen = np.zeros(self._size, np.int64)
         chosen[[*actions]] = [*actions.values()]
         self.timestep, out = self.layout.step_all(self._task.ruleset, self.timestep, chosen)
-        rows = {key: np.array(value) for key, value in out.items()}
+        rows: dict[str, np.ndarray] = {key: np.array(value) for key, value in out.items()}
         for i in actions:
             terminated = bool(rows["terminated"][i])
             truncated, info = bool(rows["truncated"][i]), {"is_success": terminated}

@@ -7,7 +7,7 @@ standardized on the fitting set. The interval comes from a bootstrap over episod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -42,7 +42,7 @@ class ProbeScore:
     def to_json(self) -> dict[str, object]:
         """Return the entry of `lam.json`; R2 also as normalized squared error, 1 - R2."""
         nmse = {"nmse": 1 - self.score, "nmse_ci95": [1 - self.ci95[1], 1 - self.ci95[0]]}
-        values = {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
+        values: dict[str, object] = {"score": self.score, "metric": self.metric, "ci95": list(self.ci95)}
         return values | (nmse if self.metric == "r2" else {})
 
 
@@ -148,7 +148,7 @@ def _ridge(x: np.ndarray, y: np.ndarray, x_new: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def _small_training() -> Iterator[None]:
+def _small_training() -> Generator[None]:
     """Enable gradients in full precision on one thread; the networks are too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -60,7 +60,10 @@ def evaluate_latents(
     guesses = _guesses(samples, rows, train, model.latent.frame_gap)
     numbers["baselines"] = {n: _score(g, truth, samples.latent[train]) for n, g in guesses.items()}
     other = np.random.default_rng(0).permutation(rows)
-    changed = {"shuffled_images": {"images": other}, "blank_prompt": {"tasks": [""] * len(rows)}}
+    changed: dict[str, dict[str, Any]] = {
+        "shuffled_images": {"images": other},
+        "blank_prompt": {"tasks": [""] * len(rows)},
+    }
     numbers["controls"] = {
         name: _score(_predict(model, samples, rows, **change)[0], truth, samples.latent[train])
         for name, change in changed.items()

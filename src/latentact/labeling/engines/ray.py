@@ -12,7 +12,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,7 +266,7 @@ def _tasks(job: Job, missing: list[int], actors: int) -> list[list[int]]:
 
 
 @contextmanager
-def _cluster(address: str, actors: int) -> Iterator[Any]:
+def _cluster(address: str, actors: int) -> Generator[Any]:
     """Yield Ray, connected to a cluster; one that is started here is stopped at the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray warns about how Ray Data starts actors, which users cannot change.

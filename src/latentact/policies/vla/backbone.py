@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,7 +159,7 @@ def _require_transformers() -> None:
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Generator[None]:
     """Keep the progress bars of transformers for reading and writing weights off the terminal."""
     from transformers.utils import logging
 

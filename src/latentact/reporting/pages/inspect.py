@@ -171,7 +171,7 @@ def _probes(numbers: dict[str, Any]) -> Section | None:
     if not parts:
         return None
     many = numbers["episodes"] > 1
-    rows = [
+    rows: list[tuple[str, tuple[str, ...], bool]] = [
         (
             text(BARS[name][0]),
             (
