@@ -295,7 +295,7 @@ CASES = {
     ),
     "no k for ground": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/labels", "labeled_episodes=0"),
-        "0 labeled episodes",
+        "labeled_episodes must be between 1 and 1000000000, got 0",
     ),
     "k of nothing for compare": (lambda f: compare(f, "ks=[0]"), "ks must be at least 1, got [0]"),
     "k without brackets": (
@@ -370,7 +370,7 @@ CASES = {
         lambda f: policy(f"labels={f.root}/odd_labels"),
         "manifest.json: spec.surprise is not a known field",
     ),
-    "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "Label it again"),
+    "labels: data has changed": (lambda f: policy(f"labels={f.root}/stale"), "label it again"),
     "labels: of another LAM": (
         lambda f: ("ground", f"policy={f.root}/policy", f"labels={f.root}/other_labels"),
         "weights of the latent actions must be the same",

@@ -125,6 +125,7 @@ def test_data_that_is_not_usable(tmp_path):
     [
         ("label", "--dataset.root=data --output_dir=out", "--data data --out out"),
         ("label", "--dataset.repo_id a/b --dataset.root data", "--data data"),
+        ("inspect", "--lam=runs/lam --seed 1", "runs/lam --seed 1"),
         ("label", "--dataset.repo_id=a/b@v1 --batch_size=8", "--data a/b@v1 --batch-size=8"),
         ("check-data", "--dataset.root=data --json", "data --json"),
         ("precompute", "--dataset.repo_id=a/b --dataset.root=d", "--dataset-repo-id a/b --dataset-root d"),

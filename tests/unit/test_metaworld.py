@@ -167,3 +167,12 @@ def test_drawing_without_a_display(found, chosen, monkeypatch):
         return
     suite.choose_gl()
     assert suite.os.environ["MUJOCO_GL"] == chosen
+
+
+@needs_gl
+def test_mujoco_may_have_been_imported_before_the_choice(monkeypatch):
+    suite.choose_gl()
+    monkeypatch.setattr(importlib.import_module("mujoco"), "GLContext", None)
+    context = suite._gl_context.__wrapped__()
+    assert type(context).__module__ == f"mujoco.{suite.os.environ['MUJOCO_GL']}"
+    context.free()

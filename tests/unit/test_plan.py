@@ -222,7 +222,7 @@ def test_ground_follows_a_plan(runs, tmp_path):
     plan.write_text(json.dumps(json.loads(plan.read_text())))
     assert "is already finished" in ok(*command).stderr
     plan.write_bytes((tmp_path / "random.json").read_bytes())
-    assert "longest.json must list the episodes that the run in" in refused(*command)
+    assert "longest.json has changed since the run in" in refused(*command)
     assert used.read_bytes() != plan.read_bytes()
     plan.write_text("{}")
     assert "episodes is missing" in refused(*command)

@@ -43,7 +43,7 @@ class PolicyObservations:
         self._history: list[np.ndarray] = []
 
     def append(self, observation: dict[str, Any]) -> None:
-        """Add the frames of the next timestep; the first ones also stand for those before."""
+        """Add the frames of the next timestep; the first ones are repeated to fill the history."""
         frames = select_image(observation, self._spec.camera)
         self._history = [*(self._history or [frames] * self._length), frames][-self._length :]
 

@@ -169,7 +169,7 @@ def build_config(config: type, flags: Iterable[Flag], values: Mapping[str, Any])
 
 
 def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> list[str]:
-    """Return the arguments with LeRobot's flag names, and underscores in names, replaced by ours.
+    """Return the arguments with LeRobot's names, underscores, and flags for positional fields replaced.
 
     If data is a single flag, `--dataset.root` overrides `--dataset.repo_id`, as in LeRobot.
 
@@ -185,6 +185,7 @@ def translate_flags(arguments: list[str], flags: list[Flag], argument: str) -> l
         if (field := next((name for name in names if name in fields), ""))
         and not isinstance(fields[field].constraint, OneOf)  # the kind of a policy is not a path
     }
+    targets |= {name: fields[name] for name in argument.split() if name in fields}  # LAM or --lam LAM
     switches = {f"--{flag.name}": flag for flag in flags if flag.kind is bool}
     root, repo_id = targets.get("dataset.root"), targets.get("dataset.repo_id")
     typed = {word.partition("=")[0] for word in arguments}

@@ -210,7 +210,10 @@ def read_labels(folder: str | Path) -> tuple[Labels, FrameStore]:
     )
     store = open_store(labels.data)
     if store.digest != manifest.digest or len(store.frames) != manifest.rows:
-        raise UserError(f"{labels.data.path} has changed since {folder} was written. Label it again.")
+        raise UserError(
+            f"{labels.data.path} has changed since {folder} was written. Delete the folder, and label it "
+            "again."
+        )
     return labels, store
 
 

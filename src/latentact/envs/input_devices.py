@@ -165,7 +165,7 @@ class Terminal:
     """A terminal: frames as colored blocks, one step per key.
 
     Raises:
-        UserError: standard input is no terminal.
+        UserError: standard input is not a terminal.
     """
 
     step_by_step = True

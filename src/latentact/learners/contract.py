@@ -63,7 +63,7 @@ class LearnerTools:
         return uses_frames(self.policy)
 
     def make_env(self) -> Any:
-        """Return the environment; its frames are black if the policy takes none."""
+        """Return the environment; its frames are black if the policy does not use frames."""
         return make_env(self.env.name, resolution=self.resolution, view=self.view, frames=self.uses_frames)
 
 

@@ -61,7 +61,7 @@ class GailConfig:
     epochs: Annotated[int, Between(1, 1000)] = 10
     """Passes of PPO over the steps of a rollout."""
     lr: Annotated[float, Between(0, 1)] = 1e-3
-    """Learning rate of PPO at the beginning; it falls to 0 linearly."""
+    """Initial learning rate of PPO, decayed linearly to 0."""
     gamma: Annotated[float, Between(0, 1)] = 0.99
     """Discount of rewards."""
     gae_lambda: Annotated[float, Between(0, 1)] = 0.9

@@ -131,7 +131,7 @@ class NetworkPolicy(Policy):
 
     @property
     def augments(self) -> tuple[str, ...]:
-        """Inputs that training can augment; grids of integers are no images."""
+        """Inputs that training can augment; integer grids are not images."""
         return tuple(name for name in super().augments if name != "frames" or not self.grid_values)
 
     def features(self, frames: Tensor, state: Tensor | None, words: Tensor) -> Float[Tensor, "b d"]:

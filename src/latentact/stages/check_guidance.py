@@ -189,8 +189,8 @@ def _demonstrations(config: CheckGuidanceConfig) -> Iterator[tuple[int, EpisodeT
                 env.close()
                 return
     raise UserError(
-        f"the expert of {config.env} must succeed in {config.demos} of {attempts} episodes, got {found}. "
-        "Choose another environment, or use fewer --demos."
+        f"the expert of {config.env} must succeed in {config.demos} of {attempts} episodes, got {found} "
+        "successes. Choose another environment, or lower --demos."
     )
 
 

@@ -1,4 +1,4 @@
-"""Robot actions for video without any, each with an uncertainty: `latentact export`.
+"""Predict robot actions, with an uncertainty, for video without actions: `latentact export`.
 
 Example: `latentact export --policy runs/ground --labels data/labels --labeled-episodes 5 --out data/pseudo`.
 A head reads the action from the latent action of the step together with the policy's features of the frame;

@@ -83,6 +83,8 @@ class GroundConfig(ClusterStage):
     def __post_init__(self) -> None:
         """Validate the configuration."""
         require_one_of("mode", self.mode, MODES)
+        if self.mode == "offline":
+            require_between("labeled_episodes", self.labeled_episodes, 1, 10**9)
         require_between("split_seed", self.split_seed, 0, LARGEST)
         if self.plan and self.mode == "online":
             raise UserError(

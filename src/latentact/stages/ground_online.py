@@ -70,7 +70,7 @@ class OnlineConfig:
     steps: Count = 50_000
     """Environment steps of PPO on the decoder, with the latent policy frozen."""
     lr: Annotated[float, Between(0, 1)] = 1e-3
-    """Learning rate at the beginning; it falls to 0 linearly."""
+    """Initial learning rate, decayed linearly to 0."""
     finetune_steps: Limit = 0
     """Environment steps of PPO on policy and decoder afterwards; 0: none."""
     finetune_lr: Annotated[float, Between(0, 1)] = 1e-3

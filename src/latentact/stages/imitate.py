@@ -183,7 +183,7 @@ def run(config: ImitateConfig) -> dict[str, Any]:
             )
     if result.guide is None:  # a camera that was lost before it showed anything
         raise result.error or UserError(
-            f"{config.live} must have at least one latent action, got none. Film for longer."
+            f"{config.live} must have at least one latent action, got none. Record a longer demonstration."
         )
     guide = result.guide
     out.mkdir(parents=True, exist_ok=True)

@@ -74,13 +74,19 @@ def run(config: LabelConfig) -> Path:
         "precision": config.precision,
     }
     if (out / MANIFEST).is_file():
-        asked = read_record(Manifest, out / MANIFEST).asked
+        manifest = read_record(Manifest, out / MANIFEST)
+        asked = manifest.asked
         kinds = {"model": type(model.config), "data": DataConfig}  # newer settings get their defaults
         asked |= {"lam": config.lam}  # weights and settings identify it; its folder may have moved
         if asked | {name: updated(kind, asked.get(name)) for name, kind in kinds.items()} != requested:
             raise UserError(
                 f"{out} must be new or hold these labels, got labels with other settings. Choose another "
                 "--out, or delete the folder."
+            )
+        if manifest.digest != FrameStream(data).key:
+            raise UserError(
+                f"{data.path} has changed since {out} was written. Choose another --out, or delete the "
+                "folder."
             )
         log.info("%s is already finished", out)
         return out

@@ -79,7 +79,7 @@ class Actions:
         """Return the action that a person typed or chose.
 
         Raises:
-            UserError: it is none.
+            UserError: the text is not an action of the data.
         """
         if self.space.discrete:
             known = [self.name(action) for action in range(self.space.size)]

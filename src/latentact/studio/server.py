@@ -38,7 +38,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware: refuse requests from elsewhere, under another name, or without the token.
+    """ASGI middleware: reject requests from other origins, to another host name, or without the token.
 
     Args:
         app: the application.

@@ -1,6 +1,6 @@
-"""What the pages share: the workspace, a user's state, and handlers that report progress and errors.
+"""Helpers of all pages: the workspace, a user's state, and handlers that report progress and errors.
 
-Everything of a user is in `gr.State`, per browser tab. Long work is a generator that yields progress; Gradio
+The state of a user is in `gr.State`, per browser tab. Long work is a generator that yields progress; Gradio
 closes it where the page's Stop button cancels the event.
 """
 

@@ -1,4 +1,4 @@
-"""What the studio works on, shared by all users and read-only; and one user's demonstration, a `Take`."""
+"""The studio's workspace, shared by all users and read-only, and the demonstration of one user, a `Take`."""
 
 from __future__ import annotations
 

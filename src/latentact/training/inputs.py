@@ -1,25 +1,30 @@
 """Digests of what a run learns from, by which a resumed run notices that it has changed.
 
-The names of a stage's settings say what they are: `data`, `dataset_root` and `labels` are datasets and their
-labels, `policy`, `vla` and `start` are folders of models, and `lam_tokens_path` is a file of tokens.
+The name of a setting tells what it is: `labels`, `data`, `policy`, ... Hub ids are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import dataclasses
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentact.data.cache import DataConfig, cache_folder
 from latentact.data.digest import Memo, blake2b, file_digest
-from latentact.data.format import open_source
-from latentact.data.latents import TOKENS, labeled_data
+from latentact.data.format import CameraRequired, open_source
+from latentact.data.latents import CODES, TOKENS, TOKENS_KEY, VALID, labeled_data
 from latentact.data.mixture import TrainingDataConfig
 from latentact.errors import UserError
 from latentact.io.tensors import WEIGHTS
 
-_COLUMNS = ("action", "observation.state")
+_MODELS = ("lam", "policy", "start", "vla", "vlm")
+_TOKENS = ("labels", "lam_tokens_path")
+_DATASETS = ("data", "dataset_root")
+_COLUMNS = ("action", "observation.state", TOKENS_KEY, CODES, VALID)
 
 
 def input_digests(config: Any) -> dict[str, str]:
@@ -30,50 +35,60 @@ def input_digests(config: Any) -> dict[str, str]:
 
     Returns:
         Path of the input -> digest. Inputs that are not on this machine, such as those of a run that has been
-        moved and hub ids that are not downloaded yet, are left out.
+        moved, are left out.
     """
-    values = vars(config)
-    files = [Path(folder) / WEIGHTS for folder in _given(values, "policy", "vla", "start")]
-    files += [_token_file(Path(path)) for path in _given(values, "labels", "lam_tokens_path")]
-    found = {str(file): file_digest(file) for file in files if file.is_file()}
-    for data in _datasets(values):
-        path = Path(data.path).expanduser()
-        with suppress(UserError):
-            if data.path and path.exists():
-                found[f"{path} ({data.camera})" if data.camera else str(path)] = _dataset_digest(path, data)
+    found: dict[str, str] = {}
+    for each in _inputs(config):
+        # What is missing or unreadable is left to the stage, which may not need it any more.
+        with suppress(UserError, OSError, RuntimeError):
+            if isinstance(each, Path):
+                with _memo(each) as memo:
+                    found[str(each)] = memo.get(each, "file", file_digest)
+            else:
+                path = Path(each.path).expanduser()
+                name = f"{path} ({each.camera})" if each.camera else str(path)
+                with _memo(path, each.cache_dir) as memo:
+                    found[name] = _dataset_digest(path, each.camera, memo)
     return found
 
 
-def _given(values: Mapping[str, Any], *names: str) -> list[str]:
-    """Return the paths among these settings; a setting of this name may also hold the settings of a model."""
-    return [values[name] for name in names if isinstance(values.get(name), str) and values[name]]
+def _inputs(config: Any) -> Iterator[Path | DataConfig]:
+    """Yield the files and datasets among the settings of a stage."""
+    for name, value in vars(config).items():
+        if isinstance(value, TrainingDataConfig) and value.mixture:
+            yield from (DataConfig(path=part.path, camera=part.camera) for part in value.mixture)
+        elif isinstance(value, DataConfig):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _inputs(value)
+        elif not isinstance(value, str) or not value:
+            continue
+        elif name in _MODELS:
+            yield Path(value) / WEIGHTS
+        elif name in _DATASETS:
+            yield DataConfig(path=value)
+        elif name in _TOKENS:
+            yield Path(value) / TOKENS if Path(value).is_dir() else Path(value)
+            if (Path(value) / TOKENS).exists():
+                with suppress(UserError):  # a token file belongs to any dataset
+                    yield labeled_data(value)
 
 
-def _token_file(path: Path) -> Path:
-    return path / TOKENS if path.is_dir() else path
+def _dataset_digest(path: Path, camera: str, memo: Memo) -> str:
+    """Return a digest of a dataset, without decoding: frames, tasks, actions, states and latent actions."""
+    try:
+        source = open_source(path, camera, memo)
+    except CameraRequired as error:
+        return blake2b(*(_dataset_digest(path, each, memo).encode() for each in error.cameras))
+    parts = [text.encode() for episode in source.episodes for text in (episode.content, episode.task)]
+    columns = [source.column(name) for name in _COLUMNS]
+    parts += [b"" if values is None else values.astype(np.float64).tobytes() for values in columns]
+    return blake2b(*parts)
 
 
-def _datasets(values: Mapping[str, Any]) -> Iterator[DataConfig]:
-    for path in _given(values, "data", "dataset_root"):
-        yield DataConfig(path=path)
-    for folder in _given(values, "labels"):
-        with suppress(UserError):
-            yield labeled_data(folder)
-    match values.get("data"):
-        case TrainingDataConfig(mixture=parts) if parts:
-            yield from (DataConfig(path=part.path, camera=part.camera) for part in parts)
-        case DataConfig() as data:
-            yield data
-
-
-def _dataset_digest(path: Path, config: DataConfig) -> str:
-    """Return a digest of the frames, actions and states of a dataset, without decoding."""
-    memo = Memo(cache_folder(config.cache_dir) / "memo", path)
-    source = open_source(path, config.camera, memo)
+@contextmanager
+def _memo(path: Path, cache_dir: str = "") -> Generator[Memo]:
+    memo = Memo(cache_folder(cache_dir) / "memo", path)
+    yield memo
     with suppress(OSError):  # full or read-only disk: only bookkeeping is lost
         memo.save()
-    columns = [source.column(name) for name in _COLUMNS]
-    return blake2b(
-        *(episode.content.encode() for episode in source.episodes),
-        *(b"" if column is None else column.tobytes() for column in columns),
-    )

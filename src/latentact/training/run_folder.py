@@ -68,10 +68,7 @@ def check_settings(out: Path, config: Any) -> None:
         if plan and plan.is_file() and used.is_file():
             now, before = (read_record(PlanRecord, file) for file in (plan, used))
             if now != before:
-                raise UserError(
-                    f"{plan} must list the episodes that the run in {out} began with, got others; "
-                    f"choose another out=, or delete the folder."
-                )
+                raise _changed(plan, out)
         _check_inputs(out, config)
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder with out=.")
@@ -79,14 +76,23 @@ def check_settings(out: Path, config: Any) -> None:
 
 def _check_inputs(out: Path, config: Any) -> None:
     """Raise a UserError if an input has changed since the run began; older releases recorded none."""
-    if not (out / _INPUTS).is_file():
+    file = out / _INPUTS
+    if not file.is_file():
         return
-    began, now = read_object(out / _INPUTS), input_digests(config)
+    try:
+        began = read_object(file)
+    except UserError as error:
+        raise UserError(f"{file} is damaged; delete it to resume without comparing inputs.") from error
+    now = input_digests(config)
     for path in sorted(began.keys() & now.keys()):
         if began[path] != now[path]:
-            raise UserError(
-                f"{path} has changed since the run in {out} began; choose another out=, or delete the folder."
-            )
+            raise _changed(path, out)
+
+
+def _changed(path: str | Path, out: Path) -> UserError:
+    return UserError(
+        f"{path} has changed since the run in {out} began; choose another out=, or delete the folder."
+    )
 
 
 def discard_run(out: Path) -> None:

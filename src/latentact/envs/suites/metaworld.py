@@ -328,11 +328,15 @@ def _mujoco() -> Any:
 def _gl_context() -> Any:
     """Return the OpenGL context of this process.
 
+    MuJoCo itself chooses one when it is imported, which may have been before `choose_gl`.
+
     Raises:
         UserError: there is none.
     """
+    backend = os.environ.get("MUJOCO_GL", "")
     try:
-        context = _mujoco().GLContext(64, 64)
+        module = importlib.import_module(f"mujoco.{backend}") if backend in ("egl", "osmesa") else _mujoco()
+        context = module.GLContext(64, 64)
     except Exception as error:  # of whichever library it is
         raise UserError(NO_GL.format(f"({type(error).__name__}: {error})")) from error
     atexit.register(context.free)

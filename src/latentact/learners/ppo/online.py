@@ -142,7 +142,7 @@ def train_online(
         make_env: number -> one of the environments in which it acts in parallel.
         settings: `OnlineConfig`.
         steps: environment steps.
-        lr: learning rate at the beginning; it falls to 0 linearly.
+        lr: initial learning rate, decayed linearly to 0.
         frozen: whether only the decoder learns.
         seed: random seed.
         name: name of the training, for its progress.
