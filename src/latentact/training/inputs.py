@@ -58,7 +58,8 @@ def _inputs(config: Any) -> Iterator[Path | DataConfig]:
         if isinstance(value, TrainingDataConfig) and value.mixture:
             yield from (DataConfig(path=part.path, camera=part.camera) for part in value.mixture)
         elif isinstance(value, DataConfig):
-            yield value
+            if value.path:
+                yield value
         elif dataclasses.is_dataclass(value):
             yield from _inputs(value)
         elif not isinstance(value, str) or not value:
