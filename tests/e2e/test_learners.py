@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import cli
+from conftest import cli, refused
 from latentact.data.cache import DataConfig, open_store
 from latentact.envs.spec import env_spec
 from latentact.policies.contract import Policy
@@ -130,9 +130,9 @@ def test_dagger_fine_tunes_a_grounded_latent_policy(tmp_path):
     tuned = Policy.from_pretrained(tmp_path / "out/seed0/dagger/labels10/policy")
     assert tuned.config.kind == "latent"
     assert not torch.equal(tuned.head.weight, grounded.head.weight)
-    refused = cli(*command, f"out={tmp_path / 'none'}")
-    assert refused.returncode == 2
-    assert "must start from a grounded latent policy" in refused.stderr
+    for kind in ("latent", "guided"):
+        message = refused(*command, f"policy={kind}", f"out={tmp_path / 'none'}")
+        assert f"policy={kind} must start from a policy that outputs robot actions" in message
     assert not (tmp_path / "none").exists()
 
 

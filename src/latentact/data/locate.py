@@ -84,7 +84,7 @@ def download_dataset(repo_id: str, root: str = "") -> Path:
         reason = str(error).strip().partition("\n")[0]
         shown = f"{repo_id}@{revision}" if revision else repo_id
         raise UserError(
-            f"{shown} must be a local path or a dataset on the hub that can be downloaded ({reason}). "
-            f"Check the name and the connection, or give a folder."
+            f"{shown} must be a folder or a dataset of the hub, got neither ({reason}). Check the name and "
+            "the connection, or give a folder."
         ) from error
     return Path(folder)

@@ -28,6 +28,7 @@ from latentact.stages import collect, finetune, rollout, train_policy
 from latentact.training.cluster.contract import CLUSTERS, ClusterStage
 from latentact.training.run_folder import begin_run, finished
 from latentact.training.settings import TrainingConfig
+from latentact.types import ActionSpace
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ def run(config: LearnConfig, out: Path) -> dict[str, Any]:
     """Learn with every seed, write `learner.json` and return it."""
     if finished(out, config, RESULT):
         return read_object(out / RESULT)
-    policy, spec = _policy(config), env_spec(config.env, view=config.view)
+    spec = env_spec(config.env, view=config.view)
+    policy = _policy(config, spec.action_space)
     check_step_limit(spec, config.max_steps)
     try_step(config.env, view=config.view, distract=Distraction(), seed=config.eval_seed)
     if policy.network.use_state and not spec.state_names:
@@ -129,7 +131,7 @@ def _slim(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in ("per_episode", "aggregated", "config", "lengths")}
 
 
-def _policy(config: LearnConfig) -> PolicyConfig:
+def _policy(config: LearnConfig, actions: ActionSpace) -> PolicyConfig:
     """Return the settings of the policy that is trained.
 
     Raises:
@@ -143,11 +145,13 @@ def _policy(config: LearnConfig) -> PolicyConfig:
                 f"with policy={policy.config.kind}. Give the folder of a train-policy or ground run."
             )
         return policy.config
-    if config.policy.kind == "latent":
+    try:
+        config.policy.targets(None, actions)
+    except UserError as error:
         raise UserError(
-            "policy=latent must start from a grounded latent policy, got no start. Give "
-            "start=DIR, the folder of a ground run."
-        )
+            f"policy={config.policy.kind} must start from a policy that outputs robot actions, got no start. "
+            "Give start=DIR, the folder of a ground run, or policy=bc."
+        ) from error
     return config.policy
 
 

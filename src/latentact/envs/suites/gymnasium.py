@@ -43,9 +43,8 @@ class Gymnasium:
                 suites = [suite for suite in ENVS.names() if suite != "gymnasium"]
                 known = did_you_mean(name, suites).removesuffix(".")
                 reason = str(error).splitlines()[0].rstrip(".")
-                raise UserError(
-                    f"unknown environment {name!r}{known}, or a Gymnasium id ({reason})."
-                ) from error
+                why = "" if "did you mean" in known else f" ({reason})"
+                raise UserError(f"unknown environment {name!r}{known}, or a Gymnasium id{why}.") from error
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
         """Return the environment.
