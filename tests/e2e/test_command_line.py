@@ -196,7 +196,7 @@ def test_a_dataset_that_cannot_be_downloaded(monkeypatch):
         raise OSError("no network\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(UserError, match=r"somebody/toys must be a local path or .* \(no network\)"):
+    with pytest.raises(UserError, match=r"somebody/toys must be a folder or .* got neither \(no network\)"):
         open_store(DataConfig(path="somebody/toys"))
 
 
