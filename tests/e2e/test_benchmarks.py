@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import cli, needs_gl, run_python
+from latentact.composition import load_experiment
 from latentact.device import supports_int8
 from latentact.evaluation.policy.comparison import Row, aggregate
 from latentact.evaluation.policy.intervals import success_interval
@@ -21,6 +22,7 @@ from latentact.lams.models.lapo import LapoConfig
 from latentact.lams.models.laq import LaqConfig
 from latentact.lams.models.villa_x import VillaXConfig
 from latentact.quantizers.nsvq import NsvqConfig
+from latentact.stages.train_lam import TrainLamConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -160,6 +162,13 @@ def test_reference_lams_have_cards_and_can_be_pushed(
     assert "prediction of the next frame, held-out episodes" in (out / "robot_clips/README.md").read_text()
     assert cli("push", out / "robot_clips", "me/lam", "--dry-run").returncode == 0
     assert load_lam(out / "robot_clips").spec.frame_gap == 2
+
+
+def test_reference_lams_are_small() -> None:
+    for reference in load("reference_lams").REFERENCES.values():
+        settings = [f"experiment={reference.experiment}", "data.path=x", *reference.settings]
+        lam = load_experiment("train_lam", TrainLamConfig, settings).lam
+        assert 4 * sum(parameter.numel() for parameter in lam.build(None).parameters()) < 5e6
 
 
 def test_pretraining_and_its_baselines_take_as_many_updates(
