@@ -152,3 +152,14 @@ def test_every_camera_task_and_token_is_an_input(tmp_path):
     seen.append(digests(dataset_root=str(root)))
     assert [[*each] for each in seen] == [[str(root)]] * 5
     assert len({each[str(root)] for each in seen}) == 5
+
+
+def test_the_column_that_flags_rows_is_an_input(tmp_path):
+    root, seen = tmp_path / "data", []
+    for flag in (True, False):
+        shutil.rmtree(root, ignore_errors=True)
+        feature = {"dtype": "bool", "shape": [1], "names": None}
+        lerobot(root, 3, columns={"good": (feature, lambda episode, n, flag=flag: [flag] * n)})
+        seen += [*digests(data=str(root), only="good").values(), *digests(data=str(root)).values()]
+    assert seen[1] == seen[3] not in (seen[0], seen[2])
+    assert seen[0] != seen[2]

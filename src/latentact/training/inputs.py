@@ -1,12 +1,12 @@
 """Digests of what a run learns from, by which a resumed run notices that it has changed.
 
-The name of a setting tells what it is: `labels`, `data`, `policy`, ... Hub ids are left out.
+Inputs are recognized by the names of settings: `labels`, `data`, `policy`, ... Hub ids are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ def input_digests(config: Any) -> dict[str, str]:
         moved, are left out.
     """
     found: dict[str, str] = {}
+    columns = [*_COLUMNS, vars(config).get("only", "")]  # the column that flags rows to learn from
     for each in _inputs(config):
         # What is missing or unreadable is left to the stage, which may not need it any more.
         with suppress(UserError, OSError, RuntimeError):
@@ -48,7 +49,7 @@ def input_digests(config: Any) -> dict[str, str]:
                 path = Path(each.path).expanduser()
                 name = f"{path} ({each.camera})" if each.camera else str(path)
                 with _memo(path, each.cache_dir) as memo:
-                    found[name] = _dataset_digest(path, each.camera, memo)
+                    found[name] = _dataset_digest(path, each.camera, columns, memo)
     return found
 
 
@@ -75,15 +76,15 @@ def _inputs(config: Any) -> Iterator[Path | DataConfig]:
                     yield labeled_data(value)
 
 
-def _dataset_digest(path: Path, camera: str, memo: Memo) -> str:
-    """Return a digest of a dataset, without decoding: frames, tasks, actions, states and latent actions."""
+def _dataset_digest(path: Path, camera: str, columns: Sequence[str], memo: Memo) -> str:
+    """Return a digest of frames, tasks and some columns of a dataset, without decoding."""
     try:
         source = open_source(path, camera, memo)
     except CameraRequired as error:
-        return blake2b(*(_dataset_digest(path, each, memo).encode() for each in error.cameras))
+        return blake2b(*(_dataset_digest(path, each, columns, memo).encode() for each in error.cameras))
     parts = [text.encode() for episode in source.episodes for text in (episode.content, episode.task)]
-    columns = [source.column(name) for name in _COLUMNS]
-    parts += [b"" if values is None else values.astype(np.float64).tobytes() for values in columns]
+    found = [source.column(name) for name in columns if name]
+    parts += [b"" if values is None else values.astype(np.float64).tobytes() for values in found]
     return blake2b(*parts)
 
 
