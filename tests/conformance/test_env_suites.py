@@ -31,10 +31,17 @@ def _needs_its_extra(request):
             pytest.importorskip(module)
 
 
-@pytest.fixture(params=[*EXAMPLES.values(), "full"])
+FULL = [
+    pytest.param("babyai/GoTo full", id="babyai full"),
+    pytest.param("metaworld/reach-v3 full", id="metaworld full", marks=needs_gl),
+]
+
+
+@pytest.fixture(params=[*EXAMPLES.values(), *FULL])
 def made(request, monkeypatch):
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    name, view = ("babyai/GoTo", "full") if request.param == "full" else (request.param, "agent")
+    name, _, view = request.param.partition(" ")
+    view = view or "agent"
     env = make_env(name, view=view)
     yield name, view, env
     env.close()

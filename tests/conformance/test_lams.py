@@ -143,6 +143,7 @@ CONFIGS = {
     "clam ema_features": replace(CLAM, target=AVERAGED, bottleneck=KlConfig(dim=8)),
     "idm": IdmConfig(size=32, scale=1),
     "idm patch": IdmConfig(size=32, backbone="patch", channels=(16,), difference_input=2.0),
+    "idm state": IdmConfig(backbone="state", state_size=3, hidden=16),
 }  # fmt: skip
 
 

@@ -217,6 +217,21 @@ def test_table_of_pretraining_pools_the_seeds() -> None:
     assert second == ["| ACT", "0.00", "0.00 (0.00 to 0.04)", "2.00 (2.00 to 2.00)", "0.50 |"]
 
 
+@needs_gl
+def test_clams_ablation_has_a_row_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark, rows = load("clam"), ("codes_joint", "idm")
+    sizes = "--demonstrations=3 --k=3 --play-steps=20 --lam-steps=2 --policy-steps=2 --decoder-steps=2"
+    few = "--seeds 0 --episodes=2 --max-steps=3"
+    monkeypatch.setattr(
+        sys, "argv", ["clam", f"--out={tmp_path}", "--rows", *rows, *sizes.split(), *few.split()]
+    )
+    benchmark.main()
+    page = (tmp_path / "clam.md").read_text().splitlines()
+    assert page[0] == "| metaworld/drawer-open-v3 | success by seed | success |"
+    assert [line.split(" | ")[0] for line in page[2:]] == [f"| {benchmark.ROWS[row]}" for row in rows]
+    assert page[2].endswith("| 0.00 | 0.00 (0.00 to 0.66) |")
+
+
 def test_planned_and_random_episodes_are_compared() -> None:
     benchmark = load("label_plan")
     given = SimpleNamespace(ks=[5, 10], methods=["coverage", "random", "longest"])

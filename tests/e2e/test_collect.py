@@ -219,3 +219,30 @@ def test_pusht_is_stored_as_video(tmp_path):
     last, before = dataset[-1 + len(dataset)], dataset[-2 + len(dataset)]
     assert np.array_equal(last["action"].numpy(), before["action"].numpy())
     assert last["next.success"].item()
+
+
+def test_random_play_is_kept_whole(tmp_path):
+    """In BabyAI, with the seven actions of the dataset; in an environment without an expert; continuous."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    result = run(config(tmp_path / "data", policy="random", episodes=30, max_steps=12, resolution=16))
+    assert (result.episodes, result.failed) == (30, 0)
+    columns = LeRobotDataset("local/data", root=tmp_path / "data").hf_dataset.with_format("numpy")
+    episode, action, success = (columns[key][:] for key in ("episode_index", "action", "next.success"))
+    assert np.bincount(episode).max() == 13
+    assert not success.reshape(-1).all()
+    steps = np.diff(episode, append=30) == 0  # the last action of an episode is a no-op
+    counts = np.bincount(action.reshape(-1)[steps], minlength=7)
+    assert counts.min() > 0.5 * counts.max()
+    assert len({tuple(action[episode == number].reshape(-1)) for number in range(30)}) == 30
+    others = {"policy": "random", "episodes": 4, "max_steps": 12, "resolution": 16}
+    for name in ("Acrobot-v1", "pusht"):
+        for workers in (1, 2):
+            run(config(tmp_path / f"{name}{workers}", env=name, workers=workers, **others))
+        assert contents(tmp_path / f"{name}1") == contents(tmp_path / f"{name}2")
+    with pytest.raises(UserError, match="different settings \\(policy\\)"):
+        run(config(tmp_path / "data", episodes=30, max_steps=12, resolution=16))
+    with pytest.raises(UserError, match="explore must be 0 with policy=random"):
+        config(tmp_path / "data", policy="random", explore=0.5)
+    with pytest.raises(UserError, match="policy must be expert or random, got 'play'"):
+        config(tmp_path / "data", policy="play")

@@ -46,6 +46,28 @@ def test_lerobots_environment_shows_the_same():
     env.close()
 
 
+@needs_gl
+def test_full_view_has_the_whole_observation():
+    env, agent = (make_env(DRAWER, resolution=32, view=view) for view in ("full", "agent"))
+    names = env_spec(DRAWER, view="full").state_names
+    for world in (env, agent):
+        world.reset(seed=5)
+    before = env.unwrapped.observation.astype(np.float32)
+    action = np.array([0.3, -1, 0.5, -1], np.float32)
+    state, hand = env.step(action)[0]["agent_pos"], agent.step(action)[0]["agent_pos"]
+    assert np.array_equal(state, env.unwrapped.observation.astype(np.float32))
+    assert len(names) == len(set(names)) == len(state) == 39
+    np.testing.assert_allclose(state[:4], hand, atol=1e-6)  # the agent's is clipped to its range
+    previous = [names.index(f"previous_{name}") for name in names[:18]]
+    assert np.array_equal(state[previous], before[:18])
+    handle = [names.index(f"object_{axis}") for axis in "xyz"]
+    assert np.allclose(state[handle], env.unwrapped.simulation._get_pos_objects())
+    goal = [names.index(f"goal_{axis}") for axis in "xyz"]
+    assert np.allclose(state[goal], env.unwrapped.simulation._target_pos)
+    env.close()
+    agent.close()
+
+
 def test_rate_limit_and_texts_are_lerobots():
     suite.choose_gl()
     from lerobot.envs import metaworld as theirs

@@ -1,6 +1,7 @@
 """The one environment loop: parallel episodes, with one batched action per step.
 
-It serves demonstrations (an expert acts), rollouts (an agent acts) and imitation (an agent follows a guide).
+It serves demonstrations (an expert acts), random play, rollouts (an agent acts) and imitation (an agent
+follows a guide).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from latentact.envs.spec import EnvError, Expert, ExpertStuckError, Suite, find_suite, make_expert
 from latentact.errors import UserError
+from latentact.types import ActionSpace
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -352,3 +354,38 @@ class ExpertActor:
         except ExpertStuckError:
             self._stuck[i] = True
             return None
+
+
+class RandomActor:
+    """Random play: uniform draws from the action space, of each episode by its seed.
+
+    Args:
+        space: robot action space, whose integers are drawn if it is discrete.
+        envs: the environments in which to act, with the bounds of continuous actions.
+        seeds: seed of each episode's draws.
+        repeat: steps for which each draw is repeated.
+    """
+
+    def __init__(
+        self, space: ActionSpace, envs: Sequence[gym.Env], seeds: Sequence[int], repeat: int = 1
+    ) -> None:
+        self._space, self._envs, self._seeds, self._repeat = space, envs, seeds, repeat
+
+    def reset(self, num_envs: int) -> None:
+        """Start the draws of new episodes."""
+        for env, seed in zip(self._envs, self._seeds, strict=True):
+            env.action_space.seed(int(seed))
+        self._rngs = [np.random.default_rng((seed, 2)) for seed in self._seeds]
+        self._steps = 0
+
+    def act(self, observation: dict[str, Any]) -> list[Any]:
+        """Return one action per episode."""
+        if self._steps % self._repeat == 0:
+            self._actions = [*map(self._draw, self._envs, self._rngs)]
+        self._steps += 1
+        return self._actions
+
+    def _draw(self, env: gym.Env, rng: np.random.Generator) -> Any:
+        if not self._space.discrete:
+            return env.action_space.sample()
+        return (self._space.values or range(self._space.size))[rng.integers(self._space.size)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentact.errors import UserError
+from latentact.nn.mlp import mlp
 from latentact.types import ActionSpace
 
 
@@ -60,11 +60,7 @@ class ActionDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.space, self.steps = config, space, steps
-        widths = (latent_size + state_size, *config.hidden)
-        layers: list[nn.Module] = []
-        for i, o in pairwise(widths):
-            layers += [nn.Linear(i, o), nn.ReLU()]
-        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], space.size * steps))
+        self.net = mlp(latent_size + state_size, config.hidden, space.size * steps)
         numbers = 0 if space.discrete else space.size
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))

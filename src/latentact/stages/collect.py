@@ -1,4 +1,4 @@
-"""Demonstrations of a scripted expert -> a LeRobot v3 dataset.
+"""Demonstrations of a scripted expert, or random play -> a LeRobot v3 dataset.
 
 Attempt i uses seed `seed + i` and is staged in a folder next to the dataset, by several processes at once.
 The successes with the lowest numbers become the episodes, in that order, so neither the number of workers nor
@@ -37,7 +37,16 @@ from latentact.data.lerobot.writer import (
 from latentact.envs import episode as envs_episode
 from latentact.envs.checks import check_ranges, check_step_limit
 from latentact.envs.distract import NUISANCE, Distraction
-from latentact.envs.episode import EpisodeEnd, ExpertActor, Recorded, SeparateEnvs, batched_expert, run_batch
+from latentact.envs.episode import (
+    EnvBatch,
+    EpisodeEnd,
+    ExpertActor,
+    RandomActor,
+    Recorded,
+    SeparateEnvs,
+    batched_expert,
+    run_batch,
+)
 from latentact.envs.spec import (
     ENVS,
     VIEWS,
@@ -47,7 +56,7 @@ from latentact.envs.spec import (
     make_env,
     make_expert,
 )
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.io.staging import locked_staging
 from latentact.progress import Progress
 
@@ -55,29 +64,36 @@ log = logging.getLogger(__name__)
 
 SIDECAR = "collect.json"
 """File in a dataset's `meta` folder with the settings of the collection."""
+POLICIES = ("expert", "random")
 PATIENCE = 20
 """Attempts after which a success rate below 10 % ends the collection."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Run a scripted expert and write its successful episodes as a LeRobot v3 dataset."""
+    """Run a scripted expert and write its successful episodes, or random play, as a LeRobot v3 dataset."""
 
     env: Annotated[str, OneOf(ENVS)]
-    """Environment with an expert: a suite, or SUITE/LEVEL."""
+    """Environment, for demonstrations with an expert: a suite, or SUITE/LEVEL."""
     out: str
     """Folder of the new dataset."""
+    policy: Annotated[str, OneOf(POLICIES)] = "expert"
+    """"expert": the scripted expert, whose failed attempts are dropped; "random": uniformly random actions,
+    of which every episode is kept, in any environment."""
+    action_repeat: Count = 1
+    """policy=random: steps for which each action is repeated. At high rates single random actions cancel out
+    and move a robot hardly at all."""
     tasks: str = ""
     """With metaworld/all: its tasks, as in `drawer-open-v3,door-open-v3`; empty: all 50. Episodes are spread
     evenly over them."""
     episodes: Count = 100
-    """Successful episodes to collect."""
+    """Episodes to collect."""
     seed: Seed = 0
     """Seed of the first attempt; attempt i uses seed + i."""
     resolution: Pixels = 0
     """Height and width of the frames in pixels; 0: the environment's own."""
     view: Annotated[str, OneOf(VIEWS)] = "agent"
-    """"agent": the agent's own view; "full": the whole world, for environments that have both."""
+    """"agent": what the agent itself observes; "full": the whole world, for environments that have both."""
     workers: Workers = 0
     """Number of processes; 0: one per core. Does not affect the data."""
     explore: Fraction = 0.0
@@ -103,8 +119,18 @@ class CollectConfig:
         check_ranges(episodes=self.episodes, seed=self.seed, max_steps=self.max_steps)
         if self.workers < 0:
             raise UserError(f"workers must be at least 0, got {self.workers}. Use 0 for one per core.")
+        require_one_of("policy", self.policy, POLICIES)
         if not 0 <= self.explore <= 1:
             raise UserError(f"explore must be between 0 and 1, got {self.explore}. Use 0 for none.")
+        if self.explore and self.random:
+            raise UserError(
+                f"explore must be 0 with policy=random, whose actions are all random, got {self.explore}."
+            )
+        require_between("action_repeat", self.action_repeat, 1, 10**6)
+        if self.action_repeat > 1 and not self.random:
+            raise UserError(
+                f"action_repeat must be 1 with policy=expert, got {self.action_repeat}. Use policy=random."
+            )
         if self.resolution and not 16 <= self.resolution <= 2048:
             raise UserError(
                 f"resolution must be 0 or between 16 and 2048 pixels, got {self.resolution}. Use 0 for the "
@@ -113,10 +139,16 @@ class CollectConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine the data."""
-        left_out = ("out", "workers", "distract", "tasks", "frames")
+        left_out = ("out", "workers", "distract", "tasks", "frames", "policy", "action_repeat")
         values = {k: v for k, v in asdict(self).items() if k not in left_out} | {"env": self.name}
         values |= {} if self.frames else {"frames": False}
+        values |= {"policy": "random", "action_repeat": self.action_repeat} if self.random else {}
         return values | {"distract": self.distraction.settings} if self.distraction else values
+
+    @property
+    def random(self) -> bool:
+        """Whether actions are random."""
+        return self.policy == "random"
 
     @property
     def name(self) -> str:
@@ -159,7 +191,8 @@ def run(config: CollectConfig) -> CollectResult:
     spec = env_spec(config.name, view=config.view)
     env = make_env(config.name, resolution=config.resolution, view=config.view, distract=config.distraction)
     env.reset(seed=config.seed)
-    make_expert(config.name, env, config.seed)
+    if not config.random:
+        make_expert(config.name, env, config.seed)
     check_step_limit(spec, config.max_steps)
     height, width, _ = env.observation_space["pixels"].shape  # type: ignore[index]
     record = _record_spec(config, spec, height, width)
@@ -193,7 +226,7 @@ def _finished(config: CollectConfig, out: Path) -> CollectResult:
     sidecar = out / "meta" / SIDECAR
     held = json.loads(sidecar.read_text()) if sidecar.is_file() else None
     settings = config.identity()
-    names = {*settings, "distract", "frames"}
+    names = {*settings, "distract", "frames", "policy", "action_repeat"}
     changed = [k for k in sorted(names) if held is not None and held.get(k) != settings.get(k)]
     if held is None or changed:
         what = f"a collection with different settings ({', '.join(changed)})" if changed else "other files"
@@ -322,25 +355,30 @@ def _attempt(config: CollectConfig, staging: Path, numbers: Sequence[int]) -> li
 
 
 def _batch(config: CollectConfig, spec: EnvSpec) -> int:
-    """Return how many attempts are computed at once; batches have neither distractors nor black frames."""
-    return 1 if config.distraction or not config.frames else spec.batch
+    """Return how many attempts are computed at once; only the expert's, with frames and no distractors."""
+    return 1 if config.distraction or not config.frames or config.random else spec.batch
 
 
 def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[envs_episode.Episode]:
-    """Return the expert's episodes, computed at once where the suite can."""
+    """Return the episodes, computed at once where the suite can."""
     seeds = [config.seed + number for number in numbers]
+    envs: EnvBatch
     if _batch(config, spec) > 1:
-        envs, expert = batched_expert(config.name, seeds, config.explore)
+        envs, actor = batched_expert(config.name, seeds, config.explore)
     else:
         env = _environment(config.name, config.resolution, config.view, config.distraction, config.frames)
-        envs, expert = SeparateEnvs([env]), ExpertActor(config.name, [env], seeds, config.explore)
+        envs = SeparateEnvs([env])
+        if config.random:
+            actor = RandomActor(spec.action_space, [env], seeds, config.action_repeat)
+        else:
+            actor = ExpertActor(config.name, [env], seeds, config.explore)
     record: set[Recorded] = {"actions"}
     if spec.state_names:
         record.add("states")
     if config.distraction.moves:
         record.add("nuisances")
     return run_batch(
-        expert,
+        actor,
         envs,
         seeds,
         camera=spec.camera,
@@ -353,12 +391,12 @@ def _play(config: CollectConfig, spec: EnvSpec, numbers: Sequence[int]) -> list[
 def _demonstration(
     config: CollectConfig, spec: EnvSpec, played: envs_episode.Episode
 ) -> EpisodeBuffer | None:
-    """Return what is written of an episode, or None if it did not succeed."""
+    """Return what is written of an episode, or None if the expert did not succeed."""
     if played.error is not None:
         raise played.error
     successes = [bool(success) for success in played.successes]
     scored = played.success is not None
-    if played.end is EpisodeEnd.ACTOR or (scored and not successes[-1]):
+    if played.end is EpisodeEnd.ACTOR or (scored and not successes[-1] and not config.random):
         return None
     last = played.actions[-1] if spec.hold is None else spec.hold
     dtype = np.int64 if spec.action_space.discrete else np.float32

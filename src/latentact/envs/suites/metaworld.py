@@ -38,8 +38,12 @@ RESOLUTION = 84
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)
 STATE = ("x", "y", "z", "gripper")
-HAND = ((-0.525, 0.348, -0.0525, -1.0), (0.525, 1.025, 0.7, 1.0))
+HAND = (np.array([-0.525, 0.348, -0.0525, -1.0]), np.array([0.525, 1.025, 0.7, 1.0]))
 """Smallest and largest state: the hand's position in meters and how far the gripper is open."""
+POSE = ("x", "y", "z", "q0", "q1", "q2", "q3")
+PRESENT = (*STATE, *(f"{thing}_{part}" for thing in ("object", "second_object") for part in POSE))
+FULL = (*PRESENT, *(f"previous_{name}" for name in PRESENT), "goal_x", "goal_y", "goal_z")
+"""Meta-World's observation: the state, two objects (0 where there is none), the same one step ago, goal."""
 ACTIONS = ("dx", "dy", "dz", "grasp")
 FLOOR = 1
 """Number of the floor in drawings of numbered objects, the first of every task; 0: no object."""
@@ -121,21 +125,21 @@ class MetaWorld:
             camera="observation.image",
             action_space=ActionSpace(kind="continuous", size=len(ACTIONS)),
             action_names=ACTIONS,
-            state_names=STATE,
+            state_names=FULL if view == "full" else STATE,
         )
 
     def make(self, name: str, resolution: int, view: str) -> gym.Env:
-        """Return the environment; both views are the image of LeRobot's camera."""
+        """Return the environment: the image of LeRobot's camera; the view "full" has all of the state."""
         with env_errors(name, "to be made"):
             world = world_of(name)
-        size = resolution or RESOLUTION
+        size, full = resolution or RESOLUTION, view == "full"
         return adapt(
             world,
             name=name,
             pixels=lambda _: world.camera(size).frame(world.simulation),
             resolution=size,
-            state=lambda observation: np.clip(observation[: len(STATE)], *HAND),
-            state_range=(np.array(HAND[0]), np.array(HAND[1])),
+            state=(lambda observation: observation) if full else _hand,
+            state_range=(np.full(len(FULL), -np.inf), np.full(len(FULL), np.inf)) if full else HAND,
             task=lambda: TASKS[world.task],
             success=lambda reward, terminated, info: terminated,
             floor=lambda _: world.camera(size).background().astype(np.float32),
@@ -162,6 +166,10 @@ class _Scripted(Expert):
             action = self._policy.get_action(self._world.observation.copy())  # some change what they get
         noise = 0.0 if explore is None else explore.normal(0, EXPLORE, len(ACTIONS))
         return np.clip(np.clip(action, -1, 1) + noise, -1, 1).astype(np.float32)
+
+
+def _hand(observation: np.ndarray) -> np.ndarray:
+    return np.clip(observation[: len(STATE)], *HAND)
 
 
 def _tasks(name: str) -> list[str]:

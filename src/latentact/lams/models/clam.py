@@ -34,6 +34,7 @@ from latentact.lams.targets import (
     no_pixel_decoder_error,
     pixel_error,
 )
+from latentact.nn.mlp import mlp
 from latentact.nn.patch import PatchUNet
 from latentact.nn.unet import UNet
 from latentact.quantizers.none import WhitenedConfig
@@ -176,12 +177,12 @@ class Clam(LatentActionModel):
         if self.state_size:
             s, before = c.state_size, (1 + c.fdm_context) * c.state_size
             self.state_norm = nn.BatchNorm1d(s, affine=False)
-            self.state_encoder = _mlp(3 * s, (c.hidden, c.hidden), 256)
-            self.state_fdm = _mlp(before + latent_dim, (c.hidden, c.hidden), s)
+            self.state_encoder = mlp(3 * s, (c.hidden, c.hidden), 256)
+            self.state_fdm = mlp(before + latent_dim, (c.hidden, c.hidden), s)
         self.idm_head = nn.Linear(
             256 * (self.uses_images + bool(self.state_size)), self.bottleneck.in_features
         )
-        self.action_decoder = _mlp(latent_dim, c.decoder, self.actions.size) if self.actions else None
+        self.action_decoder = mlp(latent_dim, c.decoder, self.actions.size) if self.actions else None
         action_dim = self.actions.size if self.actions and not self.actions.discrete else 0
         self.register_buffer("action_mean", torch.zeros(action_dim))
         self.register_buffer("action_std", torch.ones(action_dim))
@@ -337,11 +338,3 @@ class Clam(LatentActionModel):
             return None
         with torch.autocast(states.device.type, enabled=False):
             return self.state_norm(states.float().flatten(0, 1)).unflatten(0, states.shape[:2])
-
-
-def _mlp(in_features: int, widths: tuple[int, ...], out_features: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width in widths:
-        layers += [nn.Linear(in_features, width), nn.ReLU()]
-        in_features = width
-    return nn.Sequential(*layers, nn.Linear(in_features, out_features))

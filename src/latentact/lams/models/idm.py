@@ -2,6 +2,7 @@
 
 Learns from labeled steps. Its latent actions *are* robot actions, so its labels are pseudo-actions for
 behavior cloning: the baseline for every latent action model with the same labels. It has no forward dynamics.
+Timesteps are images, or robot states.
 """
 
 from __future__ import annotations
@@ -12,12 +13,24 @@ import torch
 from jaxtyping import Bool, Float, Float32, Shaped, UInt8
 from torch import Tensor, nn
 
-from latentact.errors import UserError
-from latentact.lams.contract import LAMS, LatentActionModel, action_loss, normalize_frames, transition_windows
+from latentact.errors import UserError, require_between, require_one_of
+from latentact.lams.contract import (
+    LAMS,
+    LatentActionModel,
+    action_loss,
+    at_steps,
+    batched,
+    normalize_frames,
+    require_states,
+    window_steps,
+)
 from latentact.nn.grid import CellEncoder
 from latentact.nn.impala import Impala
+from latentact.nn.mlp import mlp
 from latentact.nn.patch import PatchEncoder
 from latentact.types import ActionSpace, Clip, LatentActions
+
+BACKBONES = ("impala", "patch", "cells", "state")
 
 
 @LAMS.register("idm")
@@ -28,7 +41,7 @@ class IdmConfig:
     kind: str = "idm"
     """Registered name."""
     backbone: str = "impala"
-    """impala, patch or cells, as in LAPO."""
+    """impala, patch or cells, as in LAPO; state: an MLP on robot states."""
     size: int = 64
     """Height and width to which frames are resized, in pixels (cells: cells)."""
     grid_values: int = 32
@@ -41,13 +54,25 @@ class IdmConfig:
     """patch: channels of the levels; each further level halves the resolution."""
     difference_input: float = 0.0
     """Scale of the difference (next - current) as extra input channels; 0: none."""
+    state_size: int = 0
+    """state: size of the robot state."""
+    hidden: int = 256
+    """state: width of the two hidden layers."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        if self.backbone not in ("impala", "patch", "cells"):
-            raise UserError(f"lam.backbone must be impala, patch or cells, got {self.backbone!r}.")
-        if self.backbone == "cells" and self.difference_input:
-            raise UserError(f"lam.difference_input must be 0 for cells, got {self.difference_input:g}.")
+        require_one_of("lam.backbone", self.backbone, BACKBONES)
+        if self.backbone in ("cells", "state") and self.difference_input:
+            raise UserError(
+                f"lam.difference_input must be 0 for {self.backbone}, got {self.difference_input:g}."
+            )
+        if (self.backbone == "state") != bool(self.state_size):
+            raise UserError(
+                f"lam.state_size must be the size of the data's robot state for state, and 0 for other "
+                f"backbones, got {self.state_size} for {self.backbone}."
+            )
+        require_between("lam.state_size", self.state_size, 0, 1 << 14)
+        require_between("lam.hidden", self.hidden, 1, 1 << 16)
 
     def with_action_head(self, weight: float) -> None:
         """Return None: its latent actions are the robot actions themselves."""
@@ -60,7 +85,7 @@ class IdmConfig:
 
 
 class Idm(LatentActionModel):
-    """Predict the robot action between the last two of three frames."""
+    """Predict the robot action between the last two of three timesteps."""
 
     context = 1
     generative = False
@@ -70,9 +95,14 @@ class Idm(LatentActionModel):
     def __init__(self, config: IdmConfig, actions: ActionSpace) -> None:
         super().__init__(config)
         self.actions, self.space = actions, actions
-        self.augments = () if config.backbone == "cells" else ("frames",)
+        self.state_size = config.state_size
+        self.augments = () if config.backbone in ("cells", "state") else ("frames",)
         channels = 12 if config.difference_input else 9
-        if config.backbone == "cells":
+        if config.backbone == "state":
+            self.state_norm = nn.BatchNorm1d(config.state_size, affine=False)
+            hidden = (config.hidden, config.hidden)
+            self.encoder = nn.Sequential(mlp(3 * config.state_size, hidden, 256), nn.ReLU())
+        elif config.backbone == "cells":
             self.encoder = CellEncoder(3, 3, config.size, config.grid_values)
         elif config.backbone == "impala":
             self.encoder = Impala(channels, config.size, tuple(config.scale * c for c in (16, 32, 32)))
@@ -104,8 +134,10 @@ class Idm(LatentActionModel):
         states: Float32[Tensor, "*b t s"] | None = None,
     ) -> LatentActions:
         """Return robot actions: class probabilities and classes, or values in the robot's units."""
-        windows, transition_valid = transition_windows(frames, valid, self.context, last)
-        out = self._scores(windows)
+        frames, valid = batched(frames, valid, last)
+        steps, transition_valid = window_steps(valid, self.context, last)
+        seen = require_states(self, states) if self.state_size else frames
+        out = self._scores(at_steps(seen, steps))
         vectors = out.softmax(1) if self.space.discrete else out * self.std + self.mean
         vectors = vectors.reshape(*transition_valid.shape, 1, self.spec.token_dim)
         codes = vectors.argmax(-1) if self.space.discrete else None
@@ -127,9 +159,13 @@ class Idm(LatentActionModel):
         assert clip.action is not None
         assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
-        return action_loss(self._scores(clip.idm_frames[:, -3:]), action, clip.labeled), {}
+        seen = require_states(self, clip.states) if self.state_size else clip.idm_frames
+        return action_loss(self._scores(seen[:, -3:]), action, clip.labeled), {}
 
     def _scores(self, windows: Tensor) -> Tensor:
+        if self.config.backbone == "state":
+            states = self.state_norm(windows.float().flatten(0, 1)).unflatten(0, windows.shape[:2])
+            return self.head(self.encoder(states.flatten(1))).float()
         if self.config.backbone == "cells":
             return self.head(self.encoder(windows.flatten(1, 2))).float()
         x = normalize_frames(windows, self.config.size)
