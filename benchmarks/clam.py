@@ -114,7 +114,7 @@ def trained(row: str, seed: int, found: Data, out: Path, given: argparse.Namespa
             training=training(given.lam_steps, seed),
             plan=found.plan if labeled else "",
             labeled_episodes=given.k if labeled else 0,
-            frame_gap_s=given.frame_gap_s,
+            frame_gap_s=0.0 if row == "idm" else given.frame_gap_s,
             held_out=0,
         ),
         out / "lam",

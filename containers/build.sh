@@ -62,7 +62,8 @@ case ${1:-} in
   docker) docker_image ;;
   apptainer)
     recipes
-    "$(first apptainer singularity)" build latentact.sif latentact.def
+    builder=$(first apptainer singularity)
+    "$builder" build latentact.sif latentact.def
     ;;
   enroot)
     recipes

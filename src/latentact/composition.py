@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yaml import YAMLError
+
 from latentact.config import MISSING, from_dict, to_dict
 from latentact.errors import UserError
 from latentact.overrides import (
@@ -86,7 +88,7 @@ def run_stage(
     results: list[Any] = []
     try:
         app()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except (UserError, HydraException, OmegaConfBaseException, YAMLError) as error:
         failures.append(error)
     finally:
         sys.argv = saved
@@ -120,7 +122,7 @@ def load_experiment[T](stage: str, cls: type[T], overrides: list[str]) -> T:
     try:
         with initialize_config_module(f"latentact.conf.{stage}", version_base="1.3"):
             return _decode(cls, compose(stage, current_overrides(cls, [*map(quoted, overrides)])))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise user_error(error, cls, overrides) from error
 
 
@@ -159,7 +161,11 @@ def _decode[T](cls: type[T], composed: DictConfig) -> T:
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    values.pop("experiment", None)
+    if values.pop("experiment", None) is not None:
+        raise UserError(
+            "a file of an experiment must begin with the line `# @package _global_`, got one without it. Its "
+            "settings would have no effect."
+        )
     for group, registry in choices(cls):
         if isinstance(option := values.get(group), dict):
             _keep_chosen(registry.get(str(option["kind"])), option, group)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from latentact.config import dataclass_in, field_help
 from latentact.errors import MIXTURE, UserError, did_you_mean
 from latentact.registry import Registry
@@ -178,16 +180,36 @@ def help_text(stage: str, cls: type, example: str, argv: list[str]) -> str:
 
 
 def user_error(error: Exception, cls: type, words: list[str]) -> UserError:
-    """Return the message for an error of Hydra or OmegaConf; `words` is the command line."""
+    """Return the message for an error of Hydra, OmegaConf or YAML; `words` is the command line."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, yaml.YAMLError):
+        return UserError(
+            f"settings must be a YAML file, got one that cannot be read: {' '.join(str(error).split())}."
+        )
     chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
-    return error if isinstance(error, UserError) else UserError(_explain(error, cls, chosen))
+    file = re.match(r"In '(experiment/[^']+|[^/']+/[^']+)': ", str(error))
+    return UserError(f"{f'{file[1]}.yaml: ' if file else ''}{_explain(error, cls, chosen)}")
+
+
+def _item_type(cls: type, name: str) -> type | None:
+    """Return the dataclass of this name whose instances a setting lists."""
+    for hint in typing.get_type_hints(cls).values():
+        for item in typing.get_args(hint):
+            if dataclasses.is_dataclass(item) and getattr(item, "__name__", "") == name:
+                return item
+        if (held := dataclass_in(hint)) and (found := _item_type(held, name)):
+            return found
+    return None
 
 
 def _explain(error: Exception, cls: type, chosen: dict[str, str]) -> str:
     """Convert a Hydra or OmegaConf error to a one-sentence message; `chosen` maps groups to options."""
     merging = "Error merging override" in str(error) and error.__cause__
     text, cause = str(merging or error), error.__cause__ or error
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    text = re.sub(r"^In '[^']+': (?:\w+ raised while composing config:\s)?", "", text)
+    stated = re.search(r"full_key: (\S+)", text)
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None) or (stated and stated[1])
     if "Could not find" in text and "'" in text:  # an option of a group
         group, _, name = text.split("Could not find '")[1].split("'")[0].rpartition("/")
         options = [
@@ -202,10 +224,17 @@ def _explain(error: Exception, cls: type, chosen: dict[str, str]) -> str:
         name = str(key) if key else text.split("'")[1]
         if name == "data.mixture":
             return MIXTURE
+        if name in SPELLINGS:
+            return f"unknown setting {name!r}; did you mean {SPELLINGS[name]!r}?"
+        within = re.search(r"object_type=(\w+)", str(cause))
+        if "." not in name and within and (item := _item_type(cls, within[1])):
+            return f"unknown setting {name!r}{did_you_mean(name, (f.name for f in dataclasses.fields(item)))}"
         parts = name.split(".")
         same_level = {tuple(k.split(".")[: len(parts)]) for k, *_ in keys(cls, chosen=chosen)}
         siblings = {k for k in same_level if k[:-1] == tuple(parts[:-1])} or same_level
         return f"unknown setting {name!r}{did_you_mean(name, map('.'.join, siblings))}"
+    if "Cannot merge" in text or "Merge error" in text:
+        return "expected KEY: VALUE, with the settings of a group below its name. See docs/cluster.md."
     if "could not be converted to" in text:
         expected = text.rpartition("could not be converted to ")[2].split()[0]
         return f"{key} must be of type {expected}, got {text.split(chr(39))[1]!r}."

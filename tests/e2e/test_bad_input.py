@@ -92,7 +92,12 @@ def given(tmp_path_factory, blocks):
     shutil.copytree(root / "labels", root / "cut_labels")
     tokens = root / "cut_labels/lam_tokens.safetensors"
     tokens.write_bytes(tokens.read_bytes()[:-100])
-    for name, change in {"other_labels": {"weights": "1234"}, "odd_labels": {"surprise": 1}}.items():
+    changes = {
+        "other_labels": {"weights": "1234"},
+        "odd_labels": {"surprise": 1},
+        "gap_labels": {"robot_actions": True, "frame_gap": 2},
+    }
+    for name, change in changes.items():
         shutil.copytree(root / "labels", root / name)
         manifest = json.loads((root / name / "manifest.json").read_text())
         manifest["spec"].update(change)
@@ -379,6 +384,10 @@ CASES = {
         lambda f: policy("policy=bc", f"labels={f.root}/labels"),
         "labels must be robot actions for policy=bc",
     ),
+    "labels: of an IDM over several frames for bc": (
+        lambda f: policy("policy=bc", f"labels={f.root}/gap_labels"),
+        "labels must have a frame gap of 1 for policy=bc, one robot action per step, got 2",
+    ),
     "report: nothing there": (lambda f: ("report", f.root / "nowhere"), "nowhere"),
     "report: nothing to report": (lambda f: ("report", f.root / "empty"), "empty"),
 }
@@ -568,3 +577,43 @@ def test_full_disk_while_labeling(free, small_disk, given, tmp_path):
     assert cli(*command).returncode == 0
     assert (out / "manifest.json").exists()
     assert not [path for path in small_disk.iterdir() if "partial" in path.name]
+
+
+OWN = {
+    "unknown setting": (
+        "training: {stepps: 4}",
+        "mine.yaml: unknown setting 'training.stepps'; did you mean",
+    ),
+    "name of the command line": ("data: {batch_size: 8}", "did you mean 'training.batch_size'?"),
+    "type": ("training: {steps: many}", "mine.yaml: training.steps must be of type Integer, got 'many'"),
+    "group": ("defaults: [override /model: laq]", "mine.yaml: unknown setting 'model'"),
+    "value for a group": ("training: 3", "mine.yaml: expected KEY: VALUE"),
+    "list": ("[a, b]", "mine.yaml: expected KEY: VALUE"),
+    "no YAML": (
+        "training:\n steps: 4\n   lr: 3",
+        "got one that cannot be read: mapping values are not allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), OWN.values(), ids=OWN.keys())
+def test_own_experiments_with_mistakes(text, words, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment/mine.yaml"
+    file.write_text(f"# @package _global_\n{text}\n")
+    done = cli("train-lam", f"--config-dir={tmp_path}", "experiment=mine", "data.path=x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+
+
+def test_an_experiment_without_its_first_line_is_refused(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("training: {steps: 4}\n")
+    done = cli("train-lam", f"--config-dir={tmp_path}", "experiment=mine", "data.path=x")
+    assert done.returncode == 2
+    assert "must begin with the line `# @package _global_`" in done.stderr
+
+
+def test_a_mistake_in_a_mixture_names_its_settings():
+    done = cli("train-lam", "data.mixture=[{path: a, wieght: 3}]")
+    assert "unknown setting 'wieght'; did you mean 'weight'? Known: camera, path, weight." in done.stderr

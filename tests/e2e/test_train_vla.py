@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import latentact
 from conftest import TINY_LAM, ok, ranks, refused, start
 from latentact.agents.load import load_agent
 from latentact.data.latents import read_labels
@@ -320,9 +322,30 @@ def test_labels_and_prompts_that_do_not_fit(runs, tmp_path, blocks):
 
 
 def test_dry_run_needs_no_labels_and_writes_nothing(tmp_path):
-    shown = ok("train-vla", "experiment=vla_7b", "--dry-run", f"out={tmp_path}/run").stdout
+    eight = "cluster.compute.gpus_per_node=8"
+    shown = ok("train-vla", "experiment=vla_7b", "--dry-run", eight, f"out={tmp_path}/run").stdout
     assert "132.7 GB if all were trained" in shown
     assert "on each of 8 devices" in shown
     assert not (tmp_path / "run").exists()
-    line = ok("train-vla", "experiment=vla_7b", "--dry-run", "--json", "training.devices=16").stdout
-    assert json.loads(line)["devices"] == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        (("training.devices=16",), 16),
+        (("cluster=slurm", "cluster.compute.num_nodes=2", "cluster.compute.gpus_per_node=4"), 8),
+        (("cluster=lrz_h100",), 4),
+    ],
+    ids=lambda given: str(given),
+)
+def test_dry_run_is_for_the_devices_of_the_cluster(given, devices):
+    line = ok("train-vla", "experiment=vla_7b", "--dry-run", "--json", *given).stdout
+    assert json.loads(line)["devices"] == devices
+
+
+def test_no_experiment_sets_what_the_cluster_sets():
+    """It would hide the cluster's value, and the stage would refuse to start."""
+    conf = Path(latentact.__file__).parent / "conf"
+    for file in conf.rglob("*.yaml"):
+        training = (yaml.safe_load(file.read_text()) or {}).get("training") or {}
+        assert not {"devices", "num_nodes"} & training.keys(), file

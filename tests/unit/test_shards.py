@@ -399,6 +399,38 @@ def test_foreign_tars_of_every_kind(tmp_path):
         opened("pipe:touch mark")
 
 
+def test_a_rate_for_data_that_states_none(tmp_path, blocks, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    for number, rate in enumerate([{}, {"fps": 5}]):
+        with tarfile.open(data / f"{number}.tar", "w") as tar:
+            for n, frame in enumerate(noise(number, 4)):
+                add(tar, f"e_{n}.png", image(frame, "PNG"))
+                add(tar, f"e_{n}.json", json.dumps(rate).encode())
+    untimed = data / "0.tar"
+    assert opened(untimed).fps == 1
+    assert "no frame rate is stated: 1 frames per second are assumed, unless data.fps is set" in caplog.text
+    caplog.clear()
+    store = opened(untimed, fps=10.0)
+    assert store.fps == 10
+    np.testing.assert_allclose(store.timestamps, np.arange(4) / 10)
+    assert "no frame rate" not in caplog.text
+    assert opened(data).fps == 5  # that of the tar which states one
+    both = opened(data, fps=10.0)
+    assert (both.fps, both.lengths.tolist()) == (5, [2, 4])  # 10 is resampled to 5
+    with pytest.raises(UserError, match=r"data.fps must be 0 for .*1.tar, which states 5 frames per second"):
+        opened(data / "1.tar", fps=10.0)
+    assert opened(data / "1.tar", fps=5.0).fps == 5
+    with pytest.raises(UserError, match="fps must be 0 or between"):
+        opened(untimed, fps=-1.0)
+    arrays = tmp_path / "arrays.npz"
+    np.savez(arrays, obs=noise(2, 6))
+    assert opened(arrays, fps=10.0).fps == 10
+    parts = (MixturePart(path=str(untimed), fps=10.0), MixturePart(path=str(arrays), fps=10.0))
+    mixed = open_training_store(TrainingDataConfig(mixture=parts, resolution=32))
+    np.testing.assert_allclose(mixed.frame_times, [*(np.arange(4) / 10), *(np.arange(6) / 10)])
+
+
 def test_cameras_of_a_foreign_tar(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for n, frame in enumerate(noise(0, 3)):

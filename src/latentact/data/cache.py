@@ -55,6 +55,9 @@ class DataConfig:
     resize: Annotated[str, OneOf(KERNELS)] = "uint8"
     """Resize method: uint8 (the fastest), float (as torchvision resizes tensors, and villa-X) or pillow (as
     LAPA)."""
+    fps: Rate = 0.0
+    """Frames per second of data that states none, such as arrays or shards of other programs; 0: 1, or the
+    slowest rate that the rest of the data states."""
     target_fps: Rate = 0.0
     """Frames per second to resample to, by timestamps; 0: the rate of the dataset."""
     strict: bool = False
@@ -72,11 +75,12 @@ class DataConfig:
             raise UserError(
                 f"resolution must be between 0 and {_MAX_RESOLUTION} pixels, got {self.resolution}."
             )
-        if self.target_fps and not 1 / _MAX_FPS <= self.target_fps <= _MAX_FPS:
-            raise UserError(
-                f"target_fps must be 0 or between {1 / _MAX_FPS:g} and {_MAX_FPS} frames per second, got "
-                f"{self.target_fps:g}."
-            )
+        for name in ("fps", "target_fps"):
+            if (rate := getattr(self, name)) and not 1 / _MAX_FPS <= rate <= _MAX_FPS:
+                raise UserError(
+                    f"{name} must be 0 or between {1 / _MAX_FPS:g} and {_MAX_FPS} frames per second, got "
+                    f"{rate:g}."
+                )
         require_one_of("resize", self.resize, KERNELS)
 
 
@@ -129,6 +133,13 @@ def resolve_source(config: DataConfig) -> tuple[DecodeSpec, Path, Memo]:
     cache = cache_folder(config.cache_dir)
     memo = Memo(cache / "memo", path)
     source = open_source(path, config.camera, memo)
+    if config.fps and source.untimed:
+        source.set_fps(config.fps)
+    elif config.fps and source.episodes and not rates_agree(config.fps, source.fps):
+        raise UserError(
+            f"data.fps must be 0 for {path}, which states {source.fps:g} frames per second itself, got "
+            f"{config.fps:g}. Use data.target_fps to resample."
+        )
     if not source.episodes:
         raise UserError(
             f"{path} has no readable episode: {unreadable_message({**source.unreadable, **source.skipped})}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from latentact.data.decode.video import decode
+from latentact.data.decode.video import decode, video_properties
 from latentact.data.format import EpisodeData, LeRobotParts, Unreadable
 from latentact.data.lerobot.convert import write_episodes
 from latentact.data.stream import FrameStream
@@ -39,6 +39,27 @@ def convert(
     parts, episodes = _collect(stream, numbers, remedy)
     _write(out, parts.features, stream.fps, parts.robot_type, list(episodes.values()), remedy)
     return list(episodes)
+
+
+def check_convertible(stream: FrameStream, remedy: str) -> None:
+    """Check what headers and first frames tell, before anything is encoded.
+
+    Raises:
+        UserError: as in `convert`; videos of a camera differ in size.
+    """
+    parts, episodes = _collect(stream, range(len(stream.source.episodes)), remedy)
+    for episode in episodes.values():
+        for key, file in episode.videos.items():
+            try:
+                video = video_properties(file)
+            except Unreadable:
+                continue
+            height, width, _ = parts.features[key]["shape"]
+            if video.orientation == (1, 0, 0, 1) and (video.height, video.width) != (height, width):
+                raise UserError(
+                    f"videos of {stream.path} must have one size for a LeRobot dataset, got {width}x{height} "
+                    f"and, in {file.name}, {video.width}x{video.height} pixels; scale them, or {remedy}."
+                )
 
 
 STATE = "observation.state"

@@ -110,6 +110,10 @@ class LeRobotParts:
     """Robot type for the metadata."""
 
 
+UNTIMED = "no frame rate is stated: {:g} frames per second are assumed, unless data.fps is set"
+"""Note of a source with `untimed`."""
+
+
 @dataclass(kw_only=True)
 class FormatFindings:
     """What `check-data` reports about one format alone."""
@@ -155,6 +159,8 @@ class Source(Protocol):
     action_names: tuple[str, ...]
     """Names of the classes of a discrete action, or of the dimensions of a continuous one; may be empty."""
 
+    untimed: bool = False
+    """Whether an episode has no frame rate of its own; it is then guessed, and `set_fps` sets it."""
     kind: str = "dataset"
     """Kind of the data for people, such as "folder of videos"."""
     groups: Sequence[tuple[int, int]] = ()
@@ -203,6 +209,9 @@ class Source(Protocol):
     def row_tasks(self, number: int) -> Int64[np.ndarray, " n"]:
         """Return the index into `tasks` of each frame of an episode, before resampling; -1: no task."""
         ...
+
+    def set_fps(self, fps: float) -> None:
+        """Set the frame rate of the episodes that have none of their own; called before anything is read."""
 
     def times(self, number: int) -> Float64[np.ndarray, " n"]:
         """Return the time of each frame of an episode, in seconds since its first frame."""

@@ -33,6 +33,8 @@ class MixturePart:
     """Sampling weight, relative to the other datasets."""
     camera: str = ""
     """Camera key; empty: the only camera of the dataset."""
+    fps: float = 0.0
+    """As `data.fps`; 0: that."""
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
@@ -83,7 +85,10 @@ def open_training_store(config: TrainingDataConfig) -> FrameStore:
         store = open_store(single)
         parts = ((0, store.num_episodes, 1.0),)
     else:
-        stores = [open_store(replace(single, path=p.path, camera=p.camera)) for p in config.mixture]
+        stores = [
+            open_store(replace(single, path=p.path, camera=p.camera, fps=p.fps or single.fps))
+            for p in config.mixture
+        ]
         store = MixedStore(stores)
         ends = np.cumsum([each.num_episodes for each in stores]).tolist()
         weights = [part.weight for part in config.mixture]

@@ -21,7 +21,7 @@ from jaxtyping import Int64
 
 from latentact.config import BatchSize, Between, OneOf, Seconds, Workers, to_dict, updated
 from latentact.data.cache import DataConfig
-from latentact.data.convert import Piece, convert, convert_with_actions
+from latentact.data.convert import Piece, check_convertible, convert, convert_with_actions
 from latentact.data.format import Source
 from latentact.data.latents import CODES, DTYPES, KINDS, TOKENS_KEY, VALID, write_token_files
 from latentact.data.lerobot.columns import Column, add_columns
@@ -233,6 +233,8 @@ def require_rows(stream: FrameStream, remedy: str) -> None:
     for problem in source.lerobot_problems():
         raise UserError(f"{stream.path}: {problem}; repair the dataset, or use --output file.")
     require_upright(source.video_files)
+    if not source.lerobot_version.startswith("v3"):
+        check_convertible(stream, remedy)
 
 
 def _provenance(config: PrecomputeConfig, stream: FrameStream, encoded: DatasetLatents) -> dict[str, Any]:

@@ -185,9 +185,14 @@ def _robot_actions(
 
 def _labeled_actions(labels: Labels, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the robot actions that an inverse dynamics model gave every step, and where they exist."""
-    if not labels.spec.robot_actions or labels.spec.frame_gap != 1:
+    if not labels.spec.robot_actions:
         raise UserError(
             f"labels must be robot actions for policy={kind}, got latent actions of {labels.spec.model}. Use "
             "policy=latent, or label with a model of lam=idm."
+        )
+    if labels.spec.frame_gap != 1:
+        raise UserError(
+            f"labels must have a frame gap of 1 for policy={kind}, one robot action per step, got "
+            f"{labels.spec.frame_gap}. Train lam=idm without frame_gap_s."
         )
     return labels.vectors[:, 0] if labels.codes is None else labels.codes, labels.valid

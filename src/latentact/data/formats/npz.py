@@ -29,6 +29,7 @@ from latentact.data.format import (
     FASTEST,
     FORMATS,
     SLOWEST,
+    UNTIMED,
     EpisodeMetadata,
     Source,
     Unreadable,
@@ -132,8 +133,9 @@ class NpzSource(Source):
         self.first_rows = first_rows
         self.resizable = all(scan["image"] for scan in scans.values())
         self.fps = float(next(iter(scans.values()))["fps"]) if scans else 1.0
-        if not all(scan["timed"] for scan in scans.values()):
-            self.notes.append("the arrays have no fps: each step counts as one second")
+        self.untimed = not all(scan["timed"] for scan in scans.values())
+        if self.untimed:
+            self.notes.append(UNTIMED.format(self.fps))
         shapes = {tuple(scan["shape"]): name for name, scan in scans.items()}
         if len(shapes) > 1:
             different = ", ".join(f"{list(shape)} in {name}" for shape, name in [*shapes.items()][:3])
@@ -147,6 +149,11 @@ class NpzSource(Source):
         self.action_space = _space(path, [scan["classes"] for scan in scans.values()], self._columns)
         self._lock = threading.Lock()
         self._obs = functools.lru_cache(maxsize=2)(self._read_obs)
+
+    def set_fps(self, fps: float) -> None:
+        """Set the frame rate."""
+        self.notes.remove(UNTIMED.format(self.fps))
+        self.fps = fps
 
     def frames(self, number: int) -> Iterator[tuple[float, UInt8[np.ndarray, "h w c"]]]:
         """Yield (seconds, observation) of an episode."""

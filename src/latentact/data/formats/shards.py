@@ -22,7 +22,15 @@ from PIL import Image
 from latentact.data.decode.video import decode
 from latentact.data.digest import Memo, blake2b
 from latentact.data.files import printable
-from latentact.data.format import FORMATS, EpisodeMetadata, Source, Unreadable, choose_camera, discrete_space
+from latentact.data.format import (
+    FORMATS,
+    UNTIMED,
+    EpisodeMetadata,
+    Source,
+    Unreadable,
+    choose_camera,
+    discrete_space,
+)
 from latentact.data.formats.video_folder import has_videos
 from latentact.data.tars import (
     MANIFEST,
@@ -276,7 +284,11 @@ class ShardSource(Source):
                 )
             )
             sizes.append((first.width, first.height))
+        self._stated = self._episodes
+        """Episodes with the rates of their clips, 0 where a clip has none."""
         self._set_rates()
+        if self.untimed:
+            self.notes.append(UNTIMED.format(self.fps))
         ranges = [self._ranges.pop(file) for file in self._tars]
         self._offsets = np.concatenate([np.zeros(0, np.int64), *(offsets for offsets, _ in ranges)])
         """Offset of each frame's image in its tar; 0 for frames of a video."""
@@ -288,18 +300,24 @@ class ShardSource(Source):
         self._task = {text: place for place, text in enumerate(self.tasks)} | {"": -1}
         self.sizes = sorted({size for size in sizes if all(size)})
 
-    def _set_rates(self) -> None:
-        """Set the frame rate; clips without one get the slowest."""
-        rates = {clip.fps for _, scene in self._episodes for clip in scene}
-        known = [rate for rate in rates if rate]
+    def _set_rates(self, fps: float = 0.0) -> None:
+        """Set the frame rate; clips without one get the given one, or else the slowest."""
+        rates = {clip.fps for _, scene in self._stated for clip in scene}
+        known = [rate for rate in rates if rate] + [fps] * bool(fps)
+        self.untimed = 0.0 in rates
         self.uneven = len(known) > 1 and not rates_agree(max(known), min(known))
         self.fps = min(known, default=1.0)
-        if 0.0 in rates:
-            self.notes.append(f"some clips have no fps: {self.fps:g} frames per second are assumed")
+        if self.untimed:
+            own = fps or self.fps
             self._episodes = [
-                (tar, [clip if clip.fps else clip.at_rate(self.fps) for clip in scene])
-                for tar, scene in self._episodes
+                (tar, [clip if clip.fps else clip.at_rate(own) for clip in scene])
+                for tar, scene in self._stated
             ]
+
+    def set_fps(self, fps: float) -> None:
+        """Set the frame rate of clips without one."""
+        self.notes.remove(UNTIMED.format(self.fps))
+        self._set_rates(fps)
 
     def _describe_actions(self, shards: list[ShardIndex]) -> None:
         """Set the action space: that of the JSON files, or else that of the values."""
