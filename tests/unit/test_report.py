@@ -233,6 +233,90 @@ def test_several_lams_are_all_in_the_report_the_least_nested_first(tmp_path):
     assert "All latent action models of this run" in (tmp_path / "run" / "report.html").read_text()
 
 
+def write_evaluation(folder, **groups):
+    """Write the files of lerobot-eval: ten episodes per group of tasks, of which a number succeed."""
+
+    def scores(won, n):
+        return {
+            "avg_sum_reward": 10.0 * won / n,
+            "avg_max_reward": 1.0,
+            "pc_success": 100.0 * won / n,
+            "n_episodes": n,
+            "video_paths": ["elsewhere/videos/pusht_0/eval_episode_0.mp4"],
+            "predicted_video_paths": [],
+        }
+
+    for name in groups:
+        (folder / "videos" / f"{name}_0").mkdir(parents=True)
+        (folder / "videos" / f"{name}_0" / "eval_episode_0.mp4").write_bytes(b"film")
+    content = {
+        "per_task": [{"task_group": name, "task_id": 0, "metrics": {}} for name in groups],
+        "per_group": {name: scores(won, 10) for name, won in groups.items()},
+        "overall": scores(sum(groups.values()), 10 * len(groups)) | {"eval_s": 1.0, "eval_ep_s": 0.1},
+    }
+    (folder / "eval_info.json").write_text(json.dumps(content))
+
+
+def test_the_report_lists_rollouts_of_both_programs(tmp_path):
+    write_evaluation(tmp_path / "run" / "eval", pusht=3)
+    write_evaluation(tmp_path / "run" / "suites", easy=10, hard=0)
+    (tmp_path / "run" / "rollout").mkdir()
+    numbers = {"env": "pusht", "success": 0.5, "ci95": [0.2, 0.8], "return": 4.0, "episodes": 10, "seed": 0}
+    (tmp_path / "run" / "rollout" / "rollout.json").write_text(json.dumps(numbers))
+    result = run(ReportConfig(run_dir=str(tmp_path / "run")))
+    content = json.loads(result.json.read_text())
+    del numbers["seed"]
+    assert content["rollouts"] == {"rollout": numbers}
+    assert list(content["lerobot_evals"]) == ["eval", "suites"]
+    evaluation = content["lerobot_evals"]["eval"]
+    assert (evaluation["success"], evaluation["return"], evaluation["episodes"]) == (0.3, 3.0, 10)
+    assert evaluation["ci95"] == pytest.approx([0.1078, 0.6032], abs=1e-4)  # Wilson's, 3 of 10
+    assert content["lerobot_evals"]["suites"]["success"] == 0.5
+    assert content["lerobot_evals"]["suites"]["groups"]["easy"]["success"] == 1
+    page = result.html.read_text()
+    assert "eval, by lerobot-eval <small>success 0.30 (0.11 to 0.60), return 3.00 over 10 episodes" in page
+    assert "rollout <small>success 0.50 (0.20 to 0.80), return 4.00 over 10 episodes" in page
+    assert page.count("<video ") == 3
+    assert "easy_0, eval episode 0" in page
+    assert "No rollout was recorded." not in page
+    rows = re.findall(r'<tr><th scope="row">(\w+)</th><td class=n>(.*?)</td>', page)
+    assert rows == [("easy", "1.00 (0.72 to 1.00)"), ("hard", "0.00 (0.00 to 0.28)")]
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        (
+            {"held_out_accuracy": 0.75, "majority_accuracy": 0.5},
+            "accuracy on held-out episodes 0.75, of the majority action 0.5.",
+        ),
+        (
+            {"held_out_l1": [0.1, 0.3], "mean_action_l1": [0.4, 0.6]},
+            "L1 on held-out episodes 0.2, of the mean action 0.5.",
+        ),
+    ],
+)
+def test_a_lone_finetuned_vla(tmp_path, scores, sentence):
+    numbers = {"labeled_steps": 33, "labeled_episodes": 3} | scores
+    (tmp_path / "finetune_vla.json").write_text(json.dumps(numbers))
+    result = run(ReportConfig(run_dir=str(tmp_path)))
+    assert json.loads(result.json.read_text())["finetuned_vlas"] == {".": numbers}
+    page = result.html.read_text()
+    assert f"Fine-tuning: 33 steps with robot actions of 3 episodes; {sentence}" in page
+    assert "Robot actions from image and text" in Page(page).headings
+
+
+def test_trained_and_finetuned_vlas_share_a_section(tmp_path):
+    (tmp_path / "vla.json").write_text('{"metric": "accuracy", "score": 0.5}')
+    numbers = {"labeled_steps": 33, "labeled_episodes": 3, "held_out_l1": [0.1], "mean_action_l1": [0.2]}
+    (tmp_path / "robot").mkdir()
+    (tmp_path / "robot" / "finetune_vla.json").write_text(json.dumps(numbers))
+    content = build_report(tmp_path)
+    assert (list(content["vlas"]), list(content["finetuned_vlas"])) == (["."], ["robot"])
+    headings = Page((tmp_path / "report.html").read_text()).headings
+    assert "Latent and robot actions from image and text" in headings
+
+
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         run(ReportConfig(run_dir=str(tmp_path / "missing")))
@@ -251,6 +335,10 @@ def test_nothing_to_report(tmp_path):
         ("lam.npz", "not an archive"),
         ("comparison.json", '{"env": "x", "rows": [{"method": "latent"}]}'),
         ("rollout.json", "nothing"),
+        ("eval_info.json", "[]"),
+        ("eval_info.json", '{"per_episode": [], "aggregated": {}}'),
+        ("eval_info.json", '{"overall": {"pc_success": NaN, "avg_sum_reward": 1, "n_episodes": 1}}'),
+        ("finetune_vla.json", '{"labeled_steps": 3, "labeled_episodes": 1}'),
         ("demo.json", "1"),
     ],
 )

@@ -241,17 +241,7 @@ def _training_lines(numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"- Training: {vla['samples']} steps of {vla['episodes']} episodes without robot actions."
         )
     if tuned := numbers.get("finetune_vla.json"):
-        each = {"accuracy": ("held_out_accuracy", "majority_accuracy", "the majority action")}
-        each |= {"L1": ("held_out_l1", "mean_action_l1", "the mean action")}
-        scores = [
-            f"{metric} on held-out episodes {_mean(tuned[own]):.3g}, of {name} {_mean(tuned[base]):.3g}"
-            for metric, (own, base, name) in each.items()
-            if own in tuned
-        ]
-        lines.append(
-            f"- Fine-tuning: {tuned['labeled_steps']} steps with robot actions of "
-            f"{tuned['labeled_episodes']} episodes; {', '.join(scores)}."
-        )
+        lines.append(f"- {finetuning(tuned)}")
     if training:
         loss = training.get("val/loss")
         held_out = "" if loss is None else f", loss on held-out episodes {loss:.4g}"
@@ -264,6 +254,21 @@ def _training_lines(numbers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         held_out = "" if score is None else f", decoder's score on held-out episodes {score:.3g}"
         lines.append(f"- Grounding: {steps} steps with robot actions{held_out}.")
     return lines
+
+
+def finetuning(numbers: Mapping[str, Any]) -> str:
+    """Return the content of `finetune_vla.json` as a sentence."""
+    each = {"accuracy": ("held_out_accuracy", "majority_accuracy", "the majority action")}
+    each |= {"L1": ("held_out_l1", "mean_action_l1", "the mean action")}
+    scores = [
+        f"{metric} on held-out episodes {_mean(numbers[own]):.3g}, of {name} {_mean(numbers[base]):.3g}"
+        for metric, (own, base, name) in each.items()
+        if own in numbers
+    ]
+    return (
+        f"Fine-tuning: {numbers['labeled_steps']} steps with robot actions of "
+        f"{numbers['labeled_episodes']} episodes; {', '.join(scores)}."
+    )
 
 
 def _mean(value: float | Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field
 
 from latentact.errors import UserError
 from latentact.evaluation.policy.comparison import Row, verdict
+from latentact.evaluation.policy.intervals import success_interval
 from latentact.io.arrays import load_npz
 from latentact.io.atomic import read_json
 from latentact.io.records import Record, parse_record, read_record
@@ -100,8 +101,49 @@ class _RolloutRecord(Record):
     """`rollout.json`."""
 
     success: Measure | None = None
+    mean_return: Measure | None = Field(None, alias="return")
+    ci95: Interval | None = None
+    return_ci95: Interval | None = None
     episodes: Count = 0
     successes: Annotated[tuple[int | bool, ...], Field(strict=False)] | None = ()
+
+
+class _EvalScores(Record):
+    pc_success: Annotated[float, Field(ge=0, le=100)]
+    avg_sum_reward: Measure
+    n_episodes: Annotated[int, Field(ge=1, le=10**6)]
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the scores with the names of `rollout.json`."""
+        n = self.n_episodes
+        won = round(self.pc_success / 100 * n)
+        interval = list(success_interval([1] * won + [0] * (n - won)))
+        return {"success": won / n, "ci95": interval, "return": self.avg_sum_reward, "episodes": n}
+
+
+class _EvalRecord(Record):
+    """`eval_info.json` of LeRobot's `lerobot-eval`."""
+
+    overall: _EvalScores
+    per_group: dict[str, _EvalScores] = Field(default_factory=dict)
+
+
+class _TunedL1(Record):
+    """`finetune_vla.json` of continuous actions."""
+
+    labeled_steps: Count
+    labeled_episodes: Count
+    held_out_l1: Annotated[list[Measure], Field(min_length=1)]
+    mean_action_l1: Annotated[list[Measure], Field(min_length=1)]
+
+
+class _TunedAccuracy(Record):
+    """`finetune_vla.json` of discrete actions."""
+
+    labeled_steps: Count
+    labeled_episodes: Count
+    held_out_accuracy: Measure
+    majority_accuracy: Measure
 
 
 class _VlaRecord(Record):
@@ -152,12 +194,12 @@ class LearnerRun:
 
 @dataclass(frozen=True, kw_only=True)
 class VlaRun:
-    """A trained vision-language-action model."""
+    """A trained or fine-tuned vision-language-action model."""
 
     path: str
     """Its folder, relative to the run folder."""
     numbers: dict[str, Any]
-    """`vla.json`."""
+    """`vla.json` or `finetune_vla.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +242,12 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRecord:
-    """A policy in an environment."""
+    """A policy in an environment, run by `rollout` or by LeRobot's `lerobot-eval`."""
 
     path: str
     """Its folder, relative to the run folder."""
     numbers: dict[str, Any]
-    """`rollout.json`."""
+    """`rollout.json`, or `eval_info.json` with the same names and `groups`, those of its tasks."""
     videos: list[Path]
     """One per recorded episode, in order."""
 
@@ -224,8 +266,12 @@ class Findings:
     """In the order of their paths."""
     rollouts: list[RolloutRecord] = field(default_factory=list)
     """In the order of their paths."""
+    evaluations: list[RolloutRecord] = field(default_factory=list)
+    """By LeRobot's `lerobot-eval`, in the order of their paths."""
     vlas: list[VlaRun] = field(default_factory=list)
     """In the order of their paths."""
+    finetuned: list[VlaRun] = field(default_factory=list)
+    """Fine-tuned models, in the order of their paths."""
     learners: list[LearnerRun] = field(default_factory=list)
     """In the order of their paths."""
     configs: dict[str, str] = field(default_factory=dict)
@@ -236,7 +282,7 @@ class Findings:
     def empty(self) -> bool:
         """Whether there is nothing to report."""
         parts = (self.lams, self.comparisons, self.curves, self.rollouts, self.vlas, self.learners)
-        return not any(parts)
+        return not any((*parts, self.evaluations, self.finetuned))
 
 
 def find(run_dir: Path) -> Findings:
@@ -265,6 +311,17 @@ def find(run_dir: Path) -> Findings:
             numbers = _mapping(path)
             parse_record(_RolloutRecord, numbers, str(path))
             found.rollouts.append(RolloutRecord(path=folder, numbers=numbers, videos=videos))
+        elif path.name == "eval_info.json":
+            record = read_record(_EvalRecord, path)
+            groups = {name: scores.numbers() for name, scores in record.per_group.items()}
+            numbers = record.overall.numbers() | {"groups": groups}
+            videos = path.parent.glob("videos/**/eval_episode_*.mp4")
+            videos = sorted(videos, key=lambda file: (file.name, file))  # the first of every task first
+            found.evaluations.append(RolloutRecord(path=folder, numbers=numbers, videos=videos))
+        elif path.name == "finetune_vla.json":
+            numbers = _mapping(path)
+            parse_record(_TunedL1 if "held_out_l1" in numbers else _TunedAccuracy, numbers, str(path))
+            found.finetuned.append(VlaRun(path=folder, numbers=numbers))
         elif path.name == "vla.json":
             numbers = _mapping(path)
             if parse_record(_VlaRecord, numbers, str(path)).score is not None:
@@ -282,8 +339,8 @@ def find(run_dir: Path) -> Findings:
         raise UserError(f"{run_dir} holds nothing to report but its own page; open {run_dir / made[0]}.")
     if found.empty():
         raise UserError(
-            f"{run_dir} holds nothing to report (no lam.json, comparison.json, metrics.csv or rollout.json); "
-            "give the folder of a finished run."
+            f"{run_dir} holds nothing to report (no lam.json, comparison.json, metrics.csv, rollout.json or "
+            "eval_info.json); give the folder of a finished run."
         )
     if (run_dir / "demo.json").is_file():
         found.wall_s = read_record(DemoRecord, run_dir / "demo.json").wall_s

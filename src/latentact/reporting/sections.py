@@ -8,6 +8,7 @@ from typing import Any
 
 from latentact.evaluation.policy.comparison import LIMITED, Result, aggregate
 from latentact.evaluation.policy.rollout import conditions
+from latentact.reporting.card import finetuning
 from latentact.reporting.charts import curve_panels
 from latentact.reporting.comparison_plot import color, comparison_svg
 from latentact.reporting.html import Section, chart, figure, fold, table, text, video
@@ -62,12 +63,17 @@ def _comparison_table(results: Sequence[Result]) -> str:
 
 
 def rollout_section(found: Findings) -> Section | str:
-    """Return the section with videos of policies: for every method and k, the first recorded seed."""
+    """Return the section with rollouts and their videos: for every method and k, the first recorded seed.
+
+    Rollouts without videos are left out if a comparison or a learner has their numbers.
+    """
     titles = _rollout_titles(found)
     shown: dict[tuple[int, str], RolloutRecord] = {}
     for rollout in found.rollouts:
-        if rollout.videos:
-            shown.setdefault(titles.get(rollout.path, (UNKNOWN, rollout.path)), rollout)
+        if rollout.videos or not titles:
+            shown.setdefault(titles.get(rollout.path, (UNKNOWN, _name(found, rollout.path))), rollout)
+    for evaluation in found.evaluations:
+        shown[UNKNOWN, f"{_name(found, evaluation.path)}, by lerobot-eval"] = evaluation
     if not shown:
         return "No rollout was recorded."
     budget = VIDEO_BYTES
@@ -78,8 +84,11 @@ def rollout_section(found: Findings) -> Section | str:
             if (size := path.stat().st_size) <= budget:
                 budget -= size
                 caption = _episode(path.stem, rollout.numbers)
+                if len({file.parent for file in rollout.videos}) > 1:
+                    caption = f"{path.parent.name}, {caption}"
                 cells.append(figure(video(path, f"{title}, {caption}"), caption))
-        reached, grid = _reached(rollout, len(cells)), f'<div class="videos pixels">{"".join(cells)}</div>'
+        reached, grid = _reached(rollout, len(cells)), _group_table(rollout.numbers)
+        grid += f'<div class="videos pixels">{"".join(cells)}</div>' if cells else ""
         if len(shown) > UNFOLDED:
             parts.append(fold(f"{title}: {reached}", grid, unfolded=i < UNFOLDED))
         else:
@@ -87,7 +96,7 @@ def rollout_section(found: Findings) -> Section | str:
     return Section(
         anchor="rollouts",
         title="Watch the policies act",
-        what="The first recorded episodes of every policy, not the best ones.",
+        what="The first recorded episodes of every policy, not the best ones. Brackets are 95 % intervals.",
         body="".join(parts),
     )
 
@@ -112,12 +121,38 @@ def _rollout_titles(found: Findings) -> dict[str, tuple[int, str]]:
 
 
 def _reached(rollout: RolloutRecord, shown: int) -> str:
-    success, episodes = rollout.numbers.get("success"), rollout.numbers.get("episodes")
-    parts = [] if success is None else [f"success {success:.2f} over {episodes} episodes"]
-    parts += filter(None, [conditions(rollout.numbers)])
+    numbers = rollout.numbers
+    scores = [
+        f"{name} {_score(numbers, name, interval)}"
+        for name, interval in (("success", "ci95"), ("return", "return_ci95"))
+        if numbers.get(name) is not None
+    ]
+    parts = [f"{', '.join(scores)} over {numbers.get('episodes')} episodes"] if scores else []
+    parts += filter(None, [conditions(numbers)])
     if shown < len(rollout.videos):
         parts.append(f"{shown} of {len(rollout.videos)} videos shown")
     return "; ".join(parts)
+
+
+def _score(numbers: dict[str, Any], name: str, interval: str) -> str:
+    bounds = numbers.get(interval)
+    return f"{numbers[name]:.2f}" + (f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
+
+
+def _group_table(numbers: dict[str, Any]) -> str:
+    """Return the results of an evaluation on several groups of tasks."""
+    groups = numbers.get("groups") or {}
+    if len(groups) < 2:
+        return ""
+    rows = [
+        (text(name), (_score(n, "success", "ci95"), f"{n['return']:.2f}", str(n["episodes"])), False)
+        for name, n in groups.items()
+    ]
+    return table(("Tasks", "Success (95 %)", "Return", "Episodes"), rows, "Results by group of tasks")
+
+
+def _name(found: Findings, path: str) -> str:
+    return found.name if path == "." else path
 
 
 def _episode(stem: str, numbers: dict[str, Any]) -> str:
@@ -130,22 +165,35 @@ def _episode(stem: str, numbers: dict[str, Any]) -> str:
 
 
 def vla_section(found: Findings) -> Section:
-    """Return the section on latent actions predicted by vision-language-action models, with baselines."""
+    """Return the section on actions predicted by vision-language-action models, with baselines."""
     parts = []
     for run in found.vlas:
         numbers = run.numbers
         groups = {"model": numbers["score"], **numbers.get("baselines", {}), **numbers.get("controls", {})}
         rows = [(text(name.replace("_", " ")), (f"{n:.3f}",), name == "model") for name, n in groups.items()]
         metric = "R2" if numbers["metric"] == "r2" else "Accuracy"
-        title = found.name if run.path == "." else run.path
+        title = _name(found, run.path)
         scores = table(("Prediction", metric), rows, "Prediction of latent actions")
         parts.append(f"<h3>{text(title)}</h3><p>{text(numbers.get('verdict', ''))}</p>{scores}")
+    parts += [
+        f"<h3>{text(_name(found, run.path))}</h3><p>{text(finetuning(run.numbers))}</p>"
+        for run in found.finetuned
+    ]
+    kinds, what = [], ["On held-out episodes."]
+    if found.vlas:
+        kinds.append("latent")
+        what.append(
+            "Majority, majority of task and previous need no model: a model that does not beat them has "
+            "learned nothing useful. With shuffled images or a blank prompt, a model that uses the image and "
+            "the text gets worse."
+        )
+    if found.finetuned:
+        kinds.append("robot")
+        what.append("Fine-tuned models predict robot actions; the majority or mean action needs no model.")
     return Section(
         anchor="vla",
-        title="Latent actions from image and text",
-        what="On held-out episodes. Majority, majority of task and previous need no model: a model that does "
-        "not beat them has learned nothing useful. With shuffled images or a blank prompt, a model that uses "
-        "the image and the text gets worse.",
+        title=f"{' and '.join(kinds).capitalize()} actions from image and text",
+        what=" ".join(what),
         body="".join(parts),
     )
 
@@ -161,10 +209,7 @@ def curve_section(found: Findings) -> Section | str:
         title="Learning curves",
         what="One panel per training run. Dotted lines are from held-out episodes; scales are logarithmic "
         "where values span more than a factor of twenty.",
-        body="".join(
-            fold(found.name if c.path == "." else c.path, _panels(c), unfolded=not i)
-            for i, c in enumerate(runs)
-        ),
+        body="".join(fold(_name(found, c.path), _panels(c), unfolded=not i) for i, c in enumerate(runs)),
     )
 
 
@@ -186,7 +231,7 @@ def config_section(found: Findings) -> Section | str:
         title="Configurations",
         what="The complete settings of every run.",
         body="".join(
-            fold(found.name if path == "." else path, f"<pre><code>{text(content)}</code></pre>")
+            fold(_name(found, path), f"<pre><code>{text(content)}</code></pre>")
             for path, content in found.configs.items()
         ),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from latentact.evaluation.policy.comparison import BASELINES, LATENT, aggregate
 from latentact.io.atomic import atomic_write, write_json
+from latentact.reporting.card import finetuning
 from latentact.reporting.html import Section, page, text
 from latentact.reporting.lam_sections import (
     codebook_section,
@@ -33,7 +34,8 @@ def build_report(run_dir: Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run_dir` and return the first's content.
 
     It contains all files of known names below the folder: LAM runs, comparisons, learning curves,
-    rollouts with videos, configurations. Missing parts are listed in one sentence each.
+    rollouts and LeRobot's evaluations with videos, VLAs, configurations. Missing parts are listed in one
+    sentence each.
 
     Raises:
         UserError: the folder is missing, holds nothing to report or a damaged file; or plotly is missing.
@@ -49,6 +51,14 @@ def build_report(run_dir: Path) -> dict[str, Any]:
         "lams": {run.path: run.numbers for run in found.lams},
         "learners": {run.path: {"env": run.env, "verdict": run.verdict} for run in found.learners},
         "vlas": {run.path: run.numbers for run in found.vlas},
+        "finetuned_vlas": {run.path: run.numbers for run in found.finetuned},
+        "rollouts": {
+            run.path: {
+                name: run.numbers.get(name) for name in ("env", "success", "ci95", "return", "episodes")
+            }
+            for run in found.rollouts
+        },
+        "lerobot_evals": {run.path: run.numbers for run in found.evaluations},
         "comparison": [{"env": c.env, **row} for c in found.comparisons for row in c.content],
     }
     with atomic_write(Path(run_dir) / "report.html") as partial:
@@ -94,7 +104,7 @@ def _sections(found: Findings) -> tuple[list[Section], list[str]]:
             parts.append(other_lams_section(found.lams))
     else:
         parts.append("No latent action model was evaluated.")
-    parts += [vla_section(found)] if found.vlas else []
+    parts += [vla_section(found)] if found.vlas or found.finetuned else []
     parts += [curve_section(found), config_section(found)]
     return [p for p in parts if isinstance(p, Section)], [p for p in parts if isinstance(p, str)]
 
@@ -111,7 +121,11 @@ def _verdict(found: Findings) -> str:
         return _lam_verdict(found.lams[0])
     if found.vlas:
         return found.vlas[0].numbers.get("verdict") or f"{found.vlas[0].path} has not been evaluated yet."
-    return f"{found.name} has not been evaluated yet. Learning curves and rollouts are below."
+    if found.rollouts or found.evaluations:
+        return f"{found.name} has rollouts, but no comparison of methods."
+    if found.finetuned:
+        return finetuning(found.finetuned[0].numbers)
+    return f"{found.name} has not been evaluated yet. Learning curves are below."
 
 
 def _lam_verdict(lam: LamRun) -> str:
