@@ -240,6 +240,8 @@ def test_bad_input_is_one_sentence(world: Path, act: Path, tmp_path: Path) -> No
     assert "must be a LeRobot policy" in said
     said = refused("adapt-policy", "--policy", act, "--data", world / "videos", *out)
     assert "must be a LeRobot v3 dataset" in said
+    said = refused("adapt-policy", "--policy", act, "--data", tmp_path / "nowhere", *out)
+    assert "must be a LeRobot v3 dataset, got no such folder" in said
     said = refused("adapt-policy", "--policy", tmp_path / "absent", "--data", world / "plain", *out)
     assert "absent" in said
     (tmp_path / "full").mkdir()

@@ -10,7 +10,7 @@ import pytest
 from test_bad_input import sentence
 from test_kill import contents, filled, kill, ok
 
-from conftest import TINY_LAM, TINY_POLICY, cli
+from conftest import TINY_LAM, TINY_POLICY, cli, refused
 from latentact.data.cache import DataConfig, open_store
 from latentact.data.latents import read_labels
 from latentact.errors import UserError
@@ -26,6 +26,14 @@ def shards(tmp_path_factory, blocks):
     done = ok("shard", "--data", blocks, "--out", out, *FLAGS)
     assert "8 scenes, 24 clips, 96 frames" in done.stdout
     return out
+
+
+def test_other_settings_in_the_same_folder_are_named(shards, blocks):
+    command = ("shard", "--data", blocks, "--out", shards, *FLAGS)
+    assert "shards of other frames: another dataset, camera, --resolution or --target-fps" in refused(
+        *command, "--resolution", "32"
+    )
+    assert "holds shards with still_s = 0.0, not 2.0" in refused(*command, "--drop-still-s", "2")
 
 
 def test_training_and_labels_equal_those_of_the_data(shards, blocks, tmp_path):

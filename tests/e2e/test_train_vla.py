@@ -313,6 +313,8 @@ def test_labels_and_prompts_that_do_not_fit(runs, tmp_path, blocks):
     other = ("training.steps=1", "training.seed=1", f"out={tmp_path}/lam")
     ok("train-lam", f"data.path={blocks}", *small, *CODES, *other)
     ok("label", "--lam", tmp_path / "lam", "--data", blocks, "--out", tmp_path / "other")
+    none = ("finetune-vla", *FINETUNE, f"vla={root}/vla", f"labels={root}/labels", "labeled_episodes=0", out)
+    assert "labeled_episodes must be between 1 and" in refused(*none)
     gap = ("--frame-gap-s", 0.2, "--out", tmp_path / "gap")
     ok("label", "--lam", root / "lam", "--data", blocks, *gap)
     for name, field in (("other", "weights"), ("gap", "frame_gap")):

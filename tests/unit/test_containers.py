@@ -80,6 +80,19 @@ def test_build_starts_the_tool_that_is_installed(given, arguments, tmp_path):
     assert asked[:-1] == expected
 
 
+def test_build_without_its_tool_ends_with_one_sentence(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "cat", "chmod", "dirname", "env"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    environment = {"PATH": str(tmp_path / "bin")}
+    for kind in ("apptainer", "enroot", "docker"):
+        done = subprocess.run(
+            [BUILD, kind], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "build.sh needs one of" in done.stderr
+
+
 def test_build_says_what_it_takes():
     done = subprocess.run([BUILD, "everything"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_data_video import write_video
 
 from latentact.data import build
@@ -17,6 +18,8 @@ from latentact.data.cache import DataConfig, open_store
 from latentact.data.decode import pipeline
 from latentact.data.format import Unreadable
 from latentact.errors import UserError
+from latentact.io.atomic import atomic_dir
+from latentact.io.tensors import save_tensors
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -309,3 +312,19 @@ def test_real_robot_video(tmp_path, cache, name, episodes, frames):
     assert store.num_episodes == episodes
     assert store.frames.shape == (frames, 64, 64, 3)
     assert np.all(np.diff(store.timestamps)[np.diff(store.episode) == 0] > 0)
+
+
+def test_weights_have_the_permissions_of_other_files(tmp_path):
+    """safetensors makes files that only their owner reads."""
+    from safetensors.torch import save_file
+
+    def mode(file):
+        return file.stat().st_mode & 0o777
+
+    (plain := tmp_path / "plain").touch()
+    save_tensors(tmp_path / "own.safetensors", {"a": torch.zeros(2)})
+    with atomic_dir(tmp_path / "vlm") as folder:
+        (folder / "sub").mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "sub/other.safetensors")
+    assert mode(tmp_path / "own.safetensors") == mode(plain)
+    assert mode(tmp_path / "vlm/sub/other.safetensors") == mode(plain)

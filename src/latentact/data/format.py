@@ -212,6 +212,7 @@ class Source(Protocol):
 
     def set_fps(self, fps: float) -> None:
         """Set the frame rate of the episodes that have none of their own; called before anything is read."""
+        self.fps = fps
 
     def times(self, number: int) -> Float64[np.ndarray, " n"]:
         """Return the time of each frame of an episode, in seconds since its first frame."""

@@ -14,6 +14,14 @@ from typing import Any
 
 from latentact.errors import UserError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def make_shared(file: Path) -> None:
+    """Give a file the permissions of any new file: those of safetensors are for their owner only."""
+    file.chmod(0o666 & ~_UMASK)
+
 
 @contextmanager
 def atomic_dir(path: Path) -> Generator[Path]:
@@ -29,6 +37,9 @@ def atomic_dir(path: Path) -> Generator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        for file in partial.rglob("*.safetensors"):
+            if not file.is_symlink():
+                make_shared(file)
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     except BaseException as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentact.errors import UserError
+from latentact.io.atomic import make_shared
 from latentact.io.records import parse_json
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def save_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> str:
         if code := re.search(r"os error (\d+)", str(error)):  # such as a full disk
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
+    make_shared(path)
     return weights_hash(path)
 
 

@@ -75,6 +75,8 @@ def run(config: AdaptPolicyConfig) -> Adapted:
             f"{config.policy} must be a LeRobot policy, got one of latentact. Use latentact "
             f"{'ground' if kind == TYPE else 'finetune-vla'}."
         )
+    if not data.exists():
+        raise UserError(f"{config.data} must be a LeRobot v3 dataset, got no such folder. Give its path.")
     if not lerobot_version(data).startswith("v3"):
         raise UserError(
             f"{config.data} must be a LeRobot v3 dataset, got another format. Convert it with LeRobot."

@@ -20,7 +20,7 @@ from latentact.data.latents import Labels
 from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import FrameStore, known_rows
-from latentact.errors import UserError
+from latentact.errors import UserError, require_between
 from latentact.io.atomic import read_object, write_json
 from latentact.policies.vla.heads import ActionHeadConfig
 from latentact.policies.vla.model import Vla
@@ -97,6 +97,11 @@ class FinetuneVlaConfig(FinetuneVlaRecipe, ClusterStage):
     """Seed of the choice of held-out and labeled episodes; as in train-vla."""
     eval_rows: Annotated[int, Between(1, 1 << 20)] = 512
     """Number of held-out steps in the evaluation."""
+
+    def __post_init__(self) -> None:
+        """Validate the configuration."""
+        super().__post_init__()
+        require_between("labeled_episodes", self.labeled_episodes, 1, 10**9)
 
 
 @dataclass(frozen=True, kw_only=True)

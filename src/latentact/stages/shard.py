@@ -155,10 +155,10 @@ def _require_same(file: Path, identity: dict[str, Any], out: Path) -> None:
     held = held if isinstance(held, dict) else {}
     if changed := [name for name in identity if held.get(name) != identity[name]]:
         name = changed[0]
-        raise UserError(
-            f"{out} holds shards with {name} = {held.get(name)!r}, not {identity[name]!r}. Choose another "
-            f"--out, or delete the folder."
-        )
+        what = f"with {name} = {held.get(name)!r}, not {identity[name]!r}"
+        if name in ("frames", "tasks"):  # hashes
+            what = f"of other {name}: another dataset, camera, --resolution or --target-fps"
+        raise UserError(f"{out} holds shards {what}. Choose another --out, or delete the folder.")
 
 
 @contextmanager

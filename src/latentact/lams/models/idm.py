@@ -136,8 +136,7 @@ class Idm(LatentActionModel):
         """Return robot actions: class probabilities and classes, or values in the robot's units."""
         frames, valid = batched(frames, valid, last)
         steps, transition_valid = window_steps(valid, self.context, last)
-        seen = require_states(self, states) if self.state_size else frames
-        out = self._scores(at_steps(seen, steps))
+        out = self._scores(at_steps(self._observed(frames, states), steps))
         vectors = out.softmax(1) if self.space.discrete else out * self.std + self.mean
         vectors = vectors.reshape(*transition_valid.shape, 1, self.spec.token_dim)
         codes = vectors.argmax(-1) if self.space.discrete else None
@@ -159,8 +158,13 @@ class Idm(LatentActionModel):
         assert clip.action is not None
         assert clip.labeled is not None
         action = clip.action if self.space.discrete else (clip.action - self.mean) / self.std
-        seen = require_states(self, clip.states) if self.state_size else clip.idm_frames
-        return action_loss(self._scores(seen[:, -3:]), action, clip.labeled), {}
+        windows = self._observed(clip.idm_frames, clip.states)[:, -3:]
+        return action_loss(self._scores(windows), action, clip.labeled), {}
+
+    def _observed(self, frames: Tensor, states: Tensor | None) -> Tensor:
+        """Return the robot states, or the frames where it uses none."""
+        found = require_states(self, states)
+        return frames if found is None else found
 
     def _scores(self, windows: Tensor) -> Tensor:
         if self.config.backbone == "state":
