@@ -123,13 +123,16 @@ def test_one_tolerance_for_gaps_and_one_for_rates():
     assert [rates_agree(fps, 30.0) for fps in (29.97, 30.2, 29.6, 30.4)] == [True, True, False, False]
 
 
-def test_the_frame_gap_of_a_lam_at_a_rate():
+def test_the_frame_gap_of_a_lam_at_a_rate(caplog):
     spec = LapoConfig(backbone="patch", size=32).build().spec
     known = replace(spec, frame_gap=3, frame_gap_s=0.3)
     assert lam_frame_gap(replace(spec, frame_gap=3), 10.0, "data") == 3  # no seconds: frames
     assert lam_frame_gap(known, 0.0, "data") == 3  # no rate: frames
     assert lam_frame_gap(known, 30.0, "data") == 9
     assert lam_frame_gap(known, 10.0, "data", seconds=0.5) == 5
+    assert not caplog.text
+    assert lam_frame_gap(known, 8.0, "data") == 2
+    assert "transitions of data span 0.25 s, although the frame gap of the LAM lapo is 0.3 s" in caplog.text
     with pytest.raises(
         UserError, match=r"the frame gap of the LAM lapo must be near .* got 0.3 s. Give --frame-gap-s 0.5"
     ):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from latentact.data.format import Unreadable
 from latentact.errors import UserError
 from latentact.types import LatentActionSpec
+
+log = logging.getLogger(__name__)
 
 LEROBOT_TOLERANCE_S = 1e-4
 """LeRobot's `tolerance_s`: maximum distance of a row's frame from the row's time."""
@@ -82,6 +85,8 @@ def frames_in_gap(seconds: float, fps: float, data: object, *, setting: str, rem
             f"{setting} must be near a whole number of frames of {data}, which has a frame every "
             f"{1 / fps:g} s, got {seconds:g} s. {remedy}"
         )
+    if not rates_agree(frames / fps, seconds):
+        log.warning("transitions of %s span %g s, although %s is %g s", data, frames / fps, setting, seconds)
     return frames
 
 
