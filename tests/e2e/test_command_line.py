@@ -202,7 +202,7 @@ def test_a_dataset_that_cannot_be_downloaded(monkeypatch):
 
 def test_help_comes_from_the_stage():
     shown = " ".join(cli("collect", "--help").stdout.replace("│", " ").split())
-    assert "Successful episodes to collect." in shown
+    assert "Episodes to collect." in shown
     assert "[default: 100]" in shown
     assert "agent|full" in shown
     assert "suites: babyai, gymnasium, metaworld, procgen, pusht, xland." in shown

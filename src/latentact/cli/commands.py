@@ -27,7 +27,7 @@ NOT_RESUMABLE = {
 
 @stage_command("collect", "CollectConfig", argument="env")
 def _collect(config: Any, result: Any) -> str:
-    """Run a scripted expert and keep its successful episodes.
+    """Run a scripted expert and keep its successful episodes, or record random play.
 
     Example: latentact collect babyai/GoToRedBall --episodes 1500 --out data/red_ball
     """
