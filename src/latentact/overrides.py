@@ -188,7 +188,7 @@ def user_error(error: Exception, cls: type, words: list[str]) -> UserError:
             f"settings must be a YAML file, got one that cannot be read: {' '.join(str(error).split())}."
         )
     chosen = {key: value for key, _, value in (word.partition("=") for word in words)}
-    file = re.match(r"In '(experiment/[^']+|[^/']+/[^']+)': ", str(error))
+    file = re.match(r"In '([^/']+/[^']+)': ", str(error))
     return UserError(f"{f'{file[1]}.yaml: ' if file else ''}{_explain(error, cls, chosen)}")
 
 
