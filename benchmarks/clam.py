@@ -23,6 +23,7 @@ import numpy as np
 from latentact.data.cache import DataConfig
 from latentact.data.mixture import MixturePart, TrainingDataConfig, open_training_store
 from latentact.data.plan import plan_entry
+from latentact.data.splits import split_episodes
 from latentact.envs.spec import env_spec
 from latentact.evaluation.policy.intervals import success_interval
 from latentact.io.atomic import atomic_write, write_json
@@ -66,6 +67,8 @@ class Data:
     demonstrations: str
     play: str
     plan: str
+    labeled: int
+    """Episodes of the plan: all of the play, but for one where training holds that one out."""
 
     @property
     def mixture(self) -> TrainingDataConfig:
@@ -77,17 +80,17 @@ class Data:
 def data(out: Path, given: argparse.Namespace) -> Data:
     """Collect what is missing of the data."""
     common: dict[str, Any] = {"env": given.env, "view": "full", "frames": False, "resolution": SIDE}
-    found = Data(
-        demonstrations=str(out / "demonstrations"), play=str(out / "play"), plan=str(out / "plan.json")
-    )
+    names = {name: str(out / name) for name in ("demonstrations", "play")}
+    found = Data(**names, plan=str(out / "plan.json"), labeled=given.k)
     collect.run(collect.CollectConfig(out=found.demonstrations, episodes=given.demonstrations, **common))
     play = {"policy": "random", "episodes": given.k, "max_steps": given.play_steps, "seed": PLAY}
     play["action_repeat"] = given.play_repeat
     collect.run(collect.CollectConfig(out=found.play, **play, **common))
     mixed = open_training_store(found.mixture)
-    played = range(given.demonstrations, given.demonstrations + given.k)
+    train, _ = split_episodes(mixed, held_out=0.0, seed=0)
+    played = train[train >= given.demonstrations]
     write_json(out / "plan.json", {"episodes": [plan_entry(mixed, episode) for episode in played]})
-    return found
+    return replace(found, labeled=len(played))
 
 
 def training(steps: int, seed: int, **settings: Any) -> TrainingConfig:
@@ -102,7 +105,7 @@ def trained(row: str, seed: int, found: Data, out: Path, given: argparse.Namespa
     expert = TrainingDataConfig(path=found.demonstrations, resolution=SIDE)
     network = NetworkConfig(backbone="state", hidden=(HIDDEN, HIDDEN))
     bc = train_policy.TrainPolicyConfig(
-        policy=BcConfig(network=network), training=training(given.policy_steps, seed), held_out=0
+        policy=BcConfig(network=network), training=training(given.policy_steps, seed), held_out=0.0
     )
     if row in ("bc", "oracle"):
         return train_policy.run(replace(bc, data=play if row == "bc" else expert), out / "policy")
@@ -113,9 +116,9 @@ def trained(row: str, seed: int, found: Data, out: Path, given: argparse.Namespa
             lam=lam,
             training=training(given.lam_steps, seed),
             plan=found.plan if labeled else "",
-            labeled_episodes=given.k if labeled else 0,
+            labeled_episodes=found.labeled if labeled else 0,
             frame_gap_s=0.0 if row == "idm" else given.frame_gap_s,
-            held_out=0,
+            held_out=0.0,
         ),
         out / "lam",
     )
@@ -132,7 +135,7 @@ def trained(row: str, seed: int, found: Data, out: Path, given: argparse.Namespa
             labels=_labels(model, found.play, out / "play_labels"),
             labeled_episodes=given.k - 1,  # the other one is held out for the decoder's score
             training=training(given.decoder_steps, seed),
-            held_out=0,
+            held_out=0.0,
         ),
         out / "grounded",
     )

@@ -616,4 +616,6 @@ def test_an_experiment_without_its_first_line_is_refused(tmp_path):
 
 def test_a_mistake_in_a_mixture_names_its_settings():
     done = cli("train-lam", "data.mixture=[{path: a, weights: 3}]")
-    assert "unknown setting 'weights'; did you mean 'weight'? Known: camera, fps, path, weight." in done.stderr
+    assert (
+        "unknown setting 'weights'; did you mean 'weight'? Known: camera, fps, path, weight." in done.stderr
+    )

@@ -240,7 +240,7 @@ def test_random_play_is_kept_whole(tmp_path):
         for workers in (1, 2):
             run(config(tmp_path / f"{name}{workers}", env=name, workers=workers, **others))
         assert contents(tmp_path / f"{name}1") == contents(tmp_path / f"{name}2")
-    with pytest.raises(UserError, match="different settings \\(policy\\)"):
+    with pytest.raises(UserError, match=r"different settings \(action_repeat, policy\)"):
         run(config(tmp_path / "data", episodes=30, max_steps=12, resolution=16))
     with pytest.raises(UserError, match="explore must be 0 with policy=random"):
         config(tmp_path / "data", policy="random", explore=0.5)

@@ -269,7 +269,7 @@ def test_rows_of_a_vision_language_action_model(data, tmp_path):
     ok("report", out)
     page = (out / "report.html").read_text()
     assert "Oracle VLA (all labels)" in page
-    assert "Latent actions from image and text" in page
+    assert "Latent and robot actions from image and text" in page
     card = ok("push", tuned["vla_k2"], "someone/vla", "--dry-run").stdout
     assert "**VLA pretrained on latent actions (this policy)** | 2 |" in card
     assert "| VLA on k labels, not pretrained | 2 |" in card
