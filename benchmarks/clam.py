@@ -88,7 +88,7 @@ def data(out: Path, given: argparse.Namespace) -> Data:
     collect.run(collect.CollectConfig(out=found.play, **play, **common))
     mixed = open_training_store(found.mixture)
     train, _ = split_episodes(mixed, held_out=0.0, seed=0)
-    played = train[train >= given.demonstrations]
+    played = train[train >= given.demonstrations].tolist()
     write_json(out / "plan.json", {"episodes": [plan_entry(mixed, episode) for episode in played]})
     return replace(found, labeled=len(played))
 
