@@ -227,7 +227,7 @@ def test_clams_ablation_has_a_row_per_method(tmp_path: Path, monkeypatch: pytest
     )
     benchmark.main()
     page = (tmp_path / "clam.md").read_text().splitlines()
-    assert page[0] == "| metaworld/drawer-open-v3 | success by seed | success |"
+    assert page[0] == "| metaworld/reach-v3 | success by seed | success |"
     assert [line.split(" | ")[0] for line in page[2:]] == [f"| {benchmark.ROWS[row]}" for row in rows]
     assert page[2].endswith("| 0.00 | 0.00 (0.00 to 0.66) |")
 
