@@ -140,3 +140,17 @@ def test_damaged_videos_leave_nothing_behind(tmp_path, lam):
     (tmp_path / "v/a.mp4").write_bytes(b"")
     shutil.rmtree(out)
     assert "2 unreadable" in refused(tmp_path / "v", lam, out)
+
+
+def test_a_first_video_without_frames_is_left_out(tmp_path, lam):
+    """Its header can be read; the check of all videos before encoding must not end there."""
+    for name in "abc":
+        file = write_video(tmp_path / f"v/{name}.mp4", 8)
+    first = file.with_name("a.mp4")
+    data = bytearray(first.read_bytes())
+    begin, end = data.find(b"mdat") + 4, data.find(b"moov") - 4
+    assert 4 < begin < end
+    data[begin:end] = bytes(end - begin)
+    first.write_bytes(data)
+    shown, _ = opened(written(tmp_path / "v", lam, tmp_path / "out"), tmp_path, VIDEO)
+    assert len(shown) == 16

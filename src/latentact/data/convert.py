@@ -47,18 +47,19 @@ def check_convertible(stream: FrameStream, remedy: str) -> None:
     Raises:
         UserError: as in `convert`; videos of a camera differ in size.
     """
-    parts, episodes = _collect(stream, range(len(stream.source.episodes)), remedy)
-    for episode in episodes.values():
+    sizes: dict[str, tuple[int, int]] = {}
+    for episode in _episodes(stream, range(len(stream.source.episodes)), remedy)[1].values():
         for key, file in episode.videos.items():
             try:
                 video = video_properties(file)
-            except Unreadable:
+            except Unreadable:  # it is left out, or refused by name
                 continue
-            height, width, _ = parts.features[key]["shape"]
-            if video.orientation == (1, 0, 0, 1) and (video.height, video.width) != (height, width):
+            size = video.width, video.height
+            if video.orientation == (1, 0, 0, 1) and size != (first := sizes.setdefault(key, size)):
                 raise UserError(
-                    f"videos of {stream.path} must have one size for a LeRobot dataset, got {width}x{height} "
-                    f"and, in {file.name}, {video.width}x{video.height} pixels; scale them, or {remedy}."
+                    f"videos of {stream.path} must have one size for a LeRobot dataset, got "
+                    f"{first[0]}x{first[1]} and, in {file.name}, {size[0]}x{size[1]} pixels; scale them, or "
+                    f"{remedy}."
                 )
 
 
@@ -137,6 +138,18 @@ def _with_columns(
 def _collect(
     stream: FrameStream, numbers: Sequence[int], remedy: str
 ) -> tuple[LeRobotParts, dict[int, EpisodeData]]:
+    """Return the same as `_episodes`, with the size of the first frames."""
+    parts, episodes = _episodes(stream, numbers, remedy)
+    first = next(iter(episodes.values()))
+    for key, file in first.videos.items():  # the size in the metadata may be wrong
+        shape = next(decode(file))[1].shape
+        parts.features[key] |= {"shape": shape, "names": ["height", "width", "channels"]}
+    return parts, episodes
+
+
+def _episodes(
+    stream: FrameStream, numbers: Sequence[int], remedy: str
+) -> tuple[LeRobotParts, dict[int, EpisodeData]]:
     """Return the parts of the dataset, and of each episode whose video files exist."""
     parts, fps = stream.source.lerobot_parts(), stream.fps
     if parts is None:
@@ -157,10 +170,6 @@ def _collect(
             f"{stream.path} must have at least one episode with the videos of all cameras, got none; copy "
             f"the missing videos."
         )
-    first = next(iter(episodes.values()))
-    for key, file in first.videos.items():  # the size in the metadata may be wrong
-        shape = next(decode(file))[1].shape
-        parts.features[key] |= {"shape": shape, "names": ["height", "width", "channels"]}
     return parts, episodes
 
 
