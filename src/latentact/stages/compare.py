@@ -29,6 +29,7 @@ from latentact.data.mixture import TrainingDataConfig
 from latentact.data.plan import read_plan
 from latentact.data.splits import choose_labeled, split_episodes
 from latentact.data.store import known_rows
+from latentact.data.time_base import frames_in_gap
 from latentact.envs.checks import check_compatible, check_ranges, check_step_limit, try_step
 from latentact.envs.distract import Distraction
 from latentact.envs.spec import env_spec
@@ -293,9 +294,9 @@ class _Row:
         elif self.base in ("latent", "latent_joint"):
             folder = ground.run(self._ground(self._labels(self._latent_lam())), self._folder("grounded"))
         elif self.base == "idm_k":
-            folder = self._policy(c.policy.behavior_cloning(), labels=self._labels(self._idm()))
+            folder = self._policy(self._behavior_cloning(), labels=self._labels(self._idm()))
         else:
-            folder = self._policy(c.policy.behavior_cloning(), k=self.k)
+            folder = self._policy(self._behavior_cloning(), k=self.k)
         if (folder / "finetuned").is_dir():
             more["updates"] += c.finetune_steps
             if self.method == self.base:
@@ -366,6 +367,16 @@ class _Row:
                 out=str(self._folder("labels")),
             )
         )
+
+    def _behavior_cloning(self) -> Any:
+        """Return BC whose chunks last as long as the latent policy's, one of whose targets lasts a frame gap."""
+        c = self.config
+        policy, steps = c.policy.behavior_cloning(), 1
+        if c.frame_gap_s:
+            steps = frames_in_gap(c.frame_gap_s, open_store(c.data).fps, c.data.path, setting="frame_gap_s")
+        network = policy.network
+        chunk = {key: getattr(network, key) * steps for key in ("chunk_size", "n_action_steps")}
+        return replace(policy, network=replace(network, **chunk))
 
     def _policy(self, policy: Any, labels: Path | None = None, k: int | None = None) -> Path:
         c = self.config
