@@ -41,6 +41,8 @@ class Cell:
     demonstrations: int
     explore: float = 0.0
     """Of `collect`: exploratory actions, where the expert's actions follow from what is seen."""
+    seed: int = 0
+    """Of the first demonstration."""
     joint: bool = True
     """Whether the LAM of the experiment can have an action head."""
     settings: tuple[str, ...] = ()
@@ -56,8 +58,11 @@ CELLS = {
     "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500),
     "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=("action_selection=sample",)),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
-    "drawer-open": Cell("metaworld/drawer-open-v3", "metaworld", 200),
-    "button-press": Cell("metaworld/button-press-topdown-v3", "metaworld", 200),
+    "maze": Cell("procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, joint=False),
+    "drawer-open": Cell("metaworld/drawer-open-v3", "metaworld", 200, settings=("max_steps=200",)),
+    "button-press": Cell(
+        "metaworld/button-press-topdown-v3", "metaworld", 200, settings=("max_steps=200",)
+    ),
     "PushT": Cell("pusht", "pusht", 200),
 }
 CHEAP = ("GoToRedBall", "GoToRedBlueBall", "XLand")
@@ -70,6 +75,7 @@ def run(place: str, cell: Cell, distract: str, out: Path, given: argparse.Namesp
         out=str(out / "data" / f"{place}_{cell.demonstrations}"),
         episodes=cell.demonstrations,
         explore=cell.explore,
+        seed=cell.seed,
         distract=distract,
     )
     collect.run(data)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import av
 import numpy as np
@@ -175,9 +176,25 @@ def test_same_command_again_returns_the_same(compared):
 def test_other_settings_are_refused(compared):
     _, out, command = compared
     before = contents(out)
-    done = cli(*command, "ks=[1,2]")
+    done = cli(*command, "episodes=5")
     assert done.returncode == 2
-    assert "ks = [2], not [1, 2]" in done.stderr.splitlines()[-1]
+    assert "episodes = 4, not 5" in done.stderr.splitlines()[-1]
+    assert contents(out) == before
+
+
+def test_other_ks_and_methods_are_added(compared):
+    content, out, command = compared
+    before = contents(out)
+    ok(*command, "ks=[1,2]", "methods=[bc_k,oracle]")
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert [(row["method"], row["k"]) for row in rows[:3]] == [("bc_k", 1), ("bc_k", 2), ("oracle", None)]
+    assert all(row in content["rows"] for row in rows[1:])
+    written = {path for path, value in contents(out).items() if before.get(path) != value}
+    summary = {"config.yaml", *(f"comparison.{kind}" for kind in ("json", "csv", "svg"))}
+    assert written - summary == {path for path in written if "/bc_k_k1/" in path}, "nothing is trained again"
+    ok(*command)
+    assert json.loads((out / "comparison.json").read_text()) == content
+    shutil.rmtree(out / "seed0" / "bc_k_k1")
     assert contents(out) == before
 
 

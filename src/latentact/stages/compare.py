@@ -8,7 +8,8 @@ with fine-tuning. Rows of a vision-language-action model (VLA) are included if `
 pretrained on the latent actions of the LAM, fine-tuned without pretraining, and trained on all labels for the
 same total number of updates. Two rows that ignore observations are always included: uniformly random actions,
 and those of random steps of the demonstrations. Every row is a chain of stages through artifacts on disk;
-re-run the command to resume.
+re-run the command to resume. With other methods, ks or seeds, it adds rows to the same folder and compares
+those that it is given.
 """
 
 from __future__ import annotations
@@ -93,9 +94,10 @@ class CompareConfig(ClusterStage):
     """Compare latent policies with BC-k, IDM-k and oracle BC at equal budgets, with a verdict."""
 
     ONE_PROCESS: ClassVar = True
+    EXTENDS: ClassVar = ("methods", "ks", "seeds")
 
     out: str = "runs/compare"
-    """Run folder; re-run the same command to resume."""
+    """Run folder; re-run the same command to resume, or with other methods, ks or seeds to add rows."""
     data: DataConfig
     """Demonstrations with robot actions."""
     env: str

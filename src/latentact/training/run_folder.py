@@ -40,11 +40,13 @@ class Busy(UserError):
 def finished(out: Path, config: Any, result: str) -> bool:
     """Return whether a run folder already holds the `result` of this config; write nothing.
 
+    A run of a config with `EXTENDS` goes on with other values of these settings.
+
     Raises:
         UserError: the folder holds a run with other settings.
     """
     check_settings(out, config)
-    if not (out / result).exists():
+    if not (out / result).exists() or _extended(out, config):
         return False
     log.info("%s is already finished", out)
     return True
@@ -58,7 +60,10 @@ def check_settings(out: Path, config: Any) -> None:
         if not isinstance(found, dict):
             raise UserError(f"{path} must hold the settings of a run, got {found!r}; delete the folder.")
         found = _with_defaults(type(config), current_names(type(config), found))
-        if different := _first_difference(found, _requested(config)):
+        requested = _requested(config)
+        for key in _extensions(config):
+            found[key] = requested[key]
+        if different := _first_difference(found, requested):
             key, old, new = different
             raise UserError(
                 f"{out} holds a run with {key} = {old!r}, not {new!r}; "
@@ -150,6 +155,16 @@ def _plan(config: Any) -> Path | None:
     """Return the file of the episodes to label, if the stage has one and it is given."""
     values = to_dict(config)
     return Path(values["plan"]) if values.get("plan") else None
+
+
+def _extensions(config: Any) -> tuple[str, ...]:
+    """Return the settings whose values share a run folder, since each value has artifacts of its own."""
+    return getattr(config, "EXTENDS", ())
+
+
+def _extended(out: Path, config: Any) -> bool:
+    found, requested = read_yaml(out / "config.yaml"), _requested(config)
+    return any(found.get(key) != requested[key] for key in _extensions(config))
 
 
 def _requested(config: Any) -> dict[str, Any]:
