@@ -58,7 +58,9 @@ CELLS = {
     "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500),
     "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=("action_selection=sample",)),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
-    "maze": Cell("procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, joint=False),
+    "maze": Cell(
+        "procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, settings=("max_steps=40",)
+    ),
     "drawer-open": Cell("metaworld/drawer-open-v3", "metaworld", 200, settings=("max_steps=200",)),
     "button-press": Cell(
         "metaworld/button-press-topdown-v3", "metaworld", 200, settings=("max_steps=200",)
