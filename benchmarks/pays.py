@@ -53,10 +53,12 @@ class Cell:
         return not self.env.startswith("xland")
 
 
+SAMPLED = ("action_selection=sample",)
+"""Without memory, a policy that takes the most likely action can repeat itself forever."""
 CELLS = {
-    "GoToRedBall": Cell("babyai/GoToRedBall", "babyai", 1500),
-    "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500),
-    "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=("action_selection=sample",)),
+    "GoToRedBall": Cell("babyai/GoToRedBall", "babyai", 1500, settings=SAMPLED),
+    "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500, settings=SAMPLED),
+    "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=SAMPLED),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
     "maze": Cell(
         "procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, settings=("max_steps=40",)
