@@ -25,6 +25,8 @@ from latentact.stages import collect, compare
 log = logging.getLogger("pays")
 
 ROWS = ("latent", "latent_joint", "bc_k", "bc_k_self_training", "idm_k", "idm_k_finetuned", "oracle")
+ACT = ("act_k",)
+"""Of environments with continuous actions; LeRobot's batch size, with as many updates as the other rows."""
 CLEAN, DISTRACTED = "", "background=0.5,shake=0.3,correlation=0.8"
 QUICK = 2
 """What `--quick` divides the numbers of updates by."""
@@ -45,6 +47,8 @@ class Cell:
     """Of the first demonstration."""
     joint: bool = True
     """Whether the LAM of the experiment can have an action head."""
+    continuous: bool = False
+    """Whether actions are continuous, so that ACT can predict them."""
     settings: tuple[str, ...] = ()
 
     @property
@@ -60,14 +64,14 @@ CELLS = {
     "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500, settings=SAMPLED),
     "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=SAMPLED),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
-    "maze": Cell(
-        "procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, settings=("max_steps=40",)
+    "maze": Cell("procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, settings=("max_steps=40",)),
+    "drawer-open": Cell(
+        "metaworld/drawer-open-v3", "metaworld", 200, continuous=True, settings=("max_steps=200",)
     ),
-    "drawer-open": Cell("metaworld/drawer-open-v3", "metaworld", 200, settings=("max_steps=200",)),
     "button-press": Cell(
-        "metaworld/button-press-topdown-v3", "metaworld", 200, settings=("max_steps=200",)
+        "metaworld/button-press-topdown-v3", "metaworld", 200, continuous=True, settings=("max_steps=200",)
     ),
-    "PushT": Cell("pusht", "pusht", 200),
+    "PushT": Cell("pusht", "pusht", 200, continuous=True),
 }
 CHEAP = ("GoToRedBall", "GoToRedBlueBall", "XLand")
 
@@ -100,6 +104,8 @@ def settings(
 ) -> compare.CompareConfig:
     """Return the settings of one seed's comparison."""
     rows = [row for row in ROWS if cell.joint or row != "latent_joint"]
+    if cell.continuous:
+        rows += ACT
     overrides = [
         f"experiment={cell.experiment}",
         f"env={cell.env}",
@@ -110,6 +116,7 @@ def settings(
         f"episodes={given.episodes}",
         f"distract='{distract}'",
         "record=0",
+        *(["lerobot.batch_size=8"] if cell.continuous else []),
         *cell.settings,
     ]
     config = load_experiment("compare", compare.CompareConfig, overrides)

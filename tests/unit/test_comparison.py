@@ -4,9 +4,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from latentact.data.cache import DataConfig
 from latentact.evaluation.policy.comparison import Row, aggregate, verdict
 from latentact.evaluation.policy.intervals import success_interval
+from latentact.policies.latent import LatentConfig
+from latentact.policies.network import NetworkConfig
 from latentact.reporting.comparison_plot import write_comparison
+from latentact.stages import compare
 
 
 def row(method, rate, *, k=5, seed=0, episodes=100, **more):
@@ -195,3 +199,17 @@ def test_files(tmp_path, ks):
         "comparison.json",
         "comparison.svg",
     ]
+
+
+@pytest.mark.parametrize(("gap_s", "steps"), [(0.0, 1), (0.1, 1), (0.2, 2), (0.5, 5)])
+def test_chunks_of_behavior_cloning_last_as_long_as_latent_ones(blocks, tmp_path, gap_s, steps):
+    network = NetworkConfig(backbone="patch", patch=4, chunk_size=3, n_action_steps=2)
+    config = compare.CompareConfig(
+        data=DataConfig(path=str(blocks), resolution=32),
+        env="any",
+        policy=LatentConfig(network=network),
+        frame_gap_s=gap_s,
+    )
+    for method in ("bc_k", "idm_k", "oracle"):
+        plain = compare._Row(config, tmp_path, method, 5, 0)._behavior_cloning().network
+        assert (plain.chunk_size, plain.n_action_steps) == (3 * steps, 2 * steps)

@@ -160,8 +160,7 @@ class CompareConfig(ClusterStage):
     self_training: bool = False
     """Whether fine-tuning of `latent` and `latent_joint` uses all training episodes, as in ground."""
     lerobot: train_lerobot.LeRobotRecipe = field(default_factory=train_lerobot.LeRobotRecipe)
-    """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k; steps and batch size are those of
-    policy_training."""
+    """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k; steps are those of policy_training."""
     vla: train_vla.TrainVlaRecipe = field(default_factory=train_vla.TrainVlaRecipe)
     """The vision-language-action model of the rows vla (latent actions first), vla_scratch (without them) and
     vla_oracle (all labels)."""
@@ -371,7 +370,7 @@ class _Row:
         )
 
     def _behavior_cloning(self) -> Any:
-        """Return BC whose chunks last as long as the latent policy's, one of whose targets lasts a frame gap."""
+        """Return BC whose chunks last as long as the latent policy's, where a target lasts a frame gap."""
         c = self.config
         policy, steps = c.policy.behavior_cloning(), 1
         if c.frame_gap_s:
@@ -448,7 +447,7 @@ class _Row:
             policy=kind,
             episodes=tuple(chosen.tolist()),
             steps=training.steps,
-            batch_size=training.batch_size,
+            batch_size=c.lerobot.batch_size or training.batch_size,
             device=training.device,
             seed=self.seed,
             num_workers=training.num_workers,

@@ -17,7 +17,7 @@ from latentact.data.lerobot.source import lerobot_version
 from latentact.data.lerobot.writer import require_lerobot
 from latentact.data.store import FrameStore
 from latentact.device import select_device
-from latentact.errors import UserError, require_one_of
+from latentact.errors import UserError, require_between, require_one_of
 from latentact.io.atomic import write_json
 from latentact.training.lerobot.train import (
     LeRobotTrainee,
@@ -43,6 +43,9 @@ ACT = (
 class LeRobotRecipe:
     """LeRobot's settings of the rows act_k, diffusion_k and lam_act_k: `KEY=VALUE KEY=VALUE`."""
 
+    batch_size: int = 0
+    """Batch size of these rows; 0: that of policy_training."""
+
     act: str = ACT
     """ACT."""
     diffusion: str = (
@@ -55,8 +58,9 @@ class LeRobotRecipe:
 
     def __post_init__(self) -> None:
         """Validate the configuration."""
-        for name, settings in vars(self).items():
-            for setting in settings.split():
+        require_between("lerobot.batch_size", self.batch_size, 0, 1 << 20)
+        for name in ("act", "diffusion", "lam_act"):
+            for setting in getattr(self, name).split():
                 if "=" not in setting:
                     raise UserError(
                         f"lerobot.{name} must be KEY=VALUE pairs separated by spaces, got {setting!r}."
