@@ -103,6 +103,7 @@ def finetune(
     teacher: TrainingConfig | None,
     out: Path,
     only: str = "",
+    latents: Float[Tensor, "n f"] | None = None,
 ) -> None:
     """Train a copy of a policy from observations to robot actions and write it into `out`.
 
@@ -115,11 +116,12 @@ def finetune(
         teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
         out: folder.
         only: column of the steps that are learned from; empty: all.
+        latents: normalized latent action of every row, which the teacher also takes.
     """
     tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
     if teacher:
         episodes = train
-        actions = _pseudo_actions(policy, store, train, actions, teacher, out / "teacher")
+        actions = _pseudo_actions(policy, store, train, actions, teacher, out / "teacher", latents)
     exists = np.isin(store.episode, episodes) & flagged_rows(store, only)
     exists[store.starts + store.lengths - 1] = False
     network, stride = tuned.config.network, tuned.spec.stride
@@ -145,17 +147,21 @@ def _pseudo_actions(
     known: np.ma.MaskedArray,
     training: TrainingConfig,
     out: Path,
+    latents: Float[Tensor, "n f"] | None = None,
 ) -> np.ndarray:
     """Return robot actions of every training step: known ones, or predictions of a teacher.
 
-    The teacher is a head on the policy's frozen features. A latent policy learned these from the latent
-    actions of every step, so few labels suffice to predict actions from them.
+    The teacher is a head on the policy's frozen features and, if given, the latent actions. A latent policy
+    learned its features from the latent actions of every step, so few labels suffice to predict actions from
+    them; the latent action tells which of the possible actions was taken.
     """
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
     last = np.isin(rows, store.starts + store.lengths - 1)
-    features = policy_features(policy, store, rows)
-    return fill_actions(features, known, rows, rows[last], policy.spec.action_space, training, out)
+    features, size = policy_features(policy, store, rows), 0
+    if latents is not None:
+        features, size = torch.cat([latents[rows], features], dim=1), latents.shape[1]
+    return fill_actions(features, known, rows, rows[last], policy.spec.action_space, training, out, size)
 
 
 def fill_actions(
@@ -166,6 +172,7 @@ def fill_actions(
     space: ActionSpace,
     training: TrainingConfig,
     out: Path,
+    latents: int = 0,
 ) -> np.ndarray:
     """Return the actions of a dataset, where those hidden at `rows` are predicted by a teacher.
 
@@ -179,12 +186,13 @@ def fill_actions(
         space: robot action.
         training: training settings of the teacher.
         out: folder of the teacher's training.
+        latents: as for `ActionHead`.
     """
     hidden = ~known_rows(actions)[rows]
     known, labeled = np.ma.getdata(actions), torch.from_numpy(~hidden & ~np.isin(rows, unlearned))
     targets = torch.from_numpy(known[rows])
     torch.manual_seed(training.seed)
-    teacher = ActionHead(features, targets[labeled], space)
+    teacher = ActionHead(features, targets[labeled], space, latents)
     fit(teacher, LabeledRows(features[labeled], None, targets[labeled]), training.plain, out)
     with torch.inference_mode():
         predicted = teacher.cpu().predict(features)

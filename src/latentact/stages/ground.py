@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentact.config import LARGEST, OneOf, choice
@@ -74,7 +75,8 @@ class GroundConfig(ClusterStage):
     """Peak learning rate of those steps."""
     self_training: bool = False
     """Whether fine-tuning uses all training episodes: episodes without labels get the actions of a
-    small head on the latent policy's frozen features, trained on the labeled episodes."""
+    small head on the latent policy's frozen features and the latent actions, trained on the labeled
+    episodes."""
     held_out: float = 0.1
     """Fraction of held-out episodes; as in train-lam and train-policy."""
     split_seed: int = 0
@@ -149,7 +151,8 @@ def run(config: GroundConfig, out: Path) -> Path:
         if config.finetune_steps:
             training = replace(config.training, steps=config.finetune_steps, lr=config.finetune_lr)
             teacher = config.training if config.self_training else None
-            finetune(policy, store, train, labeled, training, teacher, out / "finetuned")
+            latents = _normal_latents(labels) if teacher else None
+            finetune(policy, store, train, labeled, training, teacher, out / "finetuned", latents=latents)
             result["finetuned"] = "finetuned"
         write_json(out / "ground.json", result)
     return out
@@ -207,6 +210,14 @@ def _latent_actions(
     if policy.decoder is not None and policy.decoder.config.use_state and store.state is not None:
         state = policy.normal_state(torch.from_numpy(store.state[rows]))
     return LabeledRows(latents, state, torch.from_numpy(np.ma.getdata(store.actions(episodes))[ahead]))
+
+
+def _normal_latents(labels: Labels) -> Float[Tensor, "n f"]:
+    """Return the normalized latent action of every row; 0, the mean, where there is none."""
+    vectors = torch.from_numpy(labels.vectors).flatten(1)
+    known = vectors[torch.from_numpy(labels.valid)]
+    normal = (vectors - known.mean(0)) / (known.std(0) + 1e-3)
+    return normal.masked_fill(~torch.from_numpy(labels.valid)[:, None], 0)
 
 
 @torch.no_grad()

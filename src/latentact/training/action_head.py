@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ class ActionHead(nn.Module):
         features: features that give the standardization, ``[n, d]``.
         actions: actions of the labeled steps.
         space: robot action space.
+        latents: number of leading features that are the latent action of the step; these together have as
+            much variance as all others, of which there are many more.
     """
 
     mean: Tensor
@@ -27,11 +31,14 @@ class ActionHead(nn.Module):
     action_mean: Tensor
     action_std: Tensor
 
-    def __init__(self, features: Tensor, actions: Tensor, space: ActionSpace) -> None:
+    def __init__(self, features: Tensor, actions: Tensor, space: ActionSpace, latents: int = 0) -> None:
         super().__init__()
         self.space = space
         self.register_buffer("mean", features.mean(0))
-        self.register_buffer("std", features.std(0) + 1e-3)
+        std, others = features.std(0) + 1e-3, features.shape[1] - latents
+        if latents and others:
+            std[:latents] *= math.sqrt(latents / others)
+        self.register_buffer("std", std)
         mean, std = torch.tensor(0.0), torch.tensor(1.0)
         if not space.discrete:
             mean, std = actions.mean(0), actions.std(0).clamp(min=1e-4)
