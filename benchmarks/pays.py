@@ -64,7 +64,15 @@ CELLS = {
     "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500, settings=SAMPLED),
     "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=SAMPLED),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
-    "maze": Cell("procgen/maze", "procgen_maze", 1500, explore=0.1, seed=10_000, settings=("max_steps=40",)),
+    "maze": Cell(
+        "procgen/maze",
+        "procgen_maze",
+        1500,
+        explore=0.1,
+        seed=10_000,
+        joint=False,
+        settings=("max_steps=40",),
+    ),
     "drawer-open": Cell(
         "metaworld/drawer-open-v3", "metaworld", 200, continuous=True, settings=("max_steps=200",)
     ),
