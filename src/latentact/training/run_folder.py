@@ -163,7 +163,9 @@ def _extensions(config: Any) -> tuple[str, ...]:
 
 
 def _extended(out: Path, config: Any) -> bool:
-    found, requested = read_yaml(out / "config.yaml"), _requested(config)
+    if not _extensions(config) or not (path := out / "config.yaml").is_file():
+        return False
+    found, requested = read_yaml(path), _requested(config)
     return any(found.get(key) != requested[key] for key in _extensions(config))
 
 
