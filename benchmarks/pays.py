@@ -57,12 +57,10 @@ class Cell:
         return not self.env.startswith("xland")
 
 
-SAMPLED = ("action_selection=sample",)
-"""Without memory, a policy that takes the most likely action can repeat itself forever."""
 CELLS = {
-    "GoToRedBall": Cell("babyai/GoToRedBall", "babyai", 1500, settings=SAMPLED),
-    "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500, settings=SAMPLED),
-    "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500, settings=SAMPLED),
+    "GoToRedBall": Cell("babyai/GoToRedBall", "babyai", 1500),
+    "GoToRedBlueBall": Cell("babyai/GoToRedBlueBall", "babyai_redblue", 1500),
+    "GoToLocal": Cell("babyai/GoToLocal", "babyai_gotolocal", 1500),
     "XLand": Cell("xland/R1-9x9/1", "xland", 10_000, explore=0.2, joint=False),
     "maze": Cell(
         "procgen/maze",

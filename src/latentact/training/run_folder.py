@@ -40,7 +40,7 @@ class Busy(UserError):
 def finished(out: Path, config: Any, result: str) -> bool:
     """Return whether a run folder already holds the `result` of this config; write nothing.
 
-    A run of a config with `EXTENDS` goes on with other values of these settings.
+    A run of a config with `EXTENDS` is extended by other values of these settings.
 
     Raises:
         UserError: the folder holds a run with other settings.
