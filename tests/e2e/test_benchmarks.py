@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import re
@@ -149,6 +150,19 @@ def test_the_page_first_says_where_latent_actions_do_not_pay(tmp_path: Path) -> 
     )
     assert "| IDM on k labels | 0.50 (0.40 to 0.60) | 0.66 (0.56 to 0.75) |" in lines
     assert "| best latent row | ahead | behind, intervals overlap |" in lines
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_cell_has_the_rows_that_its_models_allow(*, quick: bool) -> None:
+    pays = load("pays")
+    given = argparse.Namespace(ks=[2, 5], episodes=10, quick=quick)
+    for cell in pays.CELLS.values():
+        config = pays.settings(cell, "", "data", 1, given)
+        joint = config.lam.with_action_head(1.0) is not None
+        extra = {"latent_joint"} if joint else set()
+        extra |= {"act_k"} if cell.continuous else set()
+        assert {*config.methods} == {*pays.ROWS} - {"latent_joint"} | extra
+        assert (config.env, config.ks, config.seeds, config.episodes) == (cell.env, (2, 5), (1,), 10)
 
 
 def test_reference_lams_have_cards_and_can_be_pushed(
