@@ -116,7 +116,7 @@ def finetune(
         teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
         out: folder.
         only: column of the steps that are learned from; empty: all.
-        latents: normalized latent action of every row, which the teacher also takes.
+        latents: latent action of every row, which the teacher also takes.
     """
     tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
     if teacher:

@@ -151,7 +151,7 @@ def run(config: GroundConfig, out: Path) -> Path:
         if config.finetune_steps:
             training = replace(config.training, steps=config.finetune_steps, lr=config.finetune_lr)
             teacher = config.training if config.self_training else None
-            latents = _normal_latents(labels) if teacher else None
+            latents = _all_latents(labels) if teacher else None
             finetune(policy, store, train, labeled, training, teacher, out / "finetuned", latents=latents)
             result["finetuned"] = "finetuned"
         write_json(out / "ground.json", result)
@@ -212,12 +212,10 @@ def _latent_actions(
     return LabeledRows(latents, state, torch.from_numpy(np.ma.getdata(store.actions(episodes))[ahead]))
 
 
-def _normal_latents(labels: Labels) -> Float[Tensor, "n f"]:
-    """Return the normalized latent action of every row; 0, the mean, where there is none."""
-    vectors = torch.from_numpy(labels.vectors).flatten(1)
-    known = vectors[torch.from_numpy(labels.valid)]
-    normal = (vectors - known.mean(0)) / (known.std(0) + 1e-3)
-    return normal.masked_fill(~torch.from_numpy(labels.valid)[:, None], 0)
+def _all_latents(labels: Labels) -> Float[Tensor, "n f"]:
+    """Return the latent action of every row, the mean where there is none."""
+    vectors, valid = torch.from_numpy(labels.vectors).flatten(1), torch.from_numpy(labels.valid)
+    return torch.where(valid[:, None], vectors, vectors[valid].mean(0))
 
 
 @torch.no_grad()
