@@ -232,9 +232,13 @@ def test_demo(tmp_path):
     assert {key: again[key] for key in again if key != "wall_s"} == {
         key: report[key] for key in report if key != "wall_s"
     }
-    other = cli("demo", "--out", out, "--episodes", "8", "--k", "3", *more)
+    other = cli(*command, "idm_training.steps=7")
     assert other.returncode == 2
-    assert "ks = [2], not [3]" in other.stderr.splitlines()[-1]
+    assert f"idm_training.steps = {STEPS}, not 7" in other.stderr.splitlines()[-1]
+    ok("demo", "--out", out, "--episodes", "8", "--k", "3", *more)
+    rows = json.loads((out / "report.json").read_text())["comparison"]
+    assert [(row["method"], row["k"]) for row in rows[:2]] == [("latent", 3), ("oracle", None)]
+    assert {path: when for path, when in times(out).items() if path in written} == written
 
 
 def test_rows_of_a_vision_language_action_model(data, tmp_path):

@@ -58,7 +58,7 @@ from latentact.stages import (
     train_vla,
 )
 from latentact.training.cluster.contract import CLUSTERS, ClusterStage
-from latentact.training.run_folder import begin_run, finished
+from latentact.training.run_folder import begin_run, check_settings
 from latentact.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
@@ -233,8 +233,8 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
             f"settings without one. Set methods=[{others}], or choose a LAM with an action head, such as "
             "lapo with lam.bottleneck.kind=none."
         )
-    if not finished(out, config, "comparison.json"):
-        begin_run(out, config)
+    check_settings(out, config)
+    begin_run(out, config)
     rows = []
     for seed in config.seeds:
         for method, k in _rows(config):

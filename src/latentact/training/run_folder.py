@@ -40,20 +40,22 @@ class Busy(UserError):
 def finished(out: Path, config: Any, result: str) -> bool:
     """Return whether a run folder already holds the `result` of this config; write nothing.
 
-    A run of a config with `EXTENDS` is extended by other values of these settings.
-
     Raises:
         UserError: the folder holds a run with other settings.
     """
     check_settings(out, config)
-    if not (out / result).exists() or _extended(out, config):
+    if not (out / result).exists():
         return False
     log.info("%s is already finished", out)
     return True
 
 
 def check_settings(out: Path, config: Any) -> None:
-    """Raise a UserError if the run folder holds a run with other settings or inputs, or is not a folder."""
+    """Raise a UserError if the run folder holds a run with other settings or inputs, or is not a folder.
+
+    Settings that the class of the config lists in `EXTENDS` may differ: each of their values has artifacts of
+    its own.
+    """
     path = out / "config.yaml"
     if path.exists():
         found = read_yaml(path)
@@ -61,7 +63,7 @@ def check_settings(out: Path, config: Any) -> None:
             raise UserError(f"{path} must hold the settings of a run, got {found!r}; delete the folder.")
         found = _with_defaults(type(config), current_names(type(config), found))
         requested = _requested(config)
-        for key in _extensions(config):
+        for key in getattr(config, "EXTENDS", ()):
             found[key] = requested[key]
         if different := _first_difference(found, requested):
             key, old, new = different
@@ -155,18 +157,6 @@ def _plan(config: Any) -> Path | None:
     """Return the file of the episodes to label, if the stage has one and it is given."""
     values = to_dict(config)
     return Path(values["plan"]) if values.get("plan") else None
-
-
-def _extensions(config: Any) -> tuple[str, ...]:
-    """Return the settings whose values share a run folder, since each value has artifacts of its own."""
-    return getattr(config, "EXTENDS", ())
-
-
-def _extended(out: Path, config: Any) -> bool:
-    if not _extensions(config) or not (path := out / "config.yaml").is_file():
-        return False
-    found, requested = read_yaml(path), _requested(config)
-    return any(found.get(key) != requested[key] for key in _extensions(config))
 
 
 def _requested(config: Any) -> dict[str, Any]:
