@@ -124,6 +124,7 @@ def settings(
         "record=0",
         *(["lerobot.batch_size=8"] if cell.continuous else []),
         *cell.settings,
+        *given.overrides,
     ]
     config = load_experiment("compare", compare.CompareConfig, overrides)
     if not given.quick:
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=0, help="per row; default: 200, with --quick 100")
     parser.add_argument("--clean", action="store_true", help="without the cells with distractors")
     parser.add_argument("--quick", action="store_true", help="30 minutes instead of a day")
+    parser.add_argument("overrides", nargs="*", help="settings of latentact compare; before the flags")
     given = parser.parse_args()
     quick, out, results = given.quick, Path(given.out), {}
     given.cells = given.cells or [*(CHEAP if quick else CELLS)]

@@ -155,7 +155,7 @@ def test_the_page_first_says_where_latent_actions_do_not_pay(tmp_path: Path) -> 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_cell_has_the_rows_that_its_models_allow(*, quick: bool) -> None:
     pays = load("pays")
-    given = argparse.Namespace(ks=[2, 5], episodes=10, quick=quick)
+    given = argparse.Namespace(ks=[2, 5], episodes=10, quick=quick, overrides=["max_steps=30"])
     for cell in pays.CELLS.values():
         config = pays.settings(cell, "", "data", 1, given)
         joint = config.lam.with_action_head(1.0) is not None
@@ -163,6 +163,7 @@ def test_every_cell_has_the_rows_that_its_models_allow(*, quick: bool) -> None:
         extra |= {"act_k"} if cell.continuous else set()
         assert {*config.methods} == {*pays.ROWS} - {"latent_joint"} | extra
         assert (config.env, config.ks, config.seeds, config.episodes) == (cell.env, (2, 5), (1,), 10)
+        assert config.max_steps == 30
 
 
 def test_reference_lams_have_cards_and_can_be_pushed(

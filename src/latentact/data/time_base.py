@@ -76,8 +76,13 @@ def frames_in_gap(seconds: float, fps: float, data: object, *, setting: str, rem
         remedy: advice for the message; empty: the nearest gap of the data.
 
     Raises:
-        UserError: the gap is not close to a number of frames.
+        UserError: the gap is not close to a number of frames, or the rate is 0.
     """
+    if not fps:
+        raise UserError(
+            f"{setting} must be 0 for {data}, which has no frame rate, got {seconds:g}. Give the rate with "
+            "data.fps=N."
+        )
     frames = max(1, round(seconds * fps))
     if not gaps_agree(frames / fps, seconds):
         remedy = remedy or f"Set it to {frames / fps:.3g}, the nearest, or give data at another rate."

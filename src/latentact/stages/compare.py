@@ -130,7 +130,8 @@ class CompareConfig(ClusterStage):
     record: int = 2
     """Evaluation episodes per row whose video is kept."""
     frame_gap_s: float = 0.0
-    """Seconds between the two frames of a transition; 0: neighboring frames."""
+    """Seconds between the two frames of a transition; 0: neighboring frames. The policy's chunk_size and
+    n_action_steps count such gaps, also in rows of BC."""
     held_out: float = 0.1
     """Fraction of held-out episodes."""
     lam: Any = choice(LAMS, "lapo")
@@ -233,6 +234,7 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
             f"settings without one. Set methods=[{others}], or choose a LAM with an action head, such as "
             "lapo with lam.bottleneck.kind=none."
         )
+    _steps(config)
     check_settings(out, config)
     begin_run(out, config)
     rows = []
@@ -244,6 +246,15 @@ def run(config: CompareConfig, out: Path) -> dict[str, Any]:
     comparison = write_comparison(out, config.env, rows, config.distract, drawn)
     log.info(comparison["verdict"])
     return comparison
+
+
+def _steps(config: CompareConfig) -> int:
+    """Return the number of environment steps of a latent action."""
+    if not config.frame_gap_s:
+        return 1
+    return frames_in_gap(
+        config.frame_gap_s, open_store(config.data).fps, config.data.path, setting="frame_gap_s"
+    )
 
 
 def _joint_lam(config: CompareConfig) -> Any:
@@ -371,10 +382,9 @@ class _Row:
 
     def _behavior_cloning(self) -> Any:
         """Return BC whose chunks last as long as the latent policy's, where a target lasts a frame gap."""
-        c = self.config
-        policy, steps = c.policy.behavior_cloning(), 1
-        if c.frame_gap_s:
-            steps = frames_in_gap(c.frame_gap_s, open_store(c.data).fps, c.data.path, setting="frame_gap_s")
+        policy, steps = self.config.policy.behavior_cloning(), _steps(self.config)
+        if steps == 1:
+            return policy
         network = policy.network
         chunk = {key: getattr(network, key) * steps for key in ("chunk_size", "n_action_steps")}
         return replace(policy, network=replace(network, **chunk))

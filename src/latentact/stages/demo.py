@@ -14,7 +14,7 @@ from pathlib import Path
 from latentact.composition import load_experiment
 from latentact.config import Count, Seed
 from latentact.data.splits import choose_labeled, split_sizes
-from latentact.io.atomic import write_json
+from latentact.io.atomic import read_object, write_json
 from latentact.io.records import read_record
 from latentact.reporting.run_data import DemoRecord
 from latentact.stages import collect, compare, report
@@ -53,9 +53,17 @@ def run(config: DemoConfig) -> report.ReportResult:
     demonstrations = collect.CollectConfig(
         env=comparison.env, out=str(data), episodes=config.episodes, seed=config.seed, view=comparison.view
     )
-    finished = (out / "compare" / "comparison.json").exists()
+    finished = _compared(out / "compare" / "comparison.json", config)
     for stage in (lambda: collect.run(demonstrations), lambda: compare.run(comparison, out / "compare")):
         stage()
         if not finished:
             write_json(out / "demo.json", {"wall_s": spent + time.monotonic() - begun})
     return report.run(report.ReportConfig(run_dir=config.out))
+
+
+def _compared(file: Path, config: DemoConfig) -> bool:
+    """Return whether a comparison has the rows of this k and seed, so that nothing is trained again."""
+    if not file.exists():
+        return False
+    ks = {row["k"] for row in read_object(file)["rows"] if row["seed"] == config.seed}
+    return ks == {None} or config.k in ks

@@ -116,7 +116,7 @@ def finetune(
         teacher: how the teacher of self-training is trained; None: learn from the labeled episodes only.
         out: folder.
         only: column of the steps that are learned from; empty: all.
-        latents: latent action of every row, which the teacher also takes.
+        latents: latent action of every row, which the teacher also takes; NaN: none.
     """
     tuned, actions, episodes = deepcopy(policy), store.actions(labeled), labeled
     if teacher:
@@ -158,10 +158,15 @@ def _pseudo_actions(
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
     last = np.isin(rows, store.starts + store.lengths - 1)
-    features, size = policy_features(policy, store, rows), 0
+    features, size, unlearned = policy_features(policy, store, rows), 0, last
     if latents is not None:
-        features, size = torch.cat([latents[rows], features], dim=1), latents.shape[1]
-    return fill_actions(features, known, rows, rows[last], policy.spec.action_space, training, out, size)
+        chosen = latents[rows]
+        missing = chosen.isnan().any(1)
+        chosen = torch.where(missing[:, None], chosen[~missing].mean(0), chosen)
+        features, size = torch.cat([chosen, features], dim=1), chosen.shape[1]
+        unlearned = last | missing.numpy()
+    space = policy.spec.action_space
+    return fill_actions(features, known, rows, rows[unlearned], space, training, out, size)
 
 
 def fill_actions(

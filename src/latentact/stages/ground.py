@@ -151,7 +151,7 @@ def run(config: GroundConfig, out: Path) -> Path:
         if config.finetune_steps:
             training = replace(config.training, steps=config.finetune_steps, lr=config.finetune_lr)
             teacher = config.training if config.self_training else None
-            latents = _all_latents(labels) if teacher else None
+            latents = _all_latents(labels, policy.targets.column) if teacher else None
             finetune(policy, store, train, labeled, training, teacher, out / "finetuned", latents=latents)
             result["finetuned"] = "finetuned"
         write_json(out / "ground.json", result)
@@ -212,10 +212,11 @@ def _latent_actions(
     return LabeledRows(latents, state, torch.from_numpy(np.ma.getdata(store.actions(episodes))[ahead]))
 
 
-def _all_latents(labels: Labels) -> Float[Tensor, "n f"]:
-    """Return the latent action of every row, the mean where there is none."""
-    vectors, valid = torch.from_numpy(labels.vectors).flatten(1), torch.from_numpy(labels.valid)
-    return torch.where(valid[:, None], vectors, vectors[valid].mean(0))
+def _all_latents(labels: Labels, column: str) -> Float[Tensor, "n f"]:
+    """Return the latent action of every row, NaN where there is none."""
+    values = labels.vectors if column == "codes" else getattr(labels, column)
+    invalid = torch.from_numpy(~labels.valid)
+    return torch.from_numpy(values).flatten(1).masked_fill(invalid[:, None], torch.nan)
 
 
 @torch.no_grad()
