@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from latentact.data.cache import DataConfig
+from latentact.data.time_base import frames_in_gap
+from latentact.errors import UserError
 from latentact.evaluation.policy.comparison import Row, aggregate, verdict
 from latentact.evaluation.policy.intervals import success_interval
 from latentact.policies.latent import LatentConfig
@@ -213,3 +215,8 @@ def test_chunks_of_behavior_cloning_last_as_long_as_latent_ones(blocks, tmp_path
     for method in ("bc_k", "idm_k", "oracle"):
         plain = compare._Row(config, tmp_path, method, 5, 0)._behavior_cloning().network
         assert (plain.chunk_size, plain.n_action_steps) == (3 * steps, 2 * steps)
+
+
+def test_a_gap_in_seconds_needs_a_frame_rate():
+    with pytest.raises(UserError, match="frame_gap_s must be 0 for videos, which has no frame rate"):
+        frames_in_gap(0.1, 0.0, "videos", setting="frame_gap_s")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import write_blocks
 from latentact.data.cache import DataConfig, open_store
@@ -237,6 +238,20 @@ def test_self_training_keeps_known_actions_and_fills_the_others(honest, labeled,
     assert (filled[known] == store.episode[known]).all()
     assert ((filled[~known] >= 0) & (filled[~known] < EPISODES))[np.isin(store.episode[~known], train)].all()
     assert not filled[np.isin(store.episode, held_out)].any()  # hidden, and never learned from
+
+
+def test_a_teacher_also_learns_where_steps_have_no_latent_action(honest, labeled, tmp_path):
+    folder = grounded(honest, tmp_path)
+    store, policy = open_store(data(honest)), Policy.from_pretrained(folder)
+    train, _ = split_episodes(store, held_out=0.1, seed=0)
+    latents = torch.from_numpy(store.episode).float()[:, None].repeat(1, 2)
+    latents[::5] = torch.nan
+    filled = finetune._pseudo_actions(
+        policy, store, train, store.actions(labeled), TRAINING, tmp_path / "teacher", latents
+    )
+    known, inside = np.isin(store.episode, labeled), np.isin(store.episode, train)
+    assert (filled[known] == store.episode[known]).all()
+    assert ((filled[inside & ~known] >= 0) & (filled[inside & ~known] < EPISODES)).all()
 
 
 def test_labeled_actions_do_change_weights(honest, labeled, tmp_path):
