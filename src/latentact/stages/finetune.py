@@ -153,7 +153,7 @@ def _pseudo_actions(
 
     The teacher is a head on the policy's frozen features and, if given, the latent actions. A latent policy
     learned its features from the latent actions of every step, so few labels suffice to predict actions from
-    them; the latent action tells which of the possible actions was taken.
+    them; the latent action separates the actions that are possible after one observation.
     """
     assert policy.spec.action_space is not None
     rows = np.flatnonzero(np.isin(store.episode, train))
